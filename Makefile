@@ -1,0 +1,61 @@
+# Everything a user types. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+CONFIG ?= configs/tiny-cpu.yaml
+LOCK := requirements/cpu.lock
+TORCH := 2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-cluster test-gpu lint bench bench-quick bench-gpu lock clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# torch first: its CPU build is no ordinary package. Where pip finds it under its own name, good; elsewhere uv knows
+# PyTorch's CPU index by itself. The lock is complete, so nothing resolves dependencies at install time.
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	@echo "==> creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check uv
+	@echo "==> installing torch $(TORCH) (CPU build)"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(VENV)/bin/uv pip install --python $(PY) --no-deps --torch-backend cpu "torch==$(TORCH)"
+	@echo "==> installing $$(grep -c == $(LOCK)) locked packages"
+	@grep -v '^torch==' $(LOCK) > $(VENV)/lock-without-torch.txt
+	@$(VENV)/bin/uv pip install -q --python $(PY) --no-deps --compile-bytecode -r $(VENV)/lock-without-torch.txt \
+	  || $(PY) -m pip install -q --disable-pip-version-check --no-deps -r $(VENV)/lock-without-torch.txt
+	@echo "==> installing expertmesh itself"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+serve: $(READY) ## install if needed, then serve $(CONFIG); prints the URL and a curl line when ready
+	@$(PY) -m serve_app $(CONFIG)
+
+test: $(READY) ## the whole test suite
+	$(PY) -m pytest
+
+test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespaces (needs root)
+	$(PY) -m pytest -m cluster
+
+test-gpu: $(READY) ## what needs a CUDA device
+	$(PY) -m pytest -m gpu
+
+lint: $(READY) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(READY) ## every benchmark, as tables and JSON under bench-results/
+	$(PY) -m benchmarks
+
+bench-quick: $(READY) ## the same, few runs: does it work, not how fast
+	$(PY) -m benchmarks --quick
+
+lock: ## resolve the lock file anew
+	$(VENV)/bin/uv pip compile --python-version 3.11 --override requirements/overrides.txt requirements/cpu.in -o $(LOCK)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache bench-results
