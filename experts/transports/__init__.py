@@ -1,0 +1,1 @@
+"""How bytes travel between a router and a shard: one file a transport, `control.py` to agree on one."""

@@ -1,0 +1,246 @@
+"""The control socket: how a router and a shard agree on a pair, and notice that the other one is gone.
+
+A shard listens on one TCP port. A router connects and sends one JSON line (`Hello`); the shard answers one JSON line and
+both keep the socket open as a life line: nothing more is sent on it, but when a process dies, the kernel closes its end,
+and the other side sees it at once. A host that vanishes with its network is noticed by the dispatch deadline instead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
+from experts.link import RouterLink, ShardChannel
+from experts.membership import ShardEndpoint, host_id
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 1
+_MAX_LINE_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a router says first: who it is, what it will send, and over which transport."""
+
+    router_id: str
+    transport: str
+    incarnation: str
+    dtype: str
+    hidden_size: int
+    top_k: int
+    num_layers: int
+    request_capacity: int
+    reply_capacity: int
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the transport itself needs: names of shared memory, address of a rendezvous store."""
+    version: int = PROTOCOL_VERSION
+
+
+class LifeLine:
+    """A connected control socket of which only the closing matters."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()
+        self._gone: str | None = None
+
+    def local_address(self) -> str:
+        """IP address of this end, as the peer can reach it."""
+        return str(self._socket.getsockname()[0])
+
+    def gone(self) -> str | None:
+        """Why the peer is gone, or None while it lives. Never blocks."""
+        with self._lock:
+            if self._gone is None:
+                try:
+                    poller = select.poll()
+                    poller.register(self._socket, select.POLLIN | select.POLLHUP | select.POLLERR)
+                    if poller.poll(0) and not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                        self._gone = "its process closed the connection"
+                except BlockingIOError:
+                    return None
+                except (OSError, ValueError) as error:
+                    self._gone = f"its connection broke: {error}"
+            return self._gone
+
+    def close(self) -> None:
+        """Let the other side know that this end is done. Idempotent."""
+        with self._lock:
+            self._gone = self._gone or "closed on this side"
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                logger.debug("control socket was closed before")
+            self._socket.close()
+
+
+def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any]:
+    """One JSON line. TimeoutError, or ConnectionError when the peer closes before the line is whole."""
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        left = deadline_s - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no complete line on the control socket before the deadline")
+        connection.settimeout(left)
+        # One byte at a time: nothing after the line may be swallowed, and lines are short and rare.
+        byte = connection.recv(1)
+        if not byte:
+            raise ConnectionError("the peer closed the control socket during the handshake")
+        data += byte
+        if len(data) > _MAX_LINE_BYTES:
+            raise ConnectionError(f"a control line is longer than {_MAX_LINE_BYTES} bytes")
+    message = json.loads(data)
+    if not isinstance(message, dict):
+        raise ConnectionError(f"expected a JSON object on the control socket, got {type(message).__name__}")
+    return message
+
+
+def choose_transport(requested: str, endpoint: ShardEndpoint, device: str) -> str:
+    """The transport for one pair: shared memory within a host, gloo across hosts, NCCL where both sides have GPUs."""
+    if requested != "auto":
+        return requested
+    if device.startswith("cuda"):
+        return "nccl"
+    return "shm" if endpoint.host_id == host_id() else "gloo"
+
+
+def open_control(endpoint: ShardEndpoint, deadline_s: float) -> socket.socket:
+    """Connect to a shard's control port until `deadline_s` (time.monotonic()). ShardLostError or ShardTimeoutError."""
+    try:
+        connection = socket.create_connection(
+            (endpoint.host, endpoint.port), timeout=max(deadline_s - time.monotonic(), 0.001)
+        )
+    except TimeoutError as error:
+        raise ShardTimeoutError(
+            endpoint.rank, f"no connection to {endpoint.host}:{endpoint.port} before the connect deadline"
+        ) from error
+    except OSError as error:
+        raise ShardLostError(endpoint.rank, f"cannot connect to {endpoint.host}:{endpoint.port}: {error}") from error
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def shake_hands(connection: socket.socket, rank: int, hello: Hello, deadline_s: float) -> dict[str, Any]:
+    """Send `hello`, return the shard's answer. ShardRejectedError carries its reason."""
+    try:
+        _send_line(connection, asdict(hello))
+        answer = _receive_line(connection, deadline_s)
+    except TimeoutError as error:
+        raise ShardTimeoutError(rank, "no answer to the handshake before the connect deadline") from error
+    except (OSError, ValueError) as error:
+        raise ShardLostError(rank, f"handshake failed: {error}") from error
+    if not answer.get("ok"):
+        raise ShardRejectedError(rank, str(answer.get("error", answer)))
+    connection.settimeout(None)
+    return answer
+
+
+ChannelOpener = Callable[[Hello, LifeLine], tuple[ShardChannel, dict[str, Any]]]
+"""Makes the shard's end of a pair; returns it with what goes into the answer. Raises ValueError to refuse."""
+
+
+class ControlListener:
+    """The shard's side: accepts routers, opens a channel for each, and watches their life lines."""
+
+    def __init__(
+        self,
+        bind_host: str,
+        open_channel: ChannelOpener,
+        on_open: Callable[[ShardChannel], None],
+        on_close: Callable[[ShardChannel], None],
+        handshake_deadline_s: float,
+    ) -> None:
+        self._open_channel = open_channel
+        self._on_open = on_open
+        self._on_close = on_close
+        self._handshake_deadline_s = handshake_deadline_s
+        self._server = socket.create_server((bind_host, 0), backlog=64)
+        self.port: int = self._server.getsockname()[1]
+        self._lines: set[LifeLine] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+        threading.Thread(target=self._accept, name="shard-accept", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                if not self._stopped:
+                    logger.exception("the control port stopped accepting routers")
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="shard-control", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line = LifeLine(connection)
+        try:
+            deadline_s = time.monotonic() + self._handshake_deadline_s
+            try:
+                hello = Hello(**_receive_line(connection, deadline_s))
+                if hello.version != PROTOCOL_VERSION:
+                    raise ValueError(f"protocol version {hello.version}, this shard speaks {PROTOCOL_VERSION}")
+                channel, answer = self._open_channel(hello, line)
+            except (TypeError, ValueError, OSError, RuntimeError) as error:
+                logger.warning("refused a router: %s", error)
+                connection.settimeout(self._handshake_deadline_s)
+                _send_line(connection, {"ok": False, "error": str(error)})
+                return
+            with self._lock:
+                if self._stopped:
+                    return
+                self._lines.add(line)
+            self._on_open(channel)
+            try:
+                _send_line(connection, {"ok": True, **answer})
+                connection.settimeout(None)
+                # Nothing comes on a life line; this returns when the router closes it or dies.
+                while connection.recv(64):
+                    continue
+            finally:
+                channel.close()
+                self._on_close(channel)
+        except OSError as error:
+            logger.info("a router's control socket broke: %s", error)
+        finally:
+            with self._lock:
+                self._lines.discard(line)
+            line.close()
+
+    def stop(self) -> None:
+        """Stop accepting and drop every router."""
+        with self._lock:
+            self._stopped = True
+            lines = list(self._lines)
+        try:
+            self._server.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            logger.debug("listener was not connected")
+        self._server.close()
+        for line in lines:
+            line.close()
+
+
+__all__ = [
+    "ChannelOpener",
+    "ControlListener",
+    "Hello",
+    "LifeLine",
+    "RouterLink",
+    "choose_transport",
+    "open_control",
+    "shake_hands",
+]

@@ -1,0 +1,77 @@
+"""What a dispatch message and its reply look like, byte by byte.
+
+Legend: M rows, N (row, slot) pairs, D hidden size. All sections start on 64-byte boundaries.
+
+    request: header int64[16] | row_offsets_M1 int32 | slots_N int32 | weights_N float32 | rows_MD
+    reply:   header int64[16] | rows_MD                                  (status OK)
+             header int64[16] | utf-8 text of the error                  (otherwise)
+
+Row m wants the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+
+MAGIC = 0x45584D31  # "EXM1"
+HEADER_WORDS = 16
+HEADER_BYTES = 8 * HEADER_WORDS
+ALIGN = 64
+
+# Words of the header.
+H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT, H_COMPUTE_NS = range(11)
+
+STATUS_OK = 0
+STATUS_REJECTED = 1
+
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+@njit(nogil=True, cache=True)
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to the next section boundary."""
+    return (nbytes + ALIGN - 1) // ALIGN * ALIGN
+
+
+@njit(nogil=True, cache=True)
+def request_layout(num_rows: int, num_pairs: int, row_bytes: int) -> tuple[int, int, int, int, int]:
+    """Byte offsets of (row_offsets, slots, weights, rows) and the length of the whole request."""
+    offsets_at = HEADER_BYTES
+    slots_at = offsets_at + aligned(4 * (num_rows + 1))
+    weights_at = slots_at + aligned(4 * num_pairs)
+    rows_at = weights_at + aligned(4 * num_pairs)
+    return offsets_at, slots_at, weights_at, rows_at, rows_at + num_rows * row_bytes
+
+
+def request_capacity(max_rows: int, top_k: int, row_bytes: int) -> int:
+    """Bytes that the largest request of `max_rows` rows with `top_k` experts each needs."""
+    return int(aligned(request_layout(max_rows, max_rows * top_k, row_bytes)[4]))
+
+
+def reply_capacity(max_rows: int, row_bytes: int) -> int:
+    """Bytes that the largest reply needs; never too small for the text of an error."""
+    return int(aligned(max(HEADER_BYTES + max_rows * row_bytes, 4096)))
+
+
+def header_of(buffer: np.ndarray) -> np.ndarray:
+    """The header words (int64 [16], a view) of a message in `buffer` (uint8)."""
+    return buffer[:HEADER_BYTES].view(np.int64)
+
+
+def error_reply(buffer: np.ndarray, seq: int, text: str) -> int:
+    """Write a STATUS_REJECTED reply that says `text`; returns its length in bytes."""
+    data = text.encode()[: len(buffer) - HEADER_BYTES]
+    header = header_of(buffer)
+    header[:] = 0
+    header[H_MAGIC], header[H_SEQ], header[H_STATUS], header[H_TEXT] = MAGIC, seq, STATUS_REJECTED, len(data)
+    buffer[HEADER_BYTES : HEADER_BYTES + len(data)] = np.frombuffer(data, np.uint8)
+    return HEADER_BYTES + len(data)
+
+
+def error_text(buffer: np.ndarray) -> str:
+    """The text of a STATUS_REJECTED reply."""
+    length = int(header_of(buffer)[H_TEXT])
+    return bytes(buffer[HEADER_BYTES : HEADER_BYTES + length]).decode(errors="replace")
