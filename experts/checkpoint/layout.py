@@ -1,0 +1,77 @@
+"""The vocabulary in which naming schemes say how a family stores its experts; see `families.py` for the entries.
+
+Legend: E experts, D hidden size, I expert intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from experts.checkpoint.config import ModelConfig
+from experts.spec import ActivationSpec
+
+# What a stored tensor holds of one expert. Rows x columns as kernels want them: gate and up [I, D], gate_up [2I, D],
+# down [D, I]; the biases [2I] and [D].
+Role = Literal["gate", "up", "gate_up", "down", "gate_up_bias", "down_bias"]
+# How experts share a tensor: not at all, along a leading axis [E, rows, cols], or as one tall matrix [E * rows, cols].
+Stack = Literal["none", "leading", "rows"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor. `name` has {layer} in it and, where `stack` is none, {expert}.
+
+    `transposed`: stored as [cols, rows]. `interleaved`: rows alternate gate, up, gate, up instead of two halves.
+    A quantized part has companions: `name + "_scale_inv"` for FP8 blocks; `name + "_blocks"` and `name + "_scales"`
+    instead of `name` for MXFP4, whose packing runs along the columns and is therefore never transposed.
+    """
+
+    role: Role
+    name: str
+    stack: Stack = "none"
+    transposed: bool = False
+    interleaved: bool = False
+
+    def shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, ...]:
+        """Shape of what one expert has in this part, as kernels want it (not transposed)."""
+        D, I = hidden_size, intermediate_size
+        return {
+            "gate": (I, D),
+            "up": (I, D),
+            "gate_up": (2 * I, D),
+            "down": (D, I),
+            "gate_up_bias": (2 * I,),
+            "down_bias": (D,),
+        }[self.role]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All parts of an expert, under one of several prefixes (a multimodal model nests its language model)."""
+
+    parts: tuple[Part, ...]
+    prefixes: tuple[str, ...] = ("model.", "model.language_model.", "language_model.model.", "")
+
+    @property
+    def has_bias(self) -> bool:
+        return any(part.role.endswith("_bias") for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry: the model types it serves, where config.json has the numbers, and the layouts that are met on disk.
+
+    Keys are tried in order; `moe_layers` maps the configuration to the decoder layers that have routed experts.
+    """
+
+    model_types: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    moe_layers: Callable[[ModelConfig], Sequence[int]]
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
+    top_k: tuple[str, ...] = ("num_experts_per_tok",)
+    hidden_size: tuple[str, ...] = ("hidden_size",)
+    intermediate_size: tuple[str, ...] = ("moe_intermediate_size",)
+    activation: Callable[[ModelConfig], ActivationSpec] | None = None  # None: the function that hidden_act names
+    weight_on_input: bool = False

@@ -1,0 +1,141 @@
+"""Reads one expert at a time out of a Hugging Face checkpoint, touching only that expert's bytes.
+
+Legend: D hidden size, I expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from experts.checkpoint.config import ModelConfig
+from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.families import activation_of, family_of
+from experts.checkpoint.layout import Part, Role
+from experts.checkpoint.safetensors_file import TensorStore
+from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
+from experts.spec import ExpertSpec, ExpertWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ExpertCheckpoint:
+    """The routed experts of a checkpoint folder. Made by `open`; safe to use from several threads."""
+
+    def __init__(self, spec: ExpertSpec, storage: ExpertStorage) -> None:
+        self.spec = spec
+        self._storage = storage
+        self._parts = {part.role: part for part in storage.layout.parts}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
+        """Read config.json and the index or header, no weights.
+
+        Raises CheckpointError, which names the missing file, key or tensor, or the quantization that is not supported.
+        """
+        folder = Path(path)
+        config = ModelConfig(folder)
+        family = family_of(config)
+        layer_ids = tuple(family.moe_layers(config))
+        if not layer_ids:
+            raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
+        quantization = config.quantization()
+        store = TensorStore(folder)
+        layout, prefix = find_layout(store, family.layouts, layer_ids[0])
+        spec = ExpertSpec(
+            model_type=config.model_type,
+            layer_ids=layer_ids,
+            num_experts=config.int_of(*family.num_experts),
+            top_k=config.int_of(*family.top_k),
+            hidden_size=config.int_of(*family.hidden_size),
+            intermediate_size=config.int_of(*family.intermediate_size),
+            activation=activation_of(family, config),
+            has_bias=layout.has_bias,
+            weight_on_input=family.weight_on_input,
+            quantization=quantization,
+        )
+        if spec.top_k > spec.num_experts:
+            raise CheckpointError(f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts")
+        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, quantization))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that `read_expert` touches in the files for one expert (the first), scales included."""
+        return sum(r.nbytes for part in self._parts.values() for r in self._ranges(part, 0, 0))
+
+    def read_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
+        """One expert as contiguous CPU tensors of `dtype` (float32, bfloat16 or float16), dequantized.
+
+        `layer` is a row of the placement: the `layer`-th MoE layer. A tensor that the file holds in this dtype and
+        layout already shares the file's mapping: read it, never write it. Raises CheckpointError for a tensor that is
+        missing or has an unexpected shape or dtype.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        for what, value, bound in (("layer", layer, self.spec.num_layers), ("expert", expert, self.spec.num_experts)):
+            if not 0 <= value < bound:
+                raise ValueError(f"{what} is {value}, expected 0..{bound - 1}")
+        has_bias = self.spec.has_bias
+        return ExpertWeights(
+            w13_2ID=self._gate_up(layer, expert, dtype),
+            w2_DI=_packed([self._read("down", layer, expert)], dtype),
+            b13_2I=_packed(self._halves("gate_up_bias", layer, expert), dtype) if has_bias else None,
+            b2_D=_packed([self._read("down_bias", layer, expert)], dtype) if has_bias else None,
+        )
+
+    def check(self) -> None:
+        """Every tensor of every expert is there with the right shape and dtype, else CheckpointError naming the first.
+
+        Reads headers only.
+        """
+        for layer in range(self.spec.num_layers):
+            for part in self._parts.values():
+                for expert in range(self.spec.num_experts) if part.stack == "none" else (0,):
+                    self._ranges(part, layer, expert)
+
+    def _shape(self, part: Part) -> tuple[int, ...]:
+        return part.shape(self.spec.hidden_size, self.spec.intermediate_size)
+
+    def _ranges(self, part: Part, layer: int, expert: int) -> list[ExpertRange]:
+        return self._storage.ranges(part, self._shape(part), self.spec.layer_ids[layer], expert)
+
+    def _read(self, role: Role, layer: int, expert: int) -> torch.Tensor:
+        part = self._parts[role]
+        return self._storage.read(part, self._shape(part), self.spec.layer_ids[layer], expert)
+
+    def _halves(self, role: Role, layer: int, expert: int) -> list[torch.Tensor]:
+        """Gate and up out of a part that holds both, or the whole where they already follow each other."""
+        whole = self._read(role, layer, expert)
+        return [whole[0::2], whole[1::2]] if self._parts[role].interleaved else [whole]
+
+    def _gate_up(self, layer: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        if "gate_up" in self._parts:
+            return _packed(self._halves("gate_up", layer, expert), dtype)
+        joined = self._adjacent(self._parts["gate"], self._parts["up"], layer, expert)
+        if joined is not None and joined.entry.dtype == dtype:
+            return self._storage.read_range(joined)
+        return _packed([self._read("gate", layer, expert), self._read("up", layer, expert)], dtype)
+
+    def _adjacent(self, gate: Part, up: Part, layer: int, expert: int) -> ExpertRange | None:
+        """Files sort tensors by name, so up_proj often follows gate_proj at once: then both are one range."""
+        first, second = self._ranges(gate, layer, expert), self._ranges(up, layer, expert)
+        if len(first) > 1 or len(second) > 1 or gate.transposed or first[0].entry.dtype != second[0].entry.dtype:
+            return None
+        if first[0].entry.file != second[0].entry.file or first[0].start + first[0].nbytes != second[0].start:
+            return None
+        rows, columns = first[0].shape
+        return ExpertRange(first[0].entry, first[0].start, 2 * first[0].nbytes, (2 * rows, columns))
+
+
+def _packed(pieces: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The pieces under each other as one contiguous tensor of `dtype`; a single piece that is one already is itself."""
+    if len(pieces) == 1 and pieces[0].dtype == dtype and pieces[0].is_contiguous():
+        return pieces[0]
+    out = torch.empty((sum(len(p) for p in pieces), *pieces[0].shape[1:]), dtype=dtype)
+    row = 0
+    for piece in pieces:
+        out[row : row + len(piece)].copy_(piece)
+        row += len(piece)
+    return out

@@ -1,0 +1,70 @@
+"""What the routed experts of a model are: facts that kernels, shards and routers share, free of any framework's names.
+
+Legend: D hidden size, I expert intermediate size.
+"""
+
+# ruff: noqa: N815 - fields carry shape suffixes too
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+ActivationKind = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """The gated activation between the two expert matrices.
+
+    `silu`, `gelu`, `gelu_tanh`: `act(gate) * up`. `swigluoai` (gpt-oss): gate clamped to at most `limit`, up clamped to
+    `[-limit, limit]`, then `gate * sigmoid(alpha * gate) * (up + 1)`; `limit` None means no clamp.
+    """
+
+    kind: ActivationKind
+    alpha: float = 1.702
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """What a checkpoint's configuration says of its routed experts."""
+
+    model_type: str
+    layer_ids: tuple[int, ...]  # decoder layer of each MoE layer; dense layers are skipped
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: ActivationSpec
+    has_bias: bool
+    weight_on_input: bool  # Llama 4: the router weight scales the expert's input, not its output
+    quantization: str | None  # as stored: None, "fp8_block" or "mxfp4"; read_expert always returns plain floats
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers, which are the rows of a placement."""
+        return len(self.layer_ids)
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert's weights (and biases) in memory at `dtype`."""
+        D, I = self.hidden_size, self.intermediate_size
+        return (3 * D * I + (2 * I + D if self.has_bias else 0)) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert in the layout that kernels take: gate rows first, then up rows; never interleaved or transposed."""
+
+    w13_2ID: torch.Tensor  # [2I, D]
+    w2_DI: torch.Tensor  # [D, I]
+    b13_2I: torch.Tensor | None = None  # [2I]
+    b2_D: torch.Tensor | None = None  # [D]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        tensors = (self.w13_2ID, self.w2_DI, self.b13_2I, self.b2_D)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
