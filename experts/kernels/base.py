@@ -1,0 +1,186 @@
+"""The interface of every expert kernel: the grouped gated MLP of one shard, over ragged (row, slot) pairs.
+
+Legend: L MoE layers, S slots of the shard, M rows of a call, N (row, slot) pairs in it, D hidden size, I expert
+intermediate size. Pairs come in compressed sparse rows: row m has the pairs row_offsets[m]:row_offsets[m + 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from experts.spec import ActivationSpec, ExpertWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """What a kernel is built for: the same for all layers and slots of a shard."""
+
+    num_layers: int
+    num_slots: int
+    hidden_size: int
+    intermediate_size: int
+    activation: ActivationSpec
+    has_bias: bool = False
+    weight_on_input: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "num_slots", "hidden_size", "intermediate_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}, expected 1 or more")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        if self.activation.kind not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation.kind!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def device_type(self) -> str:
+        """cpu or cuda."""
+        return torch.device(self.device).type
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights in this dtype, without any padding."""
+        D, I = self.hidden_size, self.intermediate_size
+        return (3 * D * I + (2 * I + D if self.has_bias else 0)) * self.dtype.itemsize
+
+
+class ExpertKernel(ABC):
+    """Weights of all slots of a shard, in one kernel's own layout, and the MLP over them.
+
+    `set_slot` may be called from another thread than `forward`, as long as no forward uses that slot meanwhile.
+    `forward` itself is for one thread at a time: it owns scratch memory.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, shape: KernelShape) -> None:
+        reason = self.supports(shape)
+        if reason is not None:
+            raise ValueError(f"kernel {self.name!r} cannot serve {shape}: {reason}")
+        self.shape = shape
+        self._loaded_LS = np.zeros((shape.num_layers, shape.num_slots), dtype=np.bool_)
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """None if this kernel can serve `shape` on this machine, else the reason why not."""
+
+    def set_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        """Pack one expert into a slot (`weights` of any float dtype, on any device); the other slots keep serving.
+
+        Raises ValueError for a layer, slot or tensor shape that does not fit.
+        """
+        shape = self.shape
+        D, I = shape.hidden_size, shape.intermediate_size
+        if not (0 <= layer < shape.num_layers and 0 <= slot < shape.num_slots):
+            raise ValueError(
+                f"layer {layer} slot {slot}: expected layers below {shape.num_layers} and slots below {shape.num_slots}"
+            )
+        expected = {"w13_2ID": (2 * I, D), "w2_DI": (D, I)}
+        if shape.has_bias:
+            expected |= {"b13_2I": (2 * I,), "b2_D": (D,)}
+        for field in ("w13_2ID", "w2_DI", "b13_2I", "b2_D"):
+            tensor = getattr(weights, field)
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != expected.get(field):
+                raise ValueError(f"{field} has the shape {found}, expected {expected.get(field)}")
+        self._loaded_LS[layer, slot] = False
+        self._pack(layer, slot, weights)
+        self._loaded_LS[layer, slot] = True
+
+    @abstractmethod
+    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        """Write checked weights into this kernel's layout."""
+
+    @abstractmethod
+    def forward(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """out[m] = sum over the pairs n of row m of weights[n] * MLP_slots[n](rows[m]); zero where a row has no pair.
+
+        `rows_MD` and `out_MD`: the shape's dtype and device, last dimension contiguous. `row_offsets_M1` and `slots_N`:
+        int32 on the CPU; `weights_N`: float32 on the CPU. Sums are kept in float32. With `weight_on_input` the weight
+        scales the MLP's input instead. Raises ValueError on pairs that do not fit, before anything is computed.
+        """
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that this kernel's weights take, padding included."""
+        return sum(t.numel() * t.element_size() for t in self._weight_tensors())
+
+    @abstractmethod
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        """All tensors that hold weights."""
+
+    def _check_call(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """Raise ValueError unless the arguments of `forward` fit each other and this kernel's slots."""
+        self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        offsets, slots = row_offsets_M1.numpy(), slots_N.numpy()
+        M, N = rows_MD.shape[0], slots.shape[0]
+        if offsets[0] != 0 or offsets[M] != N or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"row offsets must rise from 0 to the {N} pairs, found {offsets[0]} to {offsets[M]}")
+        if N == 0:
+            return
+        if slots.min() < 0 or slots.max() >= self.shape.num_slots:
+            raise ValueError(f"slots {slots.min()} to {slots.max()}, expected 0 to {self.shape.num_slots - 1}")
+        if not self._loaded_LS[layer, slots].all():
+            raise ValueError(f"layer {layer}: slot {slots[~self._loaded_LS[layer, slots]][0]} holds no expert")
+
+    def _check_shapes(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """The part of `_check_call` that does not read the pairs."""
+        shape = self.shape
+        if not 0 <= layer < shape.num_layers:
+            raise ValueError(f"layer {layer}, expected 0 to {shape.num_layers - 1}")
+        M, D = rows_MD.shape
+        if D != shape.hidden_size or out_MD.shape != rows_MD.shape:
+            raise ValueError(
+                f"rows {tuple(rows_MD.shape)} and out {tuple(out_MD.shape)}, expected both [{M}, {shape.hidden_size}]"
+            )
+        if rows_MD.dtype != shape.dtype or out_MD.dtype != shape.dtype:
+            raise ValueError(f"rows are {rows_MD.dtype} and out {out_MD.dtype}, expected {shape.dtype}")
+        if D > 1 and (rows_MD.stride(1) != 1 or out_MD.stride(1) != 1):
+            raise ValueError("rows and out must be contiguous in the last dimension")
+        if row_offsets_M1.dtype != torch.int32 or slots_N.dtype != torch.int32 or weights_N.dtype != torch.float32:
+            raise ValueError(
+                f"row offsets, slots and weights are {row_offsets_M1.dtype}, {slots_N.dtype} and {weights_N.dtype}, "
+                "expected int32, int32 and float32"
+            )
+        if row_offsets_M1.shape != (M + 1,) or slots_N.shape != weights_N.shape or slots_N.dim() != 1:
+            raise ValueError(
+                f"row offsets {tuple(row_offsets_M1.shape)}, slots {tuple(slots_N.shape)}, weights "
+                f"{tuple(weights_N.shape)}, expected [{M + 1}], [N], [N]"
+            )
+        if not (row_offsets_M1.is_contiguous() and slots_N.is_contiguous() and weights_N.is_contiguous()):
+            raise ValueError("row offsets, slots and weights must be contiguous")

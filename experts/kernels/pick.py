@@ -1,0 +1,182 @@
+"""Choose a kernel: by name, or the fastest by a measurement with the real shape on this machine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.grouped_mm import GroupedMMKernel
+from experts.kernels.torch_loop import TorchLoopKernel
+from experts.kernels.vllm_cpu import VllmCpuKernel
+from experts.spec import ExpertWeights
+
+logger = logging.getLogger(__name__)
+
+KERNELS: dict[str, type[ExpertKernel]] = {
+    kernel.name: kernel for kernel in (VllmCpuKernel, GroupedMMKernel, TorchLoopKernel)
+}
+
+TRIAL_ROWS = (1, 16, 64, 256)
+TRIAL_PAIRS_PER_ROW = 4
+TRIAL_WEIGHT_BYTES = 96 << 20  # more than a last-level cache, where the shape has that much
+TRIAL_BUDGET_S = 1.6
+TRIAL_TURNS = 6  # the first is warm-up
+
+_verdicts: dict[tuple[object, ...], str] = {}
+
+
+def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
+    """A kernel for `shape`, with no slot set yet.
+
+    `name` is a key of `KERNELS`, or "auto": the candidates that support the shape are timed on a few row counts (under
+    2 s altogether, logged as a table), and the fastest by the geometric mean of its times wins. The verdict is kept for
+    the process. Raises ValueError for an unknown name or one that does not support the shape.
+    """
+    if name != "auto":
+        if name not in KERNELS:
+            raise ValueError(f"kernel {name!r} is unknown, expected auto or one of {', '.join(KERNELS)}")
+        return KERNELS[name](shape)
+    key = (shape, torch.get_num_threads())
+    if key not in _verdicts:
+        _verdicts[key] = _measure(shape)
+    return KERNELS[_verdicts[key]](shape)
+
+
+def random_weights(shape: KernelShape, generator: torch.Generator | None = None) -> ExpertWeights:
+    """One random expert in the dtype of `shape`, on the CPU, scaled so that activations keep their size."""
+    D, I = shape.hidden_size, shape.intermediate_size
+
+    def randn(*size: int, scale: float) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * scale).to(shape.dtype)
+
+    return ExpertWeights(
+        w13_2ID=randn(2 * I, D, scale=D**-0.5),
+        w2_DI=randn(D, I, scale=I**-0.5),
+        b13_2I=randn(2 * I, scale=0.1) if shape.has_bias else None,
+        b2_D=randn(D, scale=0.1) if shape.has_bias else None,
+    )
+
+
+def random_pairs(
+    num_rows: int, num_slots: int, pairs_per_row: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(row_offsets_M1, slots_N, weights_N): ragged pairs, `pairs_per_row` a row on average, no slot twice in a row."""
+    counts_M = torch.randint(0, 2 * min(pairs_per_row, num_slots // 2 or 1) + 1, (num_rows,), generator=generator)
+    counts_M = counts_M.clamp(max=num_slots)
+    order_MS = torch.rand(num_rows, num_slots, generator=generator).argsort(dim=1)
+    slots_N = order_MS[torch.arange(num_slots) < counts_M[:, None]].int()
+    row_offsets_M1 = torch.zeros(num_rows + 1, dtype=torch.int32)
+    row_offsets_M1[1:] = counts_M.cumsum(0)
+    return row_offsets_M1, slots_N, torch.rand(slots_N.shape[0], generator=generator)
+
+
+def _trial_shape(shape: KernelShape) -> KernelShape:
+    """Cut to the trial's bytes: few slots of huge experts, few layers of small ones."""
+    slots = max(1, min(shape.num_slots, TRIAL_WEIGHT_BYTES // shape.expert_bytes))
+    layers = max(1, min(shape.num_layers, TRIAL_WEIGHT_BYTES // (slots * shape.expert_bytes)))
+    return replace(shape, num_slots=slots, num_layers=layers)
+
+
+def _measure(shape: KernelShape) -> str:
+    """Name of the fastest kernel; logs every candidate with its times, or why it was passed over."""
+    started = time.perf_counter()
+    trial = _trial_shape(shape)
+    weights = random_weights(trial, torch.Generator().manual_seed(0))
+    kernels: dict[str, ExpertKernel] = {}
+    lines = []
+    for name, kernel_class in KERNELS.items():
+        reason = kernel_class.supports(shape)
+        if reason is None:
+            try:
+                kernel = kernel_class(trial)
+                for layer in range(trial.num_layers):
+                    for slot in range(trial.num_slots):
+                        kernel.set_slot(layer, slot, weights)
+                kernels[name] = kernel
+            except Exception as error:  # a candidate that breaks is passed over, with its reason in the log
+                reason = f"failed to start: {error}"
+        if reason is not None:
+            lines.append(f"  {name:12} passed over: {reason}")
+    times_us = _time_kernels(kernels, trial, deadline=started + TRIAL_BUDGET_S, problems=lines)
+    if not times_us:
+        raise ValueError(f"no kernel can serve {shape}:\n" + "\n".join(lines))
+    score = {name: math.exp(statistics.fmean(math.log(t) for t in row.values())) for name, row in times_us.items()}
+    best = min(score, key=lambda name: score[name])
+    for name in sorted(score, key=lambda name: score[name]):
+        cells = "".join(f"{rows:6} rows {time_us:9.0f} us" for rows, time_us in times_us[name].items())
+        lines.insert(0 if name == best else len(lines), f"  {name:12}{cells}{'  <- chosen' if name == best else ''}")
+    logger.info(
+        "kernels for hidden %d, width %d, %d slots, %s on %s, %d threads (measured in %.1f s):\n%s",
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_slots,
+        shape.dtype,
+        shape.device,
+        torch.get_num_threads(),
+        time.perf_counter() - started,
+        "\n".join(lines),
+    )
+    return best
+
+
+def _time_kernels(
+    kernels: dict[str, ExpertKernel], trial: KernelShape, deadline: float, problems: list[str]
+) -> dict[str, dict[int, float]]:
+    """Median microseconds of a call, by kernel and row count, over calls taken in turns until `deadline`.
+
+    A kernel that raises is taken out and named in `problems`. A row count is only begun if all kernels are likely to end
+    before the deadline; the first one is always measured.
+    """
+    generator = torch.Generator().manual_seed(0)
+    alive = dict(kernels)
+    times_us: dict[str, dict[int, float]] = {name: {} for name in kernels}
+    last_rows, last_round_s = 0, 0.0
+    for rows in TRIAL_ROWS:
+        if last_rows and time.perf_counter() + 2 * last_round_s * rows / last_rows > deadline:
+            break
+        pairs = random_pairs(rows, trial.num_slots, TRIAL_PAIRS_PER_ROW, generator)
+        rows_MD = torch.randn(rows, trial.hidden_size, generator=generator).to(trial.device, trial.dtype)
+        out_MD = torch.empty_like(rows_MD)
+        samples: dict[str, list[float]] = {name: [] for name in alive}
+        for turn in range(TRIAL_TURNS + 1):
+            round_started = time.perf_counter()
+            for name, kernel in list(alive.items()):
+                try:
+                    time_us = _time_call(kernel, turn % trial.num_layers, rows_MD, pairs, out_MD)
+                except Exception as error:
+                    problems.append(f"  {name:12} passed over: failed with {rows} rows: {error}")
+                    del alive[name], times_us[name]
+                    continue
+                samples[name].append(time_us)
+            last_round_s = time.perf_counter() - round_started
+            if time.perf_counter() + last_round_s > deadline:
+                break
+        for name in alive:
+            warm = samples[name][1:] or samples[name]
+            times_us[name][rows] = statistics.median(warm)
+        last_rows = rows
+    return times_us
+
+
+def _time_call(
+    kernel: ExpertKernel,
+    layer: int,
+    rows_MD: torch.Tensor,
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out_MD: torch.Tensor,
+) -> float:
+    """Microseconds of one call, the device's work included."""
+    on_cuda = rows_MD.is_cuda
+    if on_cuda:
+        torch.cuda.synchronize(rows_MD.device)
+    started = time.perf_counter()
+    kernel.forward(layer, rows_MD, *pairs, out_MD)
+    if on_cuda:
+        torch.cuda.synchronize(rows_MD.device)
+    return (time.perf_counter() - started) * 1e6
