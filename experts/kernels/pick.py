@@ -12,6 +12,7 @@ import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
 from experts.kernels.grouped_mm import GroupedMMKernel
+from experts.kernels.native import NativeKernel
 from experts.kernels.torch_loop import TorchLoopKernel
 from experts.kernels.vllm_cpu import VllmCpuKernel
 from experts.spec import ExpertWeights
@@ -19,7 +20,7 @@ from experts.spec import ExpertWeights
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, type[ExpertKernel]] = {
-    kernel.name: kernel for kernel in (VllmCpuKernel, GroupedMMKernel, TorchLoopKernel)
+    kernel.name: kernel for kernel in (NativeKernel, VllmCpuKernel, GroupedMMKernel, TorchLoopKernel)
 }
 
 TRIAL_ROWS = (1, 16, 64, 256)

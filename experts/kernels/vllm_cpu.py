@@ -52,7 +52,10 @@ class VllmCpuKernel(ExpertKernel):
             if getattr(shape, field) % ALIGNMENT:
                 return f"{field} {getattr(shape, field)} is no multiple of {ALIGNMENT}"
         activation = shape.activation
-        if activation.kind == "swigluoai" and (activation.alpha, activation.limit) != (SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT):
+        if activation.kind == "swigluoai" and (activation.alpha, activation.limit) != (
+            SWIGLUOAI_ALPHA,
+            SWIGLUOAI_LIMIT,
+        ):
             return f"swigluoai has alpha {SWIGLUOAI_ALPHA} and limit {SWIGLUOAI_LIMIT} fixed in it"
         return _missing_ops()
 

@@ -133,7 +133,11 @@ def test_uniform_pairs_one_expert_and_rows_without_pairs(name, dtype):
     rows_MD = torch.randn(37, BASE.hidden_size).to(dtype)
     all_on_one = torch.arange(38, dtype=torch.int32), torch.full((37,), 4, dtype=torch.int32), torch.rand(37)
     check(kernel, experts, 1, rows_MD, *all_on_one)
-    two_each = torch.arange(38, dtype=torch.int32) * 2, torch.tensor([5, 0], dtype=torch.int32).repeat(37), torch.rand(74)
+    two_each = (
+        torch.arange(38, dtype=torch.int32) * 2,
+        torch.tensor([5, 0], dtype=torch.int32).repeat(37),
+        torch.rand(74),
+    )
     check(kernel, experts, 0, rows_MD, *two_each)
     none = torch.zeros(38, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0)
     check(kernel, experts, 0, rows_MD, *none)
@@ -179,9 +183,18 @@ def test_bad_calls_are_named_and_the_kernel_lives_on(name):
         ("slots -1 to 0", (0, rows, offsets, slots(0, -1), pair_weights, out)),
         ("slots 0 to 6", (0, rows, offsets, slots(0, 6), pair_weights, out)),
         ("slot 3 holds no expert", (0, rows, offsets, slots(0, 3), pair_weights, out)),
-        ("row offsets must rise", (0, rows, torch.tensor([0, 3, 2], dtype=torch.int32), slots(0, 0), pair_weights, out)),
-        ("row offsets must rise", (0, rows, torch.tensor([0, 1, 1], dtype=torch.int32), slots(0, 0), pair_weights, out)),
-        ("row offsets must rise", (0, rows, torch.tensor([1, 1, 2], dtype=torch.int32), slots(0, 0), pair_weights, out)),
+        (
+            "row offsets must rise",
+            (0, rows, torch.tensor([0, 3, 2], dtype=torch.int32), slots(0, 0), pair_weights, out),
+        ),
+        (
+            "row offsets must rise",
+            (0, rows, torch.tensor([0, 1, 1], dtype=torch.int32), slots(0, 0), pair_weights, out),
+        ),
+        (
+            "row offsets must rise",
+            (0, rows, torch.tensor([1, 1, 2], dtype=torch.int32), slots(0, 0), pair_weights, out),
+        ),
         ("layer 2, expected 0 to 1", (2, rows, offsets, slots(0, 0), pair_weights, out)),
         ("expected torch.float32", (0, rows.bfloat16(), offsets, slots(0, 0), pair_weights, out)),
         ("expected both", (0, rows[:, :10], offsets, slots(0, 0), pair_weights, out)),

@@ -1,0 +1,137 @@
+"""Compile and load the C++ kernel once for this machine. Needs a C++ compiler, as vLLM's own CPU compile path does."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("native_vec.h", "native_pack.h", "native_mlp.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC")
+COMPILE_DEADLINE_S = 120.0
+
+
+class NativeBuildError(RuntimeError):
+    """The C++ kernel cannot be had on this machine; the message says why."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernel with its signatures set; compiled on first use and kept in the user's cache.
+
+    The cache folder is `$EXPERTMESH_CACHE`, else `$XDG_CACHE_HOME/expertmesh`, else `~/.cache/expertmesh`. Raises
+    NativeBuildError, also on every later call.
+    """
+    library, error = _try_load()
+    if library is None:
+        raise NativeBuildError(error)
+    return library
+
+
+@functools.cache
+def _try_load() -> tuple[ctypes.CDLL | None, str]:
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (NativeBuildError, OSError) as error:
+        return None, str(error)
+    _declare(library)
+    return library, ""
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    i32, i64, f32, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    library.em_slot_bytes.argtypes = [i32, i64, i64]
+    library.em_slot_bytes.restype = i64
+    library.em_pack.argtypes = [i32, i64, i64, pointer, pointer, pointer, pointer, pointer]
+    library.em_pack.restype = None
+    library.em_create.argtypes = [i32, i64, i64, i64, i64, i32, f32, f32, i32, pointer, pointer]
+    library.em_create.restype = pointer
+    library.em_destroy.argtypes = [pointer]
+    library.em_destroy.restype = None
+    library.em_forward.argtypes = [
+        pointer, i64, i64, i64, pointer, i64, pointer, pointer, pointer, pointer, i64, i32,
+    ]  # fmt: skip
+    library.em_forward.restype = i32
+
+
+def _build() -> Path:
+    compiler = _find_compiler()
+    folder = Path(__file__).parent
+    key = hashlib.sha256()
+    for text in (*((folder / name).read_text() for name in SOURCES), *FLAGS, compiler, _version(compiler), _machine()):
+        key.update(text.encode() + b"\0")
+    cache = _cache_folder()
+    target = cache / f"expert-mlp-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    with open(cache / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its holder compiles under a deadline
+        if not target.exists():
+            _compile(compiler, folder / SOURCES[-1], target)
+    return target
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    started = time.perf_counter()
+    error = ""
+    for openmp in (["-fopenmp"], []):  # a compiler without OpenMP's runtime still makes the kernel of one thread
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        command = [compiler, *FLAGS, native, *openmp, str(source), "-o", str(partial)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise NativeBuildError(f"{compiler} took more than {COMPILE_DEADLINE_S:.0f} s") from None
+        if done.returncode == 0:
+            partial.replace(target)
+            logger.info("compiled the expert kernel in %.1f s: %s", time.perf_counter() - started, target)
+            return
+        error = done.stderr.strip()[-500:]
+        partial.unlink(missing_ok=True)
+    raise NativeBuildError(f"{compiler} failed: {error}")
+
+
+def _find_compiler() -> str:
+    wanted = os.environ.get("CXX", "")
+    for name in filter(None, (wanted, "c++", "g++", "clang++")):
+        path = shutil.which(name)
+        if path:
+            return path
+    raise NativeBuildError("no C++ compiler: none of $CXX, c++, g++, clang++ is on the path")
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+
+
+def _machine() -> str:
+    """What `native` resolves to: the processor's model and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "|".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("EXPERTMESH_CACHE")
+    home = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(home, os.W_OK):
+            return home
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="expertmesh-"))

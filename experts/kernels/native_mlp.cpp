@@ -1,0 +1,334 @@
+// Grouped gated MLP of one shard on the CPU: y[m] = sum over the pairs of row m of weight * w2 act(w13 x[m]).
+//
+// The pairs of a call are grouped by slot. A slot's rows are gathered into blocks of at most MAX_ROWS; each weight panel
+// (two vectors wide) is streamed from memory once and multiplied with all blocks while it is in cache. Sums stay in
+// float32 registers over the whole reduction; products of slots are added to a float32 y in ascending slot order. So a
+// row's result depends neither on the other rows of the call nor on the number of threads.
+//
+// Legend: D hidden size, I expert intermediate size, M rows, N pairs; words and panels as in native_pack.h.
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "native_pack.h"
+
+namespace {
+
+struct Block {
+    int32_t first, rows;  // in the pairs sorted by slot
+};
+
+struct Group {
+    int32_t slot, first_block, num_blocks, rows;
+};
+
+struct Kernel {
+    Sizes sizes;
+    int64_t num_layers, num_slots;
+    int32_t is_bf16, activation, on_input;
+    float alpha, limit;
+    const uint32_t* weights;
+    int64_t slot_words;
+    const uint8_t* loaded;  // [num_layers, num_slots]
+    // scratch, kept from call to call
+    std::vector<int32_t> starts, rows;
+    std::vector<float> pair_weights, y;
+    std::vector<uint32_t> x_blocks, h_blocks;
+    std::vector<Block> blocks;
+    std::vector<Group> groups;
+};
+
+// sums[r][panel * 2 + vector] of R rows times PANELS neighbouring panels, over the whole reduction.
+template <class Format, int R, int PANELS>
+void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums) {
+    constexpr int V = 2 * PANELS;
+    VecF acc[R][V] = {};
+    const int64_t next_panel = words * PANEL;
+    for (int64_t start = 0; start < words; start += CHUNK, block += MAX_ROWS * ROW_STRIDE) {
+        const int64_t length = std::min<int64_t>(CHUNK, words - start);
+        const uint32_t* b = panel + start * PANEL;
+        for (int64_t k = 0; k < length; k++, b += PANEL) {
+            typename Format::B column[V];
+            for (int q = 0; q < PANELS; q++)
+                for (int v = 0; v < 2; v++) {
+                    const uint32_t* line = b + q * next_panel + v * LANES;
+                    __builtin_prefetch(line + PREFETCH_WORDS);
+                    column[2 * q + v] = Format::load_b(line);
+                }
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++)
+                    acc[r][v] = Format::multiply_add(acc[r][v], block[r * ROW_STRIDE + k], column[v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r * V + v] = acc[r][v];
+}
+
+typedef void (*Multiply)(const uint32_t*, const uint32_t*, int64_t, VecF*);
+
+// Few rows leave registers free, so they take two panels at once: more sums in flight, same order of additions.
+constexpr int PAIR_ROWS = MAX_ROWS / 2;
+
+template <class Format, int PANELS, int R>
+Multiply find_multiply(int rows) {
+    if constexpr (R == 0) {
+        return nullptr;
+    } else {
+        return rows == R ? multiply<Format, R, PANELS> : find_multiply<Format, PANELS, R - 1>(rows);
+    }
+}
+
+template <class Format>
+void multiply_panels(int panels, int rows, const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums) {
+    static const struct Table {
+        Multiply one[MAX_ROWS + 1], two[PAIR_ROWS + 1];
+        Table() {
+            for (int r = 0; r <= MAX_ROWS; r++) one[r] = find_multiply<Format, 1, MAX_ROWS>(r);
+            for (int r = 0; r <= PAIR_ROWS; r++) two[r] = find_multiply<Format, 2, PAIR_ROWS>(r);
+        }
+    } table;
+    (panels == 2 ? table.two[rows] : table.one[rows])(block, panel, words, sums);
+}
+
+// Copy the rows of one slot into its blocks: [chunk][row][CHUNK words], so that a row is a constant away from the next.
+template <class Format>
+void gather(const Kernel& k, const Group& group, const void* rows_any, int64_t row_stride, uint32_t* x_blocks) {
+    typedef typename Format::Value Value;
+    const auto* rows = static_cast<const Value*>(rows_any);
+    const Sizes& s = k.sizes;
+    constexpr int64_t CHUNK_VALUES = CHUNK * Format::GROUP;
+    for (int b = 0; b < group.num_blocks; b++) {
+        const Block& block = k.blocks[group.first_block + b];
+        for (int r = 0; r < block.rows; r++) {
+            const Value* source = rows + k.rows[block.first + r] * row_stride;
+            const float weight = k.pair_weights[block.first + r];
+            uint32_t* target = x_blocks + b * s.block_D + r * ROW_STRIDE;
+            for (int64_t start = 0; start < s.D; start += CHUNK_VALUES, target += MAX_ROWS * ROW_STRIDE) {
+                const int64_t length = std::min<int64_t>(CHUNK_VALUES, s.D - start);
+                Value* values = reinterpret_cast<Value*>(target);
+                if (length % Format::GROUP) target[length / Format::GROUP] = 0;
+                if (!k.on_input) {
+                    memcpy(values, source + start, length * sizeof(Value));
+                    continue;
+                }
+                for (int64_t i = 0; i < length; i++) {
+                    Value rounded[LANES];
+                    Format::store_lanes(rounded, splat(Format::widen(source[start + i]) * weight));
+                    values[i] = rounded[0];
+                }
+            }
+        }
+    }
+}
+
+// h = act(gate, up) for panels [begin, end) of w13 and all rows of a slot.
+template <class Format>
+void first_matrix(const Kernel& k, const Group& group, const uint32_t* slot, int64_t begin, int64_t end,
+                  const uint32_t* x_blocks, uint32_t* h_blocks) {
+    const Sizes& s = k.sizes;
+    const float* biases = reinterpret_cast<const float*>(slot + s.w13_words() + s.w2_words());
+    VecF sums[MAX_ROWS * 2];
+    for (int64_t p = begin, width; p < end; p += width) {
+        width = group.rows <= PAIR_ROWS && p + 1 < end ? 2 : 1;
+        for (int b = 0; b < group.num_blocks; b++) {
+            const int rows = k.blocks[group.first_block + b].rows;
+            multiply_panels<Format>(width, rows, x_blocks + b * s.block_D, slot + p * PANEL * s.words_D, s.words_D, sums);
+            for (int q = 0; q < width; q++) {
+                const VecF gate_bias = load<VecF>(biases + (p + q) * PANEL);
+                const VecF up_bias = load<VecF>(biases + (p + q) * PANEL + LANES);
+                const int64_t word = (p + q) * LANES / Format::GROUP;
+                uint32_t* target = h_blocks + b * s.block_I + word / CHUNK * MAX_ROWS * ROW_STRIDE + word % CHUNK;
+                for (int r = 0; r < rows; r++) {
+                    const VecF* sum = sums + (r * width + q) * 2;
+                    VecF h = activate(k.activation, k.alpha, k.limit, sum[0] + gate_bias, sum[1] + up_bias);
+                    Format::store_lanes(reinterpret_cast<typename Format::Value*>(target + r * ROW_STRIDE), h);
+                }
+            }
+        }
+    }
+}
+
+// y += weight * (w2 h + b2) for panels [begin, end) of w2 and all rows of a slot.
+template <class Format>
+void second_matrix(Kernel& k, const Group& group, const uint32_t* slot, int64_t begin, int64_t end,
+                   const uint32_t* h_blocks) {
+    const Sizes& s = k.sizes;
+    const uint32_t* panels = slot + s.w13_words();
+    const float* biases = reinterpret_cast<const float*>(panels + s.w2_words()) + s.b13_words();
+    const int64_t y_stride = s.panels_D * PANEL;
+    VecF sums[MAX_ROWS * 2];
+    for (int64_t p = begin, width; p < end; p += width) {
+        width = group.rows <= PAIR_ROWS && p + 1 < end ? 2 : 1;
+        for (int b = 0; b < group.num_blocks; b++) {
+            const Block& block = k.blocks[group.first_block + b];
+            multiply_panels<Format>(width, block.rows, h_blocks + b * s.block_I, panels + p * PANEL * s.words_I, s.words_I,
+                                    sums);
+            for (int r = 0; r < block.rows; r++) {
+                const float weight = k.on_input ? 1.0f : k.pair_weights[block.first + r];
+                float* target = k.y.data() + k.rows[block.first + r] * y_stride + p * PANEL;
+                for (int v = 0; v < 2 * width; v++) {
+                    VecF product = sums[r * 2 * width + v] + load<VecF>(biases + p * PANEL + v * LANES);
+                    store(target + v * LANES, load<VecF>(target + v * LANES) + weight * product);
+                }
+            }
+        }
+    }
+}
+
+template <class Format>
+void write_rows(const Kernel& k, int64_t begin, int64_t end, void* out_any, int64_t out_stride) {
+    typedef typename Format::Value Value;
+    const int64_t y_stride = k.sizes.panels_D * PANEL, D = k.sizes.D;
+    for (int64_t m = begin; m < end; m++) {
+        Value* out = static_cast<Value*>(out_any) + m * out_stride;
+        const float* y = k.y.data() + m * y_stride;
+        int64_t d = 0;
+        for (; d + LANES <= D; d += LANES) Format::store_lanes(out + d, load<VecF>(y + d));
+        if (d < D) {
+            Value last[LANES];
+            Format::store_lanes(last, load<VecF>(y + d));
+            memcpy(out + d, last, (D - d) * sizeof(Value));
+        }
+    }
+}
+
+// Sort the pairs by slot and cut each slot's rows into blocks. False if the pairs do not fit.
+bool group_pairs(Kernel& k, int64_t layer, int64_t M, int64_t N, const int32_t* offsets, const int32_t* slots,
+                 const float* weights) {
+    if (offsets[0] != 0 || offsets[M] != N) return false;
+    for (int64_t m = 0; m < M; m++)
+        if (offsets[m] > offsets[m + 1]) return false;
+    const uint8_t* loaded = k.loaded + layer * k.num_slots;
+    k.starts.assign(k.num_slots + 1, 0);
+    for (int64_t n = 0; n < N; n++) {
+        if (slots[n] < 0 || slots[n] >= k.num_slots || !loaded[slots[n]]) return false;
+        k.starts[slots[n] + 1]++;
+    }
+    k.blocks.clear();
+    k.groups.clear();
+    for (int32_t slot = 0; slot < k.num_slots; slot++) {
+        const int32_t rows = k.starts[slot + 1];
+        k.starts[slot + 1] += k.starts[slot];
+        if (rows == 0) continue;
+        const int32_t count = divide_up(rows, MAX_ROWS);
+        k.groups.push_back({slot, int32_t(k.blocks.size()), count, rows});
+        int32_t first = k.starts[slot];
+        for (int32_t b = 0; b < count; b++) {
+            const int32_t size = rows / count + (b < rows % count);
+            k.blocks.push_back({first, size});
+            first += size;
+        }
+    }
+    k.rows.resize(N);
+    k.pair_weights.resize(N);
+    for (int64_t m = 0; m < M; m++)
+        for (int32_t n = offsets[m]; n < offsets[m + 1]; n++) {
+            const int32_t at = k.starts[slots[n]]++;
+            k.rows[at] = m;
+            k.pair_weights[at] = weights[n];
+        }
+    return true;
+}
+
+template <class Format>
+void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stride, void* out, int64_t out_stride,
+         int threads) {
+    const Sizes& s = k.sizes;
+    const uint32_t* layer_weights = k.weights + layer * k.num_slots * k.slot_words;
+    k.y.assign(M * s.panels_D * PANEL, 0.0f);
+    if (threads <= 1) {
+        int32_t most = 0;
+        for (const Group& group : k.groups) most = std::max(most, group.num_blocks);
+        k.x_blocks.resize(std::max<size_t>(k.x_blocks.size(), most * s.block_D));
+        k.h_blocks.resize(std::max<size_t>(k.h_blocks.size(), most * s.block_I));
+        for (const Group& group : k.groups) {
+            const uint32_t* slot = layer_weights + group.slot * k.slot_words;
+            gather<Format>(k, group, rows, row_stride, k.x_blocks.data());
+            first_matrix<Format>(k, group, slot, 0, s.panels_I, k.x_blocks.data(), k.h_blocks.data());
+            second_matrix<Format>(k, group, slot, 0, s.panels_D, k.h_blocks.data());
+        }
+        write_rows<Format>(k, 0, M, out, out_stride);
+        return;
+    }
+#if defined(_OPENMP)
+    // Threads share the panels of all slots in the first matrix; in the second each owns a range of y's columns.
+    const int64_t num_groups = k.groups.size(), strips = divide_up(s.panels_I, 4);
+    k.x_blocks.resize(std::max<size_t>(k.x_blocks.size(), k.blocks.size() * s.block_D));
+    k.h_blocks.resize(std::max<size_t>(k.h_blocks.size(), k.blocks.size() * s.block_I));
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < num_groups; g++)
+            gather<Format>(k, k.groups[g], rows, row_stride, k.x_blocks.data() + k.groups[g].first_block * s.block_D);
+#pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < num_groups * strips; job++) {
+            const Group& group = k.groups[job / strips];
+            const int64_t begin = job % strips * 4;
+            first_matrix<Format>(k, group, layer_weights + group.slot * k.slot_words, begin,
+                                 std::min(begin + 4, s.panels_I), k.x_blocks.data() + group.first_block * s.block_D,
+                                 k.h_blocks.data() + group.first_block * s.block_I);
+        }
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        for (const Group& group : k.groups)
+            second_matrix<Format>(k, group, layer_weights + group.slot * k.slot_words, s.panels_D * me / team,
+                                  s.panels_D * (me + 1) / team, k.h_blocks.data() + group.first_block * s.block_I);
+#pragma omp barrier
+        write_rows<Format>(k, M * me / team, M * (me + 1) / team, out, out_stride);
+    }
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t em_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
+    return Sizes(hidden, width, is_bf16 ? 2 : 1).slot_bytes();
+}
+
+// 1 if several threads are of use.
+int32_t em_has_threads() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// w13 [2 * width, hidden] and w2 [hidden, width] in the format's own type, biases in float32 or null.
+void em_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
+             const float* b2, void* slot) {
+    const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
+    (is_bf16 ? pack_slot<BFloat16> : pack_slot<Float32>)(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
+}
+
+// `weights` [layers, slots] of em_slot_bytes each and `loaded` [layers, slots] must outlive the kernel.
+void* em_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
+                float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded) {
+    const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
+    return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
+                                     alpha,    limit,    static_cast<const uint32_t*>(weights), sizes.slot_bytes() / 4,
+                                     loaded,   {}, {}, {}, {}, {}, {}, {}, {}};
+}
+
+void em_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+
+// 0: done. 1: the pairs do not fit, nothing was computed. 2: no memory for the scratch space.
+int32_t em_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
+                   const int32_t* offsets, const int32_t* slots, const float* weights, void* out, int64_t out_stride,
+                   int32_t threads) try {
+    Kernel& k = *static_cast<Kernel*>(kernel);
+    if (layer < 0 || layer >= k.num_layers || !group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
+    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, row_stride, out, out_stride, em_has_threads() ? threads : 1);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+}

@@ -1,0 +1,76 @@
+// How a slot's weights lie in memory, and the copy into that layout.
+//
+// Legend: D hidden size, I expert intermediate size, K length of a reduction. "Words" are 32 bits: one float32 or two
+// bfloat16 neighbours of a reduction. A packed slot: w13 panels, w2 panels, then the biases in float32.
+//   w13 panel p: [K words][gate columns p * LANES .., up columns p * LANES ..]    w2 panel p: [K words][2 * LANES columns]
+#pragma once
+
+#include "native_vec.h"
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;        // words of a panel at one step of the reduction
+constexpr int CHUNK = 256;              // words of a row that lie together in a block
+constexpr int ROW_STRIDE = CHUNK + 16;  // a cache line more, so that rows do not fall into the same cache sets
+constexpr int PREFETCH_WORDS = 1024;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Sizes {
+    int64_t D, I;
+    int64_t words_D, words_I;    // of a reduction over D, over I padded to panels
+    int64_t panels_I, panels_D;  // of w13, of w2
+    int64_t block_D, block_I;    // words of a gathered block
+
+    Sizes(int64_t hidden, int64_t width, int group) : D(hidden), I(width) {
+        panels_I = divide_up(I, LANES);
+        panels_D = divide_up(D, PANEL);
+        words_D = divide_up(D, group);
+        words_I = panels_I * LANES / group;
+        block_D = divide_up(words_D, CHUNK) * MAX_ROWS * ROW_STRIDE;
+        block_I = divide_up(words_I, CHUNK) * MAX_ROWS * ROW_STRIDE;
+    }
+    int64_t w13_words() const { return panels_I * PANEL * words_D; }
+    int64_t w2_words() const { return panels_D * PANEL * words_I; }
+    int64_t b13_words() const { return panels_I * PANEL; }
+    int64_t slot_bytes() const { return divide_up(4 * (w13_words() + w2_words() + b13_words() + panels_D * PANEL), 64) * 64; }
+};
+
+template <class Format>
+inline uint32_t word_at(const typename Format::Value* row, int64_t word, int64_t length) {
+    typename Format::Value values[Format::GROUP] = {};
+    for (int g = 0; g < Format::GROUP; g++)
+        if (word * Format::GROUP + g < length) values[g] = row[word * Format::GROUP + g];
+    uint32_t packed;
+    memcpy(&packed, values, 4);
+    return packed;
+}
+
+template <class Format>
+void pack_slot(const Sizes& s, const void* w13_any, const float* b13, const void* w2_any, const float* b2, uint32_t* slot) {
+    const auto* w13 = static_cast<const typename Format::Value*>(w13_any);
+    const auto* w2 = static_cast<const typename Format::Value*>(w2_any);
+    for (int64_t p = 0; p < s.panels_I; p++)
+        for (int lane = 0; lane < PANEL; lane++) {
+            int64_t column = p * LANES + lane % LANES;
+            const auto* source = w13 + (column + (lane < LANES ? 0 : s.I)) * s.D;
+            for (int64_t k = 0; k < s.words_D; k++)
+                slot[(p * s.words_D + k) * PANEL + lane] = column < s.I ? word_at<Format>(source, k, s.D) : 0;
+        }
+    uint32_t* target = slot + s.w13_words();
+    for (int64_t p = 0; p < s.panels_D; p++)
+        for (int lane = 0; lane < PANEL; lane++) {
+            int64_t column = p * PANEL + lane;
+            for (int64_t k = 0; k < s.words_I; k++)
+                target[(p * s.words_I + k) * PANEL + lane] = column < s.D ? word_at<Format>(w2 + column * s.I, k, s.I) : 0;
+        }
+    float* biases = reinterpret_cast<float*>(target + s.w2_words());
+    for (int64_t i = 0; i < s.b13_words(); i++) {
+        int64_t column = i / PANEL * LANES + i % LANES;
+        biases[i] = b13 && column < s.I ? b13[column + (i % PANEL < LANES ? 0 : s.I)] : 0.0f;
+    }
+    biases += s.b13_words();
+    for (int64_t i = 0; i < s.panels_D * PANEL; i++) biases[i] = b2 && i < s.D ? b2[i] : 0.0f;
+}
+
+}  // namespace

@@ -1,0 +1,159 @@
+// Vector types, activations and the two number formats of native_mlp.cpp, in GCC's portable vector extension.
+// The one intrinsic is the bf16 dot product of AVX512_BF16; without it bf16 pairs are widened to float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MAX_ROWS = 12;  // 12 rows x 2 vectors of sums, of 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, MAX_ROWS = 6;  // of 16 registers
+#elif defined(__aarch64__)
+constexpr int LANES = 4, MAX_ROWS = 12;
+#else
+constexpr int LANES = 4, MAX_ROWS = 6;
+#endif
+
+typedef float VecF __attribute__((vector_size(4 * LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
+typedef uint16_t VecH __attribute__((vector_size(2 * LANES)));
+
+template <class V>
+static inline V load(const void* source) {
+    V value;
+    memcpy(&value, source, sizeof(V));
+    return value;
+}
+
+template <class V>
+static inline void store(void* target, V value) {
+    memcpy(target, &value, sizeof(V));
+}
+
+static inline VecF splat(float value) { return VecF{} + value; }
+
+static inline VecF min(VecF a, VecF b) { return a < b ? a : b; }
+static inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+
+// exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by the Taylor polynomial of degree 7; within 2 ulp, clamped to finite results.
+// A NaN stays one.
+static inline VecF exp(VecF x) {
+    VecF clamped = min(max(x, splat(-87.0f)), splat(88.0f));
+    VecF n = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    n = n - 12582912.0f;
+    VecF r = clamped - n * 0.693359375f;  // ln 2 in two parts, n times the first is exact
+    r = r + n * 2.12194440e-4f;
+    VecF p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    VecI exponent = (__builtin_convertvector(n, VecI) + 127) << 23;
+    VecF scale;
+    memcpy(&scale, &exponent, sizeof scale);
+    VecF result = p * scale;
+    return x == x ? result : x;
+}
+
+static inline VecF sigmoid(VecF x) { return 1.0f / (1.0f + exp(-x)); }
+
+// x * Phi(x), with Phi by formula 7.1.26 of Abramowitz and Stegun (absolute error of erf below 1.5e-7), whose upper tail
+// is used as it stands for negative x, so that nothing cancels there.
+static inline VecF gelu(VecF x) {
+    VecF z = (x < 0.0f ? -x : x) * 0.707106781f;
+    VecF t = 1.0f / (1.0f + 0.3275911f * z);
+    VecF p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    VecF half_tail = 0.5f * p * t * exp(-z * z);
+    return x * (x < 0.0f ? half_tail : 1.0f - half_tail);
+}
+
+// 0.5 * x * (1 + tanh(u)) is x * sigmoid(2 u)
+static inline VecF gelu_tanh(VecF x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
+
+enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, SWIGLUOAI = 3 };
+
+static inline VecF activate(int32_t kind, float alpha, float limit, VecF gate, VecF up) {
+    switch (kind) {
+        case SILU: return gate * sigmoid(gate) * up;
+        case GELU: return gelu(gate) * up;
+        case GELU_TANH: return gelu_tanh(gate) * up;
+        default:
+            gate = gate > limit ? splat(limit) : gate;
+            up = up > limit ? splat(limit) : up;
+            up = up < -limit ? splat(-limit) : up;
+            return gate * sigmoid(alpha * gate) * (up + 1.0f);
+    }
+}
+
+// A number format: matrices are packed into 32-bit words of GROUP values that follow each other in the reduction.
+struct Float32 {
+    typedef float Value;
+    static constexpr int GROUP = 1;
+    static inline float widen(float value) { return value; }
+    static inline void store_lanes(float* target, VecF value) { store(target, value); }
+    struct B {
+        VecF value;
+    };
+    static inline B load_b(const uint32_t* words) { return {load<VecF>(words)}; }
+    static inline VecF multiply_add(VecF sum, uint32_t a, const B& b) {
+        float value;
+        memcpy(&value, &a, 4);
+        return sum + b.value * value;
+    }
+};
+
+struct BFloat16 {
+    typedef uint16_t Value;
+    static constexpr int GROUP = 2;
+    static inline float widen(uint16_t value) {
+        uint32_t bits = uint32_t(value) << 16;
+        float wide;
+        memcpy(&wide, &bits, 4);
+        return wide;
+    }
+#if defined(__AVX512BF16__)
+    static inline void store_lanes(uint16_t* target, VecF value) { store(target, _mm512_cvtneps_pbh((__m512)value)); }
+    struct B {
+        __m512bh value;
+    };
+    static inline B load_b(const uint32_t* words) { return {load<__m512bh>(words)}; }
+    static inline VecF multiply_add(VecF sum, uint32_t a, const B& b) {
+        return (VecF)_mm512_dpbf16_ps((__m512)sum, b.value, (__m512bh)_mm512_set1_epi32(int(a)));
+    }
+#else
+    static inline void store_lanes(uint16_t* target, VecF value) {  // round to nearest even
+        VecU bits;
+        memcpy(&bits, &value, sizeof bits);
+        VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        rounded = value == value ? rounded : (bits >> 16) | 0x40u;
+        store(target, __builtin_convertvector(rounded, VecH));
+    }
+    struct B {
+        VecF low, high;
+    };
+    static inline B load_b(const uint32_t* words) {
+        VecU both = load<VecU>(words), low = both << 16, high = both & 0xffff0000u;
+        B b;
+        memcpy(&b.low, &low, sizeof low);
+        memcpy(&b.high, &high, sizeof high);
+        return b;
+    }
+    static inline VecF multiply_add(VecF sum, uint32_t a, const B& b) {
+        sum = sum + b.low * widen(uint16_t(a));
+        return sum + b.high * widen(uint16_t(a >> 16));
+    }
+#endif
+};
