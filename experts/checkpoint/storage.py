@@ -6,6 +6,7 @@ Legend: E experts, P rows and Q columns of one expert's matrix as kernels want i
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,23 @@ class ExpertStorage:
     ) -> None:
         self.layout = layout
         self._store = store
-        self._prefix = prefix
+        self.prefix = prefix
         self._num_experts = num_experts
         self._quantization = quantization
+        stems = "|".join(re.escape(prefix + part.name) for part in layout.parts)
+        stems = stems.replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
+        self._owned = re.compile(f"(?:{stems})(?:_scale_inv|_blocks|_scales)?")
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of this name is a part or a scale of a routed expert of any layer."""
+        return self._owned.fullmatch(name) is not None
 
     def ranges(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> list[ExpertRange]:
         """Where a part of `shape` (as kernels want it) lies: one range if plain, two if quantized.
 
         CheckpointError names a tensor that is missing or has another shape or dtype than expected.
         """
-        name = self._prefix + part.name.format(layer=layer_id, expert=expert)
+        name = self.prefix + part.name.format(layer=layer_id, expert=expert)
         if name + "_blocks" in self._store and self._quantization == "mxfp4":
             P, Q = shape
             q = Q // MXFP4_BLOCK
