@@ -54,37 +54,115 @@ def _best_node(
     held_N: np.ndarray,
     touched_J: np.ndarray,
     left: int,
-    used_in_N: np.ndarray,
-    token: int,
+    visited_N: np.ndarray,
     node_of_rank_R: np.ndarray,
     rank_load_R: np.ndarray,
 ) -> int:
-    """The node to visit next, among `touched_J`; `used_in_N[n] == token` says that the token visits n already."""
+    """The node to visit next, among `touched_J`; `visited_N[n]` is 1 where the token visits n already."""
     best = -1
-    best_cover = np.int64(0)
-    best_used = False
+    best_key = np.int64(0)
     best_load = np.int64(-1)  # looked up on ties alone
     for n in touched_J:
         cover = popcount(held_N[n] & left)
-        used = used_in_N[n] == token
-        if cover == 0 or cover < best_cover:
+        if cover == 0:
             continue
-        if cover == best_cover:
-            if best_used and not used:
+        key = 2 * cover + visited_N[n]
+        if key < best_key:
+            continue
+        load = np.int64(-1)
+        if key == best_key:
+            if best_load < 0:
+                best_load = _least_load_of_node(best, node_of_rank_R, rank_load_R)
+            load = _least_load_of_node(n, node_of_rank_R, rank_load_R)
+            if load > best_load or (load == best_load and n > best):
                 continue
-            if best_used == used:
-                if best_load < 0:
-                    best_load = _least_load_of_node(best, node_of_rank_R, rank_load_R)
-                load = _least_load_of_node(n, node_of_rank_R, rank_load_R)
-                if load > best_load or (load == best_load and n > best):
-                    continue
-                best_load = load
-            else:
-                best_load = np.int64(-1)
-        else:
-            best_load = np.int64(-1)
-        best, best_cover, best_used = n, cover, used
+        best, best_key, best_load = n, key, load
     return best
+
+
+@njit(nogil=True, cache=True, inline="always")
+def cover_token(
+    wanted_K: np.ndarray,
+    num_wanted: int,
+    num_holders_E: np.ndarray,
+    holders_ER: np.ndarray,
+    node_of_rank_R: np.ndarray,
+    num_nodes: int,
+    rank_load_R: np.ndarray,
+    chosen_E: np.ndarray,
+    held_R: np.ndarray,
+    held_N: np.ndarray,
+    touched_R: np.ndarray,
+    touched_N: np.ndarray,
+    visited_N: np.ndarray,
+) -> tuple[int, int]:
+    """Choose for one token; returns the ranks and the nodes that it visits (1 node where there is but one).
+
+    `wanted_K[:num_wanted]` are distinct experts with at least one holder; `holders_ER[e, :num_holders_E[e]]` the
+    ranks that hold e. Writes `chosen_E` for them and adds to `rank_load_R`. `held_R`, `held_N` and `visited_N`
+    (int64) are scratch, 0 before and after; `touched_R`, `touched_N` (int32) are scratch.
+    """
+    # Bit i of held_R[r]: rank r holds the token's i-th wanted expert.
+    num_touched = 0
+    num_touched_nodes = 0
+    for i in range(num_wanted):
+        expert = wanted_K[i]
+        bit = np.int64(1) << i
+        for j in range(num_holders_E[expert]):
+            r = holders_ER[expert, j]
+            if held_R[r] == 0:
+                touched_R[num_touched] = r
+                num_touched += 1
+            held_R[r] |= bit
+            if num_nodes > 1:
+                n = node_of_rank_R[r]
+                if held_N[n] == 0:
+                    touched_N[num_touched_nodes] = n
+                    num_touched_nodes += 1
+                held_N[n] |= bit
+    left = (np.int64(1) << num_wanted) - 1
+    ranks_visited = 0
+    nodes_visited = 1
+    if num_nodes > 1:
+        nodes_visited = 0
+    while left:
+        node = -1
+        if num_nodes > 1:
+            node = touched_N[0]
+            if num_touched_nodes > 1:
+                node = _best_node(
+                    held_N, touched_N[:num_touched_nodes], left, visited_N, node_of_rank_R, rank_load_R
+                )
+            if visited_N[node] == 0:
+                visited_N[node] = 1
+                nodes_visited += 1
+        best = -1
+        best_cover = np.int64(0)
+        for j in range(num_touched):
+            r = touched_R[j]
+            if node >= 0 and node_of_rank_R[r] != node:
+                continue
+            cover = popcount(held_R[r] & left)
+            if cover > best_cover:
+                best = r
+                best_cover = cover
+            elif cover == best_cover and cover > 0:
+                load = rank_load_R[r]
+                if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
+                    best = r
+        taken = held_R[best] & left
+        left &= ~taken
+        rank_load_R[best] += best_cover
+        ranks_visited += 1
+        while taken:
+            chosen_E[wanted_K[lowest_bit(taken)]] = best
+            taken &= taken - 1
+    for j in range(num_touched):
+        held_R[touched_R[j]] = 0
+    for j in range(num_touched_nodes):
+        held_N[touched_N[j]] = 0
+        visited_N[touched_N[j]] = 0
+    return ranks_visited, nodes_visited
 
 
 @njit(nogil=True, cache=True)
@@ -124,7 +202,7 @@ def choose_replicas(
     held_N = np.zeros(num_nodes, np.int64)
     touched_R = np.empty(num_ranks, np.int32)
     touched_N = np.empty(num_nodes, np.int32)
-    used_in_N = np.full(num_nodes, -1, np.int64)
+    visited_N = np.zeros(num_nodes, np.int64)
 
     for t in range(num_tokens):
         num_wanted = 0
@@ -155,56 +233,21 @@ def choose_replicas(
             for i in range(num_wanted):
                 rank_load_R[chosen_E[wanted_K[i]]] += 1
         else:
-            num_touched = 0
-            num_touched_nodes = 0
-            for i in range(num_wanted):
-                expert = wanted_K[i]
-                bit = np.int64(1) << i
-                for j in range(num_holders_E[expert]):
-                    r = holders_ER[expert, j]
-                    if held_R[r] == 0:
-                        touched_R[num_touched] = r
-                        num_touched += 1
-                    held_R[r] |= bit
-                    if num_nodes > 1:
-                        n = node_of_rank_R[r]
-                        if held_N[n] == 0:
-                            touched_N[num_touched_nodes] = n
-                            num_touched_nodes += 1
-                        held_N[n] |= bit
-
-            left = (np.int64(1) << num_wanted) - 1
-            while left:
-                node = -1
-                if num_nodes > 1:
-                    node = _best_node(
-                        held_N, touched_N[:num_touched_nodes], left, used_in_N, t, node_of_rank_R, rank_load_R
-                    )
-                    used_in_N[node] = t
-                best = -1
-                best_cover = np.int64(0)
-                for j in range(num_touched):
-                    r = touched_R[j]
-                    if node >= 0 and node_of_rank_R[r] != node:
-                        continue
-                    cover = popcount(held_R[r] & left)
-                    if cover > best_cover or (
-                        cover == best_cover
-                        and cover > 0
-                        and (rank_load_R[r] < rank_load_R[best] or (rank_load_R[r] == rank_load_R[best] and r < best))
-                    ):
-                        best = r
-                        best_cover = cover
-                taken = held_R[best] & left
-                left &= ~taken
-                rank_load_R[best] += best_cover
-                while taken:
-                    chosen_E[wanted_K[lowest_bit(taken)]] = best
-                    taken &= taken - 1
-            for j in range(num_touched):
-                held_R[touched_R[j]] = 0
-            for j in range(num_touched_nodes):
-                held_N[touched_N[j]] = 0
+            cover_token(
+                wanted_K,
+                num_wanted,
+                num_holders_E,
+                holders_ER,
+                node_of_rank_R,
+                num_nodes,
+                rank_load_R,
+                chosen_E,
+                held_R,
+                held_N,
+                touched_R,
+                touched_N,
+                visited_N,
+            )
 
         for k in range(top_k):
             expert = topk_ids_TK[t, k]
