@@ -23,6 +23,8 @@ class RouterLink(ABC):
     """The router's end of a pair."""
 
     rank: int
+    transport: str
+    """Which transport this is, for status and logs."""
     send_buffer: np.ndarray
     """uint8 [capacity], packed into directly by the dispatcher; owned by the router between wait() and post()."""
     recv_buffer: np.ndarray

@@ -32,9 +32,10 @@ class RouterSettings(StrictModel):
     max_rows_per_dispatch: int = Field(
         default=2048, ge=1, description="Rows of one message at most; a larger step goes out in several rounds."
     )
-    local_fallback: bool = Field(
-        default=True,
-        description="Compute experts that no live shard holds on the router, from the memory-mapped checkpoint.",
+    fallback_cache_bytes: int = Field(
+        default=1 << 30,
+        ge=0,
+        description="Experts that no live shard holds are computed on the router; this many bytes of them stay converted.",
     )
     spin_us: float = Field(
         default=50.0, ge=0, description="How long a wait in shared memory yields the core before it sleeps."

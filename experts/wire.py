@@ -1,12 +1,14 @@
 """What a dispatch message and its reply look like, byte by byte.
 
-Legend: M rows, N (row, slot) pairs, D hidden size. All sections start on 64-byte boundaries.
+Legend: M rows, N (row, expert) pairs, D hidden size. All sections start on 64-byte boundaries.
 
-    request: header int64[16] | row_offsets_M1 int32 | slots_N int32 | weights_N float32 | rows_MD
+    request: header int64[16] | row_offsets_M1 int32 | experts_N int32 | weights_N float32 | rows_MD
     reply:   header int64[16] | rows_MD                                  (status OK)
              header int64[16] | utf-8 text of the error                  (otherwise)
 
-Row m wants the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there.
+Row m wants the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there. Experts are named by
+their logical ids and the shard finds its own slot for each: a router of an older epoch is then answered as long as the
+shard still holds the expert, and no epoch mix-up can ever reach the weights of another expert.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ def aligned(nbytes: int) -> int:
 
 @njit(nogil=True, cache=True)
 def request_layout(num_rows: int, num_pairs: int, row_bytes: int) -> tuple[int, int, int, int, int]:
-    """Byte offsets of (row_offsets, slots, weights, rows) and the length of the whole request."""
+    """Byte offsets of (row_offsets, experts, weights, rows) and the length of the whole request."""
     offsets_at = HEADER_BYTES
-    slots_at = offsets_at + aligned(4 * (num_rows + 1))
-    weights_at = slots_at + aligned(4 * num_pairs)
+    experts_at = offsets_at + aligned(4 * (num_rows + 1))
+    weights_at = experts_at + aligned(4 * num_pairs)
     rows_at = weights_at + aligned(4 * num_pairs)
-    return offsets_at, slots_at, weights_at, rows_at, rows_at + num_rows * row_bytes
+    return offsets_at, experts_at, weights_at, rows_at, rows_at + num_rows * row_bytes
 
 
 def request_capacity(max_rows: int, top_k: int, row_bytes: int) -> int:

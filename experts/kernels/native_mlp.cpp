@@ -43,9 +43,21 @@ struct Kernel {
     std::vector<Group> groups;
 };
 
+// What to fetch into the cache during a multiplication: an address, and its step with each word of the reduction.
+struct Ahead {
+    const uint32_t* from;
+    int64_t step;
+};
+
+// One block reads a panel as it comes from memory, a distance ahead; several share the work of fetching the next panel.
+Ahead look_ahead(const uint32_t* panel, int64_t words, int b, int num_blocks) {
+    if (num_blocks == 1) return {panel + PREFETCH_WORDS, PANEL};
+    return {panel + words * PANEL + b * words / num_blocks * PANEL, PANEL / num_blocks};
+}
+
 // sums[r][panel * 2 + vector] of R rows times PANELS neighbouring panels, over the whole reduction.
 template <class Format, int R, int PANELS>
-void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums) {
+void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums, Ahead ahead) {
     constexpr int V = 2 * PANELS;
     VecF acc[R][V] = {};
     const int64_t next_panel = words * PANEL;
@@ -57,7 +69,7 @@ void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF*
             for (int q = 0; q < PANELS; q++)
                 for (int v = 0; v < 2; v++) {
                     const uint32_t* line = b + q * next_panel + v * LANES;
-                    __builtin_prefetch(line + PREFETCH_WORDS);
+                    __builtin_prefetch(ahead.from + q * next_panel + v * LANES);
                     column[2 * q + v] = Format::load_b(line);
                 }
 #pragma GCC unroll 12
@@ -65,13 +77,14 @@ void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF*
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++)
                     acc[r][v] = Format::multiply_add(acc[r][v], block[r * ROW_STRIDE + k], column[v]);
+            ahead.from += ahead.step;
         }
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r * V + v] = acc[r][v];
 }
 
-typedef void (*Multiply)(const uint32_t*, const uint32_t*, int64_t, VecF*);
+typedef void (*Multiply)(const uint32_t*, const uint32_t*, int64_t, VecF*, Ahead);
 
 // Few rows leave registers free, so they take two panels at once: more sums in flight, same order of additions.
 constexpr int PAIR_ROWS = MAX_ROWS / 2;
@@ -86,7 +99,8 @@ Multiply find_multiply(int rows) {
 }
 
 template <class Format>
-void multiply_panels(int panels, int rows, const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums) {
+void multiply_panels(int panels, int rows, const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums,
+                     Ahead ahead) {
     static const struct Table {
         Multiply one[MAX_ROWS + 1], two[PAIR_ROWS + 1];
         Table() {
@@ -94,7 +108,7 @@ void multiply_panels(int panels, int rows, const uint32_t* block, const uint32_t
             for (int r = 0; r <= PAIR_ROWS; r++) two[r] = find_multiply<Format, 2, PAIR_ROWS>(r);
         }
     } table;
-    (panels == 2 ? table.two[rows] : table.one[rows])(block, panel, words, sums);
+    (panels == 2 ? table.two[rows] : table.one[rows])(block, panel, words, sums, ahead);
 }
 
 // Copy the rows of one slot into its blocks: [chunk][row][CHUNK words], so that a row is a constant away from the next.
@@ -139,7 +153,9 @@ void first_matrix(const Kernel& k, const Group& group, const uint32_t* slot, int
         width = group.rows <= PAIR_ROWS && p + 1 < end ? 2 : 1;
         for (int b = 0; b < group.num_blocks; b++) {
             const int rows = k.blocks[group.first_block + b].rows;
-            multiply_panels<Format>(width, rows, x_blocks + b * s.block_D, slot + p * PANEL * s.words_D, s.words_D, sums);
+            const uint32_t* panel = slot + p * PANEL * s.words_D;
+            multiply_panels<Format>(width, rows, x_blocks + b * s.block_D, panel, s.words_D, sums,
+                                    look_ahead(panel, s.words_D, b, group.num_blocks));
             for (int q = 0; q < width; q++) {
                 const VecF gate_bias = load<VecF>(biases + (p + q) * PANEL);
                 const VecF up_bias = load<VecF>(biases + (p + q) * PANEL + LANES);
@@ -168,8 +184,9 @@ void second_matrix(Kernel& k, const Group& group, const uint32_t* slot, int64_t 
         width = group.rows <= PAIR_ROWS && p + 1 < end ? 2 : 1;
         for (int b = 0; b < group.num_blocks; b++) {
             const Block& block = k.blocks[group.first_block + b];
-            multiply_panels<Format>(width, block.rows, h_blocks + b * s.block_I, panels + p * PANEL * s.words_I, s.words_I,
-                                    sums);
+            const uint32_t* panel = panels + p * PANEL * s.words_I;
+            multiply_panels<Format>(width, block.rows, h_blocks + b * s.block_I, panel, s.words_I, sums,
+                                    look_ahead(panel, s.words_I, b, group.num_blocks));
             for (int r = 0; r < block.rows; r++) {
                 const float weight = k.on_input ? 1.0f : k.pair_weights[block.first + r];
                 float* target = k.y.data() + k.rows[block.first + r] * y_stride + p * PANEL;

@@ -1,0 +1,328 @@
+"""Dispatch and combine of one router: a step's rows go out to the shards, their weighted sums come back.
+
+Legend: T tokens, K top-k, L MoE layers, E logical experts, R ranks, D hidden size.
+
+    begin()   plan, pack, post to every shard                        (the router may compute shared experts meanwhile)
+    finish()  wait for each shard, combine; what a shard failed to do is repeated in the same layer: on the surviving
+              replicas, and where an expert has none left, on the router itself from the checkpoint
+
+A shard that failed is left out until the next epoch. One thread drives a dispatcher: that of the vLLM worker, which
+also applies new epochs, between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from experts.errors import ShardError, ShardRejectedError
+from experts.link import RouterLink
+from experts.local_experts import LocalExperts
+from experts.membership import Membership
+from experts.plan import combine, plan_and_pack
+from experts.stats import RouterStats
+from experts.wire import (
+    DTYPE_CODES,
+    H_MAGIC,
+    H_ROWS,
+    H_SEQ,
+    H_STATUS,
+    HEADER_BYTES,
+    MAGIC,
+    STATUS_OK,
+    error_text,
+    header_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What every MoE layer of the served model has in common on the router's side."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one activation row on the wire."""
+        return self.hidden_size * self.dtype.itemsize
+
+
+@dataclass
+class Pending:
+    """A layer's dispatch between begin() and finish()."""
+
+    layer: int
+    x_TD: torch.Tensor
+    y_TD: torch.Tensor
+    topk_ids_TK: np.ndarray
+    topk_weights_TK: np.ndarray
+    start: int
+    stop: int
+    posted: list[int]
+    failed: list[int]
+    unserved: int
+
+
+class Dispatcher:
+    """Sends rows to shards and adds up what comes back; owns the links of one router."""
+
+    def __init__(self, shape: LayerShape, max_rows: int, deadline_s: float, fallback: LocalExperts) -> None:
+        self.shape = shape
+        self.max_rows = max_rows
+        self.deadline_s = deadline_s
+        self.fallback = fallback
+        self.membership: Membership | None = None
+        self.links: dict[int, RouterLink] = {}
+        self.lost: dict[int, str] = {}
+        self.stats = RouterStats()
+        self._seq = 0
+        self._head = np.zeros(5, np.int64)
+        self._head[3], self._head[4] = DTYPE_CODES[shape.dtype], shape.hidden_size
+        self._rank_TK = np.zeros((max_rows, shape.top_k), np.int32)
+        self._row_TK = np.zeros((max_rows, shape.top_k), np.int32)
+        self._scratch_D = np.zeros(shape.hidden_size, np.float32)
+        self._resize(0)
+
+    def _resize(self, num_ranks: int) -> None:
+        self._rows_R = np.zeros(num_ranks, np.int32)
+        self._pairs_R = np.zeros(num_ranks, np.int32)
+        self._nbytes_R = np.zeros(num_ranks, np.int64)
+        self._send_address_R = np.zeros(num_ranks, np.int64)
+        self._reply_address_R = np.zeros(num_ranks, np.int64)
+        self._answered_R = np.zeros(num_ranks, np.bool_)
+        self._load_LR = np.zeros((self.shape.num_layers, num_ranks), np.int64)
+        self._slots_LER = np.full((self.shape.num_layers, self.shape.num_experts, num_ranks), -1, np.int32)
+        self._node_of_rank_R = np.zeros(num_ranks, np.int32)
+        self._num_nodes = 1
+        self.stats.resize(num_ranks)
+
+    def apply(self, membership: Membership, links: dict[int, RouterLink], lost: dict[int, str]) -> None:
+        """Switch to a new epoch: `links` to the shards that answer, `lost` the reason for each that does not.
+
+        Called between steps. Links of the old epoch that are not among the new ones are closed.
+        """
+        placement = membership.placement
+        shape = self.shape
+        if (placement.num_layers, placement.num_experts) != (shape.num_layers, shape.num_experts):
+            raise ValueError(
+                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
+                f"the model has {shape.num_layers} of {shape.num_experts}"
+            )
+        for link in self.links.values():
+            if link not in links.values():
+                link.close()
+        self._resize(placement.num_ranks)
+        self.membership = membership
+        self.links = dict(links)
+        self.lost = dict(lost)
+        self._slots_LER[:] = placement.slots_LER
+        self._num_nodes = placement.num_nodes
+        self._node_of_rank_R[:] = np.arange(placement.num_ranks) * placement.num_nodes // placement.num_ranks
+        self._head[0] = membership.epoch
+        for rank in range(placement.num_ranks):
+            if rank in self.links:
+                self._send_address_R[rank] = self.links[rank].send_buffer.ctypes.data
+                self._reply_address_R[rank] = self.links[rank].recv_buffer.ctypes.data
+            else:
+                self._slots_LER[:, :, rank] = -1
+
+    def forward(
+        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum over each token's experts [T, D], in x's dtype. T = 0 works."""
+        return self.finish(self.begin(layer, x_TD, topk_weights_TK, topk_ids_TK))
+
+    def begin(
+        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> Pending:
+        """Send the rows of MoE layer `layer` to the shards that hold their experts; does not wait for them."""
+        if self.membership is None:
+            raise RuntimeError("no membership was applied yet, so nobody holds the experts")
+        pending = Pending(
+            layer=layer,
+            x_TD=x_TD.contiguous(),
+            y_TD=torch.empty_like(x_TD, memory_format=torch.contiguous_format),
+            topk_ids_TK=topk_ids_TK.to(torch.int32).contiguous().numpy(),
+            topk_weights_TK=topk_weights_TK.to(torch.float32).contiguous().numpy(),
+            start=0,
+            stop=0,
+            posted=[],
+            failed=[],
+            unserved=0,
+        )
+        self.stats.dispatches += 1
+        self.stats.steps += layer == 0
+        self._post(pending, 0)
+        return pending
+
+    def finish(self, pending: Pending) -> torch.Tensor:
+        """Wait for the shards of `begin` and return y [T, D]; the engine never learns of a shard that failed."""
+        num_tokens = pending.x_TD.shape[0]
+        while True:
+            self._collect(pending)
+            if pending.stop >= num_tokens:
+                break
+            self._post(pending, pending.stop)
+        return pending.y_TD
+
+    def close(self) -> None:
+        """Close every link."""
+        for link in self.links.values():
+            link.close()
+        self.links = {}
+
+    def _post(self, pending: Pending, start: int) -> None:
+        """Plan, pack and post the rows from `start` on, at most one message's worth."""
+        began_ns = time.perf_counter_ns()
+        pending.start, pending.stop = start, min(start + self.max_rows, pending.x_TD.shape[0])
+        ids_TK = pending.topk_ids_TK[start : pending.stop]
+        weights_TK = pending.topk_weights_TK[start : pending.stop]
+        self._plan_and_post(pending, ids_TK, weights_TK)
+        self.stats.rows += pending.stop - start
+        self.stats.plan_pack.add(time.perf_counter_ns() - began_ns)
+
+    def _plan_and_post(self, pending: Pending, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+        num_tokens = len(ids_TK)
+        shape = self.shape
+        self._seq += 1
+        self._head[1], self._head[2] = pending.layer, self._seq
+        pending.unserved = plan_and_pack(
+            pending.x_TD.data_ptr() + pending.start * shape.row_bytes,
+            shape.row_bytes,
+            ids_TK,
+            weights_TK,
+            self._slots_LER[pending.layer],
+            self._node_of_rank_R,
+            self._num_nodes,
+            self._load_LR[pending.layer],
+            self._send_address_R,
+            self._head,
+            self._rank_TK[:num_tokens],
+            self._row_TK[:num_tokens],
+            self._rows_R,
+            self._pairs_R,
+            self._nbytes_R,
+        )
+        pending.posted, pending.failed = [], []
+        self._answered_R[:] = False
+        for rank in np.flatnonzero(self._nbytes_R).tolist():
+            nbytes = int(self._nbytes_R[rank])
+            try:
+                self.links[rank].post(nbytes)
+            except ShardError as error:
+                self._lose(error)
+                pending.failed.append(rank)
+            else:
+                pending.posted.append(rank)
+                self.stats.bytes_sent += nbytes
+        stats = self.stats
+        stats.shard_rows[: stats.num_ranks] += self._rows_R
+        stats.shard_pairs[: stats.num_ranks] += self._pairs_R
+        stats.fan_out_sum += int(self._rows_R.sum())
+
+    def _collect(self, pending: Pending) -> None:
+        """Wait for what was posted, combine it, and repeat elsewhere what failed."""
+        accumulate = False
+        while True:
+            began_ns = time.perf_counter_ns()
+            deadline_s = time.monotonic() + self.deadline_s
+            for rank in pending.posted:
+                try:
+                    self.stats.bytes_received += self._receive(rank, deadline_s)
+                    self._answered_R[rank] = True
+                except ShardError as error:
+                    self._lose(error)
+                    pending.failed.append(rank)
+            waited_ns = time.perf_counter_ns()
+            self.stats.wait.add(waited_ns - began_ns)
+            self._combine(pending, accumulate)
+            self.stats.combine.add(time.perf_counter_ns() - waited_ns)
+            if not pending.failed and not pending.unserved:
+                if pending.posted:
+                    self.stats.last_success_s = time.monotonic()
+                return
+            num_tokens = pending.stop - pending.start
+            rank_TK = self._rank_TK[:num_tokens]
+            ids_TK = pending.topk_ids_TK[pending.start : pending.stop]
+            weights_TK = pending.topk_weights_TK[pending.start : pending.stop]
+            if pending.unserved:
+                self._compute_here(pending, np.where(rank_TK < 0, ids_TK, -1), weights_TK)
+            if not pending.failed:
+                return
+            self.stats.failovers += 1
+            again_TK = np.where(np.isin(rank_TK, pending.failed), ids_TK, np.int32(-1))
+            self._plan_and_post(pending, again_TK, weights_TK)
+            accumulate = True
+
+    def _receive(self, rank: int, deadline_s: float) -> int:
+        """Wait for one shard's reply and check that it is the answer to what was sent."""
+        link = self.links[rank]
+        nbytes = link.wait(deadline_s)
+        header = header_of(link.recv_buffer)
+        if int(header[H_MAGIC]) != MAGIC or int(header[H_SEQ]) != self._seq:
+            raise ShardRejectedError(rank, f"reply to message {int(header[H_SEQ])}, expected {self._seq}")
+        if int(header[H_STATUS]) != STATUS_OK:
+            raise ShardRejectedError(rank, f"refused the dispatch: {error_text(link.recv_buffer)}")
+        expected = HEADER_BYTES + int(self._rows_R[rank]) * self.shape.row_bytes
+        if int(header[H_ROWS]) != int(self._rows_R[rank]) or nbytes != expected:
+            raise ShardRejectedError(rank, f"reply of {int(header[H_ROWS])} rows, {nbytes} bytes; expected {expected}")
+        return nbytes
+
+    def _combine(self, pending: Pending, accumulate: bool) -> None:
+        num_tokens = pending.stop - pending.start
+        if self.shape.dtype == torch.float16:
+            self._combine_with_torch(pending, accumulate)
+            return
+        combine(
+            self._rank_TK[:num_tokens],
+            self._row_TK[:num_tokens],
+            self._answered_R,
+            self._reply_address_R,
+            DTYPE_CODES[self.shape.dtype],
+            self._scratch_D,
+            pending.y_TD.data_ptr() + pending.start * self.shape.row_bytes,
+            accumulate,
+        )
+
+    def _combine_with_torch(self, pending: Pending, accumulate: bool) -> None:
+        """The same as `plan.combine` for float16, which numba does not know."""
+        num_tokens = pending.stop - pending.start
+        y_TD = pending.y_TD[pending.start : pending.stop]
+        total_TD = y_TD.float() if accumulate else torch.zeros(y_TD.shape)
+        rank_TK, row_TK = self._rank_TK[:num_tokens], self._row_TK[:num_tokens]
+        for rank in np.flatnonzero(self._answered_R).tolist():
+            token, k = np.nonzero((rank_TK == rank) & (row_TK >= 0))
+            rows = torch.from_numpy(self.links[rank].recv_buffer[HEADER_BYTES:]).view(self.shape.dtype)
+            rows_MD = rows[: int(self._rows_R[rank]) * self.shape.hidden_size].view(-1, self.shape.hidden_size)
+            total_TD.index_add_(0, torch.from_numpy(token), rows_MD[torch.from_numpy(row_TK[token, k])].float())
+        y_TD.copy_(total_TD)
+
+    def _compute_here(self, pending: Pending, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+        """Add what no live shard can compute, from the checkpoint."""
+        wanted = np.flatnonzero((ids_TK >= 0).any(1))
+        self.stats.fallback_pairs += int((ids_TK >= 0).sum())
+        index = torch.from_numpy(wanted) + pending.start
+        part = self.fallback.forward(
+            pending.layer, pending.x_TD[index], torch.from_numpy(weights_TK[wanted]), torch.from_numpy(ids_TK[wanted])
+        )
+        pending.y_TD[index] += part
+
+    def _lose(self, error: ShardError) -> None:
+        """Go on without a shard until the next epoch brings it back."""
+        rank = error.rank
+        logger.error("going on without shard %d: %s", rank, error.reason)
+        self.lost[rank] = error.reason
+        self._slots_LER[:, :, rank] = -1
+        link = self.links.pop(rank, None)
+        if link is not None:
+            link.close()

@@ -1,0 +1,176 @@
+"""The router's half of the mesh, as the vLLM plug-in drives it: connects to shards, dispatches, reports.
+
+Legend: T tokens, K top-k, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.dispatcher import Dispatcher, LayerShape, Pending
+from experts.errors import ShardError, UnsupportedModelError
+from experts.link import RouterLink
+from experts.local_experts import LocalExperts
+from experts.membership import Membership, ShardEndpoint
+from experts.recorder import StepRecorder
+from experts.settings import RouterSettings
+from experts.transports.connect import connect
+from experts.transports.control import Hello
+from experts.wire import DTYPE_CODES, reply_capacity, request_capacity
+
+logger = logging.getLogger(__name__)
+
+
+class MeshRouter:
+    """Everything of one router but vLLM itself. Driven by the worker's one thread."""
+
+    def __init__(self, settings: RouterSettings, checkpoint: ExpertCheckpoint, shape: LayerShape, device: str) -> None:
+        if shape.dtype not in DTYPE_CODES:
+            raise UnsupportedModelError(f"dtype {shape.dtype} is not served, expected one of {list(DTYPE_CODES)}")
+        spec = checkpoint.spec
+        for name, served, stored in (
+            ("experts", shape.num_experts, spec.num_experts),
+            ("hidden size", shape.hidden_size, spec.hidden_size),
+        ):
+            if served != stored:
+                raise UnsupportedModelError(
+                    f"the engine's {name} is {served}, the checkpoint {settings.model_path} says {stored}"
+                )
+        self.settings = settings
+        self.shape = shape
+        self.device = device
+        self.router_id = settings.router_id or f"router-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.dispatcher = Dispatcher(
+            shape,
+            settings.max_rows_per_dispatch,
+            settings.dispatch_deadline_ms / 1000,
+            LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
+        )
+        self.recorder = StepRecorder(shape, settings.trace_tokens, settings.max_rows_per_dispatch)
+        self._static = settings.membership
+
+    @property
+    def attached(self) -> bool:
+        """Whether an epoch was applied; before that the layers answer zeros (profiling and warm-up only)."""
+        return self.dispatcher.membership is not None
+
+    def attach_static(self) -> None:
+        """Apply the membership that came with the settings, for engines that run without a controller."""
+        if self._static is not None and not self.attached:
+            self.apply_membership(Membership.from_dict(self._static))
+
+    def apply_membership(self, membership: Membership) -> dict[str, Any]:
+        """Connect to the shards of a new epoch and switch to it. Called between steps.
+
+        Links to shard incarnations that are already connected are kept. A shard that cannot be reached is left out and
+        named in the answer: {"epoch", "connected": [ranks], "lost": {rank: reason}}. Raises ValueError for an epoch
+        that is older than the current one, or a placement of another model.
+        """
+        current = self.dispatcher.membership
+        if current is not None and membership.epoch < current.epoch:
+            raise ValueError(f"epoch {membership.epoch} is older than the current epoch {current.epoch}")
+        links: dict[int, RouterLink] = {}
+        lost: dict[int, str] = {}
+        fresh: list[ShardEndpoint] = []
+        for rank, endpoint in enumerate(membership.endpoints):
+            if endpoint is None:
+                lost[rank] = "no shard has this rank yet"
+            elif current is not None and self._is_connected(current, endpoint):
+                links[rank] = self.dispatcher.links[rank]
+            else:
+                fresh.append(endpoint)
+        if fresh:
+            with ThreadPoolExecutor(len(fresh), thread_name_prefix="connect") as pool:
+                for endpoint, outcome in zip(fresh, pool.map(self._connect, fresh), strict=True):
+                    if isinstance(outcome, RouterLink):
+                        links[endpoint.rank] = outcome
+                    else:
+                        lost[endpoint.rank] = outcome.reason
+        self.dispatcher.apply(membership, links, lost)
+        logger.info(
+            "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
+        )
+        return {"epoch": membership.epoch, "connected": sorted(links), "lost": lost}
+
+    def _is_connected(self, current: Membership, endpoint: ShardEndpoint) -> bool:
+        rank = endpoint.rank
+        if rank not in self.dispatcher.links or rank >= len(current.endpoints):
+            return False
+        known = current.endpoints[rank]
+        return known is not None and known.incarnation == endpoint.incarnation
+
+    def _connect(self, endpoint: ShardEndpoint) -> RouterLink | ShardError:
+        settings, shape = self.settings, self.shape
+        hello = Hello(
+            router_id=self.router_id,
+            transport=settings.transport,
+            incarnation=endpoint.incarnation,
+            dtype=str(shape.dtype).removeprefix("torch."),
+            hidden_size=shape.hidden_size,
+            top_k=shape.top_k,
+            num_layers=shape.num_layers,
+            request_capacity=request_capacity(settings.max_rows_per_dispatch, shape.top_k, shape.row_bytes),
+            reply_capacity=reply_capacity(settings.max_rows_per_dispatch, shape.row_bytes),
+        )
+        deadline_s = time.monotonic() + settings.connect_deadline_s
+        try:
+            return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)
+        except ShardError as error:
+            logger.error("cannot reach shard %d: %s", endpoint.rank, error.reason)
+            return error
+
+    def begin(
+        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> Pending:
+        """Send a layer's rows out; see `Dispatcher.begin`."""
+        self.recorder.add(layer, topk_ids_TK)
+        return self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
+
+    def finish(self, pending: Pending) -> torch.Tensor:
+        """The layer's weighted sums [T, D]; see `Dispatcher.finish`."""
+        return self.dispatcher.finish(pending)
+
+    def status(self) -> dict[str, Any]:
+        """Counters and membership as plain data, for health checks and metrics."""
+        dispatcher = self.dispatcher
+        stats = dispatcher.stats
+        membership = dispatcher.membership
+        age_s = None if stats.last_success_s is None else time.monotonic() - stats.last_success_s
+        return {
+            "router_id": self.router_id,
+            "epoch": -1 if membership is None else membership.epoch,
+            "num_ranks": stats.num_ranks,
+            "connected": sorted(dispatcher.links),
+            "transports": {rank: link.transport for rank, link in sorted(dispatcher.links.items())},
+            "lost": dict(dispatcher.lost),
+            "layers": self.shape.num_layers,
+            "steps": stats.steps,
+            "dispatches": stats.dispatches,
+            "rows": stats.rows,
+            "fan_out_sum": stats.fan_out_sum,
+            "failovers": stats.failovers,
+            "fallback_pairs": stats.fallback_pairs,
+            "bytes_sent": stats.bytes_sent,
+            "bytes_received": stats.bytes_received,
+            "balancedness": stats.balancedness,
+            "shard_rows": stats.shard_rows[: stats.num_ranks].tolist(),
+            "shard_pairs": stats.shard_pairs[: stats.num_ranks].tolist(),
+            "last_success_age_s": age_s,
+            "stage_us": {
+                "plan_pack": stats.plan_pack.to_dict(),
+                "wait": stats.wait.to_dict(),
+                "combine": stats.combine.to_dict(),
+            },
+        }
+
+    def close(self) -> None:
+        """Close every link."""
+        self.dispatcher.close()

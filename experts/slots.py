@@ -1,0 +1,113 @@
+"""The slots of one shard: which experts they hold, and filling them from the checkpoint.
+
+Legend: L MoE layers, E logical experts, s slots of this shard in a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+
+import numpy as np
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.kernels import ExpertKernel
+from experts.spec import ExpertWeights
+from placement.tables import Placement
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 2.0
+
+
+class SlotTable:
+    """Fills a kernel's slots with the experts that a placement gives to a rank, and finds an expert's slot."""
+
+    def __init__(self, checkpoint: ExpertCheckpoint, kernel: ExpertKernel, num_slots: int, dtype: torch.dtype) -> None:
+        spec = checkpoint.spec
+        self.checkpoint = checkpoint
+        self.num_slots = num_slots
+        self.slot_of_expert_LE = np.full((spec.num_layers, spec.num_experts), -1, np.int32)
+        """int32, -1 where this shard has no slot for the expert. Replaced as a whole, so that readers see one state."""
+        self._expert_in_slot_Ls = np.full((spec.num_layers, num_slots), -1, np.int32)
+        self._digests: dict[tuple[int, int], bytes] = {}
+        self._kernel = kernel
+        self._dtype = dtype
+
+    @property
+    def num_loaded(self) -> int:
+        """Experts held, over all layers."""
+        return int((self.slot_of_expert_LE >= 0).sum())
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the experts held, at the dtype they are computed in."""
+        return self.num_loaded * self.checkpoint.spec.bytes_in(self._dtype)
+
+    def digest(self) -> str:
+        """Changes when a slot holds other weights; samples of each expert, so that it costs nothing at scale."""
+        total = hashlib.sha256()
+        for key in sorted(self._digests):
+            total.update(self._digests[key])
+        return total.hexdigest()[:16]
+
+    def load(self, placement: Placement, rank: int) -> int:
+        """Bring in every expert that `placement` gives to `rank` and that is not here yet; returns how many those were.
+
+        Experts that the placement no longer gives to this rank stay as long as their slots are not needed, so that
+        routers of the epoch before are still answered. Raises ValueError if the slots do not suffice.
+        """
+        spec = self.checkpoint.spec
+        if (placement.num_layers, placement.num_experts) != (spec.num_layers, spec.num_experts):
+            raise ValueError(
+                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
+                f"the checkpoint has {spec.num_layers} of {spec.num_experts}"
+            )
+        wanted_Ls = np.asarray(placement.experts_of_rank(rank))
+        missing = [
+            (layer, int(expert))
+            for layer in range(spec.num_layers)
+            for expert in np.unique(wanted_Ls[layer])
+            if expert >= 0 and self.slot_of_expert_LE[layer, expert] < 0
+        ]
+        began_s = logged_s = time.monotonic()
+        for count, (layer, expert) in enumerate(missing):
+            slot = self._free_slot(layer, wanted_Ls[layer])
+            weights = self.checkpoint.read_expert(layer, expert, self._dtype)
+            self._install(layer, slot, expert, weights)
+            now_s = time.monotonic()
+            if now_s - logged_s > _LOG_EVERY_S or count + 1 == len(missing):
+                logged_s = now_s
+                done = (count + 1) * spec.bytes_in(self._dtype)
+                rate = done / max(now_s - began_s, 1e-6) / 1e6
+                logger.info(
+                    "rank %d: %d of %d experts loaded, %.1f MB, %.0f MB/s",
+                    rank, count + 1, len(missing), done / 1e6, rate,
+                )  # fmt: skip
+        return len(missing)
+
+    def _free_slot(self, layer: int, wanted_s: np.ndarray) -> int:
+        held_s = self._expert_in_slot_Ls[layer]
+        empty = np.flatnonzero(held_s < 0)
+        if empty.size:
+            return int(empty[0])
+        spare = np.flatnonzero(~np.isin(held_s, wanted_s))
+        if not spare.size:
+            raise ValueError(f"layer {layer} wants more experts than the {self.num_slots} slots of this shard")
+        return int(spare[0])
+
+    def _install(self, layer: int, slot: int, expert: int, weights: ExpertWeights) -> None:
+        old = int(self._expert_in_slot_Ls[layer, slot])
+        table_LE = self.slot_of_expert_LE.copy()
+        if old >= 0:
+            table_LE[layer, old] = -1
+            self.slot_of_expert_LE = table_LE.copy()
+            self._digests.pop((layer, old), None)
+        self._kernel.set_slot(layer, slot, weights)
+        self._expert_in_slot_Ls[layer, slot] = expert
+        table_LE[layer, expert] = slot
+        self.slot_of_expert_LE = table_LE
+        sample = torch.cat([weights.w13_2ID.flatten()[:16], weights.w2_DI.flatten()[-16:]]).float().numpy().tobytes()
+        self._digests[(layer, expert)] = hashlib.sha256(f"{layer}.{expert}.".encode() + sample).digest()

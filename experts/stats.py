@@ -1,0 +1,71 @@
+"""What a router counts while it dispatches: plain numbers, read between steps, cheap enough for every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# Upper bounds of the latency buckets, microseconds; the last bucket has no bound.
+BUCKETS_US = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 100_000, 500_000, 1_000_000, 5_000_000)
+_BOUNDS_NS = np.array(BUCKETS_US, np.int64) * 1000
+
+
+@dataclass
+class Histogram:
+    """Durations of one stage, in buckets that Prometheus understands once cumulated."""
+
+    sum_ns: int = 0
+    count: int = 0
+    buckets: np.ndarray = field(default_factory=lambda: np.zeros(len(BUCKETS_US) + 1, np.int64))
+
+    def add(self, duration_ns: int) -> None:
+        """Count one duration."""
+        self.sum_ns += duration_ns
+        self.count += 1
+        self.buckets[int(_BOUNDS_NS.searchsorted(duration_ns))] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"sum" microseconds, "count", "buckets" (not cumulated), "bounds" microseconds}."""
+        return {
+            "sum": self.sum_ns / 1000,
+            "count": self.count,
+            "buckets": self.buckets.tolist(),
+            "bounds": list(BUCKETS_US),
+        }
+
+
+@dataclass
+class RouterStats:
+    """Counters since the router started; per-rank arrays grow with the placement."""
+
+    num_ranks: int = 0
+    steps: int = 0
+    dispatches: int = 0
+    rows: int = 0
+    fan_out_sum: int = 0
+    failovers: int = 0
+    fallback_pairs: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    last_success_s: float | None = None
+    shard_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    shard_pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    plan_pack: Histogram = field(default_factory=Histogram)
+    wait: Histogram = field(default_factory=Histogram)
+    combine: Histogram = field(default_factory=Histogram)
+
+    def resize(self, num_ranks: int) -> None:
+        """Make room for the ranks of a new placement; a known rank keeps its counts."""
+        missing = num_ranks - len(self.shard_rows)
+        if missing > 0:
+            self.shard_rows = np.concatenate([self.shard_rows, np.zeros(missing, np.int64)])
+            self.shard_pairs = np.concatenate([self.shard_pairs, np.zeros(missing, np.int64)])
+        self.num_ranks = num_ranks
+
+    @property
+    def balancedness(self) -> float:
+        """Mean rank load over max rank load in pairs, over everything counted so far; 1.0 when nothing was."""
+        pairs = self.shard_pairs[: self.num_ranks]
+        return float(pairs.mean() / pairs.max()) if pairs.size and pairs.max() > 0 else 1.0

@@ -1,0 +1,80 @@
+"""Everything of vLLM's internals that the project touches, in one place: imports, and the shapes of what is imported.
+
+Written for vllm 0.25.1 to 0.32; `tests/experts/test_vllm_joints.py` fails with a clear message when a version moves one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from typing import Any
+
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op
+
+logger = logging.getLogger(__name__)
+
+# Models whose experts are a class of their own: the plug point looks classes up by exact name, so each is named here.
+_EXPERT_SUBCLASSES = (
+    ("vllm.model_executor.models.gpt_oss", "GptOssRoutedExperts"),
+    ("vllm.model_executor.models.dbrx", "DbrxExperts"),
+)
+
+
+def routed_expert_classes() -> list[type[RoutedExperts]]:
+    """RoutedExperts and the subclasses that can be replaced; one that this version lacks is left out."""
+    classes: list[type[RoutedExperts]] = [RoutedExperts]
+    for module_name, class_name in _EXPERT_SUBCLASSES:
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ImportError as error:
+            logger.debug("%s is not in this vllm: %s", module_name, error)
+            continue
+        if inspect.isclass(found) and issubclass(found, RoutedExperts):
+            classes.append(found)
+    return classes
+
+
+def expertmesh_settings(config: VllmConfig) -> dict[str, Any] | None:
+    """The `expertmesh` part of additional_config, None when this engine has none."""
+    extra = config.additional_config
+    if not isinstance(extra, dict):
+        return None
+    found = extra.get("expertmesh")
+    return dict(found) if found is not None else None
+
+
+_MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+
+
+def split_graphs_at_moe(config: VllmConfig) -> None:
+    """Add the ops that hide a MoE layer on GPUs to those where vLLM splits its graphs. Before the model is compiled."""
+    compilation = config.compilation_config
+    present = list(compilation.splitting_ops or [])
+    compilation.splitting_ops = present + [name for name in _MOE_OPS if name not in present]
+
+
+__all__ = [
+    "DefaultModelLoader",
+    "FusedMoEMethodBase",
+    "RoutedExperts",
+    "SharedExperts",
+    "SharedExpertsOrder",
+    "VllmConfig",
+    "direct_register_custom_op",
+    "expertmesh_settings",
+    "extract_layer_index",
+    "get_current_vllm_config",
+    "op_registry_oot",
+    "register_model_loader",
+    "routed_expert_classes",
+    "split_graphs_at_moe",
+]
