@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import replace
 from typing import Any
 
-from experts.errors import ShardError
+from experts.errors import ShardRejectedError
 from experts.link import Doorbell, RouterLink, ShardChannel
 from experts.membership import ShardEndpoint
 from experts.transports.control import Hello, LifeLine, choose_transport, open_control, shake_hands
-from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
+from experts.transports.shm import HandOver, ShmDoorbell, ShmRouterLink, ShmShardChannel
 
 
 def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float) -> RouterLink:
@@ -34,31 +35,20 @@ def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, 
         raise
 
 
-class _ClosingShmLink(ShmRouterLink):
-    """A shared-memory link that also owns its life line."""
-
-    line: LifeLine
-
-    def close(self) -> None:
-        super().close()
-        self.line.close()
-
-
 def _connect_shm(
-    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: Any, spin_us: float, deadline_s: float
+    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, spin_us: float, deadline_s: float
 ) -> RouterLink:
-    link = _ClosingShmLink(endpoint.rank, hello.request_capacity, hello.reply_capacity, spin_us, line.gone)
-    link.line = line
+    rank = endpoint.rank
+    mailbox = HandOver()
     try:
-        answer = shake_hands(
-            connection, endpoint.rank, replace(hello, details={"path": link.region.path}), deadline_s
+        shake_hands(connection, rank, replace(hello, details={"mailbox": mailbox.name}), deadline_s)
+        return ShmRouterLink.attach(
+            rank, mailbox.receive(deadline_s), hello.request_capacity, hello.reply_capacity, spin_us, line
         )
-        link.attach_bell(answer["bell"])
-    except OSError as error:
-        raise ShardError(endpoint.rank, f"shared memory of the shard cannot be mapped: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ShardRejectedError(rank, f"its shared memory cannot be mapped: {error}") from error
     finally:
-        link.region.unlink()
-    return link
+        mailbox.close()
 
 
 def open_shard_channel(
@@ -68,10 +58,12 @@ def open_shard_channel(
     if hello.transport == "shm":
         if not isinstance(bell, ShmDoorbell):
             raise ValueError("this shard has no shared memory")
-        path = str(hello.details.get("path", ""))
-        channel = ShmShardChannel(hello.router_id, path, hello.request_capacity, hello.reply_capacity)
-        return channel, {"bell": bell.region.path}
-    if hello.transport in ("gloo", "nccl"):
+        mailbox = str(hello.details.get("mailbox", ""))
+        channel = ShmShardChannel(
+            hello.router_id, mailbox, bell, hello.request_capacity, hello.reply_capacity, line
+        )
+        return channel, {}
+    if hello.transport in ("gloo", "nccl", "gloo_split"):
         from experts.transports.torch_distributed import open_torch_channel
 
         return open_torch_channel(hello, line, bell, device, deadline_s)

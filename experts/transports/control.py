@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
 _MAX_LINE_BYTES = 65536
+_MAX_CAPACITY_BYTES = 1 << 31
+# A host that vanished without a word is noticed within about half a minute of silence, so that a shard does not keep
+# the buffers of its routers forever; a dispatch has a much shorter deadline of its own.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Hello:
     details: dict[str, Any] = field(default_factory=dict)
     """What the transport itself needs: names of shared memory, address of a rendezvous store."""
     version: int = PROTOCOL_VERSION
+
+    def __post_init__(self) -> None:
+        """TypeError or ValueError for what no router would say; the other side of a socket may be anyone."""
+        for name in ("router_id", "transport", "incarnation", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"hello: {name} is {getattr(self, name)!r}, expected text")
+        for name in ("hidden_size", "top_k", "num_layers", "request_capacity", "reply_capacity"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= _MAX_CAPACITY_BYTES:
+                raise ValueError(f"hello: {name} is {value!r}, expected an integer of 1 to {_MAX_CAPACITY_BYTES}")
+        if not isinstance(self.details, dict):
+            raise TypeError(f"hello: details is {self.details!r}, expected an object")
 
 
 class LifeLine:
@@ -81,6 +97,13 @@ class LifeLine:
             except OSError:
                 logger.debug("control socket was closed before")
             self._socket.close()
+
+
+def _prepare(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -129,7 +152,7 @@ def open_control(endpoint: ShardEndpoint, deadline_s: float) -> socket.socket:
         ) from error
     except OSError as error:
         raise ShardLostError(endpoint.rank, f"cannot connect to {endpoint.host}:{endpoint.port}: {error}") from error
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _prepare(connection)
     return connection
 
 
@@ -171,23 +194,27 @@ class ControlListener:
         self.port: int = self._server.getsockname()[1]
         self._lines: set[LifeLine] = set()
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = threading.Event()
         threading.Thread(target=self._accept, name="shard-accept", daemon=True).start()
 
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._server.accept()
-            except OSError:
-                if not self._stopped:
-                    logger.exception("the control port stopped accepting routers")
-                return
+            except OSError as error:
+                if self._stopped.is_set():
+                    return
+                # Out of descriptors or memory, or a router that gave up in the queue: others may still come.
+                logger.warning("could not accept a router: %s", error)
+                if self._stopped.wait(0.1):
+                    return
+                continue
             threading.Thread(target=self._serve, args=(connection,), name="shard-control", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = LifeLine(connection)
         try:
+            _prepare(connection)
             deadline_s = time.monotonic() + self._handshake_deadline_s
             try:
                 hello = Hello(**_receive_line(connection, deadline_s))
@@ -200,7 +227,8 @@ class ControlListener:
                 _send_line(connection, {"ok": False, "error": str(error)})
                 return
             with self._lock:
-                if self._stopped:
+                if self._stopped.is_set():
+                    channel.close()
                     return
                 self._lines.add(line)
             self._on_open(channel)
@@ -223,7 +251,7 @@ class ControlListener:
     def stop(self) -> None:
         """Stop accepting and drop every router."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             lines = list(self._lines)
         try:
             self._server.shutdown(socket.SHUT_RDWR)

@@ -6,68 +6,117 @@ A shard's doorbell is a page of its own that every router of the host maps; each
     request buffer | reply buffer
 
 A router counts REQUEST up and rings the shard's doorbell; the shard sets REPLY to the same number. Waits yield the core
-for a moment, then sleep on a futex (`atomics`). Both files are unlinked as soon as both sides have mapped them, so that
-nothing stays behind when a process is killed.
+for a moment, then sleep on a futex (`atomics`).
+
+The memory has no name anywhere: it is made with memfd_create(2) by the shard and handed to the router as a file
+descriptor over a socket, so nothing can stay behind when a process is killed, and the size of /dev/shm (64 MiB in a
+container, shared with Ray's object store) does not matter.
 """
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import mmap
 import os
 import secrets
+import socket
+import struct
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from experts.errors import ShardLostError, ShardTimeoutError
 from experts.link import Doorbell, RouterLink, ShardChannel
 from experts.transports import atomics
+from experts.transports.control import LifeLine
+
+logger = logging.getLogger(__name__)
 
 _LINE = 64
 _REQUEST, _REPLY, _ROUTER_SLEEPS, _REPLY_BYTES, _REQUEST_BYTES, _NOBODY = range(6)
 _CONTROL_BYTES = 4096
 _SLICE_NS = 20_000_000  # how often a sleeping router looks whether the shard's process is still there
-_FOLDER = "/dev/shm"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class SharedRegion:
-    """A mapped file in /dev/shm. `create` makes it, `attach` maps what another process made."""
+    """Mapped anonymous memory that another process of the host can map too."""
 
-    def __init__(self, path: str, size: int, create: bool) -> None:
-        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
-        descriptor = os.open(path, flags, 0o600)
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Map `size` bytes of `descriptor`, which the region owns from now on. ValueError if the memory is not that large."""
+        self.descriptor = descriptor
         try:
-            if create:
-                # Allocate now: a full /dev/shm is an error here instead of a SIGBUS in the middle of a request.
-                os.posix_fallocate(descriptor, 0, size)
-            elif os.fstat(descriptor).st_size < size:
-                raise ValueError(f"{path} has {os.fstat(descriptor).st_size} bytes, expected {size}")
+            actual = os.fstat(descriptor).st_size
+            if actual != size:
+                raise ValueError(f"shared memory has {actual} bytes, expected {size}")
             self._map = mmap.mmap(descriptor, size)
-        finally:
+        except BaseException:
             os.close(descriptor)
-        self.path = path
+            raise
         self.bytes = np.frombuffer(self._map, np.uint8)
         self.address = int(self.bytes.ctypes.data)
 
     @classmethod
     def create(cls, size: int, label: str) -> SharedRegion:
-        """A fresh region of `size` bytes, zeroed. OSError (ENOSPC) when /dev/shm is full."""
-        return cls(os.path.join(_FOLDER, f"expertmesh-{label}-{secrets.token_hex(8)}"), size, create=True)
-
-    @classmethod
-    def attach(cls, path: str, size: int) -> SharedRegion:
-        """Map a region that another process created."""
-        if os.path.dirname(os.path.normpath(path)) != _FOLDER:
-            raise ValueError(f"{path!r} is not a file of {_FOLDER}")
-        return cls(path, size, create=False)
-
-    def unlink(self) -> None:
-        """Remove the name; the memory lives until the last mapping goes."""
+        """A fresh region of `size` bytes, zeroed. OSError when there is no memory for it."""
+        descriptor = os.memfd_create(f"expertmesh-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            return
+            # Allocate now and fix the size: no SIGBUS in the middle of a request, whatever the peer does.
+            os.posix_fallocate(descriptor, 0, size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor, size)
+
+    def drop_descriptor(self) -> None:
+        """Close the descriptor; the memory lives until the last mapping goes. Idempotent."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class HandOver:
+    """The router's mailbox for the shard's descriptors: a Unix socket in the abstract namespace, so no file either."""
+
+    def __init__(self) -> None:
+        self.name = f"expertmesh-{secrets.token_hex(16)}"
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.bind("\0" + self.name)
+        self._server.listen(1)
+
+    def receive(self, deadline_s: float) -> tuple[int, int]:
+        """The descriptors that `send` sent. OSError (TimeoutError at `deadline_s`), PermissionError for a stranger's."""
+        self._server.settimeout(max(deadline_s - time.monotonic(), 0.001))
+        connection, _ = self._server.accept()
+        with connection:
+            connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            peer_uid = struct.unpack("3i", credentials)[1]
+            if peer_uid not in (os.getuid(), 0):
+                raise PermissionError(f"shared memory was offered by user {peer_uid}, expected {os.getuid()}")
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
+        if len(descriptors) != 2:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ConnectionError(f"{len(descriptors)} descriptors of shared memory came, expected 2")
+        return descriptors[0], descriptors[1]
+
+    @staticmethod
+    def send(name: str, descriptors: list[int], timeout_s: float) -> None:
+        """The shard's side: leave `descriptors` in the mailbox `name`. ValueError when it cannot be reached."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            try:
+                connection.connect("\0" + name)
+                socket.send_fds(connection, [b"m"], descriptors)
+            except OSError as error:
+                raise ValueError(f"shared memory cannot be handed over, is this another host? {error}") from error
+
+    def close(self) -> None:
+        """Stop listening. Idempotent."""
+        self._server.close()
 
 
 class ShmDoorbell(Doorbell):
@@ -88,34 +137,60 @@ class ShmDoorbell(Doorbell):
         return self._seen != before
 
     def close(self) -> None:
-        """Remove the page's name."""
-        self.region.unlink()
+        """Hand it to no more routers."""
+        self.region.drop_descriptor()
 
 
 class ShmRouterLink(RouterLink):
-    """The router's end; it creates the pair's region and maps the shard's doorbell."""
+    """The router's end; it maps the shard's doorbell and the pair's region, both made by the shard."""
 
     def __init__(
-        self, rank: int, send_capacity: int, recv_capacity: int, spin_us: float, peer_gone: Callable[[], str | None]
+        self,
+        rank: int,
+        bell: SharedRegion,
+        region: SharedRegion,
+        send_capacity: int,
+        spin_us: float,
+        line: LifeLine,
     ) -> None:
         self.rank = rank
-        self.region = SharedRegion.create(_CONTROL_BYTES + send_capacity + recv_capacity, f"pair{rank}")
-        self.send_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + send_capacity]
-        self.recv_buffer = self.region.bytes[_CONTROL_BYTES + send_capacity :]
-        self._words = self.region.bytes[:_CONTROL_BYTES].view(np.uint32)[:: _LINE // 4]
-        self._bell: SharedRegion | None = None
+        self.transport = "shm"
+        self.region = region
+        self.send_buffer = region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + send_capacity]
+        self.recv_buffer = region.bytes[_CONTROL_BYTES + send_capacity :]
+        self._words = region.bytes[:_CONTROL_BYTES].view(np.uint32)[:: _LINE // 4]
+        self._bell = bell
         self._seq = 0
         self._spin_ns = int(spin_us * 1000)
-        self._peer_gone = peer_gone
+        self._line = line
         self._closed = False
 
-    def attach_bell(self, path: str) -> None:
-        """Map the shard's doorbell, whose name came back in the handshake."""
-        self._bell = SharedRegion.attach(path, _CONTROL_BYTES)
+    @classmethod
+    def attach(
+        cls,
+        rank: int,
+        descriptors: tuple[int, int],
+        send_capacity: int,
+        recv_capacity: int,
+        spin_us: float,
+        line: LifeLine,
+    ) -> ShmRouterLink:
+        """Map the (doorbell, pair) `descriptors` that the shard sent. ValueError if they are not what was agreed on."""
+        try:
+            bell = SharedRegion(descriptors[0], _CONTROL_BYTES)
+        except BaseException:
+            os.close(descriptors[1])
+            raise
+        region = SharedRegion(descriptors[1], _CONTROL_BYTES + send_capacity + recv_capacity)
+        bell.drop_descriptor()
+        region.drop_descriptor()
+        return cls(rank, bell, region, send_capacity, spin_us, line)
 
     def post(self, nbytes: int) -> None:
-        if self._closed or self._bell is None:
+        if self._closed:
             raise ShardLostError(self.rank, "the link is closed")
+        if nbytes > len(self.send_buffer):
+            raise ValueError(f"a request of {nbytes} bytes does not fit into {len(self.send_buffer)}")
         self._seq = (self._seq + 1) & 0xFFFFFFFF
         self._words[_REQUEST_BYTES] = nbytes
         base = self.region.address
@@ -129,11 +204,13 @@ class ShmRouterLink(RouterLink):
         deadline_ns = int(deadline_s * 1e9)
         spin_ns = self._spin_ns
         while True:
+            if self._closed:
+                raise ShardLostError(self.rank, "the link is closed")
             left_ns = deadline_ns - time.monotonic_ns()
             seen = atomics.wait_while_equal(reply, sleeps, before, spin_ns, max(min(left_ns, _SLICE_NS), 0))
             if seen == self._seq:
                 return int(self._words[_REPLY_BYTES])
-            reason = self._peer_gone()
+            reason = self._line.gone()
             if reason is not None:
                 raise ShardLostError(self.rank, reason)
             if left_ns <= 0:
@@ -142,32 +219,56 @@ class ShmRouterLink(RouterLink):
 
     def close(self) -> None:
         self._closed = True
-        self.region.unlink()
+        self._line.close()
 
 
 class ShmShardChannel(ShardChannel):
-    """The shard's end; it maps the region that the router made."""
+    """The shard's end; it makes the region and leaves it, with its doorbell, in the router's mailbox."""
 
-    def __init__(self, router_id: str, path: str, request_capacity: int, reply_capacity: int) -> None:
+    def __init__(
+        self,
+        router_id: str,
+        mailbox: str,
+        bell: ShmDoorbell,
+        request_capacity: int,
+        reply_capacity: int,
+        line: LifeLine,
+    ) -> None:
         self.router_id = router_id
-        self.region = SharedRegion.attach(path, _CONTROL_BYTES + request_capacity + reply_capacity)
+        self._line = line
+        size = _CONTROL_BYTES + request_capacity + reply_capacity
+        self.region = SharedRegion.create(size, "pair")
+        try:
+            HandOver.send(mailbox, [bell.region.descriptor, self.region.descriptor], timeout_s=5.0)
+        finally:
+            self.region.drop_descriptor()
         self.recv_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + request_capacity]
         self.send_buffer = self.region.bytes[_CONTROL_BYTES + request_capacity :]
         self._words = self.region.bytes[:_CONTROL_BYTES].view(np.uint32)[:: _LINE // 4]
+        self._polled = 0
         self._answered = 0
 
     def poll(self) -> int:
         if self.closed:
             return -1
-        if int(atomics.load_word(self.region.address + _REQUEST * _LINE)) == self._answered:
+        self._polled = int(atomics.load_word(self.region.address + _REQUEST * _LINE))
+        if self._polled == self._answered:
             return -1
-        return int(self._words[_REQUEST_BYTES])
+        nbytes = int(self._words[_REQUEST_BYTES])
+        if nbytes > len(self.recv_buffer):
+            logger.error("router %s posted %d bytes into %d", self.router_id, nbytes, len(self.recv_buffer))
+            self.close()
+            return -1
+        return nbytes
 
     def reply(self, nbytes: int) -> None:
+        if nbytes > len(self.send_buffer):
+            raise ValueError(f"a reply of {nbytes} bytes does not fit into {len(self.send_buffer)}")
         base = self.region.address
         self._words[_REPLY_BYTES] = nbytes
-        self._answered = int(atomics.load_word(base + _REQUEST * _LINE))
+        self._answered = self._polled
         atomics.publish(base + _REPLY * _LINE, self._answered, base + _ROUTER_SLEEPS * _LINE)
 
     def close(self) -> None:
         self.closed = True
+        self._line.close()
