@@ -1,0 +1,260 @@
+"""The training text: what every Python installation already has, in four domains, split by document.
+
+=========  =====================================================================  ==========================
+domain     text                                                                   licence
+=========  =====================================================================  ==========================
+code       standard library modules, without their docstrings                     PSF License Agreement
+prose      docstrings under their signatures, and the topics of `help()`          PSF License Agreement
+unicode    code point, category and name of every named character                 Unicode License v3
+bytecode   what the compiler makes of standard library functions                  PSF License Agreement
+=========  =====================================================================  ==========================
+
+Every document belongs to a group (a module, a help topic, a run of 64 code points) and the hash of the group's name
+puts it on one side of the split in all domains at once: a module that is held out is held out as code, as prose and as
+bytecode.
+"""
+
+import ast
+import dis
+import hashlib
+import inspect
+import re
+import sys
+import sysconfig
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+DOMAINS = ("code", "prose", "unicode", "bytecode")
+LICENCES = {"code": "PSF-2.0", "prose": "PSF-2.0", "unicode": "Unicode-3.0", "bytecode": "PSF-2.0"}
+HELD_OUT_ONE_IN = 20
+CODE_POINTS_PER_GROUP = 64
+
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "ensurepip",
+    "lib-dynload",
+}
+SKIPPED_PREFIXES = (
+    "config-",
+    "_sysconfigdata",
+    "_sysconfig_vars",
+    "__phello__",
+)  # build settings name paths of the machine
+CHARSET_TABLE = re.compile(r"encodings/(cp\d|iso8859|koi8|mac_|ptcp|tis_|hp_|kz1048|gb|big5|euc|johab|shift)")
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+CODE_OBJECT = re.compile(r"<code object (\S+), file .*?, line \d+>")
+NAMED_BY_RULE = ("CJK UNIFIED", "CJK COMPAT", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH", "KHITAN SMALL", "NUSHU CHAR")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text: `group` decides its side of the split, `name` tells it from others of its group."""
+
+    domain: str
+    group: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """A standard library module's source, parsed once for all the domains that read it."""
+
+    name: str
+    source: str
+    tree: ast.Module
+
+
+def is_held_out(group: str) -> bool:
+    """Whether the documents of `group` belong to the held-out side: one group in twenty, by a hash of the name alone."""
+    digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
+
+
+def standard_library_modules(limit: int | None = None) -> Iterator[Module]:
+    """The standard library's modules by name, without tests, installed packages and tables of charsets.
+
+    Args:
+        limit: stop after so many modules (for tests); None for all.
+
+    Raises:
+        FileNotFoundError: the installation has no readable standard library source (it is zipped or stripped).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = 0
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        skipped = SKIPPED_FOLDERS.intersection(relative.parts[:-1]) or any(
+            part.startswith(SKIPPED_PREFIXES) for part in relative.parts
+        )
+        if skipped or CHARSET_TABLE.match(relative.as_posix()) or relative.as_posix() == "pydoc_data/topics.py":
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError, OSError):
+            continue  # templates for other Python versions and legacy encodings: no loss among a thousand modules
+        name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        yield Module(name, source, tree)
+        found += 1
+        if found == limit:
+            return
+    if not found:
+        raise FileNotFoundError(f"no standard library source under {root}: expected .py files there")
+
+
+def documented_nodes(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Module, class and function nodes with their qualified names ("" for the module itself), outermost first."""
+    stack: list[tuple[str, ast.AST]] = [("", tree)]
+    while stack:
+        prefix, node = stack.pop()
+        yield prefix, node
+        for child in reversed(list(ast.iter_child_nodes(node))):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                stack.append((f"{prefix}.{child.name}" if prefix else child.name, child))
+
+
+def without_docstrings(source: str, tree: ast.Module) -> str:
+    """The source with every docstring's lines taken out (`pass` where nothing else would be left)."""
+    lines: list[str | None] = list(source.splitlines())
+    for _, node in documented_nodes(tree):
+        body = getattr(node, "body", [])
+        if not body or not isinstance(body[0], ast.Expr) or not isinstance(body[0].value, ast.Constant):
+            continue
+        expr = body[0]
+        if not isinstance(expr.value.value, str) or (lines[expr.lineno - 1] or "")[: expr.col_offset].strip():
+            continue
+        for index in range(expr.lineno - 1, (expr.end_lineno or expr.lineno)):
+            lines[index] = None
+        if len(body) == 1:
+            lines[expr.lineno - 1] = " " * expr.col_offset + "pass"
+    kept = "\n".join(line.rstrip() for line in lines if line is not None)
+    return re.sub(r"\n{4,}", "\n\n\n", kept).strip() + "\n"
+
+
+def signature(qualified_name: str, node: ast.AST) -> str:
+    """One line that `help()` would start with, from the syntax tree alone."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"{qualified_name}({ast.unparse(node.args)})"
+    if isinstance(node, ast.ClassDef):
+        return f"class {qualified_name}({', '.join(ast.unparse(base) for base in node.bases)})"
+    return f"module {qualified_name}"
+
+
+def docstrings(module: Module) -> Iterator[tuple[str, str, str]]:
+    """(qualified name, signature line, docstring) of all that has a docstring of more than a few words."""
+    for name, node in documented_nodes(module.tree):
+        text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
+        if text and len(text) >= 40:
+            qualified = f"{module.name}.{name}" if name else module.name
+            yield qualified, signature(qualified, node), inspect.cleandoc(text)
+
+
+def builtin_docstrings() -> Iterator[tuple[str, str, str]]:
+    """(module, qualified name, docstring) of the functions and types that are compiled into the interpreter."""
+    for module_name in sorted(sys.builtin_module_names):
+        try:
+            module = __import__(module_name)
+        except ImportError:
+            continue
+        for name, value in sorted(vars(module).items()):
+            if name.startswith("_") or not callable(value):
+                continue
+            members = sorted(vars(value).items()) if isinstance(value, type) else []
+            for qualified, item in [(name, value)] + [(f"{name}.{key}", member) for key, member in members]:
+                text = getattr(item, "__doc__", None)
+                if isinstance(text, str) and len(text) >= 40:
+                    yield module_name, f"{module_name}.{qualified}", inspect.cleandoc(text)
+
+
+def disassemble(code: object) -> str:
+    """Offset, operation and argument of each instruction of a code object; no addresses, no file names."""
+    lines = []
+    for step in dis.get_instructions(code):  # type: ignore[arg-type]
+        argument = ADDRESS.sub("", CODE_OBJECT.sub(r"<code \1>", ADDRESS.sub("", step.argrepr)))
+        lines.append(f"{step.offset} {step.opname} {argument}".rstrip())
+    return "\n".join(lines)
+
+
+def compiled_functions(module: Module) -> Iterator[tuple[str, str]]:
+    """(header, disassembly) of the functions of a module, nested ones too, those of a readable length."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            stack = [compile(module.source, module.name, "exec", dont_inherit=True)]
+        except (SyntaxError, ValueError):
+            return
+    while stack:
+        code = stack.pop()
+        stack.extend(item for item in code.co_consts if isinstance(item, type(code)))
+        if code.co_name != "<module>" and 40 <= len(code.co_code) <= 1000:
+            arguments = ", ".join(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+            yield f"{code.co_qualname}({arguments}):", disassemble(code)
+
+
+def unicode_groups() -> Iterator[tuple[str, list[str]]]:
+    """(group, lines) of named characters, 64 code points a group; names that only repeat their number are left out."""
+    for start in range(0, 0x20000, CODE_POINTS_PER_GROUP):
+        lines = []
+        for point in range(start, start + CODE_POINTS_PER_GROUP):
+            name = unicodedata.name(chr(point), "")
+            if name and not name.startswith(NAMED_BY_RULE):
+                lines.append(f"U+{point:04X} {unicodedata.category(chr(point))} {name}")
+        if len(lines) >= 8:
+            yield f"unicode:{start:05X}", lines
+
+
+def raw_documents(limit_modules: int | None = None) -> Iterator[Document]:
+    """All documents, duplicates too; `limit_modules` reads only that many modules and topics (for tests)."""
+    for module in standard_library_modules(limit_modules):
+        yield Document("code", module.name, module.name, without_docstrings(module.source, module.tree))
+        for name, head, text in docstrings(module):
+            yield Document("prose", module.name, name, f"{head}\n\n{text}\n")
+        for name, text in compiled_functions(module):
+            yield Document("bytecode", module.name, name, f"{name}\n{text}\n")
+    for module_name, name, text in builtin_docstrings():
+        yield Document("prose", module_name, name, f"{name}\n\n{text}\n")
+    from pydoc_data import topics
+
+    for name, text in sorted(topics.topics.items())[:limit_modules]:
+        yield Document("prose", f"topic:{name}", name, text.strip() + "\n")
+    for group, lines in unicode_groups():
+        yield Document("unicode", group, group, "\n".join(lines) + "\n")
+
+
+def build_corpus(limit_modules: int | None = None) -> tuple[list[Document], list[Document]]:
+    """The (training, held-out) documents, each text once; a held-out text that is trained on too is dropped."""
+    train: list[Document] = []
+    held_out: list[Document] = []
+    seen: set[bytes] = set()
+    later: list[Document] = []
+    for document in raw_documents(limit_modules):
+        if is_held_out(document.group):
+            later.append(document)
+            continue
+        key = text_key(document.text)
+        if key not in seen:
+            seen.add(key)
+            train.append(document)
+    for document in later:
+        key = text_key(document.text)
+        if key not in seen:
+            seen.add(key)
+            held_out.append(document)
+    return train, held_out
+
+
+def text_key(text: str) -> bytes:
+    """A hash of the text after its first line (the name), white space aside: what makes two documents the same."""
+    body = text.split("\n", 1)[-1] or text
+    return hashlib.blake2b(" ".join(body.split()).encode(errors="replace"), digest_size=16).digest()
