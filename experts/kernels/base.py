@@ -86,7 +86,7 @@ class ExpertKernel(ABC):
             raise ValueError(
                 f"layer {layer} slot {slot}: expected layers below {shape.num_layers} and slots below {shape.num_slots}"
             )
-        expected = {"w13_2ID": (2 * I, D), "w2_DI": (D, I)}
+        expected: dict[str, tuple[int, ...]] = {"w13_2ID": (2 * I, D), "w2_DI": (D, I)}
         if shape.has_bias:
             expected |= {"b13_2I": (2 * I,), "b2_D": (D,)}
         for field in ("w13_2ID", "w2_DI", "b13_2I", "b2_D"):
@@ -164,7 +164,7 @@ class ExpertKernel(ABC):
         if not 0 <= layer < shape.num_layers:
             raise ValueError(f"layer {layer}, expected 0 to {shape.num_layers - 1}")
         M, D = rows_MD.shape
-        if D != shape.hidden_size or out_MD.shape != rows_MD.shape:
+        if shape.hidden_size != D or out_MD.shape != rows_MD.shape:
             raise ValueError(
                 f"rows {tuple(rows_MD.shape)} and out {tuple(out_MD.shape)}, expected both [{M}, {shape.hidden_size}]"
             )

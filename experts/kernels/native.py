@@ -1,4 +1,4 @@
-"""Our own CPU kernel (native_mlp.cpp): gather, both matrices, activation and weighted sum in one call, no Python per expert.
+"""Our own CPU kernel (native_mlp.cpp): gather, both matrices, activation and weighted sum in one call.
 
 It runs the bf16 dot product of AVX512_BF16 where the processor has it. Legend as in base.py.
 """

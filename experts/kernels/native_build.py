@@ -82,13 +82,13 @@ def _build() -> Path:
     return target
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path, *more_flags: str) -> None:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     started = time.perf_counter()
     error = ""
     for openmp in (["-fopenmp"], []):  # a compiler without OpenMP's runtime still makes the kernel of one thread
         partial = target.with_suffix(f".{os.getpid()}.partial")
-        command = [compiler, *FLAGS, native, *openmp, str(source), "-o", str(partial)]
+        command = [compiler, *FLAGS, native, *more_flags, *openmp, str(source), "-o", str(partial)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
         except subprocess.TimeoutExpired:

@@ -12,9 +12,7 @@ namespace {
 constexpr int PANEL = 2 * LANES;        // words of a panel at one step of the reduction
 constexpr int CHUNK = 256;              // words of a row that lie together in a block
 constexpr int ROW_STRIDE = CHUNK + 16;  // a cache line more, so that rows do not fall into the same cache sets
-#ifndef PREFETCH_WORDS
-#define PREFETCH_WORDS 2048
-#endif
+constexpr int PREFETCH_WORDS = 3072;    // how far memory is read ahead where a panel is used once
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,6 +36,7 @@ struct Sizes {
     int64_t slot_bytes() const { return divide_up(4 * (w13_words() + w2_words() + b13_words() + panels_D * PANEL), 64) * 64; }
 };
 
+// The word of the reduction that starts at `word`, with zeros beyond the end of the row.
 template <class Format>
 inline uint32_t word_at(const typename Format::Value* row, int64_t word, int64_t length) {
     typename Format::Value values[Format::GROUP] = {};
@@ -48,23 +47,28 @@ inline uint32_t word_at(const typename Format::Value* row, int64_t word, int64_t
     return packed;
 }
 
+// One lane of a panel: a row of the matrix, or zeros where `row` is null.
+template <class Format>
+void pack_lane(const typename Format::Value* row, int64_t length, int64_t words, uint32_t* target) {
+    const int64_t whole = row ? length / Format::GROUP : 0;
+    for (int64_t k = 0; k < whole; k++) memcpy(target + k * PANEL, row + k * Format::GROUP, 4);
+    for (int64_t k = whole; k < words; k++) target[k * PANEL] = row ? word_at<Format>(row, k, length) : 0;
+}
+
 template <class Format>
 void pack_slot(const Sizes& s, const void* w13_any, const float* b13, const void* w2_any, const float* b2, uint32_t* slot) {
     const auto* w13 = static_cast<const typename Format::Value*>(w13_any);
     const auto* w2 = static_cast<const typename Format::Value*>(w2_any);
     for (int64_t p = 0; p < s.panels_I; p++)
         for (int lane = 0; lane < PANEL; lane++) {
-            int64_t column = p * LANES + lane % LANES;
-            const auto* source = w13 + (column + (lane < LANES ? 0 : s.I)) * s.D;
-            for (int64_t k = 0; k < s.words_D; k++)
-                slot[(p * s.words_D + k) * PANEL + lane] = column < s.I ? word_at<Format>(source, k, s.D) : 0;
+            const int64_t column = p * LANES + lane % LANES, row = column + (lane < LANES ? 0 : s.I);
+            pack_lane<Format>(column < s.I ? w13 + row * s.D : nullptr, s.D, s.words_D, slot + p * s.words_D * PANEL + lane);
         }
     uint32_t* target = slot + s.w13_words();
     for (int64_t p = 0; p < s.panels_D; p++)
         for (int lane = 0; lane < PANEL; lane++) {
-            int64_t column = p * PANEL + lane;
-            for (int64_t k = 0; k < s.words_I; k++)
-                target[(p * s.words_I + k) * PANEL + lane] = column < s.D ? word_at<Format>(w2 + column * s.I, k, s.I) : 0;
+            const int64_t column = p * PANEL + lane;
+            pack_lane<Format>(column < s.D ? w2 + column * s.I : nullptr, s.I, s.words_I, target + p * s.words_I * PANEL + lane);
         }
     float* biases = reinterpret_cast<float*>(target + s.w2_words());
     for (int64_t i = 0; i < s.b13_words(); i++) {

@@ -32,7 +32,8 @@ class StackedWeights:
         self.w13_LS2ID[layer, slot].copy_(weights.w13_2ID)
         self.w2_LSDI[layer, slot].copy_(weights.w2_DI)
         if self.b13_LS2I is not None and self.b2_LSD is not None:
-            assert weights.b13_2I is not None and weights.b2_D is not None
+            assert weights.b13_2I is not None
+            assert weights.b2_D is not None
             self.b13_LS2I[layer, slot].copy_(weights.b13_2I)
             self.b2_LSD[layer, slot].copy_(weights.b2_D)
 

@@ -3,6 +3,8 @@
 Legend as in base.py; P pairs sorted by slot.
 """
 
+# ruff: noqa: N815
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from experts.spec import ActivationSpec
 
 
 def gated_activation(spec: ActivationSpec, gate_up_P2I: torch.Tensor) -> torch.Tensor:
-    """[P, 2I], gates in the first half, to [P, I]; see `ActivationSpec` for the formulas. Computes in the input's dtype."""
+    """[P, 2I], gates in the first half, to [P, I] in the same dtype; see `ActivationSpec` for the formulas."""
     gate, up = gate_up_P2I.chunk(2, dim=-1)
     if spec.kind == "silu":
         return F.silu(gate) * up

@@ -1,12 +1,15 @@
 """Kernel made of vLLM's CPU fused MoE (`torch.ops._C.cpu_fused_moe`, vector instructions), where vllm is installed.
 
-The operation wants the same number of experts for every row. Ragged pairs go in as rows of their own with top-k 1; where
-all rows have equally many pairs, it gathers and sums by itself. Legend as in base.py; K pairs of a row.
+The operation wants the same number of experts for every row. Ragged pairs go in as rows of their own with top-k 1;
+where all rows have equally many pairs, it gathers and sums by itself. Legend as in base.py; K pairs of a row.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import platform
+from pathlib import Path
 
 import torch
 
@@ -15,15 +18,30 @@ from experts.spec import ExpertWeights
 
 ISA = "vec"
 ALIGNMENT = 32  # output columns of both matrices
-SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT = 1.702, 7.0  # fixed inside vLLM's kernel
+SWIGLUOAI = (1.702, 7.0)  # alpha and limit, fixed inside vLLM's kernel
+
+
+def _library_name() -> str:
+    """The extension module that vLLM's CPU platform would load on this processor."""
+    if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported():
+        return "_C.abi3.so"
+    return "_C_AVX512.abi3.so" if torch.cpu._is_avx512_supported() else "_C_AVX2.abi3.so"
 
 
 @functools.cache
 def _missing_ops() -> str | None:
-    try:
-        import vllm._custom_ops  # noqa: F401  (registers torch.ops._C)
-    except Exception as error:
-        return f"vllm cannot be imported: {error}"
+    """Why vLLM's operations cannot be had, or None. Loads the library alone: importing vllm would take seconds."""
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
+        spec = importlib.util.find_spec("vllm")
+        if spec is None or not spec.submodule_search_locations:
+            return "vllm is not installed"
+        library = Path(spec.submodule_search_locations[0]) / _library_name()
+        if not library.exists():
+            return f"this vllm is no CPU build: it has no {library.name}"
+        try:
+            torch.ops.load_library(str(library))
+        except (OSError, RuntimeError) as error:
+            return f"vllm's {library.name} cannot be loaded: {error}"
     for op in ("cpu_fused_moe", "prepack_moe_weight"):
         if not hasattr(torch.ops._C, op):
             return f"this build of vllm has no {op}"
@@ -52,11 +70,8 @@ class VllmCpuKernel(ExpertKernel):
             if getattr(shape, field) % ALIGNMENT:
                 return f"{field} {getattr(shape, field)} is no multiple of {ALIGNMENT}"
         activation = shape.activation
-        if activation.kind == "swigluoai" and (activation.alpha, activation.limit) != (
-            SWIGLUOAI_ALPHA,
-            SWIGLUOAI_LIMIT,
-        ):
-            return f"swigluoai has alpha {SWIGLUOAI_ALPHA} and limit {SWIGLUOAI_LIMIT} fixed in it"
+        if activation.kind == "swigluoai" and (activation.alpha, activation.limit) != SWIGLUOAI:
+            return f"swigluoai has alpha {SWIGLUOAI[0]} and limit {SWIGLUOAI[1]} fixed in it"
         return _missing_ops()
 
     def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
@@ -69,7 +84,8 @@ class VllmCpuKernel(ExpertKernel):
         for source, target_LS in ((w13_2ID, self._w13_LS2ID), (weights.w2_DI.to("cpu", shape.dtype), self._w2_LSDI)):
             torch.ops._C.prepack_moe_weight(source[None].contiguous(), target_LS[layer, slot : slot + 1], ISA)
         if self._b13_LS2I is not None and self._b2_LSD is not None:
-            assert b13_2I is not None and weights.b2_D is not None
+            assert b13_2I is not None
+            assert weights.b2_D is not None
             self._b13_LS2I[layer, slot].copy_(b13_2I)
             self._b2_LSD[layer, slot].copy_(weights.b2_D)
 

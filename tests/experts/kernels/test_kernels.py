@@ -133,12 +133,8 @@ def test_uniform_pairs_one_expert_and_rows_without_pairs(name, dtype):
     rows_MD = torch.randn(37, BASE.hidden_size).to(dtype)
     all_on_one = torch.arange(38, dtype=torch.int32), torch.full((37,), 4, dtype=torch.int32), torch.rand(37)
     check(kernel, experts, 1, rows_MD, *all_on_one)
-    two_each = (
-        torch.arange(38, dtype=torch.int32) * 2,
-        torch.tensor([5, 0], dtype=torch.int32).repeat(37),
-        torch.rand(74),
-    )
-    check(kernel, experts, 0, rows_MD, *two_each)
+    five_and_none = torch.tensor([5, 0], dtype=torch.int32).repeat(37)
+    check(kernel, experts, 0, rows_MD, torch.arange(38, dtype=torch.int32) * 2, five_and_none, torch.rand(74))
     none = torch.zeros(38, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0)
     check(kernel, experts, 0, rows_MD, *none)
 
@@ -170,37 +166,38 @@ def test_a_slot_can_be_replaced(name):
 def test_bad_calls_are_named_and_the_kernel_lives_on(name):
     if KERNELS[name].supports(BASE) is not None:
         pytest.skip(str(KERNELS[name].supports(BASE)))
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
     kernel = KERNELS[name](BASE)
     weights = random_weights(BASE)
     kernel.set_slot(0, 0, weights)
     rows, out = torch.randn(2, BASE.hidden_size), torch.empty(2, BASE.hidden_size)
-    offsets, pair_weights = torch.tensor([0, 1, 2], dtype=torch.int32), torch.ones(2)
-
-    def slots(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+    offsets, pair_weights = ints(0, 1, 2), torch.ones(2)
 
     cases = [
-        ("slots -1 to 0", (0, rows, offsets, slots(0, -1), pair_weights, out)),
-        ("slots 0 to 6", (0, rows, offsets, slots(0, 6), pair_weights, out)),
-        ("slot 3 holds no expert", (0, rows, offsets, slots(0, 3), pair_weights, out)),
+        ("slots -1 to 0", (0, rows, offsets, ints(0, -1), pair_weights, out)),
+        ("slots 0 to 6", (0, rows, offsets, ints(0, 6), pair_weights, out)),
+        ("slot 3 holds no expert", (0, rows, offsets, ints(0, 3), pair_weights, out)),
         (
             "row offsets must rise",
-            (0, rows, torch.tensor([0, 3, 2], dtype=torch.int32), slots(0, 0), pair_weights, out),
+            (0, rows, ints(0, 3, 2), ints(0, 0), pair_weights, out),
         ),
         (
             "row offsets must rise",
-            (0, rows, torch.tensor([0, 1, 1], dtype=torch.int32), slots(0, 0), pair_weights, out),
+            (0, rows, ints(0, 1, 1), ints(0, 0), pair_weights, out),
         ),
         (
             "row offsets must rise",
-            (0, rows, torch.tensor([1, 1, 2], dtype=torch.int32), slots(0, 0), pair_weights, out),
+            (0, rows, ints(1, 1, 2), ints(0, 0), pair_weights, out),
         ),
-        ("layer 2, expected 0 to 1", (2, rows, offsets, slots(0, 0), pair_weights, out)),
-        ("expected torch.float32", (0, rows.bfloat16(), offsets, slots(0, 0), pair_weights, out)),
-        ("expected both", (0, rows[:, :10], offsets, slots(0, 0), pair_weights, out)),
-        ("expected int32", (0, rows, offsets.long(), slots(0, 0), pair_weights, out)),
-        ("expected \\[3\\], \\[N\\], \\[N\\]", (0, rows, offsets, slots(0), pair_weights, out)),
-        ("contiguous in the last", (0, rows, offsets, slots(0, 0), pair_weights, torch.empty(BASE.hidden_size, 2).t())),
+        ("layer 2, expected 0 to 1", (2, rows, offsets, ints(0, 0), pair_weights, out)),
+        ("expected torch.float32", (0, rows.bfloat16(), offsets, ints(0, 0), pair_weights, out)),
+        ("expected both", (0, rows[:, :10], offsets, ints(0, 0), pair_weights, out)),
+        ("expected int32", (0, rows, offsets.long(), ints(0, 0), pair_weights, out)),
+        ("expected \\[3\\], \\[N\\], \\[N\\]", (0, rows, offsets, ints(0), pair_weights, out)),
+        ("contiguous in the last", (0, rows, offsets, ints(0, 0), pair_weights, torch.empty(BASE.hidden_size, 2).t())),
     ]
     for match, args in cases:
         with pytest.raises(ValueError, match=match):
@@ -211,8 +208,8 @@ def test_bad_calls_are_named_and_the_kernel_lives_on(name):
         kernel.set_slot(0, 0, dataclasses.replace(weights, b2_D=torch.zeros(BASE.hidden_size)))
     with pytest.raises(ValueError, match="slots below 6"):
         kernel.set_slot(0, 6, weights)
-    kernel.forward(0, rows, offsets, slots(0, 0), pair_weights, out)
-    expected = oracle(BASE, [weights], rows, offsets, slots(0, 0), pair_weights)
+    kernel.forward(0, rows, offsets, ints(0, 0), pair_weights, out)
+    expected = oracle(BASE, [weights], rows, offsets, ints(0, 0), pair_weights)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
 
 

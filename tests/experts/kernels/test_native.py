@@ -1,0 +1,108 @@
+"""What only the C++ kernel promises: the same bits for any batch and thread count, and every processor's code path."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.kernels import native, native_build
+from experts.kernels.native import NativeKernel
+from experts.kernels.pick import random_pairs
+from tests.experts.kernels.test_kernels import ACTIVATIONS, BASE, build, run_case
+
+pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_alone_gets_the_bits_that_it_gets_in_a_batch(dtype, threads):
+    threads(1)
+    shape = dataclasses.replace(BASE, hidden_size=1200, num_layers=1, dtype=dtype)
+    kernel, _ = build("native", shape, seed=0)
+    rows_MD = torch.randn(70, 1200).to(dtype)
+    offsets, slots, weights = random_pairs(70, shape.num_slots, 3)
+    together, alone = torch.empty_like(rows_MD), torch.empty(1, 1200, dtype=dtype)
+    kernel.forward(0, rows_MD, offsets, slots, weights, together)
+    for m in range(70):
+        pairs = slice(int(offsets[m]), int(offsets[m + 1]))
+        offsets_12 = torch.tensor([0, pairs.stop - pairs.start], dtype=torch.int32)
+        kernel.forward(0, rows_MD[m : m + 1], offsets_12, slots[pairs].clone(), weights[pairs].clone(), alone)
+        assert torch.equal(alone[0], together[m])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 90])
+def test_thread_counts_do_not_change_a_bit(num_rows, dtype, threads):
+    kernel, _ = build("native", dataclasses.replace(BASE, has_bias=True, dtype=dtype), seed=0)
+    rows_MD = torch.randn(num_rows, BASE.hidden_size).to(dtype)
+    pairs = random_pairs(num_rows, BASE.num_slots, 3)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(torch.full_like(rows_MD, float("nan")))
+        kernel.forward(1, rows_MD, *pairs, results[-1])
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@functools.cache
+def variant(folder: Path, flag: str) -> ctypes.CDLL:
+    target = folder / f"variant{flag}.so"
+    native_build._compile(
+        native_build._find_compiler(), Path(native.__file__).with_name("native_mlp.cpp"), target, flag
+    )
+    library = ctypes.CDLL(str(target))
+    native_build._declare(library)
+    return library
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86 code paths")
+@pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+def test_processors_with_fewer_instructions(flag, monkeypatch, tmp_path_factory, threads):
+    threads(1)
+    library = variant(tmp_path_factory.getbasetemp(), flag)
+    monkeypatch.setattr(native, "load_library", lambda: library)
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_rows in (1, 40):
+            run_case("native", dataclasses.replace(BASE, has_bias=True, dtype=dtype), num_rows, seed=1)
+        odd = dataclasses.replace(BASE, hidden_size=33, intermediate_size=17, dtype=dtype)
+        for activation in ACTIVATIONS.values():
+            run_case("native", dataclasses.replace(odd, activation=activation), 9, seed=2)
+
+
+def test_the_library_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXPERTMESH_CACHE", str(tmp_path / "cache"))
+    first = native_build._build()
+    stamp = first.stat().st_mtime_ns
+    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert native_build._build() == first
+    assert first.stat().st_mtime_ns == stamp
+
+
+def test_no_compiler_is_a_reason_not_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(native_build.NativeBuildError, match=r"no C\+\+ compiler"):
+        native_build._build()
+
+
+def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("EXPERTMESH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(native_build.NativeBuildError, match="no such target"):
+        native_build._build()
