@@ -1,0 +1,121 @@
+"""The Serve deployment of a shard: finds its rank, loads, serves, gives signs of life, says farewell.
+
+The work is done by `experts.shard_server.ShardServer`, which knows nothing of Ray; this is its way into a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from cluster.client import ControllerClient, ControllerLost
+from cluster.config import ExpertsAppConfig, parse
+from cluster.planning import placement_digest
+from cluster.ray_joints import node_address, replica_identity
+from experts.shard_server import ShardServer
+from placement.tables import Placement
+
+logger = logging.getLogger("ray.serve")
+
+
+class ExpertShard:
+    """One replica, one shard, one rank."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:
+        self._config = parse(ExpertsAppConfig, config)
+        self._identity = replica_identity()
+        self._controller = ControllerClient(self._identity.app_name)
+        self._epoch = 0
+        self._fault: str | None = None
+        self._server = ShardServer(self._config.shard_settings(node_address()))
+        self._heart: asyncio.Task[None] | None = None
+        placement, rank = await self._join()
+        self._digest = placement_digest(placement)
+        self._heart = asyncio.create_task(self._beat_forever())
+        logger.info("rank %d: loading %s", rank, self._config.model.path)
+        endpoint = await asyncio.to_thread(self._server.start, placement, rank, self._epoch)
+        seated = await self._controller.insist(
+            "ready", self._identity.replica_id, asdict(endpoint), deadline_s=self._config.membership.join_deadline_s
+        )
+        if not seated:
+            raise RuntimeError(f"rank {rank} was given to another shard while this one loaded")
+
+    async def status(self) -> dict[str, Any]:
+        """The shard's own facts; see `ShardServer.status`."""
+        return self._server.status()
+
+    async def check_health(self) -> None:
+        """Raises when this shard cannot serve any more; Serve then restarts it, and the successor takes the rank."""
+        if self._fault is not None:
+            raise RuntimeError(self._fault)
+        if not self._server.status()["alive"]:
+            raise RuntimeError("the shard's compute loop has ended")
+
+    async def __del__(self) -> None:
+        if self._heart is not None:
+            self._heart.cancel()
+            drain_s = self._config.membership.drain_s
+            try:
+                await self._controller.call("leave", self._identity.replica_id, deadline_s=drain_s + 1)
+            except ControllerLost as error:
+                logger.info("leaving without a farewell: %s", error)
+        self._server.stop()
+
+    async def _join(self) -> tuple[Placement, int]:
+        settings = self._config.membership
+        end_s = time.monotonic() + settings.join_deadline_s
+        while True:
+            answer = await self._controller.insist(
+                "join",
+                self._identity.replica_id,
+                self._identity.node_id,
+                self._identity.rank,
+                deadline_s=max(0.1, end_s - time.monotonic()),
+            )
+            if answer["rank"] is not None:
+                self._epoch = answer["epoch"]
+                return Placement.from_json(answer["placement"]), answer["rank"]
+            if time.monotonic() >= end_s:
+                raise RuntimeError(f"no rank within {settings.join_deadline_s} s: {answer['reason']}")
+            await asyncio.sleep(settings.heartbeat_s / 2)
+
+    async def _beat_forever(self) -> None:
+        settings = self._config.membership
+        while self._fault is None:
+            try:
+                await self._beat(deadline_s=settings.lost_after_s)
+            except ControllerLost as error:
+                logger.warning("%s; this shard serves on", error)
+            except Exception:
+                logger.exception("a sign of life failed; the next one follows")
+            await asyncio.sleep(settings.heartbeat_s)
+
+    async def _beat(self, deadline_s: float) -> None:
+        endpoint = self._server.endpoint
+        status = None if endpoint is None else self._server.status()
+        answer = await self._controller.call("beat", self._identity.replica_id, status, deadline_s=deadline_s)
+        if answer["known"]:
+            self._epoch = max(self._epoch, answer["epoch"])
+            return
+        if endpoint is None:
+            # The controller restarted while this shard loads: a seat again, at the same rank, or a fresh start.
+            answer = await self._controller.call(
+                "join", self._identity.replica_id, self._identity.node_id, self._identity.rank, deadline_s=deadline_s
+            )
+            if answer["rank"] is not None and answer["rank"] != self._identity.rank:
+                self._fault = f"the restarted controller gave rank {answer['rank']}, other experts are loading here"
+            return
+        seated = await self._controller.call(
+            "rejoin",
+            self._identity.replica_id,
+            self._identity.node_id,
+            asdict(endpoint),
+            self._epoch,
+            self._digest,
+            deadline_s=deadline_s,
+        )
+        if not seated:
+            self._fault = f"the controller has another shard or placement for rank {endpoint.rank}; starting anew"

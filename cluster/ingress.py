@@ -1,0 +1,113 @@
+"""The OpenAI API in front of the routers: Ray Serve LLM's ingress, plus health that generates, metrics and inspection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+from cluster.client import ControllerClient, ControllerLost
+from cluster.config import LLMAppConfig, parse
+from cluster.gate import Gate
+from cluster.metrics import render
+from cluster.openai_errors import add_error_handlers, error_response
+
+logger = logging.getLogger("ray.serve")
+
+CONTROLLER_DEADLINE_S = 5.0
+
+ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "completions": lambda app: app.post("/v1/completions"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+    "tokenize": lambda app: app.post("/tokenize"),
+    "detokenize": lambda app: app.post("/detokenize"),
+    "health": lambda app: app.get("/health"),
+    "metrics": lambda app: app.get("/metrics"),
+    "mesh_status": lambda app: app.get("/expertmesh/status"),
+    "mesh_placement": lambda app: app.get("/expertmesh/placement"),
+    "mesh_trace": lambda app: app.get("/expertmesh/trace"),
+}
+
+
+class ExpertMeshIngress(OpenAiIngress):
+    """Ray Serve LLM's ingress with the project's own paths."""
+
+    def __init__(self, *args: Any, mesh: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._mesh = parse(LLMAppConfig, mesh)
+        self._controller = ControllerClient(self._mesh.experts_app)
+        [self._routers] = kwargs["llm_deployments"].values()
+
+    async def health(self) -> JSONResponse:
+        """200 when every router generates tokens through the shards, else 503 with the reason."""
+        try:
+            routers = await self._ask_routers("generation_health", self._mesh.deadlines.probe_s + 5)
+        except Exception as error:
+            routers, reason = [], f"routers do not answer: {type(error).__name__}: {error}"
+        else:
+            reasons = [f"{router['router_id']}: {router['reason']}" for router in routers if not router["ok"]]
+            reason = "; ".join(reasons) if routers else "there is no router yet"
+        ok = bool(routers) and not reason
+        body = {"status": "ok" if ok else "unavailable", "reason": reason, "routers": routers}
+        headers = None if ok else {"Retry-After": str(self._mesh.http.retry_after_s)}
+        return JSONResponse(body, status_code=200 if ok else 503, headers=headers)
+
+    async def metrics(self) -> Response:
+        """Counters of all routers and shards as Prometheus text."""
+        try:
+            routers = await self._ask_routers("mesh_status", CONTROLLER_DEADLINE_S)
+        except Exception as error:
+            logger.warning("no router's counters: %r", error)
+            routers = []
+        text = render(routers, await self._controller_status())
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def mesh_status(self) -> JSONResponse:
+        """What the controller and each router know: epochs, shards, lost ranks, counters."""
+        routers = await self._ask_routers("mesh_status", CONTROLLER_DEADLINE_S)
+        return JSONResponse({"controller": await self._controller_status(), "routers": routers})
+
+    async def mesh_placement(self) -> Response:
+        """The placement: slots of every layer, and the experts of each rank."""
+        try:
+            return JSONResponse(await self._controller.call("placement", deadline_s=CONTROLLER_DEADLINE_S))
+        except ControllerLost as error:
+            return error_response(503, str(error), retry_after_s=self._mesh.http.retry_after_s)
+
+    async def mesh_trace(self, router: str = "") -> Response:
+        """One router's sampled routing decisions (.npz); `router` names it where there are several."""
+        traces = dict(await self._ask_routers("mesh_trace", self._mesh.deadlines.apply_s))
+        if router and router not in traces:
+            return error_response(404, f"no router is named {router!r}; there are {sorted(traces)}", param="router")
+        if not traces:
+            return error_response(503, "there is no router yet", retry_after_s=self._mesh.http.retry_after_s)
+        return Response(traces[router or min(traces)], media_type="application/octet-stream")
+
+    async def _ask_routers(self, method: str, deadline_s: float) -> list[Any]:
+        return await asyncio.wait_for(self._routers.broadcast(method).results_async(), deadline_s)
+
+    async def _controller_status(self) -> dict[str, Any] | None:
+        try:
+            return await self._controller.call("status", deadline_s=CONTROLLER_DEADLINE_S)
+        except ControllerLost as error:
+            logger.warning("%s", error)
+            return None
+
+
+def ingress_class(config: LLMAppConfig) -> type:
+    """The ingress deployment's class with its FastAPI app: routes, error format, keys, queue limit, CORS."""
+    http = config.http
+    app = FastAPI(title="expertmesh")
+    add_error_handlers(app, http.retry_after_s)
+    app.add_middleware(Gate, keys=http.keys(), max_pending=http.max_pending_requests, retry_after_s=http.retry_after_s)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    return make_fastapi_ingress(ExpertMeshIngress, endpoint_map=ENDPOINTS, app=app)

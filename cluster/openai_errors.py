@@ -1,0 +1,84 @@
+"""Every error that a client sees, in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("ray.serve")
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    503: "overloaded_error",
+}
+_CODES = {401: "invalid_api_key", 404: "not_found"}
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of one error."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, retry_after_s: int | None = None
+) -> JSONResponse:
+    """One error as a response; `retry_after_s` becomes the Retry-After header."""
+    headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    return JSONResponse(error_body(status, message, param, code), status_code=status, headers=headers)
+
+
+def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
+    """What a client is told about any exception; unexpected ones are logged and told without their insides."""
+    if isinstance(error, RequestValidationError | ValidationError):
+        return _validation_response(error)
+    if isinstance(error, BackPressureError):
+        return error_response(503, "too many requests are queued; try again", retry_after_s=retry_after_s)
+    if isinstance(error, DeploymentUnavailableError):
+        return error_response(503, "no router is available; try again", retry_after_s=retry_after_s)
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, str(error.detail))
+    status = getattr(error, "status_code", None)
+    message = getattr(error, "message", None)
+    if isinstance(status, int) and isinstance(message, str):  # Ray Serve LLM's OpenAIHTTPException
+        return error_response(status, message)
+    if isinstance(error, RayError):
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ValueError | BackPressureError):
+            return response_for(cause, retry_after_s)
+        logger.error("a router failed under a request: %r", error)
+        return error_response(503, "the router that had this request failed; try again", retry_after_s=retry_after_s)
+    if isinstance(error, ValueError):
+        return error_response(400, str(error))
+    logger.error("unexpected error under a request", exc_info=error)
+    return error_response(500, "internal error; see the log of the ingress")
+
+
+def add_error_handlers(app: FastAPI, retry_after_s: int) -> None:
+    """Let `app` answer every exception in OpenAI's format."""
+
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return response_for(error, retry_after_s)
+
+    for kind in (RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _validation_response(error: RequestValidationError | ValidationError) -> JSONResponse:
+    first = next(iter(error.errors()), {"msg": "invalid request", "loc": ()})
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first.get("type") == "json_invalid":
+        return error_response(400, f"the request body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return error_response(400, f"{place}: {message}" if place else message, param=place or None, code="invalid_parameter")

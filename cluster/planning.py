@@ -1,0 +1,82 @@
+"""From a config to the placement that its shards load, checked against the checkpoint before anything is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from cluster.config import ConfigError, ExpertsAppConfig
+from experts.checkpoint import CheckpointError, ExpertCheckpoint
+from experts.spec import ExpertSpec
+from placement.tables import Placement
+
+
+def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
+    """What the checkpoint's headers say of its experts. ConfigError with the reader's reason."""
+    try:
+        return ExpertCheckpoint.open(config.model.path).spec
+    except CheckpointError as error:
+        raise ConfigError(f"model.path: {error}") from None
+
+
+def plan_placement(config: ExpertsAppConfig) -> Placement:
+    """The placement of a config: read from placement.file, or made by placement.policy. Same config, same placement.
+
+    Raises ConfigError naming both numbers where slots do not hold the experts or a file is for another model.
+    """
+    spec = read_spec(config)
+    num_ranks = config.shards.count
+    check_slots(config, spec.num_experts)
+    if config.placement.file is not None:
+        placement = _from_file(config.placement.file)
+    else:
+        placement = _by_policy(config, spec)
+    for what, found, expected in (
+        ("layers", placement.num_layers, spec.num_layers),
+        ("experts", placement.num_experts, spec.num_experts),
+        ("ranks", placement.num_ranks, num_ranks),
+    ):
+        if found != expected:
+            raise ConfigError(f"placement: it is for {found} {what}, expected {expected}")
+    if config.shards.slots_per_rank is not None and placement.slots_per_rank > config.shards.slots_per_rank:
+        raise ConfigError(
+            f"placement: it needs {placement.slots_per_rank} slots a rank, shards.slots_per_rank is "
+            f"{config.shards.slots_per_rank}"
+        )
+    return placement
+
+
+def check_slots(config: ExpertsAppConfig, num_experts: int) -> None:
+    """Raises ConfigError unless the shards' slots hold `min_replicas` of every expert of a layer."""
+    slots, num_ranks = config.shards.slots_per_rank, config.shards.count
+    needed = num_experts * config.placement.min_replicas
+    if slots is not None and slots * num_ranks < needed:
+        raise ConfigError(
+            f"shards.slots_per_rank is {slots}, so {num_ranks} shards have {slots * num_ranks} slots in a layer for "
+            f"{num_experts} experts of {config.placement.min_replicas} replicas; expected at least {-(-needed // num_ranks)}"
+        )
+
+
+def placement_digest(placement: Placement) -> str:
+    """Sixteen hex digits that tell two placements apart."""
+    return hashlib.sha256(json.dumps(placement.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _from_file(path: str) -> Placement:
+    try:
+        return Placement.load(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"placement.file: {path}: {error}") from None
+
+
+def _by_policy(config: ExpertsAppConfig, spec: ExpertSpec) -> Placement:
+    try:
+        return Placement.linear(
+            spec.num_layers,
+            spec.num_experts,
+            config.shards.count,
+            config.placement.num_nodes,
+            config.placement.min_replicas,
+        )
+    except ValueError as error:
+        raise ConfigError(f"placement: {error}") from None

@@ -1,0 +1,86 @@
+"""Everything that reaches into Ray's or Ray Serve LLM's undocumented insides, in one place.
+
+`tests/cluster/test_ray_joints.py` says which of these a new version has moved. Imports of `ray.serve.llm` stay inside
+functions: they bring in vllm, which takes seconds, and shards and the controller do without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+
+@dataclass(frozen=True)
+class ReplicaIdentity:
+    """Who this Serve replica is."""
+
+    app_name: str
+    replica_id: str
+    rank: int  # Serve's, 0 .. num_replicas - 1; a dead replica's rank goes to its successor
+    node_id: str
+
+
+def replica_identity() -> ReplicaIdentity:
+    """Identity of the replica that this code runs in."""
+    context = serve.get_replica_context()
+    return ReplicaIdentity(
+        app_name=context.app_name,
+        replica_id=context.replica_tag,
+        rank=context.rank.rank,
+        node_id=ray.get_runtime_context().get_node_id(),
+    )
+
+
+def node_address() -> str:
+    """IP address at which other nodes reach this one, 127.0.0.1 on a cluster of one machine without a network."""
+    return ray.util.get_node_ip_address()
+
+
+def unfinished_requests(llm_server: Any) -> int:
+    """Requests that the engine of an LLMServer replica holds, running or waiting."""
+    return int(llm_server.engine._engine_client.output_processor.get_num_unfinished_requests())
+
+
+def model_card(llm_config: Any) -> Any:
+    """The entry of /v1/models for one LLMConfig."""
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+
+    return to_model_metadata(llm_config.model_id, llm_config)
+
+
+def vllm_engine_cls(in_process: bool) -> type:
+    """Ray Serve LLM's engine class; `in_process` puts the one worker of a CPU engine into the engine's own process.
+
+    On CPU vLLM asks for a process of its own for each worker, so that it can bind the worker's threads to cores. Without
+    such a binding that process buys nothing and costs ten seconds of start-up and two hops in every step.
+    """
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+    if not in_process:
+        return VLLMEngine
+
+    class InProcessEngine(VLLMEngine):
+        def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
+            parallel = engine_config.parallel_config
+            if parallel.distributed_executor_backend == "mp" and parallel.world_size == 1:
+                parallel.distributed_executor_backend = "uni"
+            return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
+
+    return InProcessEngine
+
+
+def no_download_callback() -> type:
+    """A callback for LLMConfig that skips the download step: the checkpoint is a folder.
+
+    The step would start one more process on each node, which imports vllm to find nothing to do.
+    """
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    class NoDownload(CallbackBase):
+        async def on_before_node_init(self) -> None:
+            self.ctx.run_init_node = False
+
+    return NoDownload

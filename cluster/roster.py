@@ -1,0 +1,200 @@
+"""Which shard stands at which rank, and the epoch that says so: the controller's memory, without Ray and without a clock.
+
+A shard passes through three states:
+
+    (unknown) --join--> loading at a rank --ready--> serving --(silence, leave, a successor)--> (unknown)
+
+Every change of who serves counts the epoch up, and so does a retry for shards that a router gave up although they live.
+Nothing here is written down: a controller that restarts learns ranks and the highest epoch from shards and routers that
+are still there. Serve gives each replica a rank and hands a dead replica's rank to its successor, so that rank is the
+first choice; a shard that already holds experts keeps the rank that it loaded them for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from experts.membership import ShardEndpoint
+
+
+@dataclass
+class Seat:
+    """One shard at one rank."""
+
+    shard_id: str
+    node_id: str
+    rank: int
+    last_beat_s: float
+    endpoint: ShardEndpoint | None = None  # None while it loads
+    given_up_s: float | None = None  # since when some router goes without it although it serves
+
+    @property
+    def serving(self) -> bool:
+        return self.endpoint is not None
+
+
+@dataclass(frozen=True)
+class JoinAnswer:
+    """What a shard that asks for a rank is told: a rank, or why it has to ask again."""
+
+    rank: int | None
+    reason: str = ""
+
+
+class Roster:
+    """Seats by rank, plus the epoch. Times are seconds on any monotonic clock that the caller reads."""
+
+    def __init__(self, num_ranks: int, num_nodes: int = 1) -> None:
+        if num_ranks < 1 or num_nodes < 1 or num_ranks % num_nodes:
+            raise ValueError(f"{num_ranks} ranks do not stand on {num_nodes} nodes in equal blocks")
+        self.num_ranks = num_ranks
+        self.num_nodes = num_nodes
+        self.epoch = 0
+        self._seats: dict[int, Seat] = {}
+
+    @property
+    def endpoints(self) -> tuple[ShardEndpoint | None, ...]:
+        """Where each rank's shard listens, None where none serves."""
+        seats = (self._seats.get(rank) for rank in range(self.num_ranks))
+        return tuple(seat.endpoint if seat is not None else None for seat in seats)
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks at which no shard serves."""
+        return [rank for rank, endpoint in enumerate(self.endpoints) if endpoint is None]
+
+    @property
+    def complete(self) -> bool:
+        """Every rank is served."""
+        return not self.missing
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The occupied seats by rank."""
+        return [self._seats[rank] for rank in sorted(self._seats)]
+
+    def seat_of(self, shard_id: str) -> Seat | None:
+        """The seat of a shard, if it has one."""
+        return next((seat for seat in self._seats.values() if seat.shard_id == shard_id), None)
+
+    def join(self, shard_id: str, node_id: str, wanted_rank: int, now_s: float, patience_s: float) -> JoinAnswer:
+        """Seat a shard that holds no experts yet.
+
+        `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free, where its holder has been
+        silent for `patience_s` (a dead replica whose successor this is), or where it suits the blocks of nodes; else the
+        first free rank that suits is.
+        """
+        if (seat := self.seat_of(shard_id)) is not None:
+            seat.last_beat_s = now_s
+            return JoinAnswer(seat.rank)
+        choices = [wanted_rank, *(rank for rank in range(self.num_ranks) if rank != wanted_rank)]
+        free = [rank for rank in choices if rank not in self._seats and 0 <= rank < self.num_ranks]
+        silent = [rank for rank in choices if self._silent(rank, now_s, patience_s)]
+        suitable = [rank for rank in free if self._suits(rank, node_id)] or [
+            rank for rank in silent if self._suits(rank, node_id)
+        ]
+        if not suitable:
+            if not free and not silent:
+                return JoinAnswer(None, f"all {self.num_ranks} ranks are taken")
+            return JoinAnswer(None, f"the free ranks {sorted(free)} belong to the blocks of other nodes")
+        rank = suitable[0]
+        if rank in self._seats:
+            self._vacate(rank)
+        self._seats[rank] = Seat(shard_id, node_id, rank, now_s)
+        return JoinAnswer(rank)
+
+    def ready(self, shard_id: str, endpoint: ShardEndpoint, now_s: float) -> bool:
+        """The shard has loaded and listens. Returns False if the seat is no longer its own; then it has to start anew."""
+        seat = self.seat_of(shard_id)
+        if seat is None or seat.rank != endpoint.rank:
+            return False
+        seat.last_beat_s = now_s
+        if seat.endpoint != endpoint:
+            seat.endpoint, seat.given_up_s = endpoint, None
+            self.epoch += 1
+        return True
+
+    def rejoin(self, shard_id: str, node_id: str, endpoint: ShardEndpoint, epoch: int, now_s: float) -> bool:
+        """Seat a shard that serves already, as after the controller's restart or after the shard's own long silence.
+
+        Returns False if another shard has its rank by now.
+        """
+        self.exceed(epoch)
+        if not 0 <= endpoint.rank < self.num_ranks:
+            return False
+        seat = self._seats.get(endpoint.rank)
+        if seat is not None and seat.shard_id != shard_id:
+            return False
+        if seat is None:
+            self._seats[endpoint.rank] = Seat(shard_id, node_id, endpoint.rank, now_s)
+        return self.ready(shard_id, endpoint, now_s)
+
+    def beat(self, shard_id: str, now_s: float) -> bool:
+        """A sign of life. Returns False if this shard has no seat: then it has to join or rejoin."""
+        seat = self.seat_of(shard_id)
+        if seat is None:
+            return False
+        seat.last_beat_s = now_s
+        return True
+
+    def leave(self, shard_id: str) -> None:
+        """The shard says farewell."""
+        if (seat := self.seat_of(shard_id)) is not None:
+            self._vacate(seat.rank)
+
+    def expire(self, now_s: float, lost_after_s: float) -> list[int]:
+        """Remove shards that were silent for `lost_after_s`; returns their ranks."""
+        ranks = [rank for rank in self._seats if self._silent(rank, now_s, lost_after_s)]
+        for rank in ranks:
+            self._vacate(rank)
+        return sorted(ranks)
+
+    def given_up(self, rank: int, incarnation: str, now_s: float) -> None:
+        """A router goes on without this incarnation of the rank's shard."""
+        seat = self._seats.get(rank)
+        if seat is None or seat.endpoint is None or seat.endpoint.incarnation != incarnation:
+            return
+        if seat.given_up_s is None:
+            seat.given_up_s = now_s
+
+    def retry(self, now_s: float, after_s: float) -> list[int]:
+        """Ranks given up at least `after_s` ago whose shards show life since; counts the epoch up if there are any."""
+        ranks = []
+        for seat in self._seats.values():
+            if seat.given_up_s is None or now_s - seat.given_up_s < after_s or seat.last_beat_s <= seat.given_up_s:
+                continue
+            seat.given_up_s = None
+            ranks.append(seat.rank)
+        if ranks:
+            self.epoch += 1
+        return sorted(ranks)
+
+    def exceed(self, epoch: int) -> None:
+        """An earlier controller gave out `epoch`, so what this one says has to be above it."""
+        self.epoch = max(self.epoch, epoch + 1)
+
+    def _silent(self, rank: int, now_s: float, for_s: float) -> bool:
+        seat = self._seats.get(rank)
+        return seat is not None and now_s - seat.last_beat_s >= for_s
+
+    def _vacate(self, rank: int) -> None:
+        if self._seats.pop(rank).serving:
+            self.epoch += 1
+
+    def _suits(self, rank: int, node_id: str) -> bool:
+        """Shards of one node fill one block of ranks; with one block everything suits."""
+        if self.num_nodes == 1:
+            return True
+        per_node = self.num_ranks // self.num_nodes
+        blocks: dict[int, set[str]] = {}
+        for seat in self._seats.values():
+            blocks.setdefault(seat.rank // per_node, set()).add(seat.node_id)
+        here = blocks.get(rank // per_node, set())
+        mine = {block for block, nodes in blocks.items() if node_id in nodes}
+        if mine:
+            return rank // per_node in mine or not self._room(mine, per_node)
+        return not here or all(block in blocks for block in range(self.num_nodes))
+
+    def _room(self, blocks: Iterable[int], per_node: int) -> bool:
+        return any(rank not in self._seats for b in blocks for rank in range(b * per_node, (b + 1) * per_node))

@@ -1,0 +1,194 @@
+"""A router: Ray Serve LLM's server whose engine follows the placement controller.
+
+Two loops run beside the engine, both through `collective_rpc`, which reaches the worker between steps:
+
+    follow  long-polls the controller and applies each new epoch
+    watch   reads the worker's counters, for health, metrics and the list of shards that were given up
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.openai_api_models import CompletionRequest
+
+from cluster.client import ControllerClient, ControllerLost
+from cluster.config import LLMAppConfig, parse
+from cluster.metrics import RouterMetrics
+from cluster.ray_joints import replica_identity, unfinished_requests, vllm_engine_cls
+
+logger = logging.getLogger("ray.serve")
+
+LONG_POLL_S = 5.0
+WATCH_S = 1.0
+
+
+class ExpertMeshLLMServer(LLMServer):
+    """`server_cls` of the project's LLMConfig."""
+
+    async def __init__(self, llm_config: LLMConfig, *, mesh: dict[str, Any]) -> None:
+        self._mesh = parse(LLMAppConfig, mesh)
+        self._identity = replica_identity()
+        self._controller = ControllerClient(self._mesh.experts_app)
+        self._term, self._epoch = "", -1
+        self._incarnations: dict[int, str] = {}
+        self._status: dict[str, Any] = {}
+        self._status_s = float("-inf")
+        self._metrics = RouterMetrics(self._identity.replica_id)
+        self._probe_lock = asyncio.Lock()
+        self._loops: list[asyncio.Task[None]] = []
+        extra = dict(llm_config.engine_kwargs["additional_config"])
+        extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._identity.replica_id}
+        llm_config.update_engine_kwargs(additional_config=extra)
+        in_process = self._mesh.routers.accelerator == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+        await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
+
+    async def start(self) -> None:
+        """Start the engine and wait, meanwhile, for all shards; not healthy before the first epoch is applied."""
+        deadlines = self._mesh.deadlines
+        first = asyncio.create_task(self._first_membership(deadlines.membership_s))
+        try:
+            await super().start()
+            await self._apply(await first)
+        finally:
+            first.cancel()
+        self._loops = [asyncio.create_task(self._follow()), asyncio.create_task(self._watch())]
+
+    async def check_health(self) -> None:
+        """Raises when the engine or one of the loops has ended; Serve then restarts this router."""
+        await super().check_health()
+        for task in self._loops:
+            if task.done():
+                raise RuntimeError(f"{task.get_coro().__qualname__} of this router ended: {task.exception()!r}")
+
+    async def mesh_status(self) -> dict[str, Any]:
+        """The worker's counters, fresh, plus what this replica knows; for the ingress."""
+        return {
+            **await self._read_status(),
+            "term": self._term,
+            "pid": os.getpid(),
+            "unfinished_requests": unfinished_requests(self),
+        }
+
+    async def mesh_trace(self) -> tuple[str, bytes]:
+        """This router's name, and its sampled routing decisions as the bytes of an .npz file."""
+        [trace] = await self.collective_rpc("expertmesh_trace", timeout=self._mesh.deadlines.apply_s)
+        return self._identity.replica_id, trace
+
+    async def generation_health(self) -> dict[str, Any]:
+        """Whether tokens come out of this router, with their experts on shards: {"ok", "reason", "router_id", ...}.
+
+        A recent dispatch to the shards counts; without one a token is generated.
+        """
+        within_s, deadline_s = self._mesh.http.healthy_within_s, self._mesh.deadlines.probe_s
+        answer: dict[str, Any] = {"ok": False, "router_id": self._identity.replica_id, "reason": "", "how": "recent token"}
+        try:
+            async with asyncio.timeout(deadline_s):
+                async with self._probe_lock:
+                    status = await self._read_status()
+                    if not _recent(status, within_s):
+                        answer["how"] = "probe"
+                        await self._generate_one_token()
+                        status = await self._read_status()
+        except TimeoutError:
+            answer["reason"] = f"no token within {deadline_s} s"
+            return answer
+        except Exception as error:
+            answer["reason"] = f"{type(error).__name__}: {error}"
+            return answer
+        answer.update(epoch=status["epoch"], connected=status["connected"], lost=status["lost"])
+        answer["ok"] = _recent(status, max(within_s, deadline_s))
+        if not answer["ok"]:
+            answer["reason"] = f"no shard answered; lost: {status['lost']}"
+        return answer
+
+    async def __del__(self) -> None:
+        for task in getattr(self, "_loops", []):
+            task.cancel()
+        await super().__del__()
+
+    async def _first_membership(self, deadline_s: float) -> dict[str, Any]:
+        end_s = time.monotonic() + deadline_s
+        missing: Any = "all"
+        while time.monotonic() < end_s:
+            try:
+                answer = await self._poll()
+            except ControllerLost as error:
+                logger.warning("%s; asking again", error)
+                await asyncio.sleep(0.5)
+                continue
+            if answer["membership"] is not None:
+                return answer
+            if answer["waiting_for"] != missing:
+                missing = answer["waiting_for"]
+                logger.info("waiting for shards of ranks %s", missing)
+        raise RuntimeError(f"no complete membership within {deadline_s} s; missing ranks: {missing}")
+
+    async def _poll(self) -> dict[str, Any]:
+        lost = {rank: self._incarnations[rank] for rank in map(int, self._status.get("lost", ())) if rank in self._incarnations}
+        return await self._controller.call(
+            "await_membership",
+            self._identity.replica_id,
+            self._term,
+            self._epoch,
+            lost,
+            LONG_POLL_S,
+            deadline_s=LONG_POLL_S + 10,
+        )
+
+    async def _apply(self, answer: dict[str, Any]) -> None:
+        membership = answer["membership"]
+        [result] = await self.collective_rpc(
+            "expertmesh_apply_membership", timeout=self._mesh.deadlines.apply_s, args=(membership,)
+        )
+        self._term, self._epoch = answer["term"], membership["epoch"]
+        self._incarnations = {
+            rank: endpoint["incarnation"] for rank, endpoint in enumerate(membership["endpoints"]) if endpoint is not None
+        }
+        logger.info("epoch %d: connected to shards %s, without %s", self._epoch, result["connected"], result["lost"])
+        self._status = {**self._status, "lost": result["lost"]}
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                answer = await self._poll()
+                if answer["membership"] is not None:
+                    await self._apply(answer)
+            except ControllerLost as error:
+                logger.warning("%s; this router goes on at epoch %d", error, self._epoch)
+                await asyncio.sleep(1.0)
+            except Exception:
+                logger.exception("epoch not applied; this router goes on at epoch %d", self._epoch)
+                await asyncio.sleep(1.0)
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                self._metrics.export(await self._read_status())
+            except Exception as error:
+                logger.warning("counters of the worker not read: %r", error)
+            await asyncio.sleep(WATCH_S)
+
+    async def _read_status(self) -> dict[str, Any]:
+        [status] = await self.collective_rpc("expertmesh_status", timeout=self._mesh.deadlines.apply_s)
+        self._status = status
+        return status
+
+    async def _generate_one_token(self) -> None:
+        request = CompletionRequest(
+            model=self._mesh.model.id, prompt=[0], max_tokens=1, temperature=0.0, ignore_eos=True
+        )
+        async for answer in await self.completions(request):
+            if getattr(answer, "error", None) is not None:
+                raise RuntimeError(answer.error.message)
+
+
+def _recent(status: dict[str, Any], within_s: float) -> bool:
+    age_s = status["last_success_age_s"]
+    return bool(status["connected"]) and age_s is not None and age_s <= within_s
