@@ -1,4 +1,4 @@
-"""Atomic words and futexes on shared memory, for numba code: what numba does not bring and a shared-memory transport needs.
+"""Atomic words and futexes on shared memory, for numba code: what a shared-memory transport needs beyond numba.
 
 Addresses are plain int64 (an integer of bytes into this process' memory); words are 32 bits, as Linux futexes are.
 Source of the wait protocol: U. Drepper, "Futexes Are Tricky", 2011; futex(2).
@@ -6,9 +6,11 @@ Source of the wait protocol: U. Drepper, "Futexes Are Tricky", 2011; futex(2).
 
 from __future__ import annotations
 
+import functools
 import platform
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -172,3 +174,13 @@ def ring(address: int, sleeping: int) -> None:
 def load_word(address: int) -> int:
     """The uint32 at `address`, with acquire order, for Python callers."""
     return load_acquire(address)
+
+
+@functools.cache
+def warm_up() -> None:
+    """Load or compile everything here now: a second or more the first time, which no dispatch should pay."""
+    words = np.zeros(2, np.uint32)
+    address, sleeping = int(words.ctypes.data), int(words.ctypes.data) + 4
+    ring(address, sleeping)
+    publish(address, 2, sleeping)
+    wait_while_equal(address, sleeping, load_word(address), 0, 0)

@@ -59,9 +59,7 @@ def open_shard_channel(
         if not isinstance(bell, ShmDoorbell):
             raise ValueError("this shard has no shared memory")
         mailbox = str(hello.details.get("mailbox", ""))
-        channel = ShmShardChannel(
-            hello.router_id, mailbox, bell, hello.request_capacity, hello.reply_capacity, line
-        )
+        channel = ShmShardChannel(hello.router_id, mailbox, bell, hello.request_capacity, hello.reply_capacity, line)
         return channel, {}
     if hello.transport in ("gloo", "nccl", "gloo_split"):
         from experts.transports.torch_distributed import open_torch_channel

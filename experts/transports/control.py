@@ -1,8 +1,9 @@
 """The control socket: how a router and a shard agree on a pair, and notice that the other one is gone.
 
-A shard listens on one TCP port. A router connects and sends one JSON line (`Hello`); the shard answers one JSON line and
-both keep the socket open as a life line: nothing more is sent on it, but when a process dies, the kernel closes its end,
-and the other side sees it at once. A host that vanishes with its network is noticed by the dispatch deadline instead.
+A shard listens on one TCP port. A router connects and sends one JSON line (`Hello`); the shard answers one JSON line
+and both keep the socket open as a life line: nothing more is sent on it, but when a process dies, the kernel closes its
+end, and the other side sees it at once. A host that vanishes with its network is noticed by the dispatch deadline of
+its routers, and by its shards when TCP's keep-alive probes go unanswered.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from experts.membership import ShardEndpoint, host_id
 logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
+_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_LINE_BYTES = 65536
 _MAX_CAPACITY_BYTES = 1 << 31
 # A host that vanished without a word is noticed within about half a minute of silence, so that a shard does not keep
@@ -57,6 +59,8 @@ class Hello:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= _MAX_CAPACITY_BYTES:
                 raise ValueError(f"hello: {name} is {value!r}, expected an integer of 1 to {_MAX_CAPACITY_BYTES}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"hello: unknown dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
         if not isinstance(self.details, dict):
             raise TypeError(f"hello: details is {self.details!r}, expected an object")
 
@@ -114,18 +118,24 @@ def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any
     """One JSON line. TimeoutError, or ConnectionError when the peer closes before the line is whole."""
     data = bytearray()
     while not data.endswith(b"\n"):
-        left = deadline_s - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("no complete line on the control socket before the deadline")
-        connection.settimeout(left)
-        # One byte at a time: nothing after the line may be swallowed, and lines are short and rare.
-        byte = connection.recv(1)
+        try:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            connection.settimeout(left_s)
+            # One byte at a time: nothing after the line may be swallowed, and lines are short and rare.
+            byte = connection.recv(1)
+        except TimeoutError as error:
+            raise TimeoutError("no complete line on the control socket before the deadline") from error
         if not byte:
             raise ConnectionError("the peer closed the control socket during the handshake")
         data += byte
         if len(data) > _MAX_LINE_BYTES:
             raise ConnectionError(f"a control line is longer than {_MAX_LINE_BYTES} bytes")
-    message = json.loads(data)
+    try:
+        message = json.loads(data)
+    except ValueError as error:
+        raise ConnectionError(f"expected a line of JSON on the control socket, got {bytes(data[:40])!r}") from error
     if not isinstance(message, dict):
         raise ConnectionError(f"expected a JSON object on the control socket, got {type(message).__name__}")
     return message

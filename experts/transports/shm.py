@@ -1,4 +1,4 @@
-"""Shared memory between a router and the shards of its host: messages are written once, where the other side reads them.
+"""Shared memory between a router and the shards of its host: messages are written where the other side reads them.
 
 A shard's doorbell is a page of its own that every router of the host maps; each pair has a region of its own:
 
@@ -44,7 +44,7 @@ class SharedRegion:
     """Mapped anonymous memory that another process of the host can map too."""
 
     def __init__(self, descriptor: int, size: int) -> None:
-        """Map `size` bytes of `descriptor`, which the region owns from now on. ValueError if the memory is not that large."""
+        """Map the `size` bytes of `descriptor`, which the region owns from now on. ValueError for another size."""
         self.descriptor = descriptor
         try:
             actual = os.fstat(descriptor).st_size
@@ -87,7 +87,7 @@ class HandOver:
         self._server.listen(1)
 
     def receive(self, deadline_s: float) -> tuple[int, int]:
-        """The descriptors that `send` sent. OSError (TimeoutError at `deadline_s`), PermissionError for a stranger's."""
+        """The descriptors that `send` sent. TimeoutError, ConnectionError, PermissionError for another user's."""
         self._server.settimeout(max(deadline_s - time.monotonic(), 0.001))
         connection, _ = self._server.accept()
         with connection:
@@ -123,6 +123,7 @@ class ShmDoorbell(Doorbell):
     """A counter in a page of its own; routers of the host map it and ring it directly."""
 
     def __init__(self, spin_us: float, label: str = "bell") -> None:
+        atomics.warm_up()
         self.region = SharedRegion.create(_CONTROL_BYTES, label)
         self._seen = 0
         self._spin_ns = int(spin_us * 1000)
@@ -153,6 +154,7 @@ class ShmRouterLink(RouterLink):
         spin_us: float,
         line: LifeLine,
     ) -> None:
+        atomics.warm_up()
         self.rank = rank
         self.transport = "shm"
         self.region = region

@@ -10,7 +10,8 @@ tensor and the rest of the message, which both hosts read anyway, over gloo: `se
 host part, `send_tensor` and `recv_tensor` the rows.
 
 On the shard a thread for each pair blocks in the receive and rings the doorbell. The protocol of NCCL pairs runs
-without a GPU as transport "gloo_split" in the tests: gloo's tensors stand where NCCL's would. NCCL itself was not run yet.
+without a GPU as transport "gloo_split", in the tests: gloo's tensors stand where NCCL's would. NCCL itself was not run
+yet.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ class _Pair:
         self._frames = frames
 
     def expect(self) -> None:
-        """Begin to receive the next message. Done before one's own goes out: gloo then needs no second round trip."""
+        """Begin to receive the next message."""
         assert self._frames is not None
         self._arriving = self._frames.recv(self.into.tensor)
 
     def send(self, nbytes: int) -> None:
-        """Send a message of `nbytes`; does not wait for it to go out."""
+        """Send a message of `nbytes`, and begin to receive the next one; does not wait for either."""
         if nbytes > len(self.out.buffer):
             raise ValueError(f"a message of {nbytes} bytes does not fit into {len(self.out.buffer)}")
         assert self._frames is not None
@@ -106,10 +107,12 @@ class _Pair:
             on_device = int(header_of(self.out.buffer)[H_ROWS]) * self._row_bytes
             if not 0 <= on_device <= nbytes:
                 raise ValueError(f"the header tells of {on_device} bytes of rows in a message of {nbytes} bytes")
+        self.expect()  # first: gloo sends at once to whoever waits already, and asks beforehand otherwise
         # The works are kept until the next message: by then the peer has all of this one.
         self._sending = [self._frames.send(self.out.seal(nbytes - on_device, on_device))]
         if on_device:
-            assert self._rows is not None and self.send_tensor is not None
+            assert self._rows is not None
+            assert self.send_tensor is not None
             self._sending.append(self._rows.send(self.send_tensor[:on_device]))
 
     def receive(self, deadline_s: float | None, rows_limit_s: float = 0.0) -> int:
@@ -123,7 +126,8 @@ class _Pair:
         if not 0 <= host_bytes <= len(self.into.buffer) or not 0 <= device_bytes <= self._rows_capacity:
             raise ConnectionError(f"the peer announced {host_bytes} bytes and {device_bytes} bytes of rows")
         if device_bytes:
-            assert self._rows is not None and self.recv_tensor is not None
+            assert self._rows is not None
+            assert self.recv_tensor is not None
             rows_deadline_s = time.monotonic() + rows_limit_s if deadline_s is None else deadline_s
             self._rows.wait(self._rows.recv(self.recv_tensor[:device_bytes]), rows_deadline_s)
         return host_bytes + device_bytes
@@ -155,7 +159,6 @@ class TorchRouterLink(RouterLink):
         if self._closed:
             raise ShardLostError(self.rank, "the link is closed")
         try:
-            self._pair.expect()
             self._pair.send(nbytes)
         except ConnectionError as error:
             raise ShardLostError(self.rank, self._line.gone() or str(error)) from error
@@ -164,7 +167,9 @@ class TorchRouterLink(RouterLink):
         try:
             return self._pair.receive(deadline_s)
         except TimeoutError as error:
-            raise ShardTimeoutError(self.rank, f"no reply over {self.transport} before the dispatch deadline") from error
+            raise ShardTimeoutError(
+                self.rank, f"no reply over {self.transport} before the dispatch deadline"
+            ) from error
         except ConnectionError as error:
             raise ShardLostError(self.rank, self._line.gone() or str(error)) from error
 
@@ -223,7 +228,6 @@ class TorchShardChannel(ShardChannel):
     def reply(self, nbytes: int) -> None:
         self._ready = -1
         try:
-            self._pair.expect()
             self._pair.send(nbytes)
         except ConnectionError:
             self.close()

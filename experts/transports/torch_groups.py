@@ -25,6 +25,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 ROUTER, SHARD = 0, 1
 _DATA_TAG, _BREAK_TAG = 0, 1
 _FOREVER = timedelta(days=3650)
+_ROUNDING_S = 0.002  # gloo counts in milliseconds
 _EAGER_S, _POLL_S = 500e-6, 20e-6  # how long a wait for a GPU yields its core before it sleeps, and how long then
 
 
@@ -72,12 +73,17 @@ class PairGroup(ABC):
         """Break the pair: what waits on it, on either side, fails now. Does not block, may be called twice."""
 
 
+def _torch_bindings() -> Any:
+    """torch's C++ process groups, of which its type stubs know only half."""
+    from torch._C import _distributed_c10d
+
+    return _distributed_c10d
+
+
 @functools.cache
 def _gloo_device(address: str, pid: int) -> Any:
     """One device, which is one thread and one listening port, for all pairs of this process on one local address."""
-    from torch._C._distributed_c10d import ProcessGroupGloo
-
-    return ProcessGroupGloo.create_device(hostname=address)
+    return _torch_bindings().ProcessGroupGloo.create_device(hostname=address)
 
 
 class GlooGroup(PairGroup):
@@ -85,14 +91,13 @@ class GlooGroup(PairGroup):
 
     def __init__(self, store: Store, rank: int, address: str, timeout_s: float) -> None:
         """Meet the other end within `timeout_s`, over the interface that has the local `address`. RuntimeError."""
-        from torch._C._distributed_c10d import ProcessGroupGloo
-
-        options = ProcessGroupGloo._Options()
+        bindings = _torch_bindings()
+        options = bindings.ProcessGroupGloo._Options()
         options._devices = [_gloo_device(address, os.getpid())]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1  # for collectives, of which there are none
         self._peer = 1 - rank
-        self._group = ProcessGroupGloo(store, rank, 2, options)
+        self._group = bindings.ProcessGroupGloo(store, rank, 2, options)
 
     def send(self, data: torch.Tensor) -> Any:
         return self._call(lambda: self._group.send([data], self._peer, _DATA_TAG))
@@ -105,7 +110,7 @@ class GlooGroup(PairGroup):
         try:
             work.wait(limit)
         except RuntimeError as error:
-            if deadline_s is not None and time.monotonic() >= deadline_s:
+            if deadline_s is not None and time.monotonic() >= deadline_s - _ROUNDING_S:
                 raise TimeoutError("no message over gloo before the deadline") from error
             raise ConnectionError(_first_line(error)) from error
 
@@ -198,21 +203,20 @@ _ENVIRONMENT_LOCK = threading.Lock()
 
 def _nccl_group(store: Store, rank: int, timeout_s: float) -> Any:
     """A process group whose watchdog reports and never ends this process; it reads that from the environment only."""
-    from torch._C._distributed_c10d import ProcessGroupNCCL
-
+    bindings = _torch_bindings()
     settings = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
         "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(int(timeout_s) + 1),
     }
-    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options = bindings.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timedelta(seconds=timeout_s)
     options.config.blocking = 0
     with _ENVIRONMENT_LOCK:
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:
-            return ProcessGroupNCCL(store, rank, 2, options)
+            return bindings.ProcessGroupNCCL(store, rank, 2, options)
         finally:
             for name, value in before.items():
                 if value is None:

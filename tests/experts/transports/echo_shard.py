@@ -6,9 +6,12 @@ The first byte of a request's body (after the wire header) says what to do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from experts.link import RouterLink, ShardChannel
 from experts.membership import ShardEndpoint, host_id
+from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello, LifeLine
 from experts.transports.shm import ShmDoorbell
@@ -30,6 +35,8 @@ ECHO, HOLD, DROP = 0, 1, 2
 ROW_BYTES = 64
 CAPACITY = 1 << 16
 SPAWN_S = 60.0
+
+atomics.warm_up()  # once in the fork server rather than in every shard
 
 
 def hello_for(transport: str, router_id: str = "router", capacity: int = CAPACITY) -> Hello:
@@ -155,10 +162,15 @@ class EchoShard:
         return connect(self.endpoint, hello, "cpu", 20.0, time.monotonic() + limit_s)
 
 
+@functools.cache
 def context() -> Any:
     """Processes forked from one that has imported everything: quick to start and with no threads to inherit."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["echo_shard", "experts.transports.torch_distributed"])
+    # Python 3.11's fork server does not take over sys.path, and passes over in silence what it cannot import.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        multiprocessing.forkserver.ensure_running()
     return forkserver
 
 

@@ -1,0 +1,203 @@
+"""The handshake: who is refused and told why, and that the listener outlives them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from echo_shard import EchoShard, context, counted_up, echo_shard, hello_for, post_body, reply_body
+
+from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
+from experts.membership import ShardEndpoint, host_id
+from experts.transports.connect import connect, deadline_in
+from experts.transports.control import choose_transport
+
+LONG_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def shard() -> Iterator[EchoShard]:
+    with echo_shard() as shard:
+        yield shard
+
+
+def raw(shard: EchoShard) -> socket.socket:
+    connection = socket.create_connection((shard.endpoint.host, shard.endpoint.port), timeout=LONG_S)
+    connection.settimeout(LONG_S)
+    return connection
+
+
+def answer_to(shard: EchoShard, line: bytes) -> dict[str, Any]:
+    """What the shard says to `line`, which it is then seen to survive."""
+    with raw(shard) as connection:
+        connection.sendall(line)
+        data = b""
+        while not data.endswith(b"\n"):
+            more = connection.recv(4096)
+            assert more, f"the shard closed after {data!r}"
+            data += more
+        assert connection.recv(1) == b"", "a refused router keeps no connection"
+    still_serves(shard)
+    return json.loads(data)
+
+
+def still_serves(shard: EchoShard) -> None:
+    link = shard.connect("shm", "after")
+    nbytes = post_body(link, b"abc")
+    assert link.wait(deadline_in(LONG_S)) == nbytes
+    assert reply_body(link, nbytes) == counted_up(b"abc")
+    link.close()
+
+
+def line_of(**changes: Any) -> bytes:
+    return json.dumps({**asdict(hello_for("shm")), **changes}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (line_of(version=2), "protocol version 2, this shard speaks 1"),
+        (line_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, gloo or nccl"),
+        (line_of(surprise=1), "unexpected keyword argument 'surprise'"),
+        (b'{"router_id": "r"}\n', "missing"),
+        (b"GET / HTTP/1.1\r\n", "expected a line of JSON on the control socket, got b'GET / HTTP"),
+        (b"\xff\xfe\x00\n", "expected a line of JSON"),
+        (b"[1, 2]\n", "expected a JSON object on the control socket, got list"),
+        (b"[" * 60_000 + b"\n", "recursion"),
+        (b"x" * 65_537, "longer than 65536 bytes"),
+        (line_of(request_capacity=-1), "request_capacity is -1, expected an integer of 1 to"),
+        (line_of(reply_capacity="many"), "reply_capacity is 'many', expected an integer"),
+        (line_of(hidden_size=1 << 60), "hidden_size is 1152921504606846976"),
+        (line_of(router_id=7), "router_id is 7, expected text"),
+        (line_of(details=[1]), "details is \\[1\\], expected an object"),
+        (line_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
+        (line_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
+        (line_of(dtype="int3", transport="gloo"), "unknown dtype 'int3'"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_what_no_router_would_say_is_refused_with_the_reason(shard: EchoShard, line: bytes, reason: str) -> None:
+    answer = answer_to(shard, line)
+    assert answer["ok"] is False
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(answer["error"])
+
+
+def test_half_a_line_is_refused_at_the_handshake_deadline() -> None:
+    with echo_shard(handshake_s=0.2) as shard, raw(shard) as connection:
+        connection.sendall(b'{"router_id": "r"')
+        still_serves(shard)
+        assert b"no complete line on the control socket" in connection.recv(4096)
+
+
+def test_routers_that_hang_up_or_say_nothing_cost_nothing(shard: EchoShard) -> None:
+    silent = [raw(shard) for _ in range(20)]
+    for connection in silent[:10]:
+        connection.sendall(b'{"router')
+        connection.close()
+    still_serves(shard)
+    for connection in silent[10:]:
+        connection.close()
+    still_serves(shard)
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo", "gloo_split"])
+def test_a_router_that_dies_in_the_handshake_leaves_no_channel(transport: str) -> None:
+    with echo_shard(handshake_s=1.0) as shard:
+        connection = raw(shard)
+        connection.sendall(json.dumps(asdict(hello_for(transport, "dead"))).encode() + b"\n")
+        if transport != "shm":
+            assert json.loads(connection.makefile().readline())["ok"] is True
+        connection.close()
+        if transport != "shm":
+            assert shard.event() == ("left", "dead")
+        still_serves(shard)
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_killed_routers_leave_nothing_behind(transport: str) -> None:
+    names_before = set(os.listdir("/dev/shm"))
+    with echo_shard() as shard:
+        for number in range(3):
+            ours, theirs = context().Pipe()
+            process = context().Process(target=_route_until_killed, args=(shard.endpoint, transport, theirs))
+            process.start()
+            theirs.close()
+            assert ours.poll(LONG_S)
+            assert ours.recv() == "waiting"
+            assert shard.event() == ("held", f"router{process.pid}")
+            process.kill()
+            process.join(LONG_S)
+            assert shard.event() == ("left", f"router{process.pid}"), number
+            ours.close()
+        shard.pipe.send("release")
+        assert shard.event() == ("released", 3)
+        still_serves(shard)
+        shard.process.kill()
+        shard.process.join(LONG_S)
+    ours_left = {name for name in set(os.listdir("/dev/shm")) - names_before if "expertmesh" in name}
+    assert not ours_left
+
+
+def _route_until_killed(endpoint: ShardEndpoint, transport: str, pipe: Any) -> None:
+    from echo_shard import HOLD
+
+    link = connect(endpoint, hello_for(transport, f"router{os.getpid()}"), "cpu", 20.0, deadline_in(LONG_S))
+    post_body(link, b"abc", HOLD)
+    pipe.send("waiting")
+    link.wait(deadline_in(3600))
+
+
+def test_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    endpoint = ShardEndpoint(3, "1", "127.0.0.1", port, host_id(), 0)
+    with pytest.raises(ShardLostError, match=f"shard 3: cannot connect to 127.0.0.1:{port}"):
+        connect(endpoint, hello_for("shm"), "cpu", 20.0, deadline_in(LONG_S))
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo", "gloo_split"])
+def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
+    with echo_shard() as shard:
+        os.kill(shard.endpoint.pid, signal.SIGSTOP)
+        limit_s = deadline_in(0.3)
+        with pytest.raises(ShardTimeoutError, match="no answer to the handshake before the connect deadline"):
+            connect(shard.endpoint, hello_for(transport), "cpu", 20.0, limit_s)
+        assert time.monotonic() >= limit_s
+        os.kill(shard.endpoint.pid, signal.SIGCONT)
+        still_serves(shard)
+
+
+def test_refusals_reach_the_router_with_the_reason(shard: EchoShard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    with pytest.raises(ShardRejectedError, match="protocol version 9, this shard speaks 1"):
+        connect(shard.endpoint, replace(hello_for("shm"), version=9), "cpu", 20.0, deadline_in(LONG_S))
+    with pytest.raises(ShardRejectedError, match="transport nccl: this build of torch has no NCCL"):
+        connect(shard.endpoint, hello_for("nccl"), "cuda", 20.0, deadline_in(LONG_S))
+    with pytest.raises(ShardRejectedError, match="transport nccl joins GPUs, this end computes on 'cpu'"):
+        connect(shard.endpoint, hello_for("nccl"), "cpu", 20.0, deadline_in(LONG_S))
+
+
+def test_auto_takes_shared_memory_within_a_host_gloo_across_and_nccl_between_gpus() -> None:
+    here = ShardEndpoint(0, "1", "127.0.0.1", 1, host_id(), 1)
+    there = replace(here, host_id="elsewhere")
+    assert choose_transport("auto", here, "cpu") == "shm"
+    assert choose_transport("auto", there, "cpu") == "gloo"
+    assert choose_transport("auto", there, "cuda:1") == "nccl"
+    assert choose_transport("gloo", here, "cpu") == "gloo"
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_a_shard_may_listen_on_another_address_of_the_host(transport: str) -> None:
+    with echo_shard(bind_host="127.0.0.7") as shard:
+        link = shard.connect(transport)
+        nbytes = post_body(link, b"abc")
+        assert link.wait(deadline_in(LONG_S)) == nbytes
+        link.close()
