@@ -1,0 +1,1 @@
+"""What `make bench` runs: each module prints a table and writes JSON under bench-results/."""
