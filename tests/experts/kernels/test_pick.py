@@ -37,13 +37,13 @@ class BreakingKernel(TorchLoopKernel):
 
 def test_by_name():
     assert pick_kernel(SHAPE, "torch_loop").name == "torch_loop"
-    with pytest.raises(ValueError, match="'nonsense' is unknown, expected auto or one of .*torch_loop"):
+    with pytest.raises(ValueError, match=r"'nonsense' is unknown, expected auto or one of .*torch_loop"):
         pick_kernel(SHAPE, "nonsense")
 
 
 def test_a_named_kernel_that_cannot_serve_the_shape_says_why(monkeypatch):
     monkeypatch.setitem(KERNELS, "refusing", RefusingKernel)
-    with pytest.raises(ValueError, match="'refusing' cannot serve .*it does not like this shape"):
+    with pytest.raises(ValueError, match=r"'refusing' cannot serve .*it does not like this shape"):
         pick_kernel(SHAPE, "refusing")
 
 
@@ -66,7 +66,7 @@ def test_the_verdict_is_kept_for_the_process(monkeypatch):
 
 def test_nothing_fits(monkeypatch):
     monkeypatch.setattr(pick, "KERNELS", {"refusing": RefusingKernel})
-    with pytest.raises(ValueError, match="no kernel can serve .*\n.*it does not like this shape"):
+    with pytest.raises(ValueError, match=r"no kernel can serve .*\n.*it does not like this shape"):
         pick_kernel(SHAPE)
 
 
