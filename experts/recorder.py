@@ -8,15 +8,11 @@ costs one small copy a layer. Only tokens that were really dispatched are counte
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from experts.dispatcher import LayerShape
-if TYPE_CHECKING:
-    from placement.traces import ActivationTrace
+from placement.recorder import TraceRecorder
 
 
 class StepRecorder:
@@ -26,11 +22,9 @@ class StepRecorder:
         self._shape = shape
         self._max_rows = max_rows
         self._step_TLK = np.full((max_rows, shape.num_layers, shape.top_k), -1, np.int16)
-        self._recorder = None
-        if capacity:
-            from placement.traces import TraceRecorder
-
-            self._recorder = TraceRecorder(shape.num_layers, shape.num_experts, shape.top_k, capacity=capacity)
+        self._recorder = (
+            TraceRecorder(shape.num_layers, shape.num_experts, shape.top_k, capacity) if capacity else None
+        )
 
     def add(self, layer: int, topk_ids_TK: torch.Tensor) -> None:
         """Note the decisions of one layer; the last layer of a step completes its tokens."""
@@ -41,15 +35,8 @@ class StepRecorder:
         if layer == self._shape.num_layers - 1 and num_tokens:
             self._recorder.add(self._step_TLK[:num_tokens])
 
-    def trace(self) -> ActivationTrace | None:
-        """What was sampled so far; None when recording is off."""
-        return None if self._recorder is None else self._recorder.trace()
-
     def to_bytes(self) -> bytes:
-        """The trace as an .npz file's bytes. RuntimeError when recording is off."""
-        trace = self.trace()
-        if trace is None:
+        """The trace sampled so far as an .npz file's bytes. RuntimeError when recording is off or nothing was seen yet."""
+        if self._recorder is None:
             raise RuntimeError("trace_tokens is 0, so this router records no trace")
-        buffer = io.BytesIO()
-        trace.save(buffer)
-        return buffer.getvalue()
+        return self._recorder.snapshot().to_bytes()
