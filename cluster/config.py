@@ -83,6 +83,8 @@ class LLMAppConfig(StrictModel):
             connect_deadline_s=self.deadlines.connect_s,
             max_rows_per_dispatch=self.transport.max_rows_per_dispatch,
             spin_us=self.transport.spin_us,
+            trace_tokens=self.routers.trace_tokens,
+            fallback_cache_bytes=self.routers.fallback_cache_bytes,
         )
 
     def engine_kwargs(self) -> dict[str, Any]:

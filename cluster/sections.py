@@ -161,6 +161,16 @@ class RoutersSection(StrictModel):
         description="Further fields of Ray Serve LLM's LLMConfig: lora_config, experimental_configs, callback_config.",
     )
     env_vars: dict[str, str] = Field(default_factory=dict, description="Environment of the routers and their engines.")
+    trace_tokens: int = Field(
+        default=_router_default("trace_tokens"),
+        ge=0,
+        description="Tokens of which a router keeps its routing decisions, as a uniform sample, for planning; 0: none.",
+    )
+    fallback_cache_bytes: int = Field(
+        default=_router_default("fallback_cache_bytes"),
+        ge=0,
+        description="Experts that no live shard holds are computed on the router; this many bytes of them stay converted.",
+    )
 
     @field_validator("engine_kwargs")
     @classmethod
