@@ -176,7 +176,8 @@ def compare(name: str, dtype: torch.dtype, device: str, quick: bool, turns: int)
         table.append([record["rows"], record["pattern"], bound, *cells, ratio])
     title = (
         f"{name}: hidden {hidden}, width {width}, {slots} slots, {dtype}, {device}, {torch.get_num_threads()} threads;"
-        f" rows/s (share of the bound: {probes.peak_flops / 1e9:,.0f} GFLOP/s, {probes.read_bytes_per_s / 1e9:.1f} GB/s)"
+        f" rows/s (share of the bound: {probes.peak_flops / 1e9:,.0f} GFLOP/s,"
+        f" {probes.read_bytes_per_s / 1e9:.1f} GB/s)"
     )
     print_table(title, ["rows", "pairs", "bound", *KERNELS, "best over vLLM's"], table)
     for kernel, reason in refused.items():

@@ -31,7 +31,8 @@ class NativeKernel(ExpertKernel):
         self._library = load_library()
         self._is_bf16 = int(shape.dtype == torch.bfloat16)
         self._slot_bytes = self._library.em_slot_bytes(self._is_bf16, shape.hidden_size, shape.intermediate_size)
-        memory = mmap.mmap(-1, shape.num_layers * shape.num_slots * self._slot_bytes)
+        size = shape.num_layers * shape.num_slots * self._slot_bytes
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._packed = np.frombuffer(memory, dtype=np.uint8)
