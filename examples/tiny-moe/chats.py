@@ -134,7 +134,7 @@ def chat_documents(limit_modules: int | None = None) -> Iterator[Document]:
         for asked in (name.lower(), f"`{name}`", f"{name.lower()} in Python"):
             question = rng.choice(ABOUT).format(asked)
             yield dialogue(f"topic:{name}", asked, [(question, first_paragraphs(body))], rng)
-    for group, lines in unicode_groups():
+    for group, lines in unicode_groups(limit_modules):
         rng = random.Random(group)
         start = rng.randrange(0, max(1, len(lines) - 6))
         chosen = lines[start : start + 8]

@@ -25,6 +25,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 DOMAINS = ("code", "prose", "unicode", "bytecode")
@@ -74,7 +75,7 @@ class Module:
 
 
 def is_held_out(group: str) -> bool:
-    """Whether the documents of `group` belong to the held-out side: one group in twenty, by a hash of the name alone."""
+    """Whether the documents of `group` are held out: one group in twenty is, by a hash of the name alone."""
     digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
@@ -202,9 +203,10 @@ def compiled_functions(module: Module) -> Iterator[tuple[str, str]]:
             yield f"{code.co_qualname}({arguments}):", disassemble(code)
 
 
-def unicode_groups() -> Iterator[tuple[str, list[str]]]:
+def unicode_groups(limit: int | None = None) -> Iterator[tuple[str, list[str]]]:
     """(group, lines) of named characters, 64 code points a group; names that only repeat their number are left out."""
-    for start in range(0, 0x20000, CODE_POINTS_PER_GROUP):
+    last = 0x20000 if limit is None else limit * CODE_POINTS_PER_GROUP
+    for start in range(0, last, CODE_POINTS_PER_GROUP):
         lines = []
         for point in range(start, start + CODE_POINTS_PER_GROUP):
             name = unicodedata.name(chr(point), "")
@@ -215,20 +217,20 @@ def unicode_groups() -> Iterator[tuple[str, list[str]]]:
 
 
 def raw_documents(limit_modules: int | None = None) -> Iterator[Document]:
-    """All documents, duplicates too; `limit_modules` reads only that many modules and topics (for tests)."""
+    """All documents, duplicates too; `limit_modules` reads only that many modules, topics, groups (for tests)."""
     for module in standard_library_modules(limit_modules):
         yield Document("code", module.name, module.name, without_docstrings(module.source, module.tree))
         for name, head, text in docstrings(module):
             yield Document("prose", module.name, name, f"{head}\n\n{text}\n")
         for name, text in compiled_functions(module):
             yield Document("bytecode", module.name, name, f"{name}\n{text}\n")
-    for module_name, name, text in builtin_docstrings():
+    for module_name, name, text in islice(builtin_docstrings(), limit_modules):
         yield Document("prose", module_name, name, f"{name}\n\n{text}\n")
     from pydoc_data import topics
 
     for name, text in sorted(topics.topics.items())[:limit_modules]:
         yield Document("prose", f"topic:{name}", name, text.strip() + "\n")
-    for group, lines in unicode_groups():
+    for group, lines in unicode_groups(limit_modules):
         yield Document("unicode", group, group, "\n".join(lines) + "\n")
 
 

@@ -3,9 +3,9 @@
     python examples/tiny-moe/evaluate.py
 
 It loads the exported checkpoint through transformers in float32, so that what is measured is what is served. The
-baseline gets the better of everything: for each domain the best mixture of a trigram of that domain alone and one of all
-training text, the share chosen on the held-out tokens themselves, and always two tokens of context, while the model starts
-each window with none.
+baseline gets the better of everything: for each domain the best mixture of a trigram of that domain alone and one of
+all training text, the share chosen on the held-out tokens themselves, and always two tokens of context, while the model
+starts each window with none.
 """
 
 import argparse

@@ -33,8 +33,8 @@ def named_tensors(model: TinyMoe) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 
 
-def export(model: TinyMoe, tokenizer_folder: Path, target: Path) -> None:
-    """Write weights, configuration and tokenizer into `target`; files of other names there are left alone."""
+def export(model: TinyMoe, target: Path) -> None:
+    """Write weights and configuration into `target`; files of other names there are left alone."""
     target.mkdir(parents=True, exist_ok=True)
     sizes = model.config
     config = Qwen3MoeConfig(
@@ -72,9 +72,13 @@ def export(model: TinyMoe, tokenizer_folder: Path, target: Path) -> None:
         "top_p": 0.95,
     }
     write_json(target / "generation_config.json", generation)
+
+
+def export_tokenizer(folder: Path, target: Path) -> None:
+    """Copy a saved tokenizer into `target`, under the class name that every release of transformers knows."""
     for name in TOKENIZER_FILES:
-        if (tokenizer_folder / name).exists() and tokenizer_folder != target:
-            shutil.copyfile(tokenizer_folder / name, target / name)
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, target / name)
     settings = json.loads((target / "tokenizer_config.json").read_text())
     write_json(target / "tokenizer_config.json", {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 

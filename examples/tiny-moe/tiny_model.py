@@ -183,6 +183,12 @@ class Attention(nn.Module):
         return F.linear(out.transpose(1, 2).reshape(B, S, H * d), self.o_proj.to(dtype))
 
 
+def weighted_swiglu(gate_up_P2F: Tensor, weights_P1: Tensor) -> Tensor:
+    """The experts' activation times each row's routing weight, which is cheaper here than after the second product."""
+    gate_PF, up_PF = gate_up_P2F.chunk(2, dim=-1)
+    return F.silu(gate_PF) * up_PF * weights_P1
+
+
 class SparseMoe(nn.Module):
     """Softmax gate, top-k with weights that sum to one, SwiGLU experts."""
 
@@ -205,10 +211,9 @@ class SparseMoe(nn.Module):
         source_P, real_P, slot_N, counts = padded_order(flat_N, counts_E)
 
         x_PD = Gather.apply(x_TD.to(dtype), source_P // self.top_k, slot_N, self.top_k)
-        gate_PF, up_PF = GroupedLinear.apply(x_PD, self.gate_up.to(dtype), counts).chunk(2, dim=-1)
+        gate_up_P2F = GroupedLinear.apply(x_PD, self.gate_up.to(dtype), counts)
         weights_P1 = (weights_TK.flatten().index_select(0, source_P) * real_P).to(dtype).unsqueeze(1)
-        hidden_PF = F.silu(gate_PF) * up_PF * weights_P1
-        y_PD = GroupedLinear.apply(hidden_PF, self.down.to(dtype), counts)
+        y_PD = GroupedLinear.apply(weighted_swiglu(gate_up_P2F, weights_P1), self.down.to(dtype), counts)
         balance = E * (counts_E / flat_N.numel() * probs_TE.mean(0)).sum()
         return Combine.apply(y_PD, source_P // self.top_k, slot_N, self.top_k), balance
 
@@ -259,6 +264,9 @@ class TinyMoe(nn.Module):
         for layer in self.layers:
             x_BSD, balance = layer(x_BSD, cos_Sd, sin_Sd)
             balances.append(balance)
+        return self.head_loss(x_BSD, targets_BS), torch.stack(balances).mean()
+
+    def head_loss(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Mean cross-entropy of the tied output layer."""
         logits = F.linear(self.norm(x_BSD, self.dtype), self.embed_tokens.to(self.dtype)).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten())
-        return loss, torch.stack(balances).mean()
+        return F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten())

@@ -17,7 +17,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 import numpy as np
 import torch
-from export import export
+from export import export, export_tokenizer
 from muon import Muon
 from tiny_model import TinyMoe, TinyMoeConfig
 from tiny_tokenizer import load_or_encode
@@ -27,21 +27,19 @@ HERE = Path(__file__).resolve().parent
 MIX = {"code": 0.30, "prose": 0.28, "unicode": 0.09, "bytecode": 0.17, "chat": 0.16}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps in all")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps in all")
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--context", type=int, default=256, help="sequence length of most of the training")
     parser.add_argument("--long-context", type=int, default=2048, help="sequence length of the last part")
     parser.add_argument("--long-share", type=float, default=0.08, help="share of the steps with the long sequences")
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the matrix products")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the attention (wants a C++ compiler, 1.15 times as fast)"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile attention and loss (wants a C++ compiler)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=100)
@@ -51,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=json.loads, default={}, help="JSON of model sizes that differ from the defaults"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -104,9 +102,9 @@ def make_optimizers(model: TinyMoe, peak: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=peak), adamw]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prepare the data, train or go on training, export."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     config = TinyMoeConfig(**arguments.sizes)
@@ -117,6 +115,7 @@ def main() -> None:
     if arguments.compile:
         for layer in model.layers:
             layer.self_attn.compile(dynamic=False)
+        model.head_loss = torch.compile(model.head_loss, dynamic=False)  # type: ignore[method-assign]
     optimizers = make_optimizers(model, arguments.learning_rate)
     total = sum(stream.size for name, stream in streams.items() if name.startswith("train."))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {total:,} training tokens", flush=True)
@@ -132,7 +131,12 @@ def main() -> None:
 
     def save() -> None:
         partial = state_file.with_suffix(".partial")
-        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "elapsed_s": elapsed_s}
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step,
+            "elapsed_s": elapsed_s,
+        }
         torch.save(state, partial)
         partial.replace(state_file)
 
@@ -159,7 +163,8 @@ def main() -> None:
             print(
                 f"step {step} held-out {quick_losses(model, streams, arguments.context, arguments.device)}", flush=True
             )
-    export(model, arguments.work / "data" / "tokenizer", arguments.out)
+    export(model, arguments.out)
+    export_tokenizer(arguments.work / "data" / "tokenizer", arguments.out)
     facts = {"steps": step, "tokens": step * arguments.tokens_per_step, "minutes": round(elapsed_s / 60, 1)}
     (arguments.work / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"wrote {arguments.out}: {facts}", flush=True)
