@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import median, print_table, save
-from experts.dispatcher import Dispatcher, LayerShape
+from experts.dispatcher import Dispatcher
+from experts.layer_shape import LayerShape
 from experts.membership import Membership, ShardEndpoint, host_id
 from experts.shard_loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import median, print_table, save
-from experts.dispatcher import Dispatcher, LayerShape
+from experts.dispatcher import Dispatcher
+from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
 from experts.membership import Membership

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from experts.errors import ShardError, ShardRejectedError
+from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
 from experts.membership import Membership
 from experts.plan import combine, plan_and_pack
 from experts.stats import RouterStats
+from experts.tensor_rows import add_rows, gather_rows, rows_in, tokens_of_rank
 from experts.wire import (
     DTYPE_CODES,
     H_MAGIC,
@@ -41,22 +43,6 @@ from experts.wire import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What every MoE layer of the served model has in common on the router's side."""
-
-    num_layers: int
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    dtype: torch.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one activation row on the wire."""
-        return self.hidden_size * self.dtype.itemsize
-
-
 @dataclass
 class Pending:
     """A layer's dispatch between begin() and finish()."""
@@ -64,6 +50,7 @@ class Pending:
     layer: int
     x_TD: torch.Tensor
     y_TD: torch.Tensor
+    sum_TD: torch.Tensor | None  # fp32, where the combine runs on tensors instead of host memory
     topk_ids_TK: np.ndarray
     topk_weights_TK: np.ndarray
     start: int
@@ -91,6 +78,7 @@ class Dispatcher:
         self._rank_TK = np.zeros((max_rows, shape.top_k), np.int32)
         self._row_TK = np.zeros((max_rows, shape.top_k), np.int32)
         self._scratch_D = np.zeros(shape.hidden_size, np.float32)
+        self._rows_apart = False
         self._resize(0)
 
     def _resize(self, num_ranks: int) -> None:
@@ -104,6 +92,7 @@ class Dispatcher:
         self._slots_LER = np.full((self.shape.num_layers, self.shape.num_experts, num_ranks), -1, np.int32)
         self._node_of_rank_R = np.zeros(num_ranks, np.int32)
         self._num_nodes = 1
+        self._on_host = self.shape.dtype != torch.float16
         self.stats.resize(num_ranks)
 
     def apply(self, membership: Membership, links: dict[int, RouterLink], lost: dict[int, str]) -> None:
@@ -129,6 +118,12 @@ class Dispatcher:
         self._num_nodes = placement.num_nodes
         self._node_of_rank_R[:] = np.arange(placement.num_ranks) * placement.num_nodes // placement.num_ranks
         self._head[0] = membership.epoch
+        # Rows that travel from a device, and float16, which numba does not know, are combined as tensors.
+        rows_apart = {link.send_tensor is not None for link in links.values()}
+        if len(rows_apart) > 1:
+            raise ValueError("some links carry rows from a device and some from host memory; use one transport for all")
+        self._rows_apart = True in rows_apart
+        self._on_host = not self._rows_apart and shape.dtype != torch.float16
         for rank in range(placement.num_ranks):
             if rank in self.links:
                 self._send_address_R[rank] = self.links[rank].send_buffer.ctypes.data
@@ -152,8 +147,10 @@ class Dispatcher:
             layer=layer,
             x_TD=x_TD.contiguous(),
             y_TD=torch.empty_like(x_TD, memory_format=torch.contiguous_format),
-            topk_ids_TK=topk_ids_TK.to(torch.int32).contiguous().numpy(),
-            topk_weights_TK=topk_weights_TK.to(torch.float32).contiguous().numpy(),
+            sum_TD=None if self._on_host else torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device),
+            # On a GPU this is the layer's one wait for the device: lengths have to be known before anything is sent.
+            topk_ids_TK=topk_ids_TK.to(torch.int32).contiguous().cpu().numpy(),
+            topk_weights_TK=topk_weights_TK.to(torch.float32).contiguous().cpu().numpy(),
             start=0,
             stop=0,
             posted=[],
@@ -207,6 +204,7 @@ class Dispatcher:
             self._load_LR[pending.layer],
             self._send_address_R,
             self._head,
+            not self._rows_apart,
             self._rank_TK[:num_tokens],
             self._row_TK[:num_tokens],
             self._rows_R,
@@ -218,6 +216,8 @@ class Dispatcher:
         for rank in np.flatnonzero(self._nbytes_R).tolist():
             nbytes = int(self._nbytes_R[rank])
             try:
+                if self._rows_apart:
+                    self._gather(pending, rank)
                 self.links[rank].post(nbytes)
             except ShardError as error:
                 self._lose(error)
@@ -233,6 +233,8 @@ class Dispatcher:
     def _collect(self, pending: Pending) -> None:
         """Wait for what was posted, combine it, and repeat elsewhere what failed."""
         accumulate = False
+        ids_TK = pending.topk_ids_TK[pending.start : pending.stop]
+        weights_TK = pending.topk_weights_TK[pending.start : pending.stop]
         while True:
             began_ns = time.perf_counter_ns()
             deadline_s = time.monotonic() + self.deadline_s
@@ -247,21 +249,20 @@ class Dispatcher:
             self.stats.wait.add(waited_ns - began_ns)
             self._combine(pending, accumulate)
             self.stats.combine.add(time.perf_counter_ns() - waited_ns)
+            if self._answered_R.any():
+                self.stats.last_success_s = time.monotonic()
             if not pending.failed and not pending.unserved:
-                if pending.posted:
-                    self.stats.last_success_s = time.monotonic()
                 return
             num_tokens = pending.stop - pending.start
             rank_TK = self._rank_TK[:num_tokens]
-            ids_TK = pending.topk_ids_TK[pending.start : pending.stop]
-            weights_TK = pending.topk_weights_TK[pending.start : pending.stop]
             if pending.unserved:
                 self._compute_here(pending, np.where(rank_TK < 0, ids_TK, -1), weights_TK)
             if not pending.failed:
                 return
             self.stats.failovers += 1
-            again_TK = np.where(np.isin(rank_TK, pending.failed), ids_TK, np.int32(-1))
-            self._plan_and_post(pending, again_TK, weights_TK)
+            # Only what failed goes out again; every later look at this round has to see the same narrowed ids.
+            ids_TK = np.where(np.isin(rank_TK, pending.failed), ids_TK, np.int32(-1))
+            self._plan_and_post(pending, ids_TK, weights_TK)
             accumulate = True
 
     def _receive(self, rank: int, deadline_s: float) -> int:
@@ -280,8 +281,8 @@ class Dispatcher:
 
     def _combine(self, pending: Pending, accumulate: bool) -> None:
         num_tokens = pending.stop - pending.start
-        if self.shape.dtype == torch.float16:
-            self._combine_with_torch(pending, accumulate)
+        if pending.sum_TD is not None:
+            self._combine_tensors(pending, pending.sum_TD[pending.start : pending.stop])
             return
         combine(
             self._rank_TK[:num_tokens],
@@ -294,27 +295,41 @@ class Dispatcher:
             accumulate,
         )
 
-    def _combine_with_torch(self, pending: Pending, accumulate: bool) -> None:
-        """The same as `plan.combine` for float16, which numba does not know."""
-        num_tokens = pending.stop - pending.start
-        y_TD = pending.y_TD[pending.start : pending.stop]
-        total_TD = y_TD.float() if accumulate else torch.zeros(y_TD.shape)
-        rank_TK, row_TK = self._rank_TK[:num_tokens], self._row_TK[:num_tokens]
+    def _gather(self, pending: Pending, rank: int) -> None:
+        """Put a rank's rows into the tensor that its link sends from."""
+        tensor = self.links[rank].send_tensor
+        assert tensor is not None
+        x_TD = pending.x_TD[pending.start : pending.stop]
+        num_tokens = len(x_TD)
+        tokens_M = tokens_of_rank(rank, self._rank_TK[:num_tokens], self._row_TK[:num_tokens], x_TD.device)
+        gather_rows(x_TD, tokens_M, rows_in(tensor, len(tokens_M), self.shape.hidden_size, self.shape.dtype))
+
+    def _combine_tensors(self, pending: Pending, sum_TD: torch.Tensor) -> None:
+        """The same as `plan.combine`, on tensors: adds the answers to `sum_TD` (fp32) and writes y."""
+        rank_TK, row_TK = self._rank_TK[: len(sum_TD)], self._row_TK[: len(sum_TD)]
         for rank in np.flatnonzero(self._answered_R).tolist():
-            token, k = np.nonzero((rank_TK == rank) & (row_TK >= 0))
-            rows = torch.from_numpy(self.links[rank].recv_buffer[HEADER_BYTES:]).view(self.shape.dtype)
-            rows_MD = rows[: int(self._rows_R[rank]) * self.shape.hidden_size].view(-1, self.shape.hidden_size)
-            total_TD.index_add_(0, torch.from_numpy(token), rows_MD[torch.from_numpy(row_TK[token, k])].float())
-        y_TD.copy_(total_TD)
+            link = self.links[rank]
+            data = link.recv_tensor
+            if data is None:
+                data = torch.from_numpy(link.recv_buffer[HEADER_BYTES:])
+            tokens_M = tokens_of_rank(rank, rank_TK, row_TK, sum_TD.device)
+            add_rows(sum_TD, tokens_M, rows_in(data, len(tokens_M), self.shape.hidden_size, self.shape.dtype))
+        pending.y_TD[pending.start : pending.stop] = sum_TD
 
     def _compute_here(self, pending: Pending, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
         """Add what no live shard can compute, from the checkpoint."""
         wanted = np.flatnonzero((ids_TK >= 0).any(1))
         self.stats.fallback_pairs += int((ids_TK >= 0).sum())
-        index = torch.from_numpy(wanted) + pending.start
+        device = pending.x_TD.device
+        index = torch.from_numpy(wanted + pending.start).to(device)
         part = self.fallback.forward(
-            pending.layer, pending.x_TD[index], torch.from_numpy(weights_TK[wanted]), torch.from_numpy(ids_TK[wanted])
+            pending.layer,
+            pending.x_TD[index],
+            torch.from_numpy(weights_TK[wanted]).to(device),
+            torch.from_numpy(ids_TK[wanted]).to(device),
         )
+        if pending.sum_TD is not None:
+            pending.sum_TD[index] += part.float()
         pending.y_TD[index] += part
 
     def _lose(self, error: ShardError) -> None:

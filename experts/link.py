@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import numpy as np
+import torch
 
 
 class RouterLink(ABC):
@@ -29,6 +30,10 @@ class RouterLink(ABC):
     """uint8 [capacity], packed into directly by the dispatcher; owned by the router between wait() and post()."""
     recv_buffer: np.ndarray
     """uint8 [capacity], valid from wait() to the next post()."""
+    send_tensor: torch.Tensor | None = None
+    recv_tensor: torch.Tensor | None = None
+    """uint8, on the transport's device: the rows of a message, where they travel apart from the rest of it (NCCL).
+    The rest stands in the buffers as ever, and lengths count both."""
 
     @abstractmethod
     def post(self, nbytes: int) -> None:
@@ -55,6 +60,17 @@ class ShardChannel(ABC):
     """uint8 [capacity], valid from poll() to reply()."""
     send_buffer: np.ndarray
     """uint8 [capacity], filled before reply()."""
+
+    @property
+    def send_tensor(self) -> torch.Tensor | None:
+        """Rows of the reply (uint8) where they travel apart, else None."""
+        return None
+
+    @property
+    def recv_tensor(self) -> torch.Tensor | None:
+        """Rows of the request (uint8) where they travel apart, else None."""
+        return None
+
     closed: bool = False
 
     @abstractmethod

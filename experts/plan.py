@@ -71,6 +71,7 @@ def plan_and_pack(
     rank_load_R: np.ndarray,
     send_address_R: np.ndarray,
     head: np.ndarray,
+    with_rows: bool,
     rank_TK: np.ndarray,
     row_TK: np.ndarray,
     rows_R: np.ndarray,
@@ -88,6 +89,7 @@ def plan_and_pack(
         rank_load_R: int64, pairs that each rank got lately; aged here, breaks ties.
         send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each.
         head: int64 [5]: epoch, layer, seq, dtype code, D.
+        with_rows: copy the rows too; False where they travel from a device on their own.
         rank_TK, row_TK: int32 out. Rank of each pair, -1 if unserved; the row of that rank's message that holds the
             token, set at the first pair of a (token, rank) and -1 at the others.
         rows_R, pairs_R, nbytes_R: int32, int32, int64 out. Rows, pairs and bytes of each rank's request, 0 for none.
@@ -151,7 +153,8 @@ def plan_and_pack(
                     pair += 1
             if pair > start:
                 offsets[row] = start
-                _memcpy(base + rows_at + row * row_bytes, x_address + token * row_bytes, row_bytes)
+                if with_rows:
+                    _memcpy(base + rows_at + row * row_bytes, x_address + token * row_bytes, row_bytes)
                 row += 1
         offsets[num_rows] = pair
     return unserved

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from experts.dispatcher import LayerShape
+from experts.layer_shape import LayerShape
 from placement.recorder import TraceRecorder
 
 
@@ -31,7 +31,7 @@ class StepRecorder:
         if self._recorder is None:
             return
         num_tokens = min(len(topk_ids_TK), self._max_rows)
-        self._step_TLK[:num_tokens, layer] = topk_ids_TK[:num_tokens].numpy()
+        self._step_TLK[:num_tokens, layer] = topk_ids_TK[:num_tokens].cpu().numpy()
         if layer == self._shape.num_layers - 1 and num_tokens:
             self._recorder.add(self._step_TLK[:num_tokens])
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.dispatcher import Dispatcher, LayerShape, Pending
+from experts.dispatcher import Dispatcher, Pending
 from experts.errors import ShardError, UnsupportedModelError
+from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
 from experts.membership import Membership, ShardEndpoint

@@ -58,6 +58,11 @@ class _Views:
     recv: torch.Tensor
     send: torch.Tensor
 
+    @classmethod
+    def of(cls, channel: ShardChannel) -> _Views:
+        """Views of the host buffers."""
+        return cls(torch.from_numpy(channel.recv_buffer), torch.from_numpy(channel.send_buffer))
+
 
 @dataclass
 class ShardLoop:
@@ -103,7 +108,7 @@ class ShardLoop:
 
     def add(self, channel: ShardChannel) -> None:
         """Serve one more router."""
-        views = _Views(torch.from_numpy(channel.recv_buffer), torch.from_numpy(channel.send_buffer))
+        views = _Views.of(channel)
         with self._lock:
             self._channels = {**self._channels, channel: views}
         logger.info("router %s connected", channel.router_id)
@@ -157,7 +162,7 @@ class ShardLoop:
             length = HEADER_BYTES + request.num_rows * self._hidden_size * self.dtype.itemsize
             if length > len(channel.send_buffer):
                 raise BadRequestError(f"{request.num_rows} rows do not fit the reply buffer")
-            self._compute(request, views, length)
+            self._compute(request, channel, views)
         except Exception as error:
             if not isinstance(error, BadRequestError):
                 logger.exception("a request of router %s failed", channel.router_id)
@@ -174,11 +179,13 @@ class ShardLoop:
         counters.last_epoch = request.epoch
         return length
 
-    def _compute(self, request: Request, views: _Views, length: int) -> None:
-        row_bytes = self._hidden_size * self.dtype.itemsize
-        rows_end = request.rows_at + request.num_rows * row_bytes
-        rows_MD = views.recv[request.rows_at : rows_end].view(self.dtype).view(-1, self._hidden_size)
-        out_MD = views.send[HEADER_BYTES:length].view(self.dtype).view(-1, self._hidden_size)
+    def _compute(self, request: Request, channel: ShardChannel, views: _Views) -> None:
+        recv, recv_at, send, send_at = views.recv, request.rows_at, views.send, HEADER_BYTES
+        if channel.recv_tensor is not None and channel.send_tensor is not None:
+            recv, recv_at, send, send_at = channel.recv_tensor, 0, channel.send_tensor, 0
+        nbytes = request.num_rows * self._hidden_size * self.dtype.itemsize
+        rows_MD = recv[recv_at : recv_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
+        out_MD = send[send_at : send_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
         self.kernel.forward(
             request.layer,
             rows_MD,

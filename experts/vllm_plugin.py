@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
-from experts.dispatcher import LayerShape, Pending
+from experts.dispatcher import Pending
 from experts.errors import UnsupportedModelError
+from experts.layer_shape import LayerShape
 from experts.router import MeshRouter
 from experts.settings import RouterSettings
 from experts.vllm_adapter import (
