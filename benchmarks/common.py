@@ -74,7 +74,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     print(f"\n{title}")
     for row in [list(header), ["-" * w for w in widths], *cells]:
-        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  "
+            + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        )
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

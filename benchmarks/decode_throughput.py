@@ -3,8 +3,8 @@
     python -m benchmarks.decode_throughput [--quick] [--model bench|tiny|both]
 
 Every side gets the same cores, the same prompts (distinct, from the standard library's source) and the same engine
-settings; runs are interleaved, medians of at least five. Goal: at least 0.95 times the better vLLM at batch 64, 1.0 times
-at 256.
+settings; runs are interleaved, medians of at least five. Goal: at least 0.95 times the better vLLM at batch 64, 1.0
+times at 256.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
     python -m benchmarks.engine_side vllm|tp2|mesh MODEL DTYPE
 
-Prints one JSON line when ready and one for each run; reads {"batch", "new_tokens", "prompt_tokens"} a line, ends with its
-standard input.
+Prints one JSON line when ready and one for each run; reads {"batch", "new_tokens", "prompt_tokens"} a line, ends with
+its standard input.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -52,7 +53,7 @@ def run(llm: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
                 arrivals.setdefault(output.request_id, []).append(time.perf_counter())
                 tokens += count
     seconds = time.perf_counter() - start
-    gaps = [b - a for times in arrivals.values() for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for times in arrivals.values() for a, b in itertools.pairwise(times)]
     return {
         "batch": len(prompts),
         "tokens_per_s": tokens / seconds,

@@ -3,8 +3,8 @@
     python -m benchmarks.failover [--quick]
 
 The tiny model in float32; each case starts its own three shards and engine, generates once undisturbed, then again with
-the fault in mid-stream. Goals: no request fails, no token changes, and the longest gap between two tokens of a stream stays
-under 0.5 s for a killed process and under the dispatch deadline plus 0.5 s for a stopped one.
+the fault in mid-stream. Goals: no request fails, no token changes, and the longest gap between two tokens of a stream
+stays under 0.5 s for a killed process and under the dispatch deadline plus 0.5 s for a stopped one.
 """
 
 from __future__ import annotations

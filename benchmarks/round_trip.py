@@ -3,9 +3,9 @@
     python -m benchmarks.round_trip [--quick]
 
 Both sides talk to the same number of shard processes on the same host and cores. The shards run the real compute loop
-with an expert kernel that only copies rows, so that what is timed is everything but the experts: plan, pack, wire, request
-check, reply, combine. The bare side copies a message of the same length in, posts it to every shard, waits for all, and
-copies each answer out; its peers answer without looking. Runs are interleaved, medians are compared.
+with an expert kernel that only copies rows, so that what is timed is everything but the experts: plan, pack, wire,
+request check, reply, combine. The bare side copies a message of the same length in, posts it to every shard, waits for
+all, and copies each answer out; its peers answer without looking. Runs are interleaved, medians are compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class CopyKernel:
 
     name = "copy"
 
-    def forward(self, layer: int, rows: torch.Tensor, offsets: Any, slots: Any, weights: Any, out: torch.Tensor) -> None:
+    def forward(
+        self, layer: int, rows: torch.Tensor, offsets: Any, slots: Any, weights: Any, out: torch.Tensor
+    ) -> None:
         """out = rows."""
         out.copy_(rows)
 
@@ -57,7 +59,8 @@ def _shard(pipe: Connection, rank: int, shape: LayerShape, spin_us: float, bare_
     else:
         slot_table = np.arange(shape.num_experts, dtype=np.int32)[None].repeat(shape.num_layers, 0)
         slots = SimpleNamespace(
-            slot_of_expert_LE=slot_table, checkpoint=SimpleNamespace(spec=SimpleNamespace(hidden_size=shape.hidden_size))
+            slot_of_expert_LE=slot_table,
+            checkpoint=SimpleNamespace(spec=SimpleNamespace(hidden_size=shape.hidden_size)),
         )
         loop = ShardLoop(slots, CopyKernel(), bell, shape.dtype, 1)  # type: ignore[arg-type]
         loop.start()
@@ -165,7 +168,9 @@ def main() -> None:
     turns = 3 if args.quick else 15
     cases = [(64, 2, torch.bfloat16), (64, 2, torch.float32), (1, 2, torch.bfloat16), (64, 4, torch.bfloat16)]
     rows = [measure(tokens, ranks, dtype, args.spin_us, turns) for tokens, ranks, dtype in cases]
-    print_table("Dispatch + combine against a bare ping-pong of the same bytes", list(rows[0]), [list(r.values()) for r in rows])
+    print_table(
+        "Dispatch + combine against a bare ping-pong of the same bytes", list(rows[0]), [list(r.values()) for r in rows]
+    )
     save("round_trip", {"rows": rows, "spin_us": args.spin_us})
 
 

@@ -5,8 +5,8 @@
 Overhead: one core, 4 shards, 64 tokens, top-8, hidden 512, float32 and bf16; the sum of plan+pack and combine as the
 dispatcher itself does them, Python included. Goal: at most 60 microseconds in the median.
 
-Round trip: Dispatcher.forward against real shard processes whose experts are as small as can be, over a bare ping-pong of
-the same bytes between the same number of processes over the same transport. Goal: at most 1.5 times.
+Round trip: Dispatcher.forward against real shard processes whose experts are as small as can be, over a bare ping-pong
+of the same bytes between the same number of processes over the same transport. Goal: at most 1.5 times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
 from experts.membership import Membership
-from experts.wire import DTYPE_CODES, H_MAGIC, H_ROWS, H_SEQ, HEADER_BYTES, MAGIC, header_of, reply_capacity, request_capacity
+from experts.wire import (
+    DTYPE_CODES,
+    H_MAGIC,
+    H_ROWS,
+    H_SEQ,
+    HEADER_BYTES,
+    MAGIC,
+    header_of,
+    reply_capacity,
+    request_capacity,
+)
 from placement.tables import Placement
 
 OVERHEAD_GOAL_US = 60.0

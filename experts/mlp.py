@@ -30,6 +30,7 @@ def expert_mlp(rows_MD: torch.Tensor, weights: ExpertWeights, activation: Activa
         None if t is None else t.to(rows_MD.device)
         for t in (weights.w13_2ID, weights.w2_DI, weights.b13_2I, weights.b2_D)
     )
-    assert w13 is not None and w2 is not None
+    assert w13 is not None
+    assert w2 is not None
     gate, up = F.linear(rows_MD, w13, b13).chunk(2, dim=-1)
     return F.linear(gated_activation(gate, up, activation), w2, b2)

@@ -22,9 +22,7 @@ class StepRecorder:
         self._shape = shape
         self._max_rows = max_rows
         self._step_TLK = np.full((max_rows, shape.num_layers, shape.top_k), -1, np.int16)
-        self._recorder = (
-            TraceRecorder(shape.num_layers, shape.num_experts, shape.top_k, capacity) if capacity else None
-        )
+        self._recorder = TraceRecorder(shape.num_layers, shape.num_experts, shape.top_k, capacity) if capacity else None
 
     def add(self, layer: int, topk_ids_TK: torch.Tensor) -> None:
         """Note the decisions of one layer; the last layer of a step completes its tokens."""
@@ -36,7 +34,7 @@ class StepRecorder:
             self._recorder.add(self._step_TLK[:num_tokens])
 
     def to_bytes(self) -> bytes:
-        """The trace sampled so far as an .npz file's bytes. RuntimeError when recording is off or nothing was seen yet."""
+        """The trace sampled so far as an .npz file's bytes. RuntimeError when recording is off."""
         if self._recorder is None:
             raise RuntimeError("trace_tokens is 0, so this router records no trace")
         return self._recorder.snapshot().to_bytes()

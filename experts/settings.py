@@ -35,7 +35,7 @@ class RouterSettings(StrictModel):
     fallback_cache_bytes: int = Field(
         default=1 << 30,
         ge=0,
-        description="Experts that no live shard holds are computed on the router; this many bytes of them stay converted.",
+        description="Experts without a live shard are computed on the router; this many bytes of them are kept.",
     )
     spin_us: float = Field(
         default=50.0, ge=0, description="How long a wait in shared memory yields the core before it sleeps."

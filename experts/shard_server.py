@@ -97,7 +97,7 @@ class ShardServer:
         return self.endpoint
 
     def apply_placement(self, placement: Placement, epoch: int) -> dict[str, Any]:
-        """Load what a later placement gives to this rank; requests are served meanwhile. Returns {"loaded", "epoch"}."""
+        """Load what a later placement gives to this rank, while serving. Returns {"loaded", "epoch"}."""
         loop, endpoint = self._running()
         with self._load_lock:
             if epoch < self.epoch:
@@ -144,7 +144,9 @@ class ShardServer:
         loop, _ = self._running()
         spec = loop.slots.checkpoint.spec
         if hello.incarnation != self._incarnation:
-            raise ValueError(f"this is incarnation {self._incarnation} of the shard, the router wants {hello.incarnation}")
+            raise ValueError(
+                f"this is incarnation {self._incarnation} of the shard, the router wants {hello.incarnation}"
+            )
         for name, theirs, ours in (
             ("dtype", hello.dtype, self.settings.dtype),
             ("hidden size", hello.hidden_size, spec.hidden_size),

@@ -11,7 +11,7 @@ import torch
 
 
 def tokens_of_rank(rank: int, rank_TK: np.ndarray, row_TK: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The token of each row of a rank's message: int64 [M] on `device`. Arguments as `plan.plan_and_pack` wrote them."""
+    """The token of each row of a rank's message: int64 [M] on `device`. Arguments as `plan_and_pack` wrote them."""
     return torch.from_numpy(np.nonzero((rank_TK == rank) & (row_TK >= 0))[0]).to(device, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""Everything of vLLM's internals that the project touches, in one place: imports, and the shapes of what is imported.
+"""Everything of vLLM's internals that the project touches, in one place.
 
 Written for vllm 0.25.1 to 0.32; `tests/experts/test_vllm_joints.py` fails with a clear message when a version moves one.
 """

@@ -80,7 +80,9 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             raise UnsupportedModelError(f"{name}={value} is not supported, expected 1; {reason}")
     for name in ("enable_expert_parallel", "enable_eplb", "enable_dbo"):
         if getattr(parallel, name, False):
-            raise UnsupportedModelError(f"{name} is not supported: experts live on shards, which place and balance them")
+            raise UnsupportedModelError(
+                f"{name} is not supported: experts live on shards, which place and balance them"
+            )
     if config.lora_config is not None:
         raise UnsupportedModelError("LoRA is not supported together with experts on shards")
     return RouterSettings.model_validate(data)

@@ -6,9 +6,9 @@ Legend: M rows, N (row, expert) pairs, D hidden size. All sections start on 64-b
     reply:   header int64[16] | rows_MD                                  (status OK)
              header int64[16] | utf-8 text of the error                  (otherwise)
 
-Row m wants the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there. Experts are named by
-their logical ids and the shard finds its own slot for each: a router of an older epoch is then answered as long as the
-shard still holds the expert, and no epoch mix-up can ever reach the weights of another expert.
+Row m wants the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there.
+Experts are named by their logical ids and the shard finds its own slot for each: a router of an older epoch is then
+answered as long as the shard still holds the expert, and no epoch mix-up can ever reach the weights of another expert.
 """
 
 from __future__ import annotations
