@@ -23,7 +23,7 @@ import pytest
 
 from experts.link import RouterLink, ShardChannel
 from experts.membership import ShardEndpoint, host_id
-from experts.transports import atomics
+from experts.transports import atomics, control
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello, LifeLine
 from experts.transports.shm import ShmDoorbell
@@ -121,8 +121,14 @@ def answer(channel: ShardChannel, nbytes: int) -> None:
     channel.reply(nbytes)
 
 
-def serve(rank: int, bind_host: str, handshake_s: float, events: Any) -> None:
+def serve(rank: int, bind_host: str, handshake_s: float, netns: str, keepalive_s: int, events: Any) -> None:
     """Process body: sends its endpoint, then events; does what the other end of the pipe says."""
+    if netns:
+        from hosts import enter
+
+        enter(netns)
+    if keepalive_s:
+        control._KEEPALIVE = tuple((option, keepalive_s) for option, _ in control._KEEPALIVE)
     loop = EchoLoop(bind_host, handshake_s, events)
     events.send(ShardEndpoint(rank, "1", bind_host, loop.listener.port, host_id(), os.getpid()))
     threading.Thread(target=loop.run, daemon=True).start()
@@ -175,10 +181,13 @@ def context() -> Any:
 
 
 @contextlib.contextmanager
-def echo_shard(rank: int = 0, bind_host: str = "127.0.0.1", handshake_s: float = 20.0) -> Iterator[EchoShard]:
-    """A running echo shard, killed at the end."""
+def echo_shard(
+    rank: int = 0, bind_host: str = "127.0.0.1", handshake_s: float = 20.0, netns: str = "", keepalive_s: int = 0
+) -> Iterator[EchoShard]:
+    """A running echo shard, in network namespace `netns` if that is given, killed at the end."""
     ours, theirs = multiprocessing.Pipe()
-    process = context().Process(target=serve, args=(rank, bind_host, handshake_s, theirs), daemon=True)
+    arguments = (rank, bind_host, handshake_s, netns, keepalive_s, theirs)
+    process = context().Process(target=serve, args=arguments, daemon=True)
     process.start()
     theirs.close()
     try:

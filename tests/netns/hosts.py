@@ -1,0 +1,127 @@
+"""Several hosts on one machine: network namespaces, each with one interface on a common switch.
+
+    host 0 (10.213.0.1) --+
+    host 1 (10.213.0.2) --+-- bridge in a namespace of its own
+    host 2 (10.213.0.3) --+
+
+Nothing of the machine's own network is touched. What runs in a namespace is killed before it is removed, and what an
+earlier run left behind, because it was killed itself, is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_PREFIX = "expertmesh"
+_CLONE_NEWNET = 0x40000000
+_LIMIT_S = 30.0
+
+
+class NamespacesRefusedError(RuntimeError):
+    """This user may not make network namespaces here; the message says what the system answered."""
+
+
+def _ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    if done.returncode != 0:
+        raise NamespacesRefusedError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Host:
+    """One namespace."""
+
+    name: str
+    address: str
+    switch: str
+    port: str
+
+    def command(self, *words: str) -> list[str]:
+        """The command that runs `words` on this host."""
+        return ["ip", "netns", "exec", self.name, *words]
+
+    def popen(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a process on this host; it dies with the hosts at the latest."""
+        return subprocess.Popen(self.command(*words), text=True, **options)
+
+    def cut(self) -> None:
+        """Pull the plug: no packet in or out, and nobody is told."""
+        _ip("-n", self.switch, "link", "set", self.port, "down")
+
+    def join(self) -> None:
+        """Undo `cut`."""
+        _ip("-n", self.switch, "link", "set", self.port, "up")
+
+    def pids(self) -> list[int]:
+        """Processes on this host."""
+        return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
+
+    def kill_all(self) -> None:
+        """Kill every process on this host, and wait until they are gone."""
+        limit_s = time.monotonic() + _LIMIT_S
+        while pids := self.pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > limit_s:
+                raise TimeoutError(f"processes {pids} on host {self.name} outlive SIGKILL")
+            time.sleep(0.01)
+
+
+def enter(name: str) -> None:
+    """Move the calling thread, and what it starts, into namespace `name`."""
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"setns to {name}")
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers() -> None:
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0]
+        parts = name.split("-")
+        if parts[0] == _PREFIX and len(parts) == 3 and not os.path.exists(f"/proc/{parts[1]}"):
+            Host(name, "", "", "").kill_all()
+            _ip("netns", "del", name)
+
+
+@contextlib.contextmanager
+def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
+    """`count` hosts that reach each other. Raises NamespacesRefusedError where the user may not make them."""
+    if shutil.which("ip") is None:
+        raise NamespacesRefusedError("there is no `ip` command (iproute2)")
+    _remove_leftovers()
+    switch = f"{_PREFIX}-{os.getpid()}-switch"
+    made: list[Host] = []
+    try:
+        _ip("netns", "add", switch)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for number in range(count):
+            name, port, address = f"{_PREFIX}-{os.getpid()}-{number}", f"port{number}", f"10.213.0.{number + 1}"
+            _ip("netns", "add", name)
+            made.append(Host(name, address, switch, port))
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+        yield made
+    finally:
+        for host in made:
+            host.kill_all()
+            _ip("netns", "del", host.name)
+        with contextlib.suppress(NamespacesRefusedError):
+            _ip("netns", "del", switch)
