@@ -187,7 +187,12 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())
     if args.until_stdin_closes:
-        threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+
+        def follow_stdin() -> None:
+            sys.stdin.read()
+            done.set()
+
+        threading.Thread(target=follow_stdin, daemon=True).start()
     done.wait()
     server.stop()
 

@@ -1,6 +1,6 @@
 """Everything of vLLM's internals that the project touches, in one place.
 
-Written for vllm 0.25.1 to 0.32; `tests/experts/test_vllm_joints.py` fails with a clear message when a version moves one.
+Written for vllm 0.25.1 to 0.32; `tests/experts/test_vllm_joints.py` fails clearly when a version moves one.
 """
 
 from __future__ import annotations

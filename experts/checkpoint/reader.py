@@ -6,7 +6,6 @@ Legend: D hidden size, I expert intermediate size.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -29,9 +28,6 @@ class ExpertCheckpoint:
         self.spec = spec
         self._storage = storage
         self._parts = {part.role: part for part in storage.layout.parts}
-        names = (re.escape(storage.prefix + part.name) for part in storage.layout.parts)
-        patterns = (name.replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+") for name in names)
-        self._owned = re.compile(f"({'|'.join(patterns)})(_scale_inv|_blocks|_scales)?$")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
@@ -88,10 +84,6 @@ class ExpertCheckpoint:
             b13_2I=_packed(self._halves("gate_up_bias", layer, expert), dtype) if has_bias else None,
             b2_D=_packed([self._read("down_bias", layer, expert)], dtype) if has_bias else None,
         )
-
-    def owns(self, name: str) -> bool:
-        """Whether the stored tensor `name` belongs to a routed expert, so that a router has no use for it."""
-        return self._owned.match(name) is not None
 
     def owns(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to a routed expert, its scales included: a router skips those."""
