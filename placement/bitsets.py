@@ -47,7 +47,7 @@ def count_bits(bits_W: np.ndarray) -> int:
     total = np.int64(0)
     for w in range(len(bits_W)):
         total += popcount(np.int64(bits_W[w]))
-    return total
+    return int(total)
 
 
 @njit(nogil=True, cache=True)
@@ -64,7 +64,8 @@ def next_random(state_1: np.ndarray) -> np.uint64:
 @njit(nogil=True, cache=True)
 def random_below(state_1: np.ndarray, bound: int) -> int:
     """A random integer from 0 to bound - 1."""
-    return np.int64(((next_random(state_1) >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
+    # int() would stay unsigned when compiled
+    return np.int64(((next_random(state_1) >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))  # type: ignore[return-value]
 
 
 @njit(nogil=True, cache=True)

@@ -130,9 +130,7 @@ def cover_token(
         if num_nodes > 1:
             node = touched_N[0]
             if num_touched_nodes > 1:
-                node = _best_node(
-                    held_N, touched_N[:num_touched_nodes], left, visited_N, node_of_rank_R, rank_load_R
-                )
+                node = _best_node(held_N, touched_N[:num_touched_nodes], left, visited_N, node_of_rank_R, rank_load_R)
             if visited_N[node] == 0:
                 visited_N[node] = 1
                 nodes_visited += 1

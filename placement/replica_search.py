@@ -59,7 +59,7 @@ def _add_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, 
 
 @njit(nogil=True, cache=True)
 def _has_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> bool:
-    for j in range(num_holders_E[expert]):
+    for j in range(num_holders_E[expert]):  # noqa: SIM110
         if holders_ER[expert, j] == rank:
             return True
     return False

@@ -11,44 +11,13 @@ popcounts a word, and nothing is approximated. Energy, in tokens:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numba import njit
 
 from placement.bitsets import count_bits, next_random, random_below, random_unit
 from placement.replica_choice import popcount
 
-
-@dataclass
-class SwapState:
-    """Where a search stands; the arrays are changed in place.
-
-    `bits_IW` uint64, `load_I` float64, `expert_I` int32 (-1: an empty slot), `items_Gs` int32 the item in each slot,
-    `group_I` int32, `parent_G` int32, `allowed_G` float64 the load that each group may have.
-    """
-
-    bits_IW: np.ndarray
-    load_I: np.ndarray
-    expert_I: np.ndarray
-    items_Gs: np.ndarray
-    group_I: np.ndarray
-    parent_G: np.ndarray
-    allowed_G: np.ndarray
-
-    @classmethod
-    def build(
-        cls,
-        bits_IW: np.ndarray,
-        load_I: np.ndarray,
-        expert_I: np.ndarray,
-        items_Gs: np.ndarray,
-        parent_G: np.ndarray,
-        allowed_G: np.ndarray,
-    ) -> SwapState:
-        group_I = np.empty(len(expert_I), np.int32)
-        group_I[items_Gs.ravel()] = np.repeat(np.arange(len(items_Gs)), items_Gs.shape[1])
-        return cls(bits_IW, load_I, expert_I, items_Gs.astype(np.int32), group_I, parent_G, allowed_G)
+CLOSED = -2  # the expert of an item that stands for a slot that its group does not have
 
 
 @njit(nogil=True, cache=True)
@@ -76,12 +45,12 @@ def _swap_delta(
         b = b_W[w] & ~a_W[w]
         delta += popcount(np.int64(a & ~any_q_W[w])) - popcount(np.int64(a & one_p_W[w]))
         delta += popcount(np.int64(b & ~any_p_W[w])) - popcount(np.int64(b & one_q_W[w]))
-    return delta
+    return int(delta)
 
 
 @njit(nogil=True, cache=True)
 def _holds(items_s: np.ndarray, expert_I: np.ndarray, expert: int, other_than: int) -> bool:
-    for i in items_s:
+    for i in items_s:  # noqa: SIM110
         if i != other_than and expert_I[i] == expert:
             return True
     return False
@@ -123,6 +92,9 @@ def anneal_swaps(
     best_2: np.ndarray,
 ) -> None:
     """Run `iterations` proposals of the part `begin` to `end` (fractions) of an annealing schedule.
+
+    `bits_IW` uint64, `load_I` float64, `expert_I` int32 (-1 an empty slot, -2 no slot at all: never moved), `items_Gs`
+    int32 the item in each slot, `group_I` int32, `parent_G` int32, `allowed_G` float64 the load that a group may have.
 
     Heat (in tokens) and penalty follow a geometric schedule. The best state met goes to `best_items_Gs`, its excess
     load (sum over groups of load / allowed - 1 where above) and its weighted visits to `best_2`: less excess is
@@ -172,7 +144,7 @@ def anneal_swaps(
             continue
         b = items_Gs[q, slot_q]
         expert_a, expert_b = expert_I[a], expert_I[b]
-        if expert_a == expert_b:
+        if expert_a == expert_b or min(expert_a, expert_b) == CLOSED:
             continue
         moved = load_I[a] - load_I[b]
         new_excess = (

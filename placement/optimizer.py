@@ -1,0 +1,257 @@
+"""From a trace and a request to a placement: the planner.
+
+T tokens, L layers, K experts of one token, E experts, R ranks, s slots of a rank.
+
+Every layer is planned on its own, with experts relabelled in an order that follows from the data alone, so that the
+plan does not depend on how experts are numbered. A layer's candidates are greedy balancing, the current placement and
+what the searches find from them; the best by the rule that dispatch uses is returned, so the plan is never worse than
+what it started from. No ray, vllm or torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.balance import best_balance, even_split_load
+from placement.layer_search import COVER_SECONDS, greedy_start, search_layer
+from placement.problem import (
+    CLOSED,
+    EMPTY,
+    LayerProblem,
+    PlanRequest,
+    check_top_k,
+    check_trace_fits,
+    load_guard,
+    score,
+)
+from placement.refresh import bounded_moves
+from placement.replica_budget import spread_replicas
+from placement.search_clock import SearchClock
+from placement.tables import Placement
+from placement.trace import ActivationTrace
+
+NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
+START_SECONDS = 0.6  # reading, loading compiled code, greedy starts: kept out of the searches' share
+BALANCE_ITERATIONS = 40_000
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A placement and how it fares on the tokens that it was planned on.
+
+    `fan_out`, `node_fan_out` and `balancedness` float64 [L]; without sampled sets the first two are NaN and the last
+    is that of an even split. `notes` are lines for a person.
+    """
+
+    placement: Placement
+    fan_out: np.ndarray
+    node_fan_out: np.ndarray
+    balancedness: np.ndarray
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def canonical_order(ids_TK: np.ndarray, load_E: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [E]: experts by load, heaviest first, ties by which tokens want them; not by their numbers."""
+    mark_T = np.random.default_rng(seed).random(len(ids_TK))
+    used = ids_TK >= 0
+    mark_E = np.bincount(
+        np.where(used, ids_TK, 0).ravel(), weights=(mark_T[:, None] * used).ravel(), minlength=len(load_E)
+    )
+    return np.lexsort((mark_E, -load_E))
+
+
+def build_problem(
+    ids_TK: np.ndarray, load_E: np.ndarray, request: PlanRequest, max_filled: int, iterations: int
+) -> tuple[LayerProblem, np.ndarray, np.ndarray]:
+    """The layer's problem and two starts by balance, slots int32 [R, s]; experts as numbered in the arguments.
+
+    Where no placement can keep to the cap, because one expert alone is hotter than that or the slots are too few, the
+    limit is the least that the search for balance reaches.
+    """
+    order_T = np.random.default_rng(request.seed + 1).permutation(len(ids_TK))
+    ids_TK = np.ascontiguousarray(ids_TK[order_T])
+    sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=len(load_E)).astype(float)
+    speed_R = np.asarray(request.speeds or (1.0,) * request.num_ranks)
+    usable_R = np.where(request.open_slots_R > 0, speed_R, 0.0)
+    target_R = np.maximum(load_E.sum() * usable_R / usable_R.sum(), 1e-9)
+    guard = load_guard(request.load_cap, len(ids_TK), ids_TK.shape[1], request.num_ranks) if len(ids_TK) else 0.0
+    problem = LayerProblem(
+        ids=ids_TK,
+        load=load_E,
+        pair_weight=np.where(sets_E > 0, load_E / np.maximum(sets_E, 1), 1.0),
+        open_slots=request.open_slots_R,
+        node_of_rank=request.node_of_rank_R,
+        num_nodes=request.num_nodes,
+        node_weight=request.node_weight,
+        min_copies=request.min_replicas,
+        max_filled=max_filled,
+        target=target_R,
+        allowed=target_R * (request.load_cap - guard),
+    )
+    greedy_Rs, balanced_Rs = greedy_start(problem, request.seed, iterations)
+    least = float((even_split_load(balanced_Rs, load_E) / target_R).max())
+    if least > request.load_cap - guard:
+        # Replicas let the rule do a little better than an even split, single copies do not.
+        problem = LayerProblem(**{**problem.__dict__, "allowed": target_R * least})
+    return problem, greedy_Rs, balanced_Rs
+
+
+def _relabel(slots_Rs: np.ndarray, new_of_old_E: np.ndarray) -> np.ndarray:
+    held = slots_Rs >= 0
+    return np.where(held, new_of_old_E[np.where(held, slots_Rs, 0)], slots_Rs).astype(np.int32)
+
+
+def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
+    """Slots int32 [R, s] of the current placement in the shape of the request; raises ValueError if it has none."""
+    slots_Rs = np.full((request.num_ranks, int(request.open_slots_R.max())), EMPTY, np.int32)
+    for rank in range(request.num_ranks):
+        held = current.experts_of_rank(rank)[layer]
+        unique = list(dict.fromkeys(held[held >= 0].tolist()))[: int(request.open_slots_R[rank])]
+        if len(held) == slots_Rs.shape[1] and len(unique) == int((held >= 0).sum()):
+            slots_Rs[rank] = held
+        else:
+            slots_Rs[rank, : len(unique)] = unique
+    slots_Rs[np.arange(slots_Rs.shape[1])[None, :] >= request.open_slots_R[:, None]] = CLOSED
+    return slots_Rs
+
+
+def is_legal(slots_Rs: np.ndarray, request: PlanRequest, num_experts: int, max_filled: int) -> bool:
+    """Whether slots hold every expert in enough copies on different nodes (ranks, if there is one node)."""
+    on_ER = np.zeros((num_experts, request.num_ranks), bool)
+    rank_N, slot_N = np.nonzero(slots_Rs >= 0)
+    on_ER[slots_Rs[rank_N, slot_N], rank_N] = True
+    on_ED = on_ER if request.num_nodes == 1 else on_ER.reshape(num_experts, request.num_nodes, -1).any(2)
+    return bool((on_ED.sum(1) >= request.min_replicas).all()) and len(rank_N) <= max_filled
+
+
+def optimize(
+    trace: ActivationTrace,
+    request: PlanRequest,
+    current: Placement | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
+    begun: float | None = None,
+) -> PlanResult:
+    """Plan a placement.
+
+    Args:
+        trace: sets to plan fan-out on; of counts alone only balance can be planned, which a note says.
+        current: the placement in use; among the candidates, and what `max_moves` counts from.
+        progress: called with layers done and layers in all.
+        stopped: asked now and then; once true, the best so far is returned for what is left.
+        begun: `time.perf_counter()` when the call began, if earlier than now; `seconds` count from there.
+
+    Raises ValueError if the request cannot be met: fewer slots than experts, a placement of another model.
+    """
+    begun = time.perf_counter() if begun is None else begun
+    request.check_experts(trace.num_experts)
+    check_top_k(trace.topk_ids.shape[2])
+    if current is not None:
+        check_trace_fits(trace.num_layers, trace.num_experts, current)
+        if current.num_ranks != request.num_ranks:
+            raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
+    if request.max_moves is not None and current is None:
+        raise ValueError("max_moves needs the current placement")
+    clock = SearchClock(None if request.seconds is None else begun + 0.97 * request.seconds, stopped)
+    load_LE = trace.load(request.load_source)
+    notes = []
+    if not trace.has_sets:
+        notes.append("the trace holds counts alone: load was balanced, fan-out could not be optimized")
+    elif trace.counts is not None and request.load_source == "auto" and not trace.frequency_true():
+        notes.append("the trace's sets are no uniform sample of what it counted: load was taken from the sets")
+    max_filled_L = spread_replicas(trace, load_LE, request)
+    seconds = NOMINAL_SECONDS_A_LAYER * request.effort
+    if request.seconds is not None:
+        seconds = max(0.0, request.seconds - START_SECONDS) * 0.7 / trace.num_layers
+
+    rows, figures = [], []
+    for layer in range(trace.num_layers):
+        slots_Rs, figure = _plan_layer(
+            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, seconds,
+            clock.share(1 / (trace.num_layers - layer)), notes,
+        )  # fmt: skip
+        rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
+        figures.append(figure)
+        if progress is not None:
+            progress(layer + 1, trace.num_layers)
+    placement = Placement(request.num_ranks, request.num_nodes, trace.num_experts, np.stack(rows))
+    table = np.array(figures)
+    return PlanResult(
+        placement, table[:, 0], table[:, 1], table[:, 2], time.perf_counter() - begun, tuple(dict.fromkeys(notes))
+    )
+
+
+def _plan_layer(
+    trace: ActivationTrace,
+    layer: int,
+    load_E: np.ndarray,
+    request: PlanRequest,
+    max_filled: int,
+    current: Placement | None,
+    seconds: float,
+    clock: SearchClock,
+    notes: list[str],
+) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Slots int32 [R, s] of one layer, and its fan-out, node fan-out and balancedness."""
+    ids_TK = trace.ids_of_layer(layer)
+    order_E = canonical_order(ids_TK, load_E, request.seed)
+    new_of_old_E = np.argsort(order_E).astype(np.int32)
+    canonical_ids = np.where(ids_TK >= 0, new_of_old_E[np.maximum(ids_TK, 0)], -1).astype(np.int32)
+    iterations = BALANCE_ITERATIONS if request.objective == "balance" or not trace.has_sets else BALANCE_ITERATIONS // 4
+    if clock.left() < 0.5:
+        iterations = min(iterations, max(500, int(clock.left() * 20_000)))
+    problem, greedy_Rs, balanced_Rs = build_problem(
+        np.sort(canonical_ids, axis=1)[:, ::-1], load_E[order_E], request, max_filled, iterations
+    )
+    starts = [greedy_Rs, balanced_Rs]
+    given = None
+    if current is not None:
+        given = _relabel(_current_slots(current, layer, request), new_of_old_E)
+        if is_legal(given, request, trace.num_experts, max_filled):
+            starts.append(given)
+        elif request.max_moves is not None:
+            raise ValueError(
+                f"layer {layer}: the current placement does not meet the request, bounded moves cannot start from it"
+            )
+    if request.objective == "balance" or not trace.has_sets:
+        slots_Rs = _balance_layer(problem, starts, request)
+        if request.max_moves is not None and given is not None:
+            slots_Rs = bounded_moves(problem, given, request.max_moves)
+        worst = 1 / max(float((even_split_load(slots_Rs, problem.load) / problem.target).max()), 1e-12)
+        figure = (float("nan"), float("nan"), worst)
+        if trace.has_sets:
+            layer_score = score(problem, slots_Rs)
+            figure = (layer_score.fan_out, layer_score.node_fan_out, worst)
+    else:
+        if request.max_moves is not None and given is not None:
+            slots_Rs = bounded_moves(problem, given, request.max_moves)
+            layer_score = score(problem, slots_Rs)
+        else:
+            slots_Rs, layer_score = search_layer(problem, starts, seconds, request.seed, clock)
+        figure = (layer_score.fan_out, layer_score.node_fan_out, layer_score.balancedness)
+        if layer_score.balancedness < 1 / request.load_cap - 0.002:
+            notes.append(
+                f"layer {trace.layers[layer]}: largest rank load over the mean is {1 / layer_score.balancedness:.3f}; "
+                f"no better than {float((problem.allowed / problem.target).max()):.3f} was found possible"
+            )
+    return _relabel(slots_Rs, order_E.astype(np.int32)), figure
+
+
+def _balance_layer(problem: LayerProblem, starts: list[np.ndarray], request: PlanRequest) -> np.ndarray:
+    found = [
+        best_balance(
+            problem.load, start, problem.node_of_rank, problem.num_nodes, problem.target, problem.min_copies,
+            problem.max_filled, BALANCE_ITERATIONS if n == 1 else 0, request.seed + n, restarts=1,
+        )
+        for n, start in enumerate(starts)
+    ]  # fmt: skip
+    best = min(range(len(found)), key=lambda n: (found[n][1], n))
+    return found[best][0]
+
+
+__all__ = ["COVER_SECONDS", "PlanResult", "build_problem", "canonical_order", "is_legal", "optimize"]
