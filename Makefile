@@ -29,6 +29,8 @@ $(READY): $(LOCK) pyproject.toml
 	  || $(PY) -m pip install -q --disable-pip-version-check --no-deps -r $(VENV)/lock-without-torch.txt
 	@echo "==> installing expertmesh itself"
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "==> compiling what would be compiled on first use"
+	@$(PY) -m experts.precompile
 	@touch $@
 
 serve: $(READY) ## install if needed, then serve $(CONFIG); prints the URL and a curl line when ready

@@ -24,7 +24,7 @@ from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
 from experts.membership import Membership
-from experts.plan import combine, plan_and_pack
+from experts.plan import combine, plan_and_pack, warm_up
 from experts.stats import RouterStats
 from experts.tensor_rows import add_rows, gather_rows, rows_in, tokens_of_rank
 from experts.wire import (
@@ -63,7 +63,7 @@ class Pending:
 class Dispatcher:
     """Sends rows to shards and adds up what comes back; owns the links of one router."""
 
-    def __init__(self, shape: LayerShape, max_rows: int, deadline_s: float, fallback: LocalExperts) -> None:
+    def __init__(self, shape: LayerShape, max_rows: int, deadline_s: float, fallback: LocalExperts | None) -> None:
         self.shape = shape
         self.max_rows = max_rows
         self.deadline_s = deadline_s
@@ -80,6 +80,7 @@ class Dispatcher:
         self._scratch_D = np.zeros(shape.hidden_size, np.float32)
         self._rows_apart = False
         self._resize(0)
+        warm_up()
 
     def _resize(self, num_ranks: int) -> None:
         self._rows_R = np.zeros(num_ranks, np.int32)
@@ -98,15 +99,15 @@ class Dispatcher:
     def apply(self, membership: Membership, links: dict[int, RouterLink], lost: dict[int, str]) -> None:
         """Switch to a new epoch: `links` to the shards that answer, `lost` the reason for each that does not.
 
-        Called between steps. Links of the old epoch that are not among the new ones are closed.
+        Called between steps. Links of the old epoch that are not among the new ones are closed. ValueError, before
+        anything was changed, for a placement of another model or links of different kinds.
         """
         placement = membership.placement
-        shape = self.shape
-        if (placement.num_layers, placement.num_experts) != (shape.num_layers, shape.num_experts):
-            raise ValueError(
-                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
-                f"the model has {shape.num_layers} of {shape.num_experts}"
-            )
+        self.shape.check_placement(placement)
+        # Rows that travel from a device, and float16, which numba does not know, are combined as tensors.
+        rows_apart = {link.send_tensor is not None for link in links.values()}
+        if len(rows_apart) > 1:
+            raise ValueError("some links carry rows from a device and some from host memory; use one transport for all")
         for link in self.links.values():
             if link not in links.values():
                 link.close()
@@ -118,12 +119,8 @@ class Dispatcher:
         self._num_nodes = placement.num_nodes
         self._node_of_rank_R[:] = np.arange(placement.num_ranks) * placement.num_nodes // placement.num_ranks
         self._head[0] = membership.epoch
-        # Rows that travel from a device, and float16, which numba does not know, are combined as tensors.
-        rows_apart = {link.send_tensor is not None for link in links.values()}
-        if len(rows_apart) > 1:
-            raise ValueError("some links carry rows from a device and some from host memory; use one transport for all")
         self._rows_apart = True in rows_apart
-        self._on_host = not self._rows_apart and shape.dtype != torch.float16
+        self._on_host = not self._rows_apart and self.shape.dtype != torch.float16
         for rank in range(placement.num_ranks):
             if rank in self.links:
                 self._send_address_R[rank] = self.links[rank].send_buffer.ctypes.data
@@ -143,6 +140,7 @@ class Dispatcher:
         """Send the rows of MoE layer `layer` to the shards that hold their experts; does not wait for them."""
         if self.membership is None:
             raise RuntimeError("no membership was applied yet, so nobody holds the experts")
+        self.shape.check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
         pending = Pending(
             layer=layer,
             x_TD=x_TD.contiguous(),
@@ -320,6 +318,8 @@ class Dispatcher:
         """Add what no live shard can compute, from the checkpoint."""
         wanted = np.flatnonzero((ids_TK >= 0).any(1))
         self.stats.fallback_pairs += int((ids_TK >= 0).sum())
+        if self.fallback is None:
+            raise RuntimeError("experts have no live shard, and this dispatcher was made without a fallback")
         device = pending.x_TD.device
         index = torch.from_numpy(wanted + pending.start).to(device)
         part = self.fallback.forward(
