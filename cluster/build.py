@@ -15,7 +15,13 @@ from cluster.expert_shard import ExpertShard
 from cluster.planning import plan_placement
 
 # Many long polls and beats run at once, none of them costs anything.
-CONTROLLER_OPTIONS = {"max_ongoing_requests": 10_000, "health_check_period_s": 2, "health_check_timeout_s": 10}
+CONTROLLER_OPTIONS = {
+    "max_ongoing_requests": 10_000,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    "graceful_shutdown_timeout_s": 5,
+}
 SHARD_OPTIONS = {
     "max_ongoing_requests": 100,
     "health_check_period_s": 5,

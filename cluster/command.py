@@ -72,7 +72,8 @@ def _options(argv: list[str] | None) -> Options:
 def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
     """Start Ray if there is none, deploy both applications; undo on the way out what was done here. Yields the URL."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    # Ray's workers give way to everything else by default; here they are the service itself.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
     from ray import serve
 
@@ -111,11 +112,8 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
     finally:
         if ray.is_initialized():
             say("shutting down")
-            if own_ray:
-                serve.shutdown()
-            else:
-                for name in (config.llm_name, config.experts_name):
-                    serve.delete(name)
+            for name in (config.llm_name, config.experts_name):
+                serve.delete(name)
             ray.shutdown()
 
 

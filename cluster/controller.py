@@ -120,6 +120,11 @@ class PlacementController:
                 return {"term": term, "membership": None, "waiting_for": self._roster.missing}
             await self._next_change(rest_s)
 
+    async def farewell(self, router_id: str) -> None:
+        """A router stops; nobody waits for it to move to an epoch any more."""
+        self._routers.pop(router_id, None)
+        self._announce()
+
     # Called by the ingress, tests and people --------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:

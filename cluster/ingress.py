@@ -85,6 +85,8 @@ class ExpertMeshIngress(OpenAiIngress):
 
     async def mesh_trace(self, router: str = "") -> Response:
         """One router's sampled routing decisions (.npz); `router` names it where there are several."""
+        if self._mesh.routers.trace_tokens == 0:
+            return error_response(404, "routers.trace_tokens is 0, so no trace is recorded")
         traces = dict(await self._ask_routers("mesh_trace", self._mesh.deadlines.apply_s))
         if router and router not in traces:
             return error_response(404, f"no router is named {router!r}; there are {sorted(traces)}", param="router")

@@ -109,8 +109,12 @@ class ExpertMeshLLMServer(LLMServer):
         return answer
 
     async def __del__(self) -> None:
-        for task in getattr(self, "_loops", []):
+        for task in self._loops:
             task.cancel()
+        try:
+            await self._controller.call("farewell", self._identity.replica_id, deadline_s=1.0)
+        except ControllerLost as error:
+            logger.info("leaving without a farewell: %s", error)
         await super().__del__()
 
     async def _first_membership(self, deadline_s: float) -> dict[str, Any]:

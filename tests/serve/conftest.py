@@ -1,0 +1,230 @@
+"""One Ray cluster with the whole service on it, shared by every test here: its start costs most of a minute.
+
+The way in is a user's: `ray start`, then `ray job submit -- serve run CONFIG`. Everything stands on free ports and in
+folders of its own, and is gone at the end: the head node runs as our child, and takes its processes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+API_KEY = "test-key"
+START_DEADLINE_S = 400.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listened on a moment ago, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
+    """The first true value of `condition`, asked over and over; AssertionError saying what it waited for."""
+    end_s = time.monotonic() + deadline_s
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < end_s, f"waited {deadline_s} s for {what}"
+        time.sleep(0.2)
+
+
+def tiny_config(port: int) -> dict[str, Any]:
+    """The shipped config on another port, with keys and a queue limit that a test can reach."""
+    data = yaml.safe_load((REPOSITORY / "configs" / "tiny-cpu.yaml").read_text())
+    data["http_options"]["port"] = port
+    llm = data["applications"][1]["args"]
+    llm["http"] |= {"api_keys": [API_KEY], "max_pending_requests": 6, "retry_after_s": 2}
+    llm["model"]["path"] = str(REPOSITORY / "examples" / "tiny-moe")
+    return data
+
+
+@dataclass
+class Service:
+    """The running service as its users see it, and the cluster below it as an operator does."""
+
+    url: str
+    config: dict[str, Any]
+    folder: Path
+    env: dict[str, str]
+    dashboard: str
+    client: openai.OpenAI = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = self.openai_client(API_KEY)
+
+    def openai_client(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def get(self, path: str, timeout_s: float = 60) -> tuple[int, bytes]:
+        """Status and body of a GET with the key, whatever the status."""
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {API_KEY}"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def status(self) -> dict[str, Any]:
+        """/expertmesh/status."""
+        code, body = self.get("/expertmesh/status")
+        assert code == 200, body
+        return json.loads(body)
+
+    def shards(self) -> dict[int, dict[str, Any]]:
+        """What the controller knows of each serving shard, by rank."""
+        return {s["rank"]: s for s in self.status()["controller"]["shards"] if s["serving"] and "pid" in s}
+
+    def greedy(self, num_tokens: int = 48, on_chunk: Callable[[int], None] = lambda _: None) -> str:
+        """One streamed greedy completion, always the same one; `on_chunk` hears how many chunks came."""
+        stream = self.client.completions.create(
+            model="tiny-moe",
+            prompt="import os\n\n\ndef main(",
+            max_tokens=num_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        text = ""
+        for index, chunk in enumerate(stream):
+            text += chunk.choices[0].text
+            on_chunk(index)
+        return text
+
+    def run(self, *command: str, deadline_s: float = 120) -> str:
+        """A command of Ray's in the cluster's environment, from the repository; its output."""
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            cwd=REPOSITORY,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def write_config(self, name: str) -> Path:
+        """The config as it is now, as a file."""
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        return path
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Service]:
+    """Started once; tests that break something leave it whole."""
+    # Unix sockets below it have to fit in 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
+    gcs, dashboard, agent, client_port, http = free_ports(5)
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
+    env.pop("PYTEST_CURRENT_TEST", None)
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        *("start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client_port}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"),
+    ]
+    with open(folder / "ray.log", "w") as log:
+        head = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
+    running = Service(
+        f"http://127.0.0.1:{http}", tiny_config(http), folder, env, dashboard=f"http://127.0.0.1:{dashboard}"
+    )
+    try:
+        wait_for(lambda: _answers(running.dashboard) or head.poll() is not None, 120, "Ray's dashboard")
+        assert head.poll() is None, (folder / "ray.log").read_text()
+        config = running.write_config("mesh.yaml")
+        serve = Path(sys.executable).parent / "serve"
+        submit = ("ray", "job", "submit", "--address", running.dashboard, "--no-wait", "--submission-id", "mesh")
+        wait_for(lambda: _submitted(running, (*submit, "--", str(serve), "run", str(config))), 120, "a job agent")
+        try:
+            wait_for(lambda: _healthy(running), START_DEADLINE_S, "the first token")
+        except AssertionError as error:
+            logs = running.run("ray", "job", "logs", "--address", running.dashboard, "mesh")
+            raise AssertionError(f"{error}\n{logs[-6000:]}") from None
+        yield running
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _submitted(running: Service, command: tuple[str, ...]) -> bool:
+    try:
+        running.run(*command)
+    except AssertionError as error:
+        if "No available agent" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _healthy(running: Service) -> bool:
+    try:
+        return running.get("/health")[0] == 200
+    except OSError:
+        return False
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    """Ray's own way down first, then whatever is left of the session that it began."""
+    head.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(30)
+    for pid in _session(head.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    head.wait(10)
+
+
+def _session(session_id: int) -> list[int]:
+    """Processes that belong to a Unix session."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session_id:
+                    pids.append(int(entry.name))
+    return pids

@@ -1,0 +1,72 @@
+"""Processes that die under load: no request fails, tokens stay the same, and the service is whole again after."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from conftest import Service, wait_for
+
+
+def whole(service: Service) -> bool:
+    """Every rank is served, and every router is connected to all at the controller's epoch."""
+    status = service.status()
+    controller = status["controller"]
+    return bool(controller) and controller["complete"] and all(
+        len(router["connected"]) == controller["num_ranks"] and router["epoch"] == controller["epoch"]
+        for router in status["routers"]
+    )
+
+
+def kill_at(pid: int, chunk: int) -> object:
+    return lambda index: os.kill(pid, signal.SIGKILL) if index == chunk else None
+
+
+def test_a_shard_killed_in_mid_stream_changes_no_token_and_comes_back_at_its_rank(service: Service) -> None:
+    expected = service.greedy(160)
+    before, epoch = service.shards(), service.status()["controller"]["epoch"]
+    assert service.greedy(160, kill_at(before[1]["pid"], 20)) == expected
+    wait_for(lambda: whole(service) and service.shards().get(1, {}).get("pid") not in (None, before[1]["pid"]), 120, "rank 1")
+    after, status = service.shards(), service.status()
+    assert [after[rank]["pid"] for rank in (0, 2)] == [before[rank]["pid"] for rank in (0, 2)]
+    assert after[1]["weights_digest"] == before[1]["weights_digest"]
+    assert after[1]["incarnation"] != before[1]["incarnation"]
+    assert status["controller"]["epoch"] > epoch
+    assert service.greedy(160) == expected
+    assert service.shards()[1]["requests"] > 0, "the successor answers"
+
+
+def test_the_controller_restarts_and_everyone_keeps_rank_and_weights(service: Service) -> None:
+    import psutil
+
+    expected = service.greedy(64)
+    before, epoch = service.shards(), service.status()["controller"]["epoch"]
+    term = service.status()["controller"]["term"]
+    shard_parent = psutil.Process(before[0]["pid"]).parent()
+    assert shard_parent is not None
+    [controller] = [p for p in shard_parent.children() if "PlacementController" in " ".join(p.cmdline())]
+    assert service.greedy(64, kill_at(controller.pid, 5)) == expected
+
+    def renewed() -> bool:
+        found = service.status()["controller"]
+        return bool(found) and found["term"] != term and whole(service)
+
+    wait_for(renewed, 120, "another life of the controller")
+    after = service.shards()
+    assert {rank: shard["pid"] for rank, shard in after.items()} == {rank: shard["pid"] for rank, shard in before.items()}
+    assert service.status()["controller"]["epoch"] > epoch, "epochs never fall"
+    assert service.greedy(64) == expected
+    assert service.get("/health")[0] == 200
+
+
+def test_a_shard_that_stops_and_goes_on_is_used_again(service: Service) -> None:
+    expected = service.greedy(64)
+    pid = service.shards()[2]["pid"]
+    stopped = lambda index: os.kill(pid, signal.SIGSTOP) if index == 10 else None  # noqa: E731
+    try:
+        assert service.greedy(64, stopped) == expected
+        assert any("2" in router["lost"] for router in service.status()["routers"])
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: whole(service), 120, "every router to be connected to every shard again")
+    assert service.greedy(64) == expected
