@@ -129,7 +129,7 @@ def test_fp8_tensors_without_a_quantization_config_are_refused(tmp_path: Path) -
     folder, _ = deepseek_fp8(tmp_path)
     config = (folder / "config.json").read_text().replace("quantization_config", "unrelated")
     (folder / "config.json").write_text(config)
-    with pytest.raises(CheckpointError, match="is F8_E4M3, expected float32, .*quantization in config.json: none"):
+    with pytest.raises(CheckpointError, match=r"is F8_E4M3, expected float32, .*quantization in config\.json: none"):
         ExpertCheckpoint.open(folder).check()
 
 

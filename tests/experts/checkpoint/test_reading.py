@@ -173,11 +173,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model.safetensors.index.json nor a .safetensors file"):
         ExpertCheckpoint.open(tmp_path)
     write(tmp_path, made.config, made.tensors, num_files=3)
-    checkpoint = ExpertCheckpoint.open(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: the file is missing"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: the file is missing"):
         ExpertCheckpoint.open(tmp_path).check()
-    del checkpoint
 
 
 def test_files_without_an_index_are_found(tmp_path: Path) -> None:
