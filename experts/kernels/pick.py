@@ -14,13 +14,16 @@ from experts.kernels.base import ExpertKernel, KernelShape
 from experts.kernels.grouped_mm import GroupedMMKernel
 from experts.kernels.native import NativeKernel
 from experts.kernels.torch_loop import TorchLoopKernel
+from experts.kernels.triton_mlp import TritonMlpKernel
 from experts.kernels.vllm_cpu import VllmCpuKernel
+from experts.kernels.vllm_triton import VllmTritonKernel
 from experts.spec import ExpertWeights
 
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, type[ExpertKernel]] = {
-    kernel.name: kernel for kernel in (NativeKernel, VllmCpuKernel, GroupedMMKernel, TorchLoopKernel)
+    kernel.name: kernel
+    for kernel in (NativeKernel, VllmCpuKernel, VllmTritonKernel, TritonMlpKernel, GroupedMMKernel, TorchLoopKernel)
 }
 
 TRIAL_ROWS = (16, 64, 1, 256)  # the most telling first, in case there is no time for all

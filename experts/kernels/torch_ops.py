@@ -3,8 +3,6 @@
 Legend as in base.py; P pairs sorted by slot.
 """
 
-# ruff: noqa: N815
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -80,8 +80,10 @@ def build(name: str, shape: KernelShape, seed: int) -> tuple[ExpertKernel, list[
 
 def check(kernel, experts, layer, rows_MD, offsets, slots, weights):
     shape = kernel.shape
-    out_MD = torch.full_like(rows_MD, float("nan"))
-    kernel.forward(layer, rows_MD, offsets, slots, weights, out_MD)
+    on_device = rows_MD.to(shape.device)
+    out = torch.full_like(on_device, float("nan"))
+    kernel.forward(layer, on_device, offsets, slots, weights, out)
+    out_MD = out.cpu()
     expected = oracle(shape, experts[layer], rows_MD, offsets, slots, weights)
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(out_MD.double(), expected, rtol=0, atol=TOLERANCE[shape.dtype] * scale)

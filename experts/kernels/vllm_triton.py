@@ -1,0 +1,102 @@
+"""Kernel made of vLLM's Triton fused MoE (`fused_experts`), on GPUs where vllm is installed.
+
+Never run by its authors: no GPU was at hand. Ragged pairs go in as rows of their own with top-k 1; the weighted sum
+over a row's pairs follows in float32. Legend as in base.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.torch_loop import StackedWeights
+from experts.spec import ExpertWeights
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+@functools.cache
+def _vllm() -> tuple[Any, Any, Any]:
+    """(fused_experts, MoEActivation, biased_moe_quant_config); importing vllm takes seconds."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import biased_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    return fused_experts, MoEActivation, biased_moe_quant_config
+
+
+class VllmTritonKernel(ExpertKernel):
+    """vLLM's own kernel with its tuned tile sizes."""
+
+    name = "vllm_triton"
+
+    def __init__(self, shape: KernelShape) -> None:
+        super().__init__(shape)
+        self._weights = StackedWeights(shape)
+
+    @classmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """CUDA; not gpt-oss's activation, whose constants it takes from vLLM's own layer configuration."""
+        if shape.device_type != "cuda":
+            return f"it runs on CUDA, not on {shape.device}"
+        if shape.activation.kind not in ACTIVATIONS:
+            return f"it takes {', '.join(ACTIVATIONS)}, not {shape.activation.kind}"
+        if importlib.util.find_spec("vllm") is None:
+            return "vllm is not installed"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        try:
+            _vllm()
+        except Exception as error:  # vllm fails in many ways when built for another platform
+            return f"vllm's fused MoE cannot be imported: {error}"
+        return None
+
+    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        self._weights.write(layer, slot, weights)
+
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        return self._weights.tensors()
+
+    def forward(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """See `ExpertKernel.forward`. Rounds each pair's product to the rows' dtype before the sum."""
+        self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        M, N = rows_MD.shape[0], slots_N.shape[0]
+        if N == 0:
+            out_MD.zero_()
+            return
+        fused_experts, activations, biased_config = _vllm()
+        stacked, device = self._weights, rows_MD.device
+        row_N = torch.repeat_interleave(torch.arange(M), row_offsets_M1.diff().long()).to(device, non_blocking=True)
+        slots_N1 = slots_N[:, None].to(device, non_blocking=True)
+        weights_N1 = weights_N[:, None].to(device, non_blocking=True)
+        x_ND = rows_MD[row_N]
+        if self.shape.weight_on_input:
+            x_ND = (x_ND.float() * weights_N1).to(self.shape.dtype)
+        config = None
+        if stacked.b13_LS2I is not None and stacked.b2_LSD is not None:
+            config = biased_config(stacked.b13_LS2I[layer], stacked.b2_LSD[layer])
+        y_ND = fused_experts(
+            x_ND,
+            stacked.w13_LS2ID[layer],
+            stacked.w2_LSDI[layer],
+            torch.ones_like(weights_N1),
+            slots_N1,
+            activation=activations(self.shape.activation.kind),
+            quant_config=config,
+        ).float()
+        if not self.shape.weight_on_input:
+            y_ND *= weights_N1
+        acc_MD = torch.zeros(rows_MD.shape, dtype=torch.float32, device=device)
+        out_MD.copy_(acc_MD.index_add_(0, row_N, y_ND))
