@@ -67,11 +67,15 @@ class _Frame:
 class _Pair:
     """What both ends do alike: frame, send, receive."""
 
-    def __init__(self, hello: Hello, send_capacity: int, recv_capacity: int) -> None:
+    def __init__(self, hello: Hello, device: str, send_capacity: int, recv_capacity: int) -> None:
         self.out, self.into = _Frame(send_capacity), _Frame(recv_capacity)
         self._row_bytes = hello.hidden_size * getattr(torch, hello.dtype).itemsize
         self.send_tensor: torch.Tensor | None = None
         self.recv_tensor: torch.Tensor | None = None
+        if hello.transport != "gloo":
+            where = device if hello.transport == "nccl" else "cpu"
+            self.send_tensor = torch.zeros(send_capacity, dtype=torch.uint8, device=where)
+            self.recv_tensor = torch.zeros(recv_capacity, dtype=torch.uint8, device=where)
         self._frames: PairGroup | None = None
         self._rows: PairGroup | None = None
         self._arriving: Any = None
@@ -81,15 +85,11 @@ class _Pair:
         """Build the groups. RuntimeError or OSError when the other end does not come before the deadline."""
         address = line.local_address()
         frames = GlooGroup(meet(store, "frames"), rank, address, seconds_left(deadline_s))
-        if hello.transport != "gloo":
-            where = device if hello.transport == "nccl" else "cpu"
-            self.send_tensor = torch.zeros(len(self.out.buffer), dtype=torch.uint8, device=where)
-            self.recv_tensor = torch.zeros(len(self.into.buffer), dtype=torch.uint8, device=where)
-            rows = meet(store, "rows")
-            if hello.transport == "nccl":
-                self._rows = NcclGroup(rows, rank, device, seconds_left(deadline_s), line.gone)
-            else:
-                self._rows = GlooGroup(rows, rank, address, seconds_left(deadline_s))
+        rows = meet(store, "rows")
+        if hello.transport == "nccl":
+            self._rows = NcclGroup(rows, rank, device, seconds_left(deadline_s), line.gone)
+        elif hello.transport == "gloo_split":
+            self._rows = GlooGroup(rows, rank, address, seconds_left(deadline_s))
         self._frames = frames
 
     def expect(self) -> None:
@@ -187,7 +187,7 @@ class TorchShardChannel(ShardChannel):
         self, hello: Hello, line: LifeLine, bell: Doorbell, device: str, store: Store, deadline_s: float
     ) -> None:
         self.router_id = hello.router_id
-        self._pair = _Pair(hello, hello.reply_capacity, hello.request_capacity)
+        self._pair = _Pair(hello, device, hello.reply_capacity, hello.request_capacity)
         self.recv_buffer, self.send_buffer = self._pair.into.buffer, self._pair.out.buffer
         self._line = line
         self._bell = bell
@@ -200,12 +200,10 @@ class TorchShardChannel(ShardChannel):
 
     @property
     def send_tensor(self) -> torch.Tensor | None:
-        """Rows of the reply (uint8) where they travel apart, else None."""
         return self._pair.send_tensor
 
     @property
     def recv_tensor(self) -> torch.Tensor | None:
-        """Rows of the request (uint8) where they travel apart, else None."""
         return self._pair.recv_tensor
 
     def _run(self, hello: Hello, device: str, store: Store, deadline_s: float) -> None:
@@ -252,7 +250,7 @@ def connect_torch(
     except ValueError as error:
         raise ShardRejectedError(rank, str(error)) from error
     answer = shake_hands(connection, rank, hello, deadline_s)
-    pair = _Pair(hello, hello.request_capacity, hello.reply_capacity)
+    pair = _Pair(hello, device, hello.request_capacity, hello.reply_capacity)
     try:
         store = join_store(endpoint.host, int(answer["store_port"]), seconds_left(deadline_s))
         pair.open(store, ROUTER, hello, device, line, deadline_s)
