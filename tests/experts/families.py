@@ -154,6 +154,39 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 128,
         },
     },
+    # Those below have no parity test; their names and their arithmetic are compared with transformers' own modules.
+    "minimax_m2": {
+        **_COMMON,
+        "head_dim": 32,
+        "intermediate_size": 48,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "glm_moe_dsa": {
+        **{key: value for key, value in _DEEPSEEK.items() if key != "rope_parameters"},
+        "index_n_heads": 2,
+        "index_head_dim": 64,
+        "num_nextn_predict_layers": 0,
+    },
+    "llama4_text": {
+        **_COMMON,
+        "head_dim": 32,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+    },
+    "dbrx": {
+        "vocab_size": VOCAB,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "tie_word_embeddings": False,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 5, "moe_top_k": 2},
+    },
 }
 
 
