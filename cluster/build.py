@@ -39,7 +39,9 @@ def experts_application(config: ExpertsAppConfig) -> Application:
         ExpertShard,
         name=SHARD,
         num_replicas=config.shards.count,
-        ray_actor_options=_with_env(config.shards.ray_actor_options, {"OMP_NUM_THREADS": str(config.shards.num_threads)}),
+        ray_actor_options=_with_env(
+            config.shards.ray_actor_options, {"OMP_NUM_THREADS": str(config.shards.num_threads)}
+        ),
         **{**SHARD_OPTIONS, **config.shards.deployment_config},
     ).bind(args)
     return serve.deployment(

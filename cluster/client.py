@@ -1,4 +1,4 @@
-"""How shards, routers and the ingress speak to the placement controller: by name, with deadlines, through its restarts."""
+"""How shards, routers and the ingress ask the placement controller: by name, with deadlines, through its restarts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARD = "ExpertShard"
 logger = logging.getLogger("ray.serve")
 
 
-class ControllerLost(RuntimeError):
+class ControllerLostError(RuntimeError):
     """The placement controller did not answer; the message says what was asked and how long it was waited."""
 
 
@@ -30,27 +30,27 @@ class ControllerClient:
         self._handle = serve.get_deployment_handle(CONTROLLER, app_name)
 
     async def call(self, method: str, *args: Any, deadline_s: float) -> Any:
-        """One call. Raises ControllerLost after `deadline_s`, or at once when the controller died under the call."""
+        """One call. Raises ControllerLostError after `deadline_s`, or when the controller died under the call."""
         response = getattr(self._handle, method).remote(*args)
         try:
             return await asyncio.wait_for(response, deadline_s)
         except TimeoutError:
-            raise ControllerLost(
+            raise ControllerLostError(
                 f"the placement controller of application {self.app_name!r} did not answer {method} in {deadline_s} s"
             ) from None
         except Exception as error:
-            raise ControllerLost(
+            raise ControllerLostError(
                 f"{method} of the placement controller of application {self.app_name!r} failed: {error!r}"
             ) from error
 
     async def insist(self, method: str, *args: Any, deadline_s: float, pause_s: float = 0.5) -> Any:
-        """Call until it answers, through restarts of the controller; ControllerLost when `deadline_s` has passed."""
+        """Call until it answers, through the controller's restarts; ControllerLostError after `deadline_s`."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + deadline_s
         while True:
             try:
                 return await self.call(method, *args, deadline_s=max(0.1, end_s - loop.time()))
-            except ControllerLost as error:
+            except ControllerLostError as error:
                 if loop.time() + pause_s >= end_s:
                     raise
                 logger.warning("%s; asking again", error)

@@ -4,8 +4,8 @@ The file is a Serve config, so that `serve run` and `serve deploy` take it as it
 sections of `cluster.sections` as the arguments of the builders in `serve_app`:
 
     applications:
-      - {name: experts, route_prefix: null, import_path: "serve_app:build_experts", args: {model: &model {...}, shards: ...}}
-      - {name: llm, route_prefix: /, import_path: "serve_app:build_llm", args: {model: *model, routers: ...}}
+      - {name: experts, import_path: "serve_app:build_experts", args: {model: &model {...}, shards: ...}}
+      - {name: llm, import_path: "serve_app:build_llm", args: {model: *model, routers: ...}}
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class LLMAppConfig(StrictModel):
     transport: TransportSection = Field(default=TransportSection(), description="How rows travel.")
     deadlines: DeadlinesSection = Field(default=DeadlinesSection(), description="Bounds on waits.")
     http: HttpSection = Field(default=HttpSection(), description="API keys, queue limit, health.")
-    experts_app: str = Field(default="experts", min_length=1, description="Name of the application that holds the shards.")
+    experts_app: str = Field(
+        default="experts", min_length=1, description="Name of the application that holds the shards."
+    )
 
     def router_settings(self) -> RouterSettings:
         """What one router's vLLM worker is told."""
@@ -132,17 +134,17 @@ class MeshConfig(StrictModel):
         for builder in (EXPERTS_BUILDER, LLM_BUILDER):
             if builder not in found:
                 raise ConfigError(f"{source}: no application has import_path {builder}")
-        apps = []
+        apps: dict[str, Any] = {}
         serve = {**data, "applications": list(data["applications"])}
         for builder, schema in ((EXPERTS_BUILDER, ExpertsAppConfig), (LLM_BUILDER, LLMAppConfig)):
             index, app = found[builder]
             config = parse(schema, app.get("args", {}), f"{source}: applications[{index}].args", folder)
             serve["applications"][index] = {**app, "args": config.model_dump(exclude_unset=True)}
-            apps.append(config)
+            apps[builder] = config
         (_, experts_app), (_, llm_app) = found[EXPERTS_BUILDER], found[LLM_BUILDER]
         mesh = cls(
-            experts=apps[0],
-            llm=apps[1],
+            experts=apps[EXPERTS_BUILDER],
+            llm=apps[LLM_BUILDER],
             experts_name=experts_app.get("name", "experts"),
             llm_name=llm_app.get("name", "llm"),
             llm_route_prefix=llm_app.get("route_prefix") or "/",

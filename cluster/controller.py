@@ -29,7 +29,7 @@ logger = logging.getLogger("ray.serve")
 class PlacementController:
     """Serve deployment of the application `experts`; bound with the handle of the shards, which it never calls."""
 
-    async def __init__(self, config: dict[str, Any], shards: Any = None) -> None:
+    async def __init__(self, config: dict[str, Any], shards: Any = None) -> None:  # type: ignore[misc]
         self._config = parse(ExpertsAppConfig, config)
         self._shards = shards
         self._placement = await asyncio.to_thread(plan_placement, self._config)
@@ -69,7 +69,7 @@ class PlacementController:
     async def rejoin(self, shard_id: str, node_id: str, endpoint: dict[str, Any], epoch: int, digest: str) -> bool:
         """A serving shard that this controller does not know. False: it has to start anew."""
         if digest != self._digest:
-            logger.warning("shard %s holds another placement than this controller plans; it has to start anew", shard_id)
+            logger.warning("shard %s holds another placement than is planned now; it has to start anew", shard_id)
             return False
         seated = self._roster.rejoin(shard_id, node_id, ShardEndpoint(**endpoint), epoch, time.monotonic())
         self._announce()
@@ -185,7 +185,9 @@ class PlacementController:
 
     def _behind(self, epoch: int) -> list[str]:
         horizon_s = time.monotonic() - self._config.membership.lost_after_s
-        return [name for name, router in self._routers.items() if router["epoch"] < epoch and router["seen_s"] > horizon_s]
+        return [
+            name for name, router in self._routers.items() if router["epoch"] < epoch and router["seen_s"] > horizon_s
+        ]
 
     def _announce(self) -> None:
         """Wake whoever waits for a change."""

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from cluster.client import ControllerClient, ControllerLost
+from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import ExpertsAppConfig, parse
 from cluster.planning import placement_digest
 from cluster.ray_joints import node_address, replica_identity
@@ -24,7 +24,7 @@ logger = logging.getLogger("ray.serve")
 class ExpertShard:
     """One replica, one shard, one rank."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         self._config = parse(ExpertsAppConfig, config)
         self._identity = replica_identity()
         self._controller = ControllerClient(self._identity.app_name)
@@ -60,7 +60,7 @@ class ExpertShard:
             drain_s = self._config.membership.drain_s
             try:
                 await self._controller.call("leave", self._identity.replica_id, deadline_s=drain_s + 1)
-            except ControllerLost as error:
+            except ControllerLostError as error:
                 logger.info("leaving without a farewell: %s", error)
         self._server.stop()
 
@@ -87,7 +87,7 @@ class ExpertShard:
         while self._fault is None:
             try:
                 await self._beat(deadline_s=settings.lost_after_s)
-            except ControllerLost as error:
+            except ControllerLostError as error:
                 logger.warning("%s; this shard serves on", error)
             except Exception:
                 logger.exception("a sign of life failed; the next one follows")

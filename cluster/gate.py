@@ -55,7 +55,8 @@ class Gate:
             if name == b"authorization":
                 scheme, _, key = value.decode("latin-1").partition(" ")
                 digest = _digest(key.strip())
-                return scheme.lower() == "bearer" and any([hmac.compare_digest(digest, known) for known in self._digests])
+                matches = [hmac.compare_digest(digest, known) for known in self._digests]
+                return scheme.lower() == "bearer" and any(matches)
         return False
 
 

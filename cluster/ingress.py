@@ -1,4 +1,4 @@
-"""The OpenAI API in front of the routers: Ray Serve LLM's ingress, plus health that generates, metrics and inspection."""
+"""The OpenAI API before the routers: Ray Serve LLM's ingress plus health that generates, metrics and inspection."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
-from cluster.client import ControllerClient, ControllerLost
+from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import LLMAppConfig, parse
 from cluster.gate import Gate
 from cluster.metrics import render
@@ -80,7 +79,7 @@ class ExpertMeshIngress(OpenAiIngress):
         """The placement: slots of every layer, and the experts of each rank."""
         try:
             return JSONResponse(await self._controller.call("placement", deadline_s=CONTROLLER_DEADLINE_S))
-        except ControllerLost as error:
+        except ControllerLostError as error:
             return error_response(503, str(error), retry_after_s=self._mesh.http.retry_after_s)
 
     async def mesh_trace(self, router: str = "") -> Response:
@@ -100,7 +99,7 @@ class ExpertMeshIngress(OpenAiIngress):
     async def _controller_status(self) -> dict[str, Any] | None:
         try:
             return await self._controller.call("status", deadline_s=CONTROLLER_DEADLINE_S)
-        except ControllerLost as error:
+        except ControllerLostError as error:
             logger.warning("%s", error)
             return None
 

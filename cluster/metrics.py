@@ -58,7 +58,9 @@ class _Snapshot:
                 for rank, value in enumerate(status[key]):
                     family.add_metric([status["router_id"], str(rank)], value)
             yield family
-        connected = GaugeMetricFamily(PREFIX + "shard_connected", "1 if the router has the shard", labels=["router", "rank"])
+        connected = GaugeMetricFamily(
+            PREFIX + "shard_connected", "1 if the router has the shard", labels=["router", "rank"]
+        )
         pending = GaugeMetricFamily(PREFIX + "requests_unfinished", "Requests in the engine", labels=["router"])
         stages = HistogramMetricFamily(
             PREFIX + "dispatch_seconds", "Router's time in one MoE layer by stage", labels=["router", "stage"]
@@ -83,7 +85,9 @@ class _Snapshot:
         epoch.add_metric([], self._controller["epoch"])
         missing = GaugeMetricFamily(PREFIX + "ranks_missing", "Ranks at which no shard serves")
         missing.add_metric([], len(self._controller["missing_ranks"]))
-        loaded = GaugeMetricFamily(PREFIX + "shard_loaded_bytes", "Bytes of expert weights on the shard", labels=["rank"])
+        loaded = GaugeMetricFamily(
+            PREFIX + "shard_loaded_bytes", "Bytes of expert weights on the shard", labels=["rank"]
+        )
         requests = CounterMetricFamily(PREFIX + "shard_requests", "Dispatches that the shard answered", labels=["rank"])
         for shard in self._controller["shards"]:
             if "loaded_bytes" in shard:
@@ -122,7 +126,9 @@ class RouterMetrics:
         }
         stage_tags = ("router", "stage")
         self._stage_sum = ray_metrics.Counter(PREFIX + "dispatch_stage_seconds", "Time in a stage", tag_keys=stage_tags)
-        self._stage_count = ray_metrics.Counter(PREFIX + "dispatch_stage_count", "Passes of a stage", tag_keys=stage_tags)
+        self._stage_count = ray_metrics.Counter(
+            PREFIX + "dispatch_stage_count", "Passes of a stage", tag_keys=stage_tags
+        )
 
     def export(self, status: dict[str, Any]) -> None:
         """Hand over what was counted since the last call."""

@@ -76,9 +76,11 @@ def add_error_handlers(app: FastAPI, retry_after_s: int) -> None:
 
 
 def _validation_response(error: RequestValidationError | ValidationError) -> JSONResponse:
-    first = next(iter(error.errors()), {"msg": "invalid request", "loc": ()})
+    first: Any = next(iter(error.errors()), {"msg": "invalid request", "loc": ()})
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     if first.get("type") == "json_invalid":
         return error_response(400, f"the request body is not JSON: {first['ctx']['error']}", code="invalid_json")
     message = str(first["msg"]).removeprefix("Value error, ")
-    return error_response(400, f"{place}: {message}" if place else message, param=place or None, code="invalid_parameter")
+    return error_response(
+        400, f"{place}: {message}" if place else message, param=place or None, code="invalid_parameter"
+    )

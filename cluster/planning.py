@@ -53,7 +53,7 @@ def check_slots(config: ExpertsAppConfig, num_experts: int) -> None:
     if slots is not None and slots * num_ranks < needed:
         raise ConfigError(
             f"shards.slots_per_rank is {slots}, so {num_ranks} shards have {slots * num_ranks} slots in a layer for "
-            f"{num_experts} experts of {config.placement.min_replicas} replicas; expected at least {-(-needed // num_ranks)}"
+            f"{num_experts} experts of {config.placement.min_replicas} replicas; expected {-(-needed // num_ranks)}"
         )
 
 

@@ -54,22 +54,25 @@ def model_card(llm_config: Any) -> Any:
 def vllm_engine_cls(in_process: bool) -> type:
     """Ray Serve LLM's engine class; `in_process` puts the one worker of a CPU engine into the engine's own process.
 
-    On CPU vLLM asks for a process of its own for each worker, so that it can bind the worker's threads to cores. Without
-    such a binding that process buys nothing and costs ten seconds of start-up and two hops in every step.
+    On CPU vLLM asks for a process of its own for each worker, so that it can bind the worker's threads to cores.
+    Without such a binding that process buys nothing and costs ten seconds of start-up and two hops in every step.
     """
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
-    if not in_process:
-        return VLLMEngine
-
-    class InProcessEngine(VLLMEngine):
+    class MeshEngine(VLLMEngine):
         def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
             parallel = engine_config.parallel_config
-            if parallel.distributed_executor_backend == "mp" and parallel.world_size == 1:
+            if in_process and parallel.distributed_executor_backend == "mp" and parallel.world_size == 1:
                 parallel.distributed_executor_backend = "uni"
             return super()._start_async_llm_engine(engine_args, engine_config, placement_group)
 
-    return InProcessEngine
+        async def start(self) -> None:
+            await super().start()
+            # Ray 2.60 looks for it under the name that it had before vLLM 0.32.
+            renamed = getattr(self._app_state, "serving_tokenization", None)
+            self._oai_serving_tokenization: Any = renamed or self._oai_serving_tokenization
+
+    return MeshEngine
 
 
 def no_download_callback() -> type:

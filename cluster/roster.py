@@ -1,4 +1,4 @@
-"""Which shard stands at which rank, and the epoch that says so: the controller's memory, without Ray and without a clock.
+"""Which shard stands at which rank, and the epoch that says so: the controller's memory, without Ray or a clock.
 
 A shard passes through three states:
 
@@ -81,9 +81,9 @@ class Roster:
     def join(self, shard_id: str, node_id: str, wanted_rank: int, now_s: float, patience_s: float) -> JoinAnswer:
         """Seat a shard that holds no experts yet.
 
-        `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free, where its holder has been
-        silent for `patience_s` (a dead replica whose successor this is), or where it suits the blocks of nodes; else the
-        first free rank that suits is.
+        `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free, or its holder was silent
+        for `patience_s` (a dead replica whose successor this is), and it suits the blocks of nodes; else the first free
+        rank that suits is.
         """
         if (seat := self.seat_of(shard_id)) is not None:
             seat.last_beat_s = now_s
@@ -105,7 +105,7 @@ class Roster:
         return JoinAnswer(rank)
 
     def ready(self, shard_id: str, endpoint: ShardEndpoint, now_s: float) -> bool:
-        """The shard has loaded and listens. Returns False if the seat is no longer its own; then it has to start anew."""
+        """The shard has loaded and listens. Returns False if its seat is gone; then it has to start anew."""
         seat = self.seat_of(shard_id)
         if seat is None or seat.rank != endpoint.rank:
             return False

@@ -18,7 +18,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
-from cluster.client import ControllerClient, ControllerLost
+from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import LLMAppConfig, parse
 from cluster.metrics import RouterMetrics
 from cluster.ray_joints import replica_identity, unfinished_requests, vllm_engine_cls
@@ -32,7 +32,7 @@ WATCH_S = 1.0
 class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
-    async def __init__(self, llm_config: LLMConfig, *, mesh: dict[str, Any]) -> None:
+    async def __init__(self, llm_config: LLMConfig, *, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
         self._mesh = parse(LLMAppConfig, mesh)
         self._identity = replica_identity()
         self._controller = ControllerClient(self._mesh.experts_app)
@@ -58,14 +58,17 @@ class ExpertMeshLLMServer(LLMServer):
             await self._apply(await first)
         finally:
             first.cancel()
-        self._loops = [asyncio.create_task(self._follow()), asyncio.create_task(self._watch())]
+        self._loops = [
+            asyncio.create_task(self._follow(), name="follow"),
+            asyncio.create_task(self._watch(), name="watch"),
+        ]
 
     async def check_health(self) -> None:
         """Raises when the engine or one of the loops has ended; Serve then restarts this router."""
         await super().check_health()
         for task in self._loops:
             if task.done():
-                raise RuntimeError(f"{task.get_coro().__qualname__} of this router ended: {task.exception()!r}")
+                raise RuntimeError(f"{task.get_name()} of this router ended: {task.exception()!r}")
 
     async def mesh_status(self) -> dict[str, Any]:
         """The worker's counters, fresh, plus what this replica knows; for the ingress."""
@@ -87,7 +90,12 @@ class ExpertMeshLLMServer(LLMServer):
         A recent dispatch to the shards counts; without one a token is generated.
         """
         within_s, deadline_s = self._mesh.http.healthy_within_s, self._mesh.deadlines.probe_s
-        answer: dict[str, Any] = {"ok": False, "router_id": self._identity.replica_id, "reason": "", "how": "recent token"}
+        answer: dict[str, Any] = {
+            "ok": False,
+            "router_id": self._identity.replica_id,
+            "reason": "",
+            "how": "recent token",
+        }
         try:
             async with asyncio.timeout(deadline_s):
                 async with self._probe_lock:
@@ -113,7 +121,7 @@ class ExpertMeshLLMServer(LLMServer):
             task.cancel()
         try:
             await self._controller.call("farewell", self._identity.replica_id, deadline_s=1.0)
-        except ControllerLost as error:
+        except ControllerLostError as error:
             logger.info("leaving without a farewell: %s", error)
         await super().__del__()
 
@@ -123,7 +131,7 @@ class ExpertMeshLLMServer(LLMServer):
         while time.monotonic() < end_s:
             try:
                 answer = await self._poll()
-            except ControllerLost as error:
+            except ControllerLostError as error:
                 logger.warning("%s; asking again", error)
                 await asyncio.sleep(0.5)
                 continue
@@ -135,7 +143,11 @@ class ExpertMeshLLMServer(LLMServer):
         raise RuntimeError(f"no complete membership within {deadline_s} s; missing ranks: {missing}")
 
     async def _poll(self) -> dict[str, Any]:
-        lost = {rank: self._incarnations[rank] for rank in map(int, self._status.get("lost", ())) if rank in self._incarnations}
+        lost = {
+            rank: self._incarnations[rank]
+            for rank in map(int, self._status.get("lost", ()))
+            if rank in self._incarnations
+        }
         return await self._controller.call(
             "await_membership",
             self._identity.replica_id,
@@ -153,7 +165,9 @@ class ExpertMeshLLMServer(LLMServer):
         )
         self._term, self._epoch = answer["term"], membership["epoch"]
         self._incarnations = {
-            rank: endpoint["incarnation"] for rank, endpoint in enumerate(membership["endpoints"]) if endpoint is not None
+            rank: endpoint["incarnation"]
+            for rank, endpoint in enumerate(membership["endpoints"])
+            if endpoint is not None
         }
         logger.info("epoch %d: connected to shards %s, without %s", self._epoch, result["connected"], result["lost"])
         self._status = {**self._status, "lost": result["lost"]}
@@ -164,7 +178,7 @@ class ExpertMeshLLMServer(LLMServer):
                 answer = await self._poll()
                 if answer["membership"] is not None:
                     await self._apply(answer)
-            except ControllerLost as error:
+            except ControllerLostError as error:
                 logger.warning("%s; this router goes on at epoch %d", error, self._epoch)
                 await asyncio.sleep(1.0)
             except Exception:

@@ -31,7 +31,7 @@ class ModelSection(StrictModel):
     id: str = Field(min_length=1, description="Name of the model in the OpenAI API.")
     path: str = Field(
         min_length=1,
-        description="Folder of the Hugging Face checkpoint, the same on every node. A relative path is looked up beside "
+        description="Folder of the Hugging Face checkpoint, the same on every node. A relative path is sought beside "
         "the config file, in the current folder and in the folder of serve_app.py.",
     )
     dtype: DTypeName = Field(
@@ -61,7 +61,8 @@ class ShardsSection(StrictModel):
         default=_shard_default("spin_us"), ge=0, description="How long the idle loop yields its core before it sleeps."
     )
     ray_actor_options: dict[str, Any] = Field(
-        default_factory=dict, description="Ray's options of a shard's actor: num_cpus, num_gpus, resources, runtime_env."
+        default_factory=dict,
+        description="Ray's options of a shard's actor: num_cpus, num_gpus, resources, runtime_env.",
     )
     deployment_config: dict[str, Any] = Field(
         default_factory=dict, description="Ray Serve's options of the deployment, such as health_check_period_s."
@@ -169,7 +170,7 @@ class RoutersSection(StrictModel):
     fallback_cache_bytes: int = Field(
         default=_router_default("fallback_cache_bytes"),
         ge=0,
-        description="Experts that no live shard holds are computed on the router; this many bytes of them stay converted.",
+        description="A router computes experts that no live shard holds; this many bytes of them stay converted.",
     )
 
     @field_validator("engine_kwargs")
@@ -288,7 +289,7 @@ class HttpSection(StrictModel):
             named = [key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip()]
             if not named:
                 raise ValueError(
-                    f"http.api_keys_env names {self.api_keys_env}, which holds no key in the environment of the process that builds the application"
+                    f"http.api_keys_env names {self.api_keys_env}, which holds no key where the application is built"
                 )
             keys.update(named)
         return frozenset(keys)

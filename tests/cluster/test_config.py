@@ -45,31 +45,79 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
 @pytest.mark.parametrize(
     ("place", "value", "expected"),
     [
-        ("applications.0.args.shards.count", 0, r"applications\[0\]\.args\.shards\.count: .*greater than or equal to 1, got 0"),
+        (
+            "applications.0.args.shards.count",
+            0,
+            r"applications\[0\]\.args\.shards\.count: .*greater than or equal to 1, got 0",
+        ),
         ("applications.0.args.shards.speed", 3, r"applications\[0\]\.args\.shards\.speed: unknown key"),
-        ("applications.0.args.model.dtype", "int8", r"args\.model\.dtype: .*'float32', 'bfloat16' or 'float16', got 'int8'"),
-        ("applications.0.args.model.path", "no/where", r"args\.model\.path: 'no/where' does not exist; looked at .*no/where"),
-        ("applications.0.args.placement.policy", "magic", r"args\.placement\.policy: .*'linear', 'greedy' or 'optimized'"),
+        (
+            "applications.0.args.model.dtype",
+            "int8",
+            r"args\.model\.dtype: .*'float32', 'bfloat16' or 'float16', got 'int8'",
+        ),
+        (
+            "applications.0.args.model.path",
+            "no/where",
+            r"args\.model\.path: 'no/where' does not exist; looked at .*no/where",
+        ),
+        (
+            "applications.0.args.placement.policy",
+            "magic",
+            r"args\.placement\.policy: .*'linear', 'greedy' or 'optimized'",
+        ),
         ("applications.0.args.placement.file", "nope.json", r"placement\.file: 'nope.json' does not exist"),
         ("applications.0.args.shards.device", "cuda", r"shards: device is cuda, so ray_actor_options.num_gpus"),
         ("applications.0.args.shards.deployment_config", {"num_replicas": 2}, r"use shards.count instead"),
-        ("applications.0.args.membership.lost_after_s", 1.5, r"lost_after_s is 1.5, expected at least twice heartbeat_s"),
-        ("applications.1.args.routers.engine_kwargs", {"worker_extension_cls": "x.Y"}, r"worker_extension_cls is set by the"),
+        (
+            "applications.0.args.membership.lost_after_s",
+            1.5,
+            r"lost_after_s is 1.5, expected at least twice heartbeat_s",
+        ),
+        (
+            "applications.1.args.routers.engine_kwargs",
+            {"worker_extension_cls": "x.Y"},
+            r"worker_extension_cls is set by the",
+        ),
         ("applications.1.args.routers.engine_kwargs", {"dtype": "half"}, r"engine_kwargs: dtype .* use model.dtype"),
         (
             "applications.1.args.routers.engine_kwargs",
             {"additional_config": {"expertmesh": {}}},
             r"additional_config.expertmesh is set by the project",
         ),
-        ("applications.1.args.routers.engine_kwargs", {"tensor_parallel_size": 2}, r"tensor_parallel_size is 2, expected 1"),
-        ("applications.1.args.routers.llm_config", {"server_cls": "x"}, r"llm_config: server_cls has a place of its own"),
-        ("applications.1.args.routers.deployment_config", {"num_replicas": 3}, r"count and deployment_config.num_replicas"),
+        (
+            "applications.1.args.routers.engine_kwargs",
+            {"tensor_parallel_size": 2},
+            r"tensor_parallel_size is 2, expected 1",
+        ),
+        (
+            "applications.1.args.routers.llm_config",
+            {"server_cls": "x"},
+            r"llm_config: server_cls has a place of its own",
+        ),
+        (
+            "applications.1.args.routers.deployment_config",
+            {"num_replicas": 3},
+            r"count and deployment_config.num_replicas",
+        ),
         ("applications.1.args.deadlines.dispatch_ms", -1, r"deadlines\.dispatch_ms: .*greater than 0, got -1"),
         ("applications.1.args.http.api_keys", ["  "], r"http\.api_keys: an API key is empty"),
         ("applications.1.args.transport.name", "rdma", r"transport\.name: .*'nccl', got 'rdma'"),
-        ("applications.1.args.transport.name", "nccl", r"transport.name is nccl and shards.device 'cpu', expected cuda"),
-        ("applications.1.args.experts_app", "other", r"experts_app is 'other', the application of shards is named 'experts'"),
-        ("applications.1.args.transport.max_rows_per_dispatch", 9999, r"is 9999, more than shards.max_rows_per_dispatch"),
+        (
+            "applications.1.args.transport.name",
+            "nccl",
+            r"transport.name is nccl and shards.device 'cpu', expected cuda",
+        ),
+        (
+            "applications.1.args.experts_app",
+            "other",
+            r"experts_app is 'other', the application of shards is named 'experts'",
+        ),
+        (
+            "applications.1.args.transport.max_rows_per_dispatch",
+            9999,
+            r"is 9999, more than shards.max_rows_per_dispatch",
+        ),
         ("applications.1.import_path", "x:y", r"no application has import_path serve_app:build_llm"),
         ("applications", 3, r"expected a Serve config with a list of applications"),
     ],
@@ -88,7 +136,10 @@ def test_every_mistake_of_an_application_is_listed() -> None:
     data["shards"] |= {"count": -1, "colour": "red"}
     with pytest.raises(ConfigError) as caught:
         parse(ExpertsAppConfig, data)
-    assert {line.split(":")[0] for line in str(caught.value).splitlines()} == {"args.shards.count", "args.shards.colour"}
+    assert {line.split(":")[0] for line in str(caught.value).splitlines()} == {
+        "args.shards.count",
+        "args.shards.colour",
+    }
 
 
 def test_models_that_differ_between_the_applications_are_refused(tmp_path: Path) -> None:

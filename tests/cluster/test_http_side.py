@@ -165,7 +165,7 @@ def test_a_cancelled_request_gives_its_slot_back() -> None:
 
 
 def test_an_error_of_a_router_that_is_the_clients_fault_stays_400() -> None:
-    class Remote(RayError):
+    class RemoteError(RayError):
         cause = ValueError("prompt is too long")
 
-    assert response_for(Remote(), 1).status_code == 400
+    assert response_for(RemoteError(), 1).status_code == 400

@@ -73,6 +73,9 @@ def test_nothing_there_is_still_a_valid_answer() -> None:
 
 
 def test_series_grow_with_routers_and_ranks_only() -> None:
-    one, three = len(samples(render([router()], None))), len(samples(render([router("a"), router("b"), router("c")], None)))
+    one, three = (
+        len(samples(render([router()], None))),
+        len(samples(render([router("a"), router("b"), router("c")], None))),
+    )
     assert three - 1 == 3 * (one - 1)
     assert one < 60

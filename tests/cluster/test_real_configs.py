@@ -46,7 +46,7 @@ def serve_config(name: str) -> dict[str, Any]:
     return yaml.safe_load(data["spec"]["serveConfigV2"]) if data.get("kind") == "RayService" else data
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkpoints_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "_find", lambda value, where, folder: Path(value))
 

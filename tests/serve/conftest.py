@@ -88,6 +88,13 @@ class Service:
         except urllib.error.HTTPError as error:
             return error.code, error.read()
 
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a POST with the key."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {API_KEY}"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
     def status(self) -> dict[str, Any]:
         """/expertmesh/status."""
         code, body = self.get("/expertmesh/status")
@@ -211,7 +218,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     """Ray's own way down first, then whatever is left of the session that it began."""
     head.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(30)
+        head.wait(5)
     for pid in _session(head.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -12,9 +12,13 @@ def whole(service: Service) -> bool:
     """Every rank is served, and every router is connected to all at the controller's epoch."""
     status = service.status()
     controller = status["controller"]
-    return bool(controller) and controller["complete"] and all(
-        len(router["connected"]) == controller["num_ranks"] and router["epoch"] == controller["epoch"]
-        for router in status["routers"]
+    return (
+        bool(controller)
+        and controller["complete"]
+        and all(
+            len(router["connected"]) == controller["num_ranks"] and router["epoch"] == controller["epoch"]
+            for router in status["routers"]
+        )
     )
 
 
@@ -26,7 +30,9 @@ def test_a_shard_killed_in_mid_stream_changes_no_token_and_comes_back_at_its_ran
     expected = service.greedy(160)
     before, epoch = service.shards(), service.status()["controller"]["epoch"]
     assert service.greedy(160, kill_at(before[1]["pid"], 20)) == expected
-    wait_for(lambda: whole(service) and service.shards().get(1, {}).get("pid") not in (None, before[1]["pid"]), 120, "rank 1")
+    wait_for(
+        lambda: whole(service) and service.shards().get(1, {}).get("pid") not in (None, before[1]["pid"]), 120, "rank 1"
+    )
     after, status = service.shards(), service.status()
     assert [after[rank]["pid"] for rank in (0, 2)] == [before[rank]["pid"] for rank in (0, 2)]
     assert after[1]["weights_digest"] == before[1]["weights_digest"]
@@ -53,7 +59,9 @@ def test_the_controller_restarts_and_everyone_keeps_rank_and_weights(service: Se
 
     wait_for(renewed, 120, "another life of the controller")
     after = service.shards()
-    assert {rank: shard["pid"] for rank, shard in after.items()} == {rank: shard["pid"] for rank, shard in before.items()}
+    assert {rank: shard["pid"] for rank, shard in after.items()} == {
+        rank: shard["pid"] for rank, shard in before.items()
+    }
     assert service.status()["controller"]["epoch"] > epoch, "epochs never fall"
     assert service.greedy(64) == expected
     assert service.get("/health")[0] == 200
