@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 
 MXFP4_BLOCK = 32  # values that share a scale, 16 bytes
@@ -15,33 +16,45 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 E8M0_BIAS = 127
 
 
-def dequantize_fp8_block(weight_PQ: torch.Tensor, scale_inv_pq: torch.Tensor, block: int) -> torch.Tensor:
-    """FP8 weights with one scale a `block` x `block` square (DeepSeek-V3): `weight * scale`, float32 [P, Q].
+@functools.cache
+def _fp8_values() -> np.ndarray:
+    """float32 [256]: the value of each E4M3 byte, NaN included."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 
-    The last block of a row or column may be partial. Expects `scale_inv_pq` [ceil(P / block), ceil(Q / block)].
+
+def dequantize_fp8_block(
+    weight_PQ: torch.Tensor, scale_inv_pq: torch.Tensor, block: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """FP8 weights with one scale a `block` x `block` square (DeepSeek-V3): `weight * scale` [P, Q].
+
+    Multiplied in float32, then rounded to `dtype`. The last block of a row or column may be partial. Expects
+    `weight_PQ` float8_e4m3fn and `scale_inv_pq` [ceil(P / block), ceil(Q / block)] of any float dtype.
     """
-    Q = weight_PQ.shape[1]
-    out_PQ = weight_PQ.to(torch.float32)
+    P, Q = weight_PQ.shape
+    out_PQ = torch.empty(P, Q, dtype=dtype)
+    bytes_PQ = weight_PQ.view(torch.uint8).numpy()
     scale_pQ = scale_inv_pq.to(torch.float32).repeat_interleave(block, dim=1)[:, :Q]
-    for p, scale_Q in enumerate(scale_pQ):  # a block row at a time, so that no full-size scale matrix is made
-        out_PQ[p * block : (p + 1) * block].mul_(scale_Q)
+    for p, scale_Q in enumerate(scale_pQ):
+        # A block row at a time stays in the cache, and a table lookup is several times faster than torch's conversion.
+        rows = slice(p * block, (p + 1) * block)
+        out_PQ[rows] = torch.from_numpy(_fp8_values().take(bytes_PQ[rows])).mul_(scale_Q)
     return out_PQ
 
 
 @functools.cache
 def _fp4_pairs() -> torch.Tensor:
-    """[256, 2]: the two values of a byte, the low nibble first."""
-    values_16 = torch.tensor(FP4_VALUES)
+    """int32 [256]: the bits of the two bfloat16 values of a byte, the low nibble first."""
+    values_16 = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
     byte_256 = torch.arange(256)
-    return torch.stack([values_16[byte_256 & 0xF], values_16[byte_256 >> 4]], dim=1)
+    return torch.stack([values_16[byte_256 & 0xF], values_16[byte_256 >> 4]], dim=1).view(torch.int32).flatten()
 
 
 def dequantize_mxfp4(blocks_PqB: torch.Tensor, scales_Pq: torch.Tensor) -> torch.Tensor:
-    """MXFP4 (gpt-oss): uint8 [P, Q / 32, 16] and uint8 exponents [P, Q / 32] to float32 [P, Q].
+    """MXFP4 (gpt-oss): uint8 [P, Q / 32, 16] and uint8 exponents [P, Q / 32] to bfloat16 [P, Q].
 
-    A value is `fp4 * 2 ** (scale - 127)`.
+    A value is `fp4 * 2 ** (scale - 127)`, which bfloat16 holds exactly.
     """
     P, q, _ = blocks_PqB.shape
-    values = _fp4_pairs().index_select(0, blocks_PqB.reshape(-1).to(torch.int32)).view(P, q, MXFP4_BLOCK)
-    exponent_Pq1 = scales_Pq.to(torch.int32).sub_(E8M0_BIAS).unsqueeze(-1)
-    return torch.ldexp(values, exponent_Pq1).view(P, q * MXFP4_BLOCK)
+    pairs = _fp4_pairs().index_select(0, blocks_PqB.reshape(-1).to(torch.int32))
+    factor_Pq1 = torch.exp2(scales_Pq.to(torch.float32) - E8M0_BIAS).to(torch.bfloat16).unsqueeze(-1)
+    return pairs.view(torch.bfloat16).view(P, q, MXFP4_BLOCK).mul_(factor_Pq1).view(P, q * MXFP4_BLOCK)

@@ -80,9 +80,9 @@ class ExpertCheckpoint:
         has_bias = self.spec.has_bias
         return ExpertWeights(
             w13_2ID=self._gate_up(layer, expert, dtype),
-            w2_DI=_packed([self._read("down", layer, expert)], dtype),
-            b13_2I=_packed(self._halves("gate_up_bias", layer, expert), dtype) if has_bias else None,
-            b2_D=_packed([self._read("down_bias", layer, expert)], dtype) if has_bias else None,
+            w2_DI=_packed([self._read("down", layer, expert, dtype)], dtype),
+            b13_2I=_packed(self._halves("gate_up_bias", layer, expert, dtype), dtype) if has_bias else None,
+            b2_D=_packed([self._read("down_bias", layer, expert, dtype)], dtype) if has_bias else None,
         )
 
     def owns(self, name: str) -> bool:
@@ -105,22 +105,22 @@ class ExpertCheckpoint:
     def _ranges(self, part: Part, layer: int, expert: int) -> list[ExpertRange]:
         return self._storage.ranges(part, self._shape(part), self.spec.layer_ids[layer], expert)
 
-    def _read(self, role: Role, layer: int, expert: int) -> torch.Tensor:
+    def _read(self, role: Role, layer: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
         part = self._parts[role]
-        return self._storage.read(part, self._shape(part), self.spec.layer_ids[layer], expert)
+        return self._storage.read(part, self._shape(part), self.spec.layer_ids[layer], expert, dtype)
 
-    def _halves(self, role: Role, layer: int, expert: int) -> list[torch.Tensor]:
+    def _halves(self, role: Role, layer: int, expert: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Gate and up out of a part that holds both, or the whole where they already follow each other."""
-        whole = self._read(role, layer, expert)
+        whole = self._read(role, layer, expert, dtype)
         return [whole[0::2], whole[1::2]] if self._parts[role].interleaved else [whole]
 
     def _gate_up(self, layer: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
         if "gate_up" in self._parts:
-            return _packed(self._halves("gate_up", layer, expert), dtype)
+            return _packed(self._halves("gate_up", layer, expert, dtype), dtype)
         joined = self._adjacent(self._parts["gate"], self._parts["up"], layer, expert)
         if joined is not None and joined.entry.dtype == dtype:
             return self._storage.read_range(joined)
-        return _packed([self._read("gate", layer, expert), self._read("up", layer, expert)], dtype)
+        return _packed([self._read(role, layer, expert, dtype) for role in ("gate", "up")], dtype)
 
     def _adjacent(self, gate: Part, up: Part, layer: int, expert: int) -> ExpertRange | None:
         """Files sort tensors by name, so up_proj often follows gate_proj at once: then both are one range."""

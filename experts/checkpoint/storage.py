@@ -95,13 +95,13 @@ class ExpertStorage:
         offset = 0 if part.stack == "none" else expert * nbytes
         return ExpertRange(entry, entry.start + offset, nbytes, shape)
 
-    def read(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> torch.Tensor:
-        """A part as a tensor of `shape`: a view of the file where it is plain, float32 where it was quantized."""
+    def read(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """A part as a tensor of `shape`, not of `dtype` yet where that would be a copy: a view of the file if plain."""
         ranges = self.ranges(part, shape, layer_id, expert)
         tensors = [self.read_range(r) for r in ranges]
         if len(tensors) == 2 and tensors[0].dtype == torch.uint8:
             return dequantize_mxfp4(tensors[0], tensors[1])
-        stored = tensors[0] if len(tensors) == 1 else dequantize_fp8_block(tensors[0], tensors[1], FP8_BLOCK)
+        stored = tensors[0] if len(tensors) == 1 else dequantize_fp8_block(tensors[0], tensors[1], FP8_BLOCK, dtype)
         return stored.t() if part.transposed else stored
 
     def read_range(self, where: ExpertRange) -> torch.Tensor:

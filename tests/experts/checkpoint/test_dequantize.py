@@ -57,24 +57,31 @@ def test_fp8_blocks(shape: tuple[int, int], scale_dtype: torch.dtype) -> None:
     weight = random_fp8(shape, generator)
     blocks = tuple(math.ceil(n / 128) for n in shape)
     scale = (torch.rand(blocks, generator=generator) * 0.1 + 0.01).to(scale_dtype)
-    got = dequantize_fp8_block(weight, scale, 128)
+    got = dequantize_fp8_block(weight, scale, 128, torch.float32)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.double().numpy(), fp8_oracle(weight, scale.float(), 128), rtol=2**-23)
+    assert torch.equal(dequantize_fp8_block(weight, scale, 128, torch.bfloat16), got.to(torch.bfloat16))
 
 
-def test_fp8_covers_every_finite_byte() -> None:
-    weight = torch.tensor([b for b in range(256) if b & 127 != 127], dtype=torch.uint8).view(FP8).reshape(2, 127)
-    got = dequantize_fp8_block(weight, torch.ones(1, 1), 128)
-    assert np.array_equal(got.double().numpy(), fp8_oracle(weight, torch.ones(1, 1), 128))
+def test_fp8_covers_every_byte() -> None:
+    weight = torch.arange(256, dtype=torch.uint8).view(FP8).reshape(2, 128)
+    got = dequantize_fp8_block(weight, torch.ones(1, 1), 128, torch.float32)
+    assert np.array_equal(got.double().numpy(), fp8_oracle(weight, torch.ones(1, 1), 128), equal_nan=True)
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (6, 3), (64, 2)])
 def test_mxfp4(rows: int, blocks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(256, (rows, blocks, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(100, 140, (rows, blocks), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(250, (rows, blocks), dtype=torch.uint8, generator=generator)  # beyond lies infinity
     got = dequantize_mxfp4(packed, scales)
     assert np.array_equal(got.double().numpy(), mxfp4_oracle(packed, scales))
+
+
+def test_mxfp4_covers_every_byte() -> None:
+    packed = torch.arange(256, dtype=torch.uint8).reshape(16, 1, 16)
+    scales = torch.full((16, 1), 127, dtype=torch.uint8)
+    assert np.array_equal(dequantize_mxfp4(packed, scales).double().numpy(), mxfp4_oracle(packed, scales))
 
 
 def deepseek_fp8(folder: Path, D: int = 200, I: int = 136) -> tuple[Path, dict[str, torch.Tensor]]:
