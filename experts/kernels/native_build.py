@@ -57,6 +57,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.em_pack.restype = None
     library.em_create.argtypes = [i32, i64, i64, i64, i64, i32, f32, f32, i32, pointer, pointer]
     library.em_create.restype = pointer
+    library.em_probe.argtypes = [i32, i64]
+    library.em_probe.restype = ctypes.c_double
     library.em_destroy.argtypes = [pointer]
     library.em_destroy.restype = None
     library.em_forward.argtypes = [

@@ -55,61 +55,51 @@ Ahead look_ahead(const uint32_t* panel, int64_t words, int b, int num_blocks) {
     return {panel + words * PANEL + b * words / num_blocks * PANEL, PANEL / num_blocks};
 }
 
-// sums[r][panel * 2 + vector] of R rows times PANELS neighbouring panels, over the whole reduction.
-template <class Format, int R, int PANELS>
+// sums[r][vector] of R rows times one panel, over the whole reduction.
+template <class Format, int R>
 void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums, Ahead ahead) {
-    constexpr int V = 2 * PANELS;
-    VecF acc[R][V] = {};
-    const int64_t next_panel = words * PANEL;
+    VecF acc[R][2] = {};
     for (int64_t start = 0; start < words; start += CHUNK, block += MAX_ROWS * ROW_STRIDE) {
         const int64_t length = std::min<int64_t>(CHUNK, words - start);
-        const uint32_t* b = panel + start * PANEL;
-        for (int64_t k = 0; k < length; k++, b += PANEL) {
-            typename Format::B column[V];
-            for (int q = 0; q < PANELS; q++)
-                for (int v = 0; v < 2; v++) {
-                    const uint32_t* line = b + q * next_panel + v * LANES;
-                    __builtin_prefetch(ahead.from + q * next_panel + v * LANES);
-                    column[2 * q + v] = Format::load_b(line);
-                }
+        for (int64_t k = 0; k < length; k++, panel += PANEL, ahead.from += ahead.step) {
+            __builtin_prefetch(ahead.from);
+            __builtin_prefetch(ahead.from + LANES);
+            const typename Format::B first = Format::load_b(panel), second = Format::load_b(panel + LANES);
 #pragma GCC unroll 12
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++)
-                    acc[r][v] = Format::multiply_add(acc[r][v], block[r * ROW_STRIDE + k], column[v]);
-            ahead.from += ahead.step;
+            for (int r = 0; r < R; r++) {
+                const uint32_t a = block[r * ROW_STRIDE + k];
+                acc[r][0] = Format::multiply_add(acc[r][0], a, first);
+                acc[r][1] = Format::multiply_add(acc[r][1], a, second);
+            }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r * V + v] = acc[r][v];
+        for (int v = 0; v < 2; v++) sums[2 * r + v] = acc[r][v];
 }
 
 typedef void (*Multiply)(const uint32_t*, const uint32_t*, int64_t, VecF*, Ahead);
 
-// Few rows leave registers free, so they take two panels at once: more sums in flight, same order of additions.
-constexpr int PAIR_ROWS = MAX_ROWS / 2;
-
-template <class Format, int PANELS, int R>
+template <class Format, int R>
 Multiply find_multiply(int rows) {
     if constexpr (R == 0) {
         return nullptr;
     } else {
-        return rows == R ? multiply<Format, R, PANELS> : find_multiply<Format, PANELS, R - 1>(rows);
+        return rows == R ? multiply<Format, R> : find_multiply<Format, R - 1>(rows);
     }
 }
 
+// multiply() for each number of rows.
 template <class Format>
-void multiply_panels(int panels, int rows, const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums,
-                     Ahead ahead) {
-    static const struct Table {
-        Multiply one[MAX_ROWS + 1], two[PAIR_ROWS + 1];
-        Table() {
-            for (int r = 0; r <= MAX_ROWS; r++) one[r] = find_multiply<Format, 1, MAX_ROWS>(r);
-            for (int r = 0; r <= PAIR_ROWS; r++) two[r] = find_multiply<Format, 2, PAIR_ROWS>(r);
-        }
-    } table;
-    (panels == 2 ? table.two[rows] : table.one[rows])(block, panel, words, sums, ahead);
-}
+struct MultiplyTable {
+    Multiply of_rows[MAX_ROWS + 1];
+    MultiplyTable() {
+        for (int r = 0; r <= MAX_ROWS; r++) of_rows[r] = find_multiply<Format, MAX_ROWS>(r);
+    }
+    static Multiply get(int rows) {
+        static const MultiplyTable table;
+        return table.of_rows[rows];
+    }
+};
 
 // Copy the rows of one slot into its blocks: [chunk][row][CHUNK words], so that a row is a constant away from the next.
 template <class Format>
@@ -149,23 +139,18 @@ void first_matrix(const Kernel& k, const Group& group, const uint32_t* slot, int
     const Sizes& s = k.sizes;
     const float* biases = reinterpret_cast<const float*>(slot + s.w13_words() + s.w2_words());
     VecF sums[MAX_ROWS * 2];
-    for (int64_t p = begin, width; p < end; p += width) {
-        width = group.rows <= PAIR_ROWS && p + 1 < end ? 2 : 1;
+    for (int64_t p = begin; p < end; p++) {
+        const uint32_t* panel = slot + p * PANEL * s.words_D;
+        const VecF gate_bias = load<VecF>(biases + p * PANEL), up_bias = load<VecF>(biases + p * PANEL + LANES);
+        const int64_t word = p * LANES / Format::GROUP, offset = word / CHUNK * MAX_ROWS * ROW_STRIDE + word % CHUNK;
         for (int b = 0; b < group.num_blocks; b++) {
             const int rows = k.blocks[group.first_block + b].rows;
-            const uint32_t* panel = slot + p * PANEL * s.words_D;
-            multiply_panels<Format>(width, rows, x_blocks + b * s.block_D, panel, s.words_D, sums,
-                                    look_ahead(panel, s.words_D, b, group.num_blocks));
-            for (int q = 0; q < width; q++) {
-                const VecF gate_bias = load<VecF>(biases + (p + q) * PANEL);
-                const VecF up_bias = load<VecF>(biases + (p + q) * PANEL + LANES);
-                const int64_t word = (p + q) * LANES / Format::GROUP;
-                uint32_t* target = h_blocks + b * s.block_I + word / CHUNK * MAX_ROWS * ROW_STRIDE + word % CHUNK;
-                for (int r = 0; r < rows; r++) {
-                    const VecF* sum = sums + (r * width + q) * 2;
-                    VecF h = activate(k.activation, k.alpha, k.limit, sum[0] + gate_bias, sum[1] + up_bias);
-                    Format::store_lanes(reinterpret_cast<typename Format::Value*>(target + r * ROW_STRIDE), h);
-                }
+            MultiplyTable<Format>::get(rows)(x_blocks + b * s.block_D, panel, s.words_D, sums,
+                                             look_ahead(panel, s.words_D, b, group.num_blocks));
+            uint32_t* target = h_blocks + b * s.block_I + offset;
+            for (int r = 0; r < rows; r++, target += ROW_STRIDE) {
+                VecF h = activate(k.activation, k.alpha, k.limit, sums[2 * r] + gate_bias, sums[2 * r + 1] + up_bias);
+                Format::store_lanes(reinterpret_cast<typename Format::Value*>(target), h);
             }
         }
     }
@@ -180,19 +165,19 @@ void second_matrix(Kernel& k, const Group& group, const uint32_t* slot, int64_t 
     const float* biases = reinterpret_cast<const float*>(panels + s.w2_words()) + s.b13_words();
     const int64_t y_stride = s.panels_D * PANEL;
     VecF sums[MAX_ROWS * 2];
-    for (int64_t p = begin, width; p < end; p += width) {
-        width = group.rows <= PAIR_ROWS && p + 1 < end ? 2 : 1;
+    for (int64_t p = begin; p < end; p++) {
+        const uint32_t* panel = panels + p * PANEL * s.words_I;
+        const VecF bias[2] = {load<VecF>(biases + p * PANEL), load<VecF>(biases + p * PANEL + LANES)};
         for (int b = 0; b < group.num_blocks; b++) {
             const Block& block = k.blocks[group.first_block + b];
-            const uint32_t* panel = panels + p * PANEL * s.words_I;
-            multiply_panels<Format>(width, block.rows, h_blocks + b * s.block_I, panel, s.words_I, sums,
-                                    look_ahead(panel, s.words_I, b, group.num_blocks));
+            MultiplyTable<Format>::get(block.rows)(h_blocks + b * s.block_I, panel, s.words_I, sums,
+                                                   look_ahead(panel, s.words_I, b, group.num_blocks));
             for (int r = 0; r < block.rows; r++) {
                 const float weight = k.on_input ? 1.0f : k.pair_weights[block.first + r];
                 float* target = k.y.data() + k.rows[block.first + r] * y_stride + p * PANEL;
-                for (int v = 0; v < 2 * width; v++) {
-                    VecF product = sums[r * 2 * width + v] + load<VecF>(biases + p * PANEL + v * LANES);
-                    store(target + v * LANES, load<VecF>(target + v * LANES) + weight * product);
+                for (int v = 0; v < 2; v++) {
+                    float* lanes = target + v * LANES;
+                    store(lanes, load<VecF>(lanes) + weight * (sums[2 * r + v] + bias[v]));
                 }
             }
         }
@@ -333,6 +318,17 @@ void* em_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, 
     return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
                                      alpha,    limit,    static_cast<const uint32_t*>(weights), sizes.slot_bytes() / 4,
                                      loaded,   {}, {}, {}, {}, {}, {}, {}, {}};
+}
+
+// Multiplies a block and a panel that stay in the innermost cache, `repeats` times: the processor's ceiling for this
+// kernel's inner loop. Returns the floating-point operations done.
+double em_probe(int32_t is_bf16, int64_t repeats) {
+    constexpr int64_t words = CHUNK / 4;
+    std::vector<uint32_t> block(MAX_ROWS * ROW_STRIDE), panel(2 * words * PANEL);
+    VecF sums[MAX_ROWS * 2];
+    const Multiply run = is_bf16 ? MultiplyTable<BFloat16>::get(MAX_ROWS) : MultiplyTable<Float32>::get(MAX_ROWS);
+    for (int64_t i = 0; i < repeats; i++) run(block.data(), panel.data(), words, sums, {panel.data(), PANEL});
+    return 2.0 * repeats * MAX_ROWS * PANEL * words * (is_bf16 ? 2 : 1);
 }
 
 void em_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }

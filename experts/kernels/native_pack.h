@@ -12,7 +12,7 @@ namespace {
 constexpr int PANEL = 2 * LANES;        // words of a panel at one step of the reduction
 constexpr int CHUNK = 256;              // words of a row that lie together in a block
 constexpr int ROW_STRIDE = CHUNK + 16;  // a cache line more, so that rows do not fall into the same cache sets
-constexpr int PREFETCH_WORDS = 3072;    // how far memory is read ahead where a panel is used once
+constexpr int PREFETCH_WORDS = 2048;    // how far memory is read ahead where a panel is used once
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -45,6 +45,8 @@ class VllmTritonKernel(ExpertKernel):
             return f"it runs on CUDA, not on {shape.device}"
         if shape.activation.kind not in ACTIVATIONS:
             return f"it takes {', '.join(ACTIVATIONS)}, not {shape.activation.kind}"
+        if shape.dtype == torch.float32:
+            return "its matmuls round float32 to TF32, and float32 is served for exactness"
         if importlib.util.find_spec("vllm") is None:
             return "vllm is not installed"
         if not torch.cuda.is_available():
