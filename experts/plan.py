@@ -10,6 +10,7 @@ link; both run without the GIL and allocate nothing.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -248,3 +249,14 @@ def _as_float(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], cgutils.ir.FloatType())
 
     return types.float32(types.uint32), codegen
+
+
+@functools.cache
+def warm_up() -> None:
+    """Load or compile both kernels now: seconds the first time on a machine, which no request should pay."""
+    pairs_TK, weights_TK = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
+    rank_R, size_R = np.zeros(1, np.int32), np.zeros(1, np.int64)
+    slots_ER, head = np.zeros((1, 1), np.int32), np.zeros(5, np.int64)
+    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, head, True)
+    plan_and_pack(*inputs, pairs_TK, pairs_TK, rank_R, rank_R, size_R)
+    combine(pairs_TK, pairs_TK, np.zeros(1, np.bool_), size_R, FLOAT32, np.zeros(1, np.float32), 0, False)

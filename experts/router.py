@@ -78,6 +78,7 @@ class MeshRouter:
         current = self.dispatcher.membership
         if current is not None and membership.epoch < current.epoch:
             raise ValueError(f"epoch {membership.epoch} is older than the current epoch {current.epoch}")
+        self.shape.check_placement(membership.placement)
         links: dict[int, RouterLink] = {}
         lost: dict[int, str] = {}
         fresh: list[ShardEndpoint] = []

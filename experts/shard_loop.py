@@ -16,7 +16,7 @@ import torch
 
 from experts.kernels import ExpertKernel
 from experts.link import Doorbell, ShardChannel
-from experts.request import BadRequestError, Request, read_request
+from experts.request import BadRequestError, Request, read_request, warm_up
 from experts.slots import SlotTable
 from experts.wire import (
     DTYPE_CODES,
@@ -81,6 +81,15 @@ class ShardLoop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-compute", daemon=True)
         self._hidden_size = self.slots.checkpoint.spec.hidden_size
+
+    def rehearse(self) -> None:
+        """One row through the checks and the kernel before a router comes, whose deadline no compiler may use up."""
+        warm_up()
+        rows_MD = torch.zeros(1, self._hidden_size, dtype=self.dtype, device=self.kernel.shape.device)
+        slots_E = self.slots.slot_of_expert_LE[0]
+        slots_N = torch.from_numpy(slots_E[slots_E >= 0][:1].copy())
+        offsets_M1 = torch.tensor([0, len(slots_N)], dtype=torch.int32)
+        self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(len(slots_N)), torch.empty_like(rows_MD))
 
     def start(self) -> None:
         """Run the loop in its own thread."""
@@ -151,6 +160,7 @@ class ShardLoop:
     def _answer(self, channel: ShardChannel, views: _Views, nbytes: int) -> int:
         """Compute the reply into the channel's send buffer; returns its length in bytes."""
         began_ns = time.perf_counter_ns()
+        self.slots.begin_request()
         try:
             request = read_request(
                 channel.recv_buffer,
@@ -169,6 +179,8 @@ class ShardLoop:
             self._count_error(str(error))
             seq = int(header_of(channel.recv_buffer)[H_SEQ])
             return error_reply(channel.send_buffer, seq, f"{type(error).__name__}: {error}")
+        finally:
+            self.slots.end_request()
         spent_ns = time.perf_counter_ns() - began_ns
         self._write_header(channel.send_buffer, request, spent_ns)
         counters = self.counters

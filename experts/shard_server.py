@@ -83,6 +83,7 @@ class ShardServer:
         )
         self._bell = ShmDoorbell(settings.spin_us)
         self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads)
+        self._loop.rehearse()
         self._loop.start()
         self.placement, self.epoch = placement, epoch
         incarnation = uuid.uuid4().hex

@@ -20,6 +20,7 @@ from placement.tables import Placement
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 2.0
+_REQUEST_LIMIT_S = 60.0  # a request that computes longer than this has lost its router long ago
 
 
 class SlotTable:
@@ -35,6 +36,25 @@ class SlotTable:
         self._digests: dict[tuple[int, int], bytes] = {}
         self._kernel = kernel
         self._dtype = dtype
+        self._in_request = False
+        self._requests_ended = 0
+
+    def begin_request(self) -> None:
+        """The compute loop's word that it is about to look slots up; their weights stay as they are until the end."""
+        self._in_request = True
+
+    def end_request(self) -> None:
+        """The compute loop's word that it is done with the slots it looked up."""
+        self._in_request = False
+        self._requests_ended += 1
+
+    def _await_request(self) -> None:
+        """Wait for the request at hand, which may use a slot that was just taken out of the table."""
+        seen, limit_s = self._requests_ended, time.monotonic() + _REQUEST_LIMIT_S
+        while self._in_request and self._requests_ended == seen:
+            if time.monotonic() > limit_s:
+                raise TimeoutError(f"a request has computed for {_REQUEST_LIMIT_S} s, so no slot can be refilled")
+            time.sleep(0.0002)
 
     @property
     def num_loaded(self) -> int:
@@ -49,8 +69,8 @@ class SlotTable:
     def digest(self) -> str:
         """Changes when a slot holds other weights; samples of each expert, so that it costs nothing at scale."""
         total = hashlib.sha256()
-        for key in sorted(self._digests):
-            total.update(self._digests[key])
+        for _, digest in sorted(self._digests.items()):  # one look, since another thread may be loading
+            total.update(digest)
         return total.hexdigest()[:16]
 
     def load(self, placement: Placement, rank: int) -> int:
@@ -105,6 +125,7 @@ class SlotTable:
             table_LE[layer, old] = -1
             self.slot_of_expert_LE = table_LE.copy()
             self._digests.pop((layer, old), None)
+            self._await_request()
         self._kernel.set_slot(layer, slot, weights)
         self._expert_in_slot_Ls[layer, slot] = expert
         table_LE[layer, expert] = slot

@@ -13,6 +13,7 @@ CUDA graphs have to split.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _router: MeshRouter | None = None
 _checkpoint: ExpertCheckpoint | None = None
+_settings: RouterSettings | None = None
 _pending: Pending | None = None
 
 
@@ -52,13 +54,19 @@ def current_router() -> MeshRouter:
 
 
 def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
-    """The experts' checkpoint, opened once. UnsupportedModelError with the reader's reason."""
-    global _checkpoint
+    """The experts' checkpoint, opened once. UnsupportedModelError with the reader's reason, or for a second engine."""
+    global _checkpoint, _settings
     if _checkpoint is None:
         try:
             _checkpoint = ExpertCheckpoint.open(settings.model_path)
         except CheckpointError as error:
             raise UnsupportedModelError(f"the experts of this model cannot be served apart: {error}") from error
+        _settings = settings
+    if settings != _settings:
+        raise UnsupportedModelError(
+            f"this process has an engine for the experts of {_settings and _settings.model_path} already; "
+            f"one with other settings ({settings.model_path}) needs a process of its own"
+        )
     return _checkpoint
 
 
@@ -85,7 +93,11 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             )
     if config.lora_config is not None:
         raise UnsupportedModelError("LoRA is not supported together with experts on shards")
-    return RouterSettings.model_validate(data)
+    settings = RouterSettings.model_validate(data)
+    model = config.model_config.model
+    if os.path.isdir(model) and os.path.realpath(model) != os.path.realpath(settings.model_path):
+        raise UnsupportedModelError(f"the engine serves {model}, but its experts are those of {settings.model_path}")
+    return settings
 
 
 def _split_graphs(config: VllmConfig, device: str) -> None:

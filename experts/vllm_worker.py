@@ -41,10 +41,16 @@ class RouterModelLoader(DefaultModelLoader):
         logger.info("replaced %d MoE layers; this router holds %d parameters", count, num_params)
         return model
 
-    def get_all_weights(self, *args: Any, **kwargs: Any) -> Generator[tuple[str, torch.Tensor], None, None]:
+    def get_all_weights(
+        self, model_config: Any, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Every tensor of the checkpoint but those of routed experts."""
-        for name, tensor in super().get_all_weights(*args, **kwargs):
-            if not self._checkpoint.owns(name):
+        owns = self._checkpoint.owns
+        if not hasattr(model, "is_unused_checkpoint_weight"):
+            # vLLM leaves out files that hold nothing else, which it would prefetch from a network file system.
+            model.is_unused_checkpoint_weight = owns  # type: ignore[assignment]
+        for name, tensor in super().get_all_weights(model_config, model):
+            if not owns(name):
                 yield name, tensor
 
 
@@ -53,12 +59,12 @@ class ExpertMeshWorker:
 
     def expertmesh_apply_membership(self, membership: dict[str, Any]) -> dict[str, Any]:
         """Switch to an epoch; see `MeshRouter.apply_membership`."""
-        verify_model(self.model_runner.model)  # type: ignore[attr-defined]
+        verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
         return current_router().apply_membership(Membership.from_dict(membership))
 
     def expertmesh_status(self) -> dict[str, Any]:
         """Counters and membership of this router, and what it holds."""
-        model = self.model_runner.model  # type: ignore[attr-defined]
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
         return {
             **current_router().status(),
             "params": sum(p.numel() for p in model.parameters()),
