@@ -163,10 +163,7 @@ def compare(name: str, dtype: torch.dtype, device: str, quick: bool, turns: int)
         record["bound_by"] = "matmul" if by_work > by_bytes else "memory"
         record["rows_per_s"] = {k: record["rows"] / us * 1e6 for k, us in record["call_us"].items()}
         record["share_of_bound"] = {k: v / record["bound_rows_per_s"] for k, v in record["rows_per_s"].items()}
-        cells = [
-            f"{record['rows_per_s'][k]:,.0f} ({record['share_of_bound'][k]:.2f})" if k in kernels else "-"
-            for k in KERNELS
-        ]
+        cells = [f"{record['rows_per_s'][k]:,.0f} ({record['share_of_bound'][k]:.2f})" for k in shown]
         best = min(record["call_us"], key=lambda k: record["call_us"][k])
         vllm_us = record["call_us"].get("vllm_triton" if device == "cuda" else "vllm_cpu")
         record["best_over_vllm"] = None if vllm_us is None else vllm_us / record["call_us"][best]
