@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -74,6 +76,11 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's workers give way to everything else by default; here they are the service itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if options.address is None and "RAY_AUTH_MODE" not in os.environ:
+        # Ray asks for a token by default; one that lives as long as this cluster keeps the home folder out of it.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    if not options.verbose:
+        logging.disable(logging.INFO)
     import ray
     from ray import serve
 
@@ -209,9 +216,7 @@ def _watch(config: MeshConfig) -> None:
             line = f"the placement controller does not answer ({type(error).__name__}); serving goes on"
         else:
             shards = ", ".join(
-                f"{shard['rank']} (pid {shard['pid']})"
-                for shard in status["shards"]
-                if shard["serving"] and "pid" in shard
+                f"{shard['rank']} (pid {shard['pid']})" for shard in status["shards"] if shard["serving"]
             )
             line = f"epoch {status['epoch']}: shards {shards}"
             if status["missing_ranks"]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from cluster.config import ExpertsAppConfig, parse
 from cluster.planning import placement_digest, plan_placement
-from cluster.roster import Roster
+from cluster.roster import Roster, Seat
 from experts.membership import Membership, ShardEndpoint
 
 logger = logging.getLogger("ray.serve")
@@ -148,7 +148,8 @@ class PlacementController:
                     "rank": seat.rank,
                     "serving": seat.serving,
                     "silent_s": now_s - seat.last_beat_s,
-                    **(self._shard_status.get(seat.rank, {}) if seat.serving else {}),
+                    "pid": seat.endpoint.pid if seat.endpoint else None,
+                    **(self._shard_status.get(seat.rank, {}) if self._heard_of(seat) else {}),
                 }
                 for seat in self._roster.seats
             ],
@@ -172,6 +173,11 @@ class PlacementController:
             raise RuntimeError(f"the watch over shards ended: {self._watch.exception()!r}")
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _heard_of(self, seat: Seat) -> bool:
+        """Whether the last status of the rank is that of the shard which stands there now."""
+        status = self._shard_status.get(seat.rank)
+        return status is not None and seat.endpoint is not None and status["incarnation"] == seat.endpoint.incarnation
 
     def _membership(self) -> Membership:
         return Membership(self._roster.epoch, self._placement, self._roster.endpoints)

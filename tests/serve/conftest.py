@@ -102,8 +102,14 @@ class Service:
         return json.loads(body)
 
     def shards(self) -> dict[int, dict[str, Any]]:
-        """What the controller knows of each serving shard, by rank."""
-        return {s["rank"]: s for s in self.status()["controller"]["shards"] if s["serving"] and "pid" in s}
+        """What the controller knows of each shard, by rank, once each has given a sign of life."""
+
+        def known() -> dict[int, dict[str, Any]]:
+            controller = self.status()["controller"] or {"shards": [], "num_ranks": 1}
+            found = {s["rank"]: s for s in controller["shards"] if s["serving"] and "weights_digest" in s}
+            return found if len(found) == controller["num_ranks"] else {}
+
+        return wait_for(known, 60, "a sign of life of every shard")
 
     def greedy(self, num_tokens: int = 48, on_chunk: Callable[[int], None] = lambda _: None) -> str:
         """One streamed greedy completion, always the same one; `on_chunk` hears how many chunks came."""
@@ -219,13 +225,13 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     head.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         head.wait(5)
-    for pid in _session(head.pid):
+    for pid in session_members(head.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     head.wait(10)
 
 
-def _session(session_id: int) -> list[int]:
+def session_members(session_id: int) -> list[int]:
     """Processes that belong to a Unix session."""
     pids = []
     for entry in Path("/proc").iterdir():

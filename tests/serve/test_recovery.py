@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -30,9 +31,7 @@ def test_a_shard_killed_in_mid_stream_changes_no_token_and_comes_back_at_its_ran
     expected = service.greedy(160)
     before, epoch = service.shards(), service.status()["controller"]["epoch"]
     assert service.greedy(160, kill_at(before[1]["pid"], 20)) == expected
-    wait_for(
-        lambda: whole(service) and service.shards().get(1, {}).get("pid") not in (None, before[1]["pid"]), 120, "rank 1"
-    )
+    wait_for(lambda: whole(service) and service.shards()[1]["pid"] != before[1]["pid"], 120, "rank 1")
     after, status = service.shards(), service.status()
     assert [after[rank]["pid"] for rank in (0, 2)] == [before[rank]["pid"] for rank in (0, 2)]
     assert after[1]["weights_digest"] == before[1]["weights_digest"]
@@ -77,4 +76,28 @@ def test_a_shard_that_stops_and_goes_on_is_used_again(service: Service) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: whole(service), 120, "every router to be connected to every shard again")
+    assert service.greedy(64) == expected
+
+
+def test_with_every_shard_gone_requests_are_served_and_health_says_503(service: Service) -> None:
+    """The router computes the experts itself, from the checkpoint; that is no health."""
+    expected = service.greedy(64)
+    before = service.shards()
+    pids = [shard["pid"] for shard in before.values()]
+
+    def kill_all(index: int) -> None:
+        if index == 10:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+    assert service.greedy(64, kill_all) == expected
+    code, body = service.get("/health")
+    answer = json.loads(body)
+    assert code == 503, answer
+    assert "no shard answered" in answer["reason"]
+    wait_for(lambda: whole(service) and service.get("/health")[0] == 200, 150, "all shards")
+    after = service.shards()
+    assert {rank: shard["weights_digest"] for rank, shard in after.items()} == {
+        rank: shard["weights_digest"] for rank, shard in before.items()
+    }
     assert service.greedy(64) == expected
