@@ -30,7 +30,7 @@ MIX = {"code": 0.30, "prose": 0.28, "unicode": 0.09, "bytecode": 0.17, "chat": 0
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps in all")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps in all")
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--context", type=int, default=256, help="sequence length of most of the training")
     parser.add_argument("--long-context", type=int, default=2048, help="sequence length of the last part")
