@@ -7,6 +7,7 @@ expert, weight or bias through, as those move it by more than 0.1.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from families import PARITY_FAMILIES
 from parity_jobs import NEW_TOKENS, NUM_PROMPTS
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.kernels.native_build import NativeBuildError, load_library
 from experts.membership import Membership, ShardEndpoint
 from experts.settings import ShardSettings
 from placement.tables import Placement
 
 TOLERANCE = 1e-4
 SHARD_COUNTS = (2, 3)
-KERNELS = {2: "grouped_mm", 3: "torch_loop"}  # named, so that no shard spends seconds on finding the fastest
 ODD_SHAPES = {
     # Seven experts on 2 and 3 shards, top-1, a width that is no power of two.
     "qwen3_moe": {"num_experts": 7, "num_experts_per_tok": 1, "moe_intermediate_size": 72, "norm_topk_prob": False},
@@ -54,10 +55,19 @@ def zygotes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygotes]:
     zygotes.engine.close()
 
 
+def kernel_of(num_shards: int) -> str:
+    """Named, so that no shard spends seconds on finding the fastest: our own where it can be built, and plain torch."""
+    if num_shards == 2:
+        with contextlib.suppress(NativeBuildError):
+            load_library()
+            return "native"
+    return "torch_loop"
+
+
 def start_shards(zygotes: Zygotes, model: Path, num_shards: int) -> tuple[Placement, list[int]]:
     spec = ExpertCheckpoint.open(model).spec
     placement = Placement.linear(spec.num_layers, spec.num_experts, num_shards)
-    settings = ShardSettings(model_path=str(model), dtype="float32", kernel=KERNELS[num_shards]).model_dump()
+    settings = ShardSettings(model_path=str(model), dtype="float32", kernel=kernel_of(num_shards)).model_dump()
     jobs = [
         zygotes.shard.start("shard", settings=settings, placement=placement.to_json(), rank=rank)
         for rank in range(num_shards)
