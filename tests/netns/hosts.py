@@ -4,8 +4,9 @@
     host 1 (10.213.0.2) --+-- bridge in a namespace of its own
     host 2 (10.213.0.3) --+
 
-Nothing of the machine's own network is touched. What runs in a namespace is killed before it is removed, and what an
-earlier run left behind, because it was killed itself, is removed by the next one.
+Each host has a folder of its own at the path `Host.folder`, the same path on all of them, as hosts do: Ray's sockets
+and logs go there. Nothing of the machine's own network is touched. What runs in a namespace is killed before it is
+removed, and what an earlier run left behind, because it was killed itself, is removed by the next one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,10 +47,15 @@ class Host:
     address: str
     switch: str
     port: str
+    folder: str
+    disk: str
+    """What stands behind `folder` on this host, as the rest of the machine sees it."""
 
     def command(self, *words: str) -> list[str]:
         """The command that runs `words` on this host."""
-        return ["ip", "netns", "exec", self.name, *words]
+        # `ip netns exec` gives the process a view of mounts of its own, and the binding ends with that.
+        bind = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        return ["ip", "netns", "exec", self.name, "sh", "-c", bind, self.disk, self.folder, *words]
 
     def popen(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """Start a process on this host; it dies with the hosts at the latest."""
@@ -93,7 +100,7 @@ def _remove_leftovers() -> None:
         name = line.split()[0]
         parts = name.split("-")
         if parts[0] == _PREFIX and len(parts) == 3 and not os.path.exists(f"/proc/{parts[1]}"):
-            Host(name, "", "", "").kill_all()
+            Host(name, "", "", "", "", "").kill_all()
             _ip("netns", "del", name)
 
 
@@ -105,6 +112,9 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
     _remove_leftovers()
     switch = f"{_PREFIX}-{os.getpid()}-switch"
     made: list[Host] = []
+    base = tempfile.mkdtemp(prefix="mesh")  # short, since Unix sockets will stand in it
+    folder = os.path.join(base, "own")
+    os.mkdir(folder)
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
@@ -112,12 +122,16 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
         for number in range(count):
             name, port, address = f"{_PREFIX}-{os.getpid()}-{number}", f"port{number}", f"10.213.0.{number + 1}"
             _ip("netns", "add", name)
-            made.append(Host(name, address, switch, port))
+            disk = os.path.join(base, str(number))
+            os.mkdir(disk)
+            made.append(Host(name, address, switch, port, folder, disk))
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
             _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
+            # Leads nowhere, but programs learn their own address by asking for the way to some public one.
+            _ip("-n", name, "route", "add", "default", "via", "10.213.0.254")
         yield made
     finally:
         for host in made:
@@ -125,3 +139,4 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
             _ip("netns", "del", host.name)
         with contextlib.suppress(NamespacesRefusedError):
             _ip("netns", "del", switch)
+        shutil.rmtree(base, ignore_errors=True)
