@@ -16,6 +16,7 @@ container, shared with Ray's object store) does not matter.
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import mmap
 import os
@@ -25,6 +26,7 @@ import struct
 import time
 
 import numpy as np
+from numba import njit, types
 
 from experts.errors import ShardLostError, ShardTimeoutError
 from experts.link import Doorbell, RouterLink, ShardChannel
@@ -34,10 +36,55 @@ from experts.transports.control import LifeLine
 logger = logging.getLogger(__name__)
 
 _LINE = 64
-_REQUEST, _REPLY, _ROUTER_SLEEPS, _REPLY_BYTES, _REQUEST_BYTES, _NOBODY = range(6)
+_REQUEST, _REPLY, _ROUTER_SLEEPS, _REPLY_BYTES, _REQUEST_BYTES = range(5)
 _CONTROL_BYTES = 4096
 _SLICE_NS = 20_000_000  # how often a sleeping router looks whether the shard's process is still there
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+@njit(nogil=True, cache=True)
+def _post(base: int, bell: int, seq: int, nbytes: int) -> None:
+    """Write the request's length and number, and ring."""
+    atomics.store_release(base + _REQUEST_BYTES * _LINE, types.uint32(nbytes))
+    atomics.store_release(base + _REQUEST * _LINE, types.uint32(seq))
+    atomics.ring(bell, bell + _LINE)
+
+
+@njit(nogil=True, cache=True)
+def _await_reply(base: int, seq: int, spin_ns: int, timeout_ns: int) -> int:
+    """Length of the reply to request `seq`, or -1 when it has not come within `timeout_ns`."""
+    before = (seq - 1) & 0xFFFFFFFF
+    seen = atomics.wait_while_equal(base + _REPLY * _LINE, base + _ROUTER_SLEEPS * _LINE, before, spin_ns, timeout_ns)
+    return int(atomics.load_acquire(base + _REPLY_BYTES * _LINE)) if seen == seq else -1
+
+
+@njit(nogil=True, cache=True)
+def _poll(base: int, answered: int) -> int:
+    """Length of a request that is not answered yet, or -1."""
+    if atomics.load_acquire(base + _REQUEST * _LINE) == answered:
+        return -1
+    return int(atomics.load_acquire(base + _REQUEST_BYTES * _LINE))
+
+
+@njit(nogil=True, cache=True)
+def _reply(base: int, nbytes: int) -> int:
+    """Write the reply's length and number, and wake the router if it sleeps; returns the request's number."""
+    seq = int(atomics.load_acquire(base + _REQUEST * _LINE))
+    atomics.store_release(base + _REPLY_BYTES * _LINE, types.uint32(nbytes))
+    atomics.publish(base + _REPLY * _LINE, seq, base + _ROUTER_SLEEPS * _LINE)
+    return seq
+
+
+@functools.cache
+def warm_up() -> None:
+    """Load or compile the machine code now: a second or more the first time, which no dispatch should pay."""
+    atomics.warm_up()
+    words = np.zeros(_CONTROL_BYTES // 4, np.uint32)
+    base = int(words.ctypes.data)
+    _post(base, base + 16 * _LINE, 1, 0)
+    _poll(base, 0)
+    _reply(base, 0)
+    _await_reply(base, 1, 0, 0)
 
 
 class SharedRegion:
@@ -123,7 +170,7 @@ class ShmDoorbell(Doorbell):
     """A counter in a page of its own; routers of the host map it and ring it directly."""
 
     def __init__(self, spin_us: float, label: str = "bell") -> None:
-        atomics.warm_up()
+        warm_up()
         self.region = SharedRegion.create(_CONTROL_BYTES, label)
         self._seen = 0
         self._spin_ns = int(spin_us * 1000)
@@ -154,13 +201,13 @@ class ShmRouterLink(RouterLink):
         spin_us: float,
         line: LifeLine,
     ) -> None:
-        atomics.warm_up()
+        warm_up()
         self.rank = rank
         self.transport = "shm"
         self.region = region
         self.send_buffer = region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + send_capacity]
         self.recv_buffer = region.bytes[_CONTROL_BYTES + send_capacity :]
-        self._words = region.bytes[:_CONTROL_BYTES].view(np.uint32)[:: _LINE // 4]
+        self._capacity = send_capacity
         self._bell = bell
         self._seq = 0
         self._spin_ns = int(spin_us * 1000)
@@ -191,27 +238,21 @@ class ShmRouterLink(RouterLink):
     def post(self, nbytes: int) -> None:
         if self._closed:
             raise ShardLostError(self.rank, "the link is closed")
-        if nbytes > len(self.send_buffer):
-            raise ValueError(f"a request of {nbytes} bytes does not fit into {len(self.send_buffer)}")
+        if nbytes > self._capacity:
+            raise ValueError(f"a request of {nbytes} bytes does not fit into {self._capacity}")
         self._seq = (self._seq + 1) & 0xFFFFFFFF
-        self._words[_REQUEST_BYTES] = nbytes
-        base = self.region.address
-        atomics.publish(base + _REQUEST * _LINE, self._seq, base + _NOBODY * _LINE)
-        atomics.ring(self._bell.address, self._bell.address + _LINE)
+        _post(self.region.address, self._bell.address, self._seq, nbytes)
 
     def wait(self, deadline_s: float) -> int:
-        base = self.region.address
-        reply, sleeps = base + _REPLY * _LINE, base + _ROUTER_SLEEPS * _LINE
-        before = (self._seq - 1) & 0xFFFFFFFF
         deadline_ns = int(deadline_s * 1e9)
         spin_ns = self._spin_ns
         while True:
             if self._closed:
                 raise ShardLostError(self.rank, "the link is closed")
             left_ns = deadline_ns - time.monotonic_ns()
-            seen = atomics.wait_while_equal(reply, sleeps, before, spin_ns, max(min(left_ns, _SLICE_NS), 0))
-            if seen == self._seq:
-                return int(self._words[_REPLY_BYTES])
+            nbytes = _await_reply(self.region.address, self._seq, spin_ns, max(min(left_ns, _SLICE_NS), 0))
+            if nbytes >= 0:
+                return nbytes
             reason = self._line.gone()
             if reason is not None:
                 raise ShardLostError(self.rank, reason)
@@ -246,17 +287,12 @@ class ShmShardChannel(ShardChannel):
             self.region.drop_descriptor()
         self.recv_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + request_capacity]
         self.send_buffer = self.region.bytes[_CONTROL_BYTES + request_capacity :]
-        self._words = self.region.bytes[:_CONTROL_BYTES].view(np.uint32)[:: _LINE // 4]
-        self._polled = 0
         self._answered = 0
 
     def poll(self) -> int:
         if self.closed:
             return -1
-        self._polled = int(atomics.load_word(self.region.address + _REQUEST * _LINE))
-        if self._polled == self._answered:
-            return -1
-        nbytes = int(self._words[_REQUEST_BYTES])
+        nbytes = _poll(self.region.address, self._answered)
         if nbytes > len(self.recv_buffer):
             logger.error("router %s posted %d bytes into %d", self.router_id, nbytes, len(self.recv_buffer))
             self.close()
@@ -266,10 +302,7 @@ class ShmShardChannel(ShardChannel):
     def reply(self, nbytes: int) -> None:
         if nbytes > len(self.send_buffer):
             raise ValueError(f"a reply of {nbytes} bytes does not fit into {len(self.send_buffer)}")
-        base = self.region.address
-        self._words[_REPLY_BYTES] = nbytes
-        self._answered = self._polled
-        atomics.publish(base + _REPLY * _LINE, self._answered, base + _ROUTER_SLEEPS * _LINE)
+        self._answered = _reply(self.region.address, nbytes)
 
     def close(self) -> None:
         self.closed = True
