@@ -37,8 +37,11 @@ def preload_engine() -> None:
 
 
 def preload_shard() -> None:
-    """Import what shards need."""
+    """Import what shards need, and let numba load what it compiled: that is most of a shard's start."""
     import experts.shard_server  # noqa: F401
+    from experts.transports.atomics import warm_up
+
+    warm_up()
 
 
 def prompts() -> list[list[int]]:
