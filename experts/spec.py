@@ -3,8 +3,6 @@
 Legend: D hidden size, I expert intermediate size.
 """
 
-# ruff: noqa: N815 - fields carry shape suffixes too
-
 from __future__ import annotations
 
 from dataclasses import dataclass
