@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import socket
 import struct
@@ -141,14 +140,12 @@ class Peer:
 
     def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
         command = [sys.executable, "-m", "benchmarks.transport_pingpong", "--serve", mode, "--peer-host", host]
-        cores = sorted(os.sched_getaffinity(0))
         self.process = subprocess.Popen(
             [*prefix, *command, "--argument", str(argument)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             pass_fds=[argument] if argument else [],
-            preexec_fn=lambda: os.sched_setaffinity(0, cores[1:] or cores),
         )
         self.facts = self.told()
 
@@ -311,7 +308,6 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.peer_host, args.argument)
         return
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
     turns, count = (5, 100) if args.quick else (11, 400)
     sizes = (128, 64 << 10) if args.quick else SIZES
     prefix = shlex.split(args.peer_prefix)
