@@ -24,12 +24,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from experts import request
 from experts.checkpoint import ExpertCheckpoint
 from experts.layer_shape import LayerShape
 from experts.local_experts import LocalExperts
 from experts.membership import Membership, ShardEndpoint
 from experts.router import MeshRouter
 from experts.settings import RouterSettings, ShardSettings
+from experts.transports import atomics
 from placement.tables import Placement
 
 SPAWN_S = 90.0
@@ -38,6 +40,10 @@ AWAIT_S = 60.0
 # Kernel and oracle sum the same float32 products in other orders: over at most 100 terms each of about unit size,
 # that moves a sum by some 1e-6; a wrong expert, weight or row moves it by some 1e-1.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+torch.set_num_threads(1)  # what is computed here is far too small to share
+atomics.warm_up()  # once in the fork server rather than in every shard
+request.warm_up()
 
 
 def write_checkpoint(
@@ -119,6 +125,28 @@ def _serve(settings: dict[str, Any], placement: dict[str, Any], rank: int, epoch
             pipe.send(getattr(server, name)(*arguments))
         except Exception as error:
             pipe.send(error)
+
+
+def in_processes(body: Callable[..., None], arguments: list[tuple]) -> list[Any]:
+    """What `body(*arguments, pipe)` sends, from one process for each of `arguments`, all at once."""
+    running = []
+    for one in arguments:
+        ours, theirs = multiprocessing.Pipe()
+        process = _context().Process(target=body, args=(*one, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        running.append((process, ours))
+    try:
+        answers = []
+        for process, pipe in running:
+            assert pipe.poll(SPAWN_S), f"process {process.pid} sent nothing"
+            answers.append(pipe.recv())
+        return answers
+    finally:
+        for process, pipe in running:
+            process.kill()
+            process.join(AWAIT_S)
+            pipe.close()
 
 
 @dataclass
@@ -292,11 +320,12 @@ def oracle(checkpoint: ExpertCheckpoint, layer: int, batch: Batch) -> torch.Tens
     """The layer's output in float64: every pair by the definition, one token after the other."""
     spec = checkpoint.spec
     assert spec.activation.kind == "silu"
+    read = functools.cache(lambda expert: checkpoint.read_expert(layer, expert, torch.float32))
     y_TD = torch.zeros(batch.x_TD.shape, dtype=torch.float64)
     for token, (ids, weights) in enumerate(zip(batch.ids_TK.tolist(), batch.weights_TK.tolist(), strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
             if expert >= 0:
-                stored = checkpoint.read_expert(layer, expert, torch.float32)
+                stored = read(expert)
                 gate, up = (stored.w13_2ID.double() @ batch.x_TD[token].double()).chunk(2)
                 y_TD[token] += weight * (stored.w2_DI.double() @ (torch.nn.functional.silu(gate) * up))
     return y_TD

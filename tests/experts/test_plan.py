@@ -257,10 +257,8 @@ class Replies:
         for rank, buffer in self.buffers.items():
             address_R[rank] = buffer.ctypes.data
         scratch_D = np.full(D, np.nan, np.float32)
-        code = CODES[y_TD.dtype]
-        plan.combine(
-            self.planned.rank_TK, self.planned.row_TK, answered_R, address_R, code, scratch_D, y_TD.data_ptr(), accumulate
-        )  # fmt: skip
+        replies = (self.planned.rank_TK, self.planned.row_TK, answered_R, address_R, CODES[y_TD.dtype])
+        plan.combine(*replies, scratch_D, y_TD.data_ptr(), accumulate)
         return y_TD
 
     def parts(self, answered_R: np.ndarray) -> list[list[torch.Tensor]]:
