@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import HIDDEN, ROW_BYTES, pack
 from small_mesh import (
     Mesh,
     assert_matches,
@@ -30,18 +30,13 @@ from small_mesh import (
 
 from experts.checkpoint import CheckpointError
 from experts.errors import ShardRejectedError
-from experts.kernels import ExpertKernel, KernelShape
-from experts.link import RouterLink, ShardChannel
+from experts.link import RouterLink
 from experts.membership import ShardEndpoint
 from experts.settings import ShardSettings
-from experts.shard_loop import ShardLoop
 from experts.shard_server import ShardServer
-from experts.slots import SlotTable
 from experts.transports.connect import connect
 from experts.transports.control import Hello
-from experts.transports.shm import ShmDoorbell
 from experts.wire import (
-    DTYPE_CODES,
     H_DTYPE,
     H_HIDDEN,
     H_LAYER,
@@ -51,17 +46,14 @@ from experts.wire import (
     H_SEQ,
     H_STATUS,
     HEADER_BYTES,
-    MAGIC,
     STATUS_OK,
     STATUS_REJECTED,
     error_text,
     header_of,
-    request_layout,
 )
 from placement.tables import Placement
 
-NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 2, 6, 3, 24
-ROW_BYTES = 4 * HIDDEN
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 6, 3
 ROOT = Path(__file__).parents[2]
 
 
@@ -103,23 +95,6 @@ def link(mesh: Mesh) -> Iterator[RouterLink]:
     link.close()
 
 
-def pack(link: RouterLink, seq: int, experts: list[int], layer: int = 0, x_D: torch.Tensor | None = None) -> int:
-    """One row that wants `experts`, each at weight 1, in the link's send buffer; returns the length."""
-    buffer = link.send_buffer
-    offsets_at, experts_at, weights_at, rows_at, nbytes = request_layout(1, len(experts), ROW_BYTES)
-    header = header_of(buffer)
-    header[:] = 0
-    header[H_MAGIC], header[H_SEQ], header[H_LAYER] = MAGIC, seq, layer
-    header[H_ROWS], header[H_PAIRS] = 1, len(experts)
-    header[H_DTYPE], header[H_HIDDEN] = DTYPE_CODES[torch.float32], HIDDEN
-    buffer[offsets_at : offsets_at + 8].view(np.int32)[:] = [0, len(experts)]
-    buffer[experts_at : experts_at + 4 * len(experts)].view(np.int32)[:] = experts
-    buffer[weights_at : weights_at + 4 * len(experts)].view(np.float32)[:] = 1
-    row = torch.ones(HIDDEN) if x_D is None else x_D
-    buffer[rows_at:nbytes].view(np.float32)[:] = row.numpy()
-    return nbytes
-
-
 def ask(link: RouterLink, nbytes: int) -> np.ndarray:
     """The header of the answer."""
     link.post(nbytes)
@@ -130,7 +105,7 @@ def ask(link: RouterLink, nbytes: int) -> np.ndarray:
 def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
     """The next request is answered, and right."""
     x_D = torch.linspace(-1, 1, HIDDEN)
-    header = ask(link, pack(link, seq, [0, 2], layer=1, x_D=x_D))
+    header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
     assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
     y_D = torch.from_numpy(link.recv_buffer[HEADER_BYTES : HEADER_BYTES + ROW_BYTES].view(np.float32))
     expected = local(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
@@ -176,7 +151,7 @@ BAD_REQUESTS = {
 def test_a_bad_request_goes_back_and_the_loop_lives_on(mesh: Mesh, model: Path, link: RouterLink, kind: str) -> None:
     spoil, text = BAD_REQUESTS[kind]
     errors = mesh.shards[0].status()["errors"]
-    header = ask(link, spoil(link, pack(link, 7, [0, 1])))
+    header = ask(link, spoil(link, pack(link.send_buffer, 7, [0, 1])))
     assert header[H_STATUS] == STATUS_REJECTED
     assert error_text(link.recv_buffer).startswith("BadRequestError: ")
     assert text in error_text(link.recv_buffer)
@@ -187,7 +162,7 @@ def test_a_bad_request_goes_back_and_the_loop_lives_on(mesh: Mesh, model: Path, 
 
 
 def test_an_expert_of_another_shard_is_named(mesh: Mesh, model: Path, link: RouterLink) -> None:
-    header = ask(link, pack(link, 3, [0, 5], layer=1))
+    header = ask(link, pack(link.send_buffer, 3, [0, 5], layer=1))
     assert (header[H_SEQ], header[H_STATUS]) == (3, STATUS_REJECTED)
     assert error_text(link.recv_buffer) == "BadRequestError: expert 5 of layer 1 has no slot on this shard"
     check_serves(link, model)
@@ -197,7 +172,7 @@ def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> 
     small = open_link(mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES)
     check_serves(small, model)
     tight = open_link(mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES - 4)
-    header = ask(tight, pack(tight, 1, [0]))
+    header = ask(tight, pack(tight.send_buffer, 1, [0]))
     assert header[H_STATUS] == STATUS_REJECTED
     assert error_text(tight.recv_buffer) == "BadRequestError: 1 rows do not fit the reply buffer"
     small.close()
@@ -330,7 +305,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         assert b"12 of 12 experts loaded" in log
         assert b"router by-hand connected" in log
         with pytest.raises(Exception, match="shard 0"):
-            ask(link, pack(link, 1, [0]))
+            ask(link, pack(link.send_buffer, 1, [0]))
         link.close()
     finally:
         process.kill()
@@ -340,160 +315,3 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
 def test_an_unknown_setting_is_an_error_that_names_it(model: Path) -> None:
     with pytest.raises(ValueError, match=r"num_thread\b"):
         ShardSettings(model_path=str(model), dtype="float32", num_thread=2)  # type: ignore[call-arg]
-
-
-# --- the loop itself ----------------------------------------------------------------------------------------------
-
-
-class FakeChannel(ShardChannel):
-    """A router in the same thread: one request at a time."""
-
-    def __init__(self, router_id: str) -> None:
-        self.router_id = router_id
-        self.recv_buffer = np.zeros(1 << 14, np.uint8)
-        self.send_buffer = np.zeros(1 << 14, np.uint8)
-        self.waiting = -1
-        self.answers: list[int] = []
-        self.broken: Exception | None = None
-
-    def poll(self) -> int:
-        nbytes, self.waiting = self.waiting, -1
-        if nbytes >= 0 and self.broken is not None:
-            raise self.broken
-        return nbytes
-
-    def reply(self, nbytes: int) -> None:
-        self.answers.append(nbytes)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class GatedKernel(ExpertKernel):
-    """Writes the slot's stamp before and after a gate; a request that saw its slot refilled has two different ones."""
-
-    name = "gated"
-
-    @classmethod
-    def supports(cls, shape: KernelShape) -> str | None:
-        return None
-
-    def __init__(self, shape: KernelShape) -> None:
-        super().__init__(shape)
-        self.stamps_LS = np.zeros((shape.num_layers, shape.num_slots))
-        self.inside, self.gate = threading.Event(), threading.Event()
-        self.gate.set()
-        self.error: Exception | None = None
-
-    def _pack(self, layer: int, slot: int, weights: Any) -> None:
-        self.stamps_LS[layer, slot] = float(weights.w13_2ID[0, 0])
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return []
-
-    def forward(self, layer: int, rows_MD: Any, offsets: Any, slots_N: Any, weights_N: Any, out_MD: Any) -> None:
-        if self.error is not None:
-            raise self.error
-        out_MD[:, 0] = self.stamps_LS[layer, slots_N[0]]
-        self.inside.set()
-        assert self.gate.wait(60)
-        out_MD[:, 1] = self.stamps_LS[layer, slots_N[0]]
-
-
-@pytest.fixture
-def gated(model: Path) -> Iterator[tuple[ShardLoop, GatedKernel]]:
-    """A loop whose 3 slots a layer hold the experts 0 to 2."""
-    checkpoint = Mesh(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2), {}).checkpoint
-    spec = checkpoint.spec
-    shape = KernelShape(NUM_LAYERS, 3, HIDDEN, spec.intermediate_size, spec.activation)
-    kernel = GatedKernel(shape)
-    slots = SlotTable(checkpoint, kernel, 3, torch.float32)
-    slots.load(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2), 0)
-    loop = ShardLoop(slots, kernel, ShmDoorbell(0), torch.float32, 1)
-    loop.start()
-    yield loop, kernel
-    kernel.gate.set()
-    loop.stop()
-
-
-def post(loop: ShardLoop, channel: FakeChannel, seq: int, experts: list[int]) -> None:
-    class Ends:
-        send_buffer = channel.recv_buffer
-
-    channel.waiting = pack(Ends, seq, experts)  # type: ignore[arg-type]
-    loop.bell.ring()
-
-
-def test_a_slot_in_use_is_refilled_only_when_its_request_is_done(gated: tuple[ShardLoop, GatedKernel]) -> None:
-    loop, kernel = gated
-    channel = FakeChannel("router")
-    loop.add(channel)
-    kernel.inside.clear()
-    kernel.gate.clear()
-    stamp = kernel.stamps_LS[0, loop.slots.slot_of_expert_LE[0, 1]]
-    post(loop, channel, 1, [1])
-    assert kernel.inside.wait(60)
-    other = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
-    loading = threading.Thread(target=loop.slots.load, args=(other, 1))
-    loading.start()
-    await_true(lambda: (loop.slots.slot_of_expert_LE[0] < 0).sum() > 3, "the first expert's leaving the table")
-    loading.join(0.05)
-    assert loading.is_alive(), "the slot was refilled under the request"
-    kernel.gate.set()
-    loading.join(60)
-    assert not loading.is_alive()
-    await_true(lambda: channel.answers, "the answer")
-    row = channel.send_buffer[HEADER_BYTES : HEADER_BYTES + 8].view(np.float32)
-    np.testing.assert_array_equal(row, np.float32([stamp, stamp]))
-    assert (loop.slots.slot_of_expert_LE >= 0).tolist() == [[False] * 3 + [True] * 3] * NUM_LAYERS
-
-
-def test_a_kernel_that_fails_is_reported_to_the_sender_and_not_the_end(gated: tuple[ShardLoop, GatedKernel]) -> None:
-    loop, kernel = gated
-    channel = FakeChannel("router")
-    loop.add(channel)
-    kernel.error = RuntimeError("out of memory")
-    post(loop, channel, 1, [0])
-    await_true(lambda: len(channel.answers) == 1, "the error")
-    assert header_of(channel.send_buffer)[H_STATUS] == STATUS_REJECTED
-    assert error_text(channel.send_buffer) == "RuntimeError: out of memory"
-    kernel.error = None
-    post(loop, channel, 2, [0])
-    await_true(lambda: len(channel.answers) == 2, "the answer")
-    header = header_of(channel.send_buffer)
-    assert (header[H_SEQ], header[H_STATUS]) == (2, STATUS_OK)
-
-
-def test_a_broken_pair_ends_its_own_service_alone(gated: tuple[ShardLoop, GatedKernel]) -> None:
-    loop, _ = gated
-    broken, sound = FakeChannel("broken"), FakeChannel("sound")
-    broken.broken = OSError("connection reset")
-    loop.add(broken)
-    loop.add(sound)
-    broken.waiting = 1
-    post(loop, sound, 1, [0])
-    await_true(lambda: sound.answers and broken.closed, "the sound router's answer")
-    assert loop.alive
-    assert "router broken: connection reset" in str(loop.counters.last_error)
-    loop.remove(broken)
-    assert loop.router_ids == ["sound"]
-
-
-def test_slots_that_do_not_suffice_are_named(gated: tuple[ShardLoop, GatedKernel]) -> None:
-    loop, _ = gated
-    with pytest.raises(ValueError, match="layer 0 wants more experts than the 3 slots of this shard"):
-        loop.slots.load(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1), 0)
-
-
-def test_the_digest_tells_other_weights_apart(model: Path, tmp_path: Path) -> None:
-    def digest_of(folder: Path, rank: int = 0) -> str:
-        placement = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
-        checkpoint = Mesh(folder, placement, {}).checkpoint
-        shape = KernelShape(NUM_LAYERS, 3, HIDDEN, 40, checkpoint.spec.activation)
-        slots = SlotTable(checkpoint, GatedKernel(shape), 3, torch.float32)
-        slots.load(placement, rank)
-        return slots.digest()
-
-    other = write_checkpoint(tmp_path / "other", seed=1)
-    assert digest_of(model) == digest_of(model)
-    assert len({digest_of(model), digest_of(model, 1), digest_of(other)}) == 3
