@@ -30,8 +30,9 @@ from experts.membership import ShardEndpoint, host_id
 from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
+from experts.transports.rendezvous import Meeting, come_to
 from experts.transports.shm import SharedRegion, ShmDoorbell
-from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup, host_store, join_store
+from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup
 
 GOAL = 1.5
 CAPACITY = 1 << 21
@@ -104,9 +105,9 @@ def _serve_links(host: str) -> None:
 
 
 def _serve_gloo(host: str) -> None:
-    store = host_store(host, _LIMIT_S)
-    _tell({"port": store.port})
-    group = GlooGroup(store, SHARD, host, _LIMIT_S)
+    meeting = Meeting(host)
+    _tell(meeting.details())
+    group = GlooGroup(meeting.accept(time.monotonic() + _LIMIT_S), SHARD, host, _LIMIT_S)
     data = torch.zeros(CAPACITY, dtype=torch.uint8)
     while True:
         length = int(sys.stdin.readline() or 0)
@@ -226,9 +227,10 @@ def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
 def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
     """isend and irecv of a two-rank group."""
     peer = Peer("gloo", prefix, host)
-    with socket.create_connection((host, peer.facts["port"])) as probe:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))
         own_address = probe.getsockname()[0]
-    store = join_store(host, peer.facts["port"], _LIMIT_S)
+    store = come_to(host, peer.facts, time.monotonic() + _LIMIT_S)
     group = GlooGroup(store, ROUTER, own_address, _LIMIT_S)
     out, back = torch.zeros(CAPACITY, dtype=torch.uint8), torch.zeros(CAPACITY, dtype=torch.uint8)
     payload, landing = torch.zeros(CAPACITY, dtype=torch.uint8), torch.zeros(CAPACITY, dtype=torch.uint8)

@@ -16,6 +16,7 @@ yet.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -30,14 +31,13 @@ from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
 from experts.link import Doorbell, RouterLink, ShardChannel
 from experts.membership import ShardEndpoint
 from experts.transports.control import Hello, LifeLine, shake_hands
+from experts.transports.rendezvous import Meeting, come_to
 from experts.transports.torch_groups import (
     ROUTER,
     SHARD,
     GlooGroup,
     NcclGroup,
     PairGroup,
-    host_store,
-    join_store,
     meet,
     seconds_left,
 )
@@ -184,18 +184,19 @@ class TorchShardChannel(ShardChannel):
     """The shard's end: a thread builds the groups, then blocks in receives; poll() and reply() never block."""
 
     def __init__(
-        self, hello: Hello, line: LifeLine, bell: Doorbell, device: str, store: Store, deadline_s: float
+        self, hello: Hello, line: LifeLine, bell: Doorbell, device: str, meeting: Meeting, deadline_s: float
     ) -> None:
         self.router_id = hello.router_id
         self._pair = _Pair(hello, device, hello.reply_capacity, hello.request_capacity)
         self.recv_buffer, self.send_buffer = self._pair.into.buffer, self._pair.out.buffer
         self._line = line
         self._bell = bell
+        self._meeting = meeting
         self._rows_limit_s = seconds_left(deadline_s)
         self._ready = -1
         self._expecting = threading.Semaphore(0)
         threading.Thread(
-            target=self._run, args=(hello, device, store, deadline_s), name=f"pair-{hello.router_id}", daemon=True
+            target=self._run, args=(hello, device, deadline_s), name=f"pair-{hello.router_id}", daemon=True
         ).start()
 
     @property
@@ -206,9 +207,10 @@ class TorchShardChannel(ShardChannel):
     def recv_tensor(self) -> torch.Tensor | None:
         return self._pair.recv_tensor
 
-    def _run(self, hello: Hello, device: str, store: Store, deadline_s: float) -> None:
+    def _run(self, hello: Hello, device: str, deadline_s: float) -> None:
         try:
-            self._pair.open(store, SHARD, hello, device, self._line, deadline_s)
+            with contextlib.closing(self._meeting.accept(deadline_s)) as store:
+                self._pair.open(store, SHARD, hello, device, self._line, deadline_s)
             self._pair.expect()
             while not self.closed:
                 self._ready = self._pair.receive(None, self._rows_limit_s)
@@ -236,6 +238,7 @@ class TorchShardChannel(ShardChannel):
         if not self.closed:
             self.closed = True
             self._line.close()
+            self._meeting.close()
             self._pair.abort()
             self._expecting.release()
 
@@ -252,9 +255,9 @@ def connect_torch(
     answer = shake_hands(connection, rank, hello, deadline_s)
     pair = _Pair(hello, device, hello.request_capacity, hello.reply_capacity)
     try:
-        store = join_store(endpoint.host, int(answer["store_port"]), seconds_left(deadline_s))
-        pair.open(store, ROUTER, hello, device, line, deadline_s)
-    except (RuntimeError, OSError) as error:
+        with contextlib.closing(come_to(endpoint.host, answer, deadline_s)) as store:
+            pair.open(store, ROUTER, hello, device, line, deadline_s)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
         pair.abort()
         if time.monotonic() >= deadline_s:
             raise ShardTimeoutError(rank, f"no {hello.transport} pair before the connect deadline") from error
@@ -267,8 +270,8 @@ def open_torch_channel(
 ) -> tuple[ShardChannel, dict[str, Any]]:
     """The shard's end of a gloo or NCCL pair, which goes on opening behind the answer. ValueError refuses it."""
     _check_device(hello.transport, device)
-    store = host_store(line.local_address(), seconds_left(deadline_s))
-    return TorchShardChannel(hello, line, bell, device, store, deadline_s), {"store_port": store.port}
+    meeting = Meeting(line.local_address())
+    return TorchShardChannel(hello, line, bell, device, meeting, deadline_s), meeting.details()
 
 
 def _check_device(transport: str, device: str) -> None:

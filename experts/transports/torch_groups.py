@@ -1,8 +1,7 @@
 """Two-rank groups of torch.distributed, one for each pair of a router and a shard, apart from every other group.
 
-The process groups are made directly on a store of the pair's own, so neither the default group (which vLLM has in a
-router's process) nor any registry of torch.distributed is touched. The shard hosts the store, on the address at which
-the router reached it. Rank 0 is the router, rank 1 the shard.
+The process groups are made directly on a store of the pair's own (`rendezvous`), so neither the default group (which
+vLLM has in a router's process) nor any registry of torch.distributed is touched. Rank 0 is the router, 1 the shard.
 
 Source: how vLLM's `StatelessProcessGroup` and torch's own `new_group` build a backend from a PrefixStore.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store
 
 ROUTER, SHARD = 0, 1
 _DATA_TAG, _BREAK_TAG = 0, 1
@@ -32,25 +30,6 @@ _EAGER_S, _POLL_S = 500e-6, 20e-6  # how long a wait for a GPU yields its core b
 def seconds_left(deadline_s: float) -> float:
     """Until `deadline_s` on time.monotonic()'s clock; at least a millisecond, since 0 means "no limit" to torch."""
     return max(deadline_s - time.monotonic(), 0.001)
-
-
-def host_store(address: str, timeout_s: float) -> TCPStore:
-    """A store that listens on `address` alone, at a free port (`.port`)."""
-    listener = socket.create_server((address, 0), backlog=16)
-    port = listener.getsockname()[1]
-    return TCPStore(
-        address,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
-
-
-def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """A client of the shard's store. RuntimeError (torch's DistError) when it cannot be reached in time."""
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 class PairGroup(ABC):

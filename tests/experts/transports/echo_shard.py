@@ -11,11 +11,13 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,20 @@ class EchoShard:
         if not self.pipe.poll(timeout_s):
             raise TimeoutError("the shard reported nothing")
         return self.pipe.recv()
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until every thread of it has stopped."""
+        tasks = Path(f"/proc/{self.endpoint.pid}/task")
+        os.kill(self.endpoint.pid, signal.SIGSTOP)
+        limit_s = time.monotonic() + 20
+        while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in tasks.glob("*/stat")):
+            if time.monotonic() > limit_s:
+                raise TimeoutError("the echo shard does not stop")
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.endpoint.pid, signal.SIGCONT)
 
     def connect(
         self, transport: str, router_id: str = "router", capacity: int = CAPACITY, limit_s: float = 20.0

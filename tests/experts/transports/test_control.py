@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -166,12 +165,12 @@ def test_nobody_listens() -> None:
 @pytest.mark.parametrize("transport", ["shm", "gloo", "gloo_split"])
 def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
     with echo_shard() as shard:
-        os.kill(shard.endpoint.pid, signal.SIGSTOP)
+        shard.stop()
         limit_s = deadline_in(0.3)
         with pytest.raises(ShardTimeoutError, match="no answer to the handshake before the connect deadline"):
             connect(shard.endpoint, hello_for(transport), "cpu", 20.0, limit_s)
         assert time.monotonic() >= limit_s
-        os.kill(shard.endpoint.pid, signal.SIGCONT)
+        shard.resume()
         still_serves(shard)
 
 

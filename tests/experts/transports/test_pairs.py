@@ -108,7 +108,7 @@ def test_killed_shard_ends_a_wait_long_before_its_deadline(transport: str) -> No
 def test_stopped_shard_costs_the_deadline_and_not_more_links(transport: str) -> None:
     with echo_shard() as shard:
         link = shard.connect(transport)
-        os.kill(shard.endpoint.pid, signal.SIGSTOP)
+        shard.stop()
         post_body(link, b"abc")
         limit_s = deadline(0.3)
         with pytest.raises(ShardTimeoutError, match="before the dispatch deadline"):
@@ -117,7 +117,7 @@ def test_stopped_shard_costs_the_deadline_and_not_more_links(transport: str) -> 
         link.close()
         with pytest.raises(ShardLostError):
             post_body(link, b"abc")
-        os.kill(shard.endpoint.pid, signal.SIGCONT)
+        shard.resume()
         # The stopped shard wakes up, finds the router gone, and serves the next one.
         settle(shard)
         again = shard.connect(transport)

@@ -1,0 +1,122 @@
+"""How the two ends of a pair tell each other where they listen, before their process groups stand.
+
+torch's TCPStore would do, but it looks up the names of both hosts as it connects, which takes many seconds where a name
+server does not answer, and routers connect while their engine waits. A pair needs less: one socket, on which each end
+sends what it sets and reads what the other one set.
+
+    message: uint32 length of the key | uint32 length of the value | key | value      (network byte order)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import struct
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import Store
+
+_LENGTHS = struct.Struct("!II")
+_MAX_BYTES = 1 << 20
+_TOKEN_BYTES = 32
+
+
+class PairStore(Store):
+    """What `torch.distributed` asks of a store with two users, over one connected socket. Used by one thread."""
+
+    def __init__(self, connection: socket.socket, deadline_s: float) -> None:
+        """Every wait ends at `deadline_s` (time.monotonic()) with TimeoutError, ConnectionError when the peer left."""
+        super().__init__()
+        self._socket = connection
+        self._deadline_s = deadline_s
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Let both ends have `value`."""
+        data = value if isinstance(value, bytes) else value.encode()
+        name = key.encode()
+        self._values[key] = data
+        self._socket.settimeout(self._left_s())
+        self._socket.sendall(_LENGTHS.pack(len(name), len(data)) + name + data)
+
+    def get(self, key: str) -> bytes:
+        """The value of `key`, once either end has set it."""
+        while key not in self._values:
+            name_bytes, data_bytes = _LENGTHS.unpack(self.receive(_LENGTHS.size))
+            if max(name_bytes, data_bytes) > _MAX_BYTES:
+                raise ConnectionError(f"a rendezvous message of {name_bytes} and {data_bytes} bytes")
+            name = self.receive(name_bytes).decode()
+            self._values[name] = self.receive(data_bytes)
+        return self._values[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Until every key is set."""
+        for key in keys:
+            self.get(key)
+
+    def has_extended_api(self) -> bool:
+        """Whether there is more than set, get and wait."""
+        return False
+
+    def close(self) -> None:
+        """Give the socket up. Idempotent."""
+        self._socket.close()
+
+    def _left_s(self) -> float:
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the two ends of the pair did not meet before the deadline")
+        return left_s
+
+    def receive(self, length: int) -> bytes:
+        """The next `length` bytes from the other end."""
+        data = bytearray()
+        while len(data) < length:
+            self._socket.settimeout(self._left_s())
+            more = self._socket.recv(length - len(data))
+            if not more:
+                raise ConnectionError("the other end of the pair left before it was open")
+            data += more
+        return bytes(data)
+
+
+class Meeting:
+    """The shard's side: a port of its own at which exactly the router that knows the token is awaited."""
+
+    def __init__(self, address: str) -> None:
+        self._listener = socket.create_server((address, 0), backlog=4)
+        self._token = secrets.token_hex(_TOKEN_BYTES // 2)
+
+    def details(self) -> dict[str, Any]:
+        """What the router has to know to come."""
+        return {"meeting_port": self._listener.getsockname()[1], "meeting_token": self._token}
+
+    def accept(self, deadline_s: float) -> PairStore:
+        """The store once the router has come. TimeoutError, or OSError after `close`."""
+        while True:
+            self._listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            connection, _ = self._listener.accept()
+            store = PairStore(connection, deadline_s)
+            with contextlib.suppress(ConnectionError):
+                if secrets.compare_digest(store.receive(_TOKEN_BYTES), self._token.encode()):
+                    self.close()
+                    return store
+            store.close()
+
+    def close(self) -> None:
+        """Await nobody any more, from any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def come_to(host: str, details: dict[str, Any], deadline_s: float) -> PairStore:
+    """The router's side of a `Meeting`, from what the shard said of it. OSError, KeyError or ValueError."""
+    left_s = max(deadline_s - time.monotonic(), 0.001)
+    connection = socket.create_connection((host, int(details["meeting_port"])), timeout=left_s)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.sendall(str(details["meeting_token"]).encode())
+    return PairStore(connection, deadline_s)

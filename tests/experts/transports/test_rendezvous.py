@@ -1,0 +1,84 @@
+"""The store over which the two ends of a torch pair meet."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from experts.transports.connect import deadline_in
+from experts.transports.rendezvous import Meeting, PairStore, come_to
+
+LONG_S = 30.0
+
+
+def pair() -> tuple[PairStore, PairStore]:
+    one, other = socket.socketpair()
+    return PairStore(one, deadline_in(LONG_S)), PairStore(other, deadline_in(LONG_S))
+
+
+def test_both_ends_have_what_either_sets() -> None:
+    router, shard = pair()
+    router.set("a", b"1")
+    router.set("empty", b"")
+    shard.set("b", "2")
+    assert shard.get("empty") == b""
+    assert (shard.get("a"), shard.get("b"), router.get("b"), router.get("a")) == (b"1", b"2", b"2", b"1")
+    router.wait(["a", "b"])
+
+
+def test_waits_end_at_the_deadline_and_when_the_other_end_leaves() -> None:
+    one, other = socket.socketpair()
+    store = PairStore(one, deadline_in(0.05))
+    with pytest.raises(TimeoutError):
+        store.get("never")
+    router, shard = pair()
+    shard.close()
+    with pytest.raises(ConnectionError, match="left before it was open"):
+        router.get("never")
+    other.close()
+
+
+def test_nonsense_is_an_error() -> None:
+    one, other = socket.socketpair()
+    other.sendall(b"\xff" * 8)
+    with pytest.raises(ConnectionError, match="a rendezvous message of 4294967295"):
+        PairStore(one, deadline_in(LONG_S)).get("a")
+
+
+def test_strangers_are_passed_over() -> None:
+    meeting = Meeting("127.0.0.1")
+    details = meeting.details()
+    stores: list[Any] = []
+    accepting = threading.Thread(target=lambda: stores.append(meeting.accept(deadline_in(LONG_S))))
+    accepting.start()
+    socket.create_connection(("127.0.0.1", details["meeting_port"])).close()
+    stranger = come_to("127.0.0.1", {**details, "meeting_token": "0" * 32}, deadline_in(LONG_S))
+    with pytest.raises(ConnectionError):
+        stranger.get("anything")
+    router = come_to("127.0.0.1", details, deadline_in(LONG_S))
+    accepting.join(LONG_S)
+    router.set("a", b"1")
+    assert stores[0].get("a") == b"1"
+    router.close()
+    stores[0].close()
+
+
+def test_closing_a_meeting_ends_the_wait_for_the_router() -> None:
+    meeting = Meeting("127.0.0.1")
+    errors: list[BaseException] = []
+
+    def accept() -> None:
+        try:
+            meeting.accept(deadline_in(3600))
+        except OSError as error:
+            errors.append(error)
+
+    accepting = threading.Thread(target=accept)
+    accepting.start()
+    meeting.close()
+    meeting.close()
+    accepting.join(LONG_S)
+    assert len(errors) == 1
