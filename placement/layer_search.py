@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from placement.arrival_repair import repair_load
 from placement.balance import best_balance, greedy_balance
 from placement.bitsets import assigned_token_bits, random_state, token_bits
 from placement.problem import CLOSED, EMPTY, LayerProblem, LayerScore, assign, closed_slots, score
@@ -19,10 +20,11 @@ from placement.swap_search import anneal_swaps
 
 # Nominal cost of a proposal, in seconds: what a search is sized by (about half the speed of a 2023 server core).
 SWAP_SECONDS, SWAP_SECONDS_A_WORD = 0.4e-6, 2.0e-9
-COVER_SECONDS, COVER_SECONDS_NODES = 0.05e-6, 0.20e-6
+COVER_SECONDS, COVER_SECONDS_NODES = 0.05e-6, 0.10e-6
 # A replica search with fewer proposals than this for each (slot, rank) does worse than swaps of fixed shares.
 MIN_PROPOSALS = 6
 PENALTY = (0.5, 20.0)
+REPAIR_TRIES = 1500
 
 
 def greedy_start(problem: LayerProblem, seed: int, iterations: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,19 +183,29 @@ def search_replicas(
     """The best slots int32 [R, s] that the replica search meets from a start, in about `seconds` of nominal time."""
     token_N, start_E = tokens_by_expert(problem.ids, problem.num_experts)
     current_Rs = start_Rs.astype(np.int32).copy()
-    best_Rs, best_2 = current_Rs.copy(), np.array([np.inf, np.inf])
+    chunk_Rs = current_Rs.copy()
+    best_Rs, best_key = current_Rs.copy(), score(problem, current_Rs).key
     state_1 = random_state(*seed)
     scale = 1 + problem.weight_of_node
     unit = problem.num_tokens / problem.num_experts * (1 + problem.weight_of_node / 2)
 
     def run(begin: float, end: float, count: int) -> None:
+        # Inside a part ties are broken by loads as they stand, not in the order of tokens: each part's best is scored
+        # by the rule proper before it counts.
+        nonlocal best_key
+        best_2 = np.array([np.inf, np.inf])
         anneal_replicas(
             problem.ids, token_N, start_E, problem.pair_weight, current_Rs, problem.node_of_rank, problem.num_nodes,
             problem.weight_of_node, problem.min_copies, problem.max_filled, problem.allowed, PENALTY[0] * scale,
-            PENALTY[1] * scale, heat[0] * unit, heat[1] * unit, begin, end, count, state_1, best_Rs, best_2,
+            PENALTY[1] * scale, heat[0] * unit, heat[1] * unit, begin, end, count, state_1, chunk_Rs, best_2,
         )  # fmt: skip
+        for slots_Rs in (chunk_Rs, current_Rs):
+            key = score(problem, slots_Rs).key
+            if key < best_key:
+                best_key = key
+                best_Rs[:] = slots_Rs
 
-    clock.run_schedule(run, max(200, int(seconds / proposal_seconds(problem))), chunks=24)
+    clock.run_schedule(run, max(200, int(seconds / proposal_seconds(problem))), chunks=48)
     return best_Rs
 
 
@@ -259,12 +271,17 @@ def search_layer(
         start_Ns = closed_slots(nodes.open_slots)
         first, _ = greedy_start(nodes, seed, 2000)
         start_Ns[:, : first.shape[1]] = first
-        nodes_Ns = search_replicas(nodes, start_Ns, 0.2 * seconds, (1.0, 0.05), (seed, 5), clock.share(0.25))
+        nodes_Ns = search_replicas(nodes, start_Ns, 0.2 * seconds, (0.5, 0.05), (seed, 5), clock.share(0.25))
         ranks_Rs = search_swaps(
             problem, slots_from_nodes(problem, nodes_Ns), 0.1 * seconds, (seed, 6), clock.share(0.2)
         )
         candidates.append(ranks_Rs)
-        candidates.append(search_replicas(problem, ranks_Rs, 0.65 * seconds, (0.3, 0.02), (seed, 7), clock.share(0.95)))
+        candidates.append(search_replicas(problem, ranks_Rs, 0.65 * seconds, (0.1, 0.01), (seed, 7), clock.share(0.95)))
+    if problem.has_replicas:
+        # What balance alone starts from keeps to the cap already; it is what the searches found that needs the repair.
+        found = candidates[len(starts) :]
+        best_Rs = min(found, key=lambda slots: score(problem, slots).energy)
+        candidates.append(repair_load(problem, best_Rs, REPAIR_TRIES, (seed, 8), clock))
     scored = [(score(problem, slots), n, slots) for n, slots in enumerate(candidates)]
     best = min(scored, key=lambda entry: (entry[0].key, entry[1]))
     return best[2], best[0]

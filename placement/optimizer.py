@@ -79,7 +79,10 @@ def build_problem(
     speed_R = np.asarray(request.speeds or (1.0,) * request.num_ranks)
     usable_R = np.where(request.open_slots_R > 0, speed_R, 0.0)
     target_R = np.maximum(load_E.sum() * usable_R / usable_R.sum(), 1e-9)
-    guard = load_guard(request.load_cap, len(ids_TK), ids_TK.shape[1], request.num_ranks) if len(ids_TK) else 0.0
+    guard = 0.0
+    if len(ids_TK):
+        has_replicas = max_filled > len(load_E)
+        guard = load_guard(request.load_cap, len(ids_TK), ids_TK.shape[1], request.num_ranks, has_replicas)
     problem = LayerProblem(
         ids=ids_TK,
         load=load_E,
@@ -92,6 +95,7 @@ def build_problem(
         max_filled=max_filled,
         target=target_R,
         allowed=target_R * (request.load_cap - guard),
+        arrival=np.argsort(order_T),
     )
     greedy_Rs, balanced_Rs = greedy_start(problem, request.seed, iterations)
     least = float((even_split_load(balanced_Rs, load_E) / target_R).max())

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.replica_choice import MAX_TOP_K, choose_replicas
-from placement.replica_search import CLOSED, EMPTY
+from placement.replica_search import CLOSED, EMPTY, EXCESS_TOLERANCE
 from placement.tables import Placement, check_replicas_fit
-
-# Planned loads may be above the cap by this much; the guard below the cap that was asked for is larger.
-EXCESS_TOLERANCE = 0.002
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,8 @@ class LayerProblem:
     """One layer: tokens in random order, experts in canonical order, and the limits that hold.
 
     `ids` int32 [T, K]; `load` float64 [E]; `pair_weight` float64 [E], load of one pair; `open_slots` int64 [R];
-    `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R].
+    `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R]; `arrival` int64 [T], where
+    the token that came first, second, ... stands in `ids`, None if as they stand: it decides ties between replicas.
     """
 
     ids: np.ndarray
@@ -126,6 +124,7 @@ class LayerProblem:
     max_filled: int
     target: np.ndarray
     allowed: np.ndarray
+    arrival: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -158,6 +157,7 @@ class LayerScore:
     fan_out: float
     node_fan_out: float
     balancedness: float
+    load_R: np.ndarray
 
     @property
     def key(self) -> tuple[float, float]:
@@ -176,16 +176,21 @@ def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
 
 def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
     """int32 [T, K]: the rank that the rule fetches each expert from."""
+    in_order = problem.arrival is None or not problem.has_replicas
     rank_TK = np.empty(problem.ids.shape, np.int32)
     choose_replicas(
-        problem.ids,
+        problem.ids if in_order else np.ascontiguousarray(problem.ids[problem.arrival]),
         slot_table(experts_Rs, problem.num_experts),
         problem.node_of_rank,
         problem.num_nodes,
         np.zeros(problem.num_ranks, np.int64),
         rank_TK,
     )
-    return rank_TK
+    if in_order:
+        return rank_TK
+    shuffled_TK = np.empty_like(rank_TK)
+    shuffled_TK[problem.arrival] = rank_TK
+    return shuffled_TK
 
 
 def count_visits(group_TK: np.ndarray) -> int:
@@ -213,6 +218,7 @@ def score(problem: LayerProblem, experts_Rs: np.ndarray) -> LayerScore:
         fan_out=ranks / problem.num_tokens,
         node_fan_out=nodes / problem.num_tokens,
         balancedness=float(1 / max(relative_R.max(), 1e-12)),
+        load_R=load_R,
     )
 
 
@@ -223,14 +229,16 @@ def closed_slots(open_slots_R: np.ndarray) -> np.ndarray:
     return slots_Rs
 
 
-def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int) -> float:
+def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has_replicas: bool) -> float:
     """How much below the cap to plan, so that tokens that were not seen keep to it.
 
-    The load of a rank in a sample of n pairs is off by about 1 / sqrt(n); the guard is that, but half of what the
-    cap leaves at most.
+    The load of a rank in a sample of n pairs is off by about 1 / sqrt(n), in the planning tokens and in others alike,
+    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, the guard takes half
+    of what the cap leaves at most.
     """
     pairs_of_rank = max(num_tokens * top_k / num_ranks, 1.0)
-    return float(min(0.5 * (load_cap - 1), 0.9 / np.sqrt(pairs_of_rank)))
+    share, errors = (0.75, 1.6) if has_replicas else (0.5, 0.9)
+    return float(min(share * (load_cap - 1), errors / np.sqrt(pairs_of_rank)))
 
 
 def check_trace_fits(num_layers: int, num_experts: int, placement: Placement) -> None:
