@@ -10,21 +10,27 @@ As a command: `python -m serve_app configs/tiny-cpu.yaml`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray.serve.deployment import Application
-
-from cluster.build import experts_application, llm_application
 from cluster.config import ExpertsAppConfig, LLMAppConfig, parse
+
+if TYPE_CHECKING:
+    from ray.serve.deployment import Application
+
+# Ray is imported below only: it reads its environment on import, and the command has a word to say about that.
 
 
 def build_experts(args: dict[str, Any]) -> Application:
     """The application of shards and their controller. Raises ConfigError naming the key."""
+    from cluster.build import experts_application
+
     return experts_application(parse(ExpertsAppConfig, args))
 
 
 def build_llm(args: dict[str, Any]) -> Application:
     """The application of routers and the OpenAI API. Raises ConfigError naming the key."""
+    from cluster.build import llm_application
+
     return llm_application(parse(LLMAppConfig, args))
 
 

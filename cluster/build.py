@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.client import CONTROLLER, SHARD
+from cluster.client import CONTROLLER, ROUTER, SHARD
 from cluster.config import ExpertsAppConfig, LLMAppConfig
 from cluster.controller import PlacementController
 from cluster.expert_shard import ExpertShard
 from cluster.planning import plan_placement
+from cluster.replicas import Ingress, Router
+from cluster.router_options import router_options
 
 # Many long polls and beats run at once, none of them costs anything.
 CONTROLLER_OPTIONS = {
@@ -28,12 +29,16 @@ SHARD_OPTIONS = {
     "health_check_timeout_s": 30,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
-INGRESS_OPTIONS: dict[str, Any] = {"max_ongoing_requests": 1_000_000, "num_replicas": 1}
+INGRESS_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 1_000_000,
+    "num_replicas": 1,
+    "graceful_shutdown_wait_loop_s": 0.2,
+}
 
 
 def experts_application(config: ExpertsAppConfig) -> Application:
     """Shards and their controller. Raises ConfigError before anything is deployed if the model or slots do not fit."""
-    plan_placement(config)
+    placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
     shards = serve.deployment(
         ExpertShard,
@@ -50,47 +55,15 @@ def experts_application(config: ExpertsAppConfig) -> Application:
         num_replicas=1,
         ray_actor_options=config.membership.ray_actor_options,
         **CONTROLLER_OPTIONS,
-    ).bind(args, shards)
+    ).bind(args, placement.to_json(), shards)
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """Routers and the OpenAI ingress. Imports ray.serve.llm and so vllm, which takes seconds."""
-    from ray.serve.llm import LLMConfig, build_llm_deployment
-
-    from cluster.ingress import ingress_class
-    from cluster.ray_joints import model_card, no_download_callback
-    from cluster.router import ExpertMeshLLMServer
-
-    routers = config.routers
-    deployment_config = copy.deepcopy(routers.deployment_config)
-    if "autoscaling_config" not in deployment_config:
-        deployment_config.setdefault("num_replicas", routers.count or 1)
-    fields: dict[str, Any] = {
-        "callback_config": {"callback_class": no_download_callback()},
-        **routers.llm_config,
-        "model_loading_config": {"model_id": config.model.id, "model_source": config.model.path},
-        "engine_kwargs": config.engine_kwargs(),
-        "deployment_config": deployment_config,
-        "accelerator_config": {"kind": routers.accelerator},
-        "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1", **routers.env_vars}},
-        "server_cls": ExpertMeshLLMServer,
-    }
-    if routers.accelerator_type is not None:
-        fields["accelerator_type"] = routers.accelerator_type
-    if routers.placement_group_config is not None:
-        fields["placement_group_config"] = routers.placement_group_config
-    llm_config = LLMConfig(**fields)
+    """Routers and the OpenAI ingress."""
     args = config.model_dump(exclude_unset=True)
-    router = build_llm_deployment(llm_config, name_prefix="Router:", bind_kwargs={"mesh": args})
-    return serve.deployment(
-        ingress_class(config),
-        name="Ingress",
-        **{**INGRESS_OPTIONS, **config.http.deployment_config},
-    ).bind(
-        llm_deployments={config.model.id: router},
-        model_cards={config.model.id: model_card(llm_config)},
-        mesh=args,
-    )
+    routers = serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
+    options = {**INGRESS_OPTIONS, **config.http.deployment_config}
+    return serve.deployment(Ingress, name="Ingress", **options).bind(args, routers)
 
 
 def _with_env(options: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cluster.config import ConfigError
 
 CONTROLLER = "PlacementController"
 SHARD = "ExpertShard"
+ROUTER = "Router"
 
 logger = logging.getLogger("ray.serve")
 

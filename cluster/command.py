@@ -9,7 +9,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -82,49 +81,54 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
     if not options.verbose:
         logging.disable(logging.INFO)
     import ray
-    from ray import serve
 
-    from cluster.build import experts_application, llm_application
-
-    # vllm takes seconds to import; Ray's own start mostly waits for other processes.
-    heavy = threading.Thread(target=_import_llm_side, daemon=True)
-    heavy.start()
     http = dict(config.serve.get("http_options") or {})
     if options.port is not None:
         http["port"] = options.port
     url = f"http://{_reachable(http.get('host', '127.0.0.1'))}:{http.get('port', 8000)}"
     try:
-        if options.address is not None:
-            say(f"connecting to Ray at {options.address}")
-            ray.init(address=options.address, log_to_driver=options.verbose, logging_level="WARNING")
-        else:
-            say("starting Ray")
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, 4),
-                include_dashboard=False,
-                log_to_driver=options.verbose,
-                logging_level="WARNING",
-            )
+        _join_ray(options)
+        from ray import serve
+
         say("starting Serve")
         serve.start(proxy_location=config.serve.get("proxy_location", "HeadOnly"), http_options=http)
+        from cluster.build import experts_application, llm_application
+
         say(f"deploying {config.experts_name}: {config.experts.shards.count} expert shards")
         _deploy(experts_application(config.experts), config.experts_name, None)
-        heavy.join()
         say(f"deploying {config.llm_name}: router and OpenAI API")
         _deploy(llm_application(config.llm), config.llm_name, config.llm_route_prefix)
         yield url
     finally:
         if ray.is_initialized():
+            from ray import serve
+
             say("shutting down")
             for name in (config.llm_name, config.experts_name):
                 serve.delete(name)
             ray.shutdown()
 
 
-def _import_llm_side() -> None:
-    import cluster.ingress
-    import cluster.router  # noqa: F401
+def _join_ray(options: Options) -> None:
+    """Connect to the cluster that was named, else start one here."""
+    import ray
+
+    shown = {"log_to_driver": options.verbose, "logging_level": "INFO" if options.verbose else "WARNING"}
+    if options.address is not None:
+        say(f"connecting to Ray at {options.address}")
+        ray.init(address=options.address, **shown)
+        return
+    for attempt in (1, 2):
+        say("starting Ray")
+        try:
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, 4), include_dashboard=False, **shown)
+            return
+        except Exception as error:
+            # Ray allows its first process 30 s, which a busy machine may exceed once.
+            ray.shutdown()
+            if attempt == 2:
+                raise ServeFailedError(f"Ray does not start: {error}") from error
+            say(f"Ray did not start, trying again: {error}")
 
 
 def _deploy(application: Any, name: str, route_prefix: str | None) -> None:

@@ -19,20 +19,24 @@ from typing import Any
 import numpy as np
 
 from cluster.config import ExpertsAppConfig, parse
-from cluster.planning import placement_digest, plan_placement
-from cluster.roster import Roster, Seat
+from cluster.roster import Roster, Seat, placement_digest
 from experts.membership import Membership, ShardEndpoint
+from placement.tables import Placement
 
 logger = logging.getLogger("ray.serve")
 
 
 class PlacementController:
-    """Serve deployment of the application `experts`; bound with the handle of the shards, which it never calls."""
+    """Serve deployment of the application `experts`.
 
-    async def __init__(self, config: dict[str, Any], shards: Any = None) -> None:  # type: ignore[misc]
+    Bound with the placement that was planned when the application was built, so that a restart finds the same one, and
+    with the handle of the shards, which it never calls: it makes them part of the application.
+    """
+
+    async def __init__(self, config: dict[str, Any], placement: dict[str, Any], shards: Any) -> None:  # type: ignore[misc]
         self._config = parse(ExpertsAppConfig, config)
+        self._placement = Placement.from_json(placement)
         self._shards = shards
-        self._placement = await asyncio.to_thread(plan_placement, self._config)
         self._digest = placement_digest(self._placement)
         self._roster = Roster(self._placement.num_ranks, self._placement.num_nodes)
         self._term = uuid.uuid4().hex[:12]

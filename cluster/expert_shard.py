@@ -13,8 +13,8 @@ from typing import Any
 
 from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import ExpertsAppConfig, parse
-from cluster.planning import placement_digest
 from cluster.ray_joints import node_address, replica_identity
+from cluster.roster import placement_digest
 from experts.shard_server import ShardServer
 from placement.tables import Placement
 

@@ -10,13 +10,16 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm.ingress import OpenAiIngress
 
 from cluster.client import ControllerClient, ControllerLostError
-from cluster.config import LLMAppConfig, parse
+from cluster.config import LLMAppConfig
 from cluster.gate import Gate
 from cluster.metrics import render
 from cluster.openai_errors import add_error_handlers, error_response
+from cluster.ray_joints import model_card
+from cluster.router import llm_config_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,11 +43,13 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
 class ExpertMeshIngress(OpenAiIngress):
     """Ray Serve LLM's ingress with the project's own paths."""
 
-    def __init__(self, *args: Any, mesh: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._mesh = parse(LLMAppConfig, mesh)
-        self._controller = ControllerClient(self._mesh.experts_app)
-        [self._routers] = kwargs["llm_deployments"].values()
+    def __init__(
+        self, llm_deployments: dict[str, DeploymentHandle], model_cards: dict[str, Any], *, mesh: LLMAppConfig
+    ) -> None:
+        super().__init__(llm_deployments, model_cards)
+        self._mesh = mesh
+        self._controller = ControllerClient(mesh.experts_app)
+        [self._routers] = llm_deployments.values()
 
     async def health(self) -> JSONResponse:
         """200 when every router generates tokens through the shards, else 503 with the reason."""
@@ -104,11 +109,18 @@ class ExpertMeshIngress(OpenAiIngress):
             return None
 
 
-def ingress_class(config: LLMAppConfig) -> type:
-    """The ingress deployment's class with its FastAPI app: routes, error format, keys, queue limit, CORS."""
-    http = config.http
+def build_app(config: LLMAppConfig, routers: DeploymentHandle) -> FastAPI:
+    """The ASGI app of one ingress replica: routes, error format, keys, queue limit, CORS.
+
+    Raises ValueError where http.api_keys_env names a variable that holds no key.
+    """
+    http, model_id = config.http, config.model.id
+    card = model_card(llm_config_of(config))
+    ingress = ExpertMeshIngress({model_id: routers}, {model_id: card}, mesh=config)
     app = FastAPI(title="expertmesh")
     add_error_handlers(app, http.retry_after_s)
     app.add_middleware(Gate, keys=http.keys(), max_pending=http.max_pending_requests, retry_after_s=http.retry_after_s)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
-    return make_fastapi_ingress(ExpertMeshIngress, endpoint_map=ENDPOINTS, app=app)
+    for name, route in ENDPOINTS.items():
+        route(app)(getattr(ingress, name))
+    return app

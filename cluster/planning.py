@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 from cluster.config import ConfigError, ExpertsAppConfig
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.spec import ExpertSpec
@@ -55,11 +52,6 @@ def check_slots(config: ExpertsAppConfig, num_experts: int) -> None:
             f"shards.slots_per_rank is {slots}, so {num_ranks} shards have {slots * num_ranks} slots in a layer for "
             f"{num_experts} experts of {config.placement.min_replicas} replicas; expected {-(-needed // num_ranks)}"
         )
-
-
-def placement_digest(placement: Placement) -> str:
-    """Sixteen hex digits that tell two placements apart."""
-    return hashlib.sha256(json.dumps(placement.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _from_file(path: str) -> Placement:

@@ -12,10 +12,13 @@ first choice; a shard that already holds experts keeps the rank that it loaded t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from experts.membership import ShardEndpoint
+from placement.tables import Placement
 
 
 @dataclass
@@ -40,6 +43,11 @@ class JoinAnswer:
 
     rank: int | None
     reason: str = ""
+
+
+def placement_digest(placement: Placement) -> str:
+    """Sixteen hex digits that tell two placements apart."""
+    return hashlib.sha256(json.dumps(placement.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Roster:

@@ -19,9 +19,10 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
 from cluster.client import ControllerClient, ControllerLostError
-from cluster.config import LLMAppConfig, parse
+from cluster.config import LLMAppConfig
 from cluster.metrics import RouterMetrics
-from cluster.ray_joints import replica_identity, unfinished_requests, vllm_engine_cls
+from cluster.ray_joints import no_download_callback, replica_identity, unfinished_requests, vllm_engine_cls
+from cluster.router_options import runtime_env_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,11 +30,30 @@ LONG_POLL_S = 5.0
 WATCH_S = 1.0
 
 
+def llm_config_of(config: LLMAppConfig) -> LLMConfig:
+    """Ray Serve LLM's config: the user's options, with the model, the plug-in and the server class."""
+    routers = config.routers
+    fields: dict[str, Any] = {
+        "callback_config": {"callback_class": no_download_callback()},
+        **routers.llm_config,
+        "model_loading_config": {"model_id": config.model.id, "model_source": config.model.path},
+        "engine_kwargs": config.engine_kwargs(),
+        "deployment_config": routers.deployment_config,
+        "accelerator_config": {"kind": routers.accelerator},
+        "runtime_env": runtime_env_of(routers),
+        "server_cls": ExpertMeshLLMServer,
+    }
+    for key in ("accelerator_type", "placement_group_config"):
+        if (value := getattr(routers, key)) is not None:
+            fields[key] = value
+    return LLMConfig(**fields)
+
+
 class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
-    async def __init__(self, llm_config: LLMConfig, *, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
-        self._mesh = parse(LLMAppConfig, mesh)
+    async def __init__(self, llm_config: LLMConfig, *, mesh: LLMAppConfig) -> None:  # type: ignore[misc]
+        self._mesh = mesh
         self._identity = replica_identity()
         self._controller = ControllerClient(self._mesh.experts_app)
         self._term, self._epoch = "", -1
@@ -116,14 +136,15 @@ class ExpertMeshLLMServer(LLMServer):
             answer["reason"] = f"no shard answered; lost: {status['lost']}"
         return answer
 
-    async def __del__(self) -> None:
+    async def close(self) -> None:
+        """Say farewell to the controller and release the engine."""
         for task in self._loops:
             task.cancel()
         try:
             await self._controller.call("farewell", self._identity.replica_id, deadline_s=1.0)
         except ControllerLostError as error:
             logger.info("leaving without a farewell: %s", error)
-        await super().__del__()
+        await self.engine.shutdown()
 
     async def _first_membership(self, deadline_s: float) -> dict[str, Any]:
         end_s = time.monotonic() + deadline_s
