@@ -1,0 +1,143 @@
+"""Traces that others wrote: vLLM's routed_experts, SGLang's expert-distribution dumps, the OLMoE trace.
+
+T tokens, L layers, K experts of one token, E experts, S physical experts.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placement.torch_file import read_torch_file
+from placement.trace import ActivationTrace, TraceError
+
+FORMATS = ("auto", "expertmesh", "olmoe", "vllm", "sglang")
+
+
+def load_trace(path: str | Path, format: str = "auto", num_experts: int | None = None) -> ActivationTrace:
+    """Read a trace of any known format, told apart by content.
+
+    `vllm`: .npy of `routed_experts` [T, L, K], or .npz with such arrays, one a request. `sglang`: the .pt file of an
+    expert-distribution dump, per token or count-only. `num_experts` where the file does not say. Raises TraceError,
+    in one line, if the file is none of them.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise TraceError(f"trace format is {format!r}, expected one of {', '.join(FORMATS)}")
+    try:
+        if path.suffix == ".pt" or format == "sglang":
+            return from_sglang(read_torch_file(path), num_experts, str(path))
+        if path.suffix == ".npy":
+            return from_vllm([np.load(path, allow_pickle=False)], num_experts, str(path))
+        with np.load(path, allow_pickle=False) as data:
+            if format == "expertmesh" or (format == "auto" and "schema_version" in data):
+                return ActivationTrace.load_npz(path)
+            if format == "olmoe" or (format == "auto" and "topk_ids" in data):
+                return _from_olmoe(data, num_experts, str(path))
+            names = [name for name in data.files if data[name].ndim == 3]
+            if not names:
+                raise TraceError(f"no array of [tokens, layers, k]; the file has {sorted(data.files)}")
+            return from_vllm([data[name] for name in names], num_experts, str(path))
+    except (TraceError, OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise TraceError(f"{path}: not a usable trace: {reason}") from None
+
+
+def _from_olmoe(data: Any, num_experts: int | None, source: str) -> ActivationTrace:
+    """`topk_ids`, and `domain`, `domains`, `expert_load` [D, L, E], `num_experts`, `layers` where they are given."""
+    ids = data["topk_ids"]
+    if ids.ndim != 3:
+        raise TraceError(f"topk_ids must be [tokens, layers, k], got {list(ids.shape)}")
+    if num_experts is None:
+        num_experts = int(data["num_experts"]) if "num_experts" in data else int(ids.max()) + 1
+    counts = data.get("expert_load")
+    if counts is not None and counts.ndim == 3:
+        counts = counts.sum(0)
+    has_domains = "domain" in data and "domains" in data
+    return ActivationTrace(
+        ids,
+        num_experts,
+        tuple(data["layers"].tolist()) if "layers" in data else (),
+        data["domain"] if has_domains else None,
+        tuple(data["domains"].tolist()) if has_domains else (),
+        counts,
+        source,
+    )
+
+
+def from_vllm(requests: list[np.ndarray], num_experts: int | None = None, source: str = "") -> ActivationTrace:
+    """A trace of vLLM's `routed_experts`: one int array [tokens of a request, L, K] for each request.
+
+    Ids are logical. Layers without experts, where all ids are 0 for every token, are left out.
+    """
+    if not requests or any(np.asarray(one).ndim != 3 for one in requests):
+        raise TraceError("routed_experts must be one or more arrays [tokens, layers, k]")
+    if len({np.asarray(one).shape[1:] for one in requests}) > 1:
+        raise TraceError(f"requests differ in layers or k: {sorted({np.asarray(one).shape[1:] for one in requests})}")
+    ids = np.concatenate([np.asarray(one).astype(np.int64) for one in requests])
+    if not ids.size:
+        raise TraceError("routed_experts holds no tokens")
+    kept = [layer for layer in range(ids.shape[1]) if ids.shape[2] == 1 or (ids[:, layer] != 0).any()]
+    if not kept:
+        raise TraceError("routed_experts holds no layer with experts: every id is 0")
+    return ActivationTrace(ids[:, kept], num_experts or int(ids.max()) + 1, tuple(kept), source=source)
+
+
+def from_sglang(dump: Any, num_experts: int | None = None, source: str = "") -> ActivationTrace:
+    """A trace of what SGLang's expert-distribution recorder dumps.
+
+    Mode `stat`: `logical_count` [steps, L, E] or [L, E], counts alone. Mode `per_token`: `records`, each with
+    `topk_ids_of_layer` [L, T, K] of physical ids, which `last_physical_to_logical_map` [L, S] translates. Mode
+    `per_pass`: records with `global_physical_count` [L, S], counts alone. Padding (-1) is left out.
+    """
+    if not isinstance(dump, dict):
+        raise TraceError(f"an expert-distribution dump is a dictionary, got {type(dump).__name__}")
+    if "logical_count" in dump:
+        counts = np.asarray(dump["logical_count"])
+        counts = counts.sum(0) if counts.ndim == 3 else counts
+        return _counts_only(np.rint(counts).astype(np.int64), source)
+    if "records" not in dump or "last_physical_to_logical_map" not in dump:
+        raise TraceError(f"neither logical_count nor records with a map; the dump has {sorted(map(str, dump))}")
+    map_LS = np.asarray(dump["last_physical_to_logical_map"]).astype(np.int64)
+    if map_LS.ndim != 2:
+        raise TraceError(f"last_physical_to_logical_map must be [layers, slots], got {list(map_LS.shape)}")
+    num_layers, num_slots = map_LS.shape
+    num_experts = num_experts or int(map_LS.max()) + 1
+    sets = [np.asarray(r["topk_ids_of_layer"]).astype(np.int64) for r in dump["records"] if "topk_ids_of_layer" in r]
+    if sets:
+        ids_LTK = np.concatenate(sets, axis=1)
+        if len(ids_LTK) != num_layers or ids_LTK.max(initial=-1) >= num_slots:
+            raise TraceError(
+                f"records of {len(ids_LTK)} layers do not fit a map of {num_layers} layers, {num_slots} slots"
+            )
+        logical_LTK = np.stack(
+            [np.where(i >= 0, m[np.maximum(i, 0)], -1) for i, m in zip(ids_LTK, map_LS, strict=True)]
+        )
+        ids_TLK = logical_LTK.transpose(1, 0, 2)
+        ids_TLK = ids_TLK[(ids_TLK >= 0).any((1, 2))]
+        return ActivationTrace(ids_TLK, num_experts, source=source)
+    passes = [np.asarray(r["global_physical_count"]) for r in dump["records"] if "global_physical_count" in r]
+    if not passes:
+        raise TraceError("the records hold neither topk_ids_of_layer nor global_physical_count")
+    physical_LS = np.sum(passes, axis=0)
+    counts_LE = np.zeros((num_layers, num_experts), np.int64)
+    for layer in range(num_layers):
+        np.add.at(counts_LE[layer], map_LS[layer], physical_LS[layer].astype(np.int64))
+    return _counts_only(counts_LE, source)
+
+
+def _counts_only(counts_LE: np.ndarray, source: str) -> ActivationTrace:
+    num_layers, num_experts = counts_LE.shape
+    return ActivationTrace(np.zeros((0, num_layers, 1), np.int16), num_experts, counts=counts_LE, source=source)
+
+
+def load_counts_json(path: str | Path) -> ActivationTrace:
+    """A trace of counts alone from JSON: a list [layers][experts]."""
+    counts = np.array(json.loads(Path(path).read_text()))
+    if counts.ndim != 2:
+        raise TraceError(f"{path}: counts must be [layers][experts]")
+    return _counts_only(counts.astype(np.int64), str(path))

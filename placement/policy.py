@@ -1,0 +1,95 @@
+"""The placements that a server's config can ask for by name."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from placement.balance import greedy_balance
+from placement.optimizer import optimize
+from placement.problem import EMPTY, PlanRequest
+from placement.tables import Placement
+from placement.trace import ActivationTrace
+
+PolicyName = Literal["linear", "random", "greedy", "optimized"]
+
+
+def build_placement(
+    policy: str,
+    *,
+    num_layers: int,
+    num_experts: int,
+    num_ranks: int,
+    num_nodes: int = 1,
+    slots_per_rank: int | None = None,
+    min_replicas: int = 1,
+    trace: ActivationTrace | None = None,
+    seed: int = 0,
+    time_budget_s: float = 20.0,
+    load_cap: float = 1.05,
+) -> Placement:
+    """A placement by policy.
+
+    `linear` and `random` need no trace; `greedy` balances loads; `optimized` plans fan-out under `load_cap` within
+    `time_budget_s`. `slots_per_rank` None gives as many as the experts and `min_replicas` need; only `linear` leaves
+    the slots beyond that empty. Raises ValueError if the policy is unknown, lacks its trace, the trace is of another
+    model, or the slots do not suffice.
+    """
+    if policy not in get_args(PolicyName):
+        raise ValueError(f"placement policy is {policy!r}, expected one of {', '.join(get_args(PolicyName))}")
+    linear = Placement.linear(num_layers, num_experts, num_ranks, num_nodes, min_replicas)
+    slots = linear.slots_per_rank if slots_per_rank is None else slots_per_rank
+    request = PlanRequest(
+        num_ranks, num_nodes, slots, load_cap=load_cap, min_replicas=min_replicas, seed=seed, seconds=time_budget_s
+    )
+    request.check_experts(num_experts)
+    if policy == "linear":
+        if slots < linear.slots_per_rank:
+            raise ValueError(
+                f"{slots} slots a rank are too few for a linear placement, it takes {linear.slots_per_rank}"
+            )
+        return pad_slots(linear, slots)
+    if policy == "random":
+        return random_placement(num_layers, num_experts, request)
+    if trace is None:
+        raise ValueError(f"placement policy {policy!r} needs a trace")
+    if (trace.num_layers, trace.num_experts) != (num_layers, num_experts):
+        raise ValueError(
+            f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
+            f"the model {num_layers} of {num_experts}"
+        )
+    if policy == "greedy":
+        return greedy_placement(trace, request)
+    return optimize(trace, request).placement
+
+
+def pad_slots(placement: Placement, slots_per_rank: int) -> Placement:
+    """The same placement with empty slots at the end of every rank."""
+    old_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
+    map_LRs = np.full((placement.num_layers, placement.num_ranks, slots_per_rank), EMPTY, np.int32)
+    map_LRs[:, :, : placement.slots_per_rank] = old_LRs
+    return Placement(
+        placement.num_ranks, placement.num_nodes, placement.num_experts, map_LRs.reshape(placement.num_layers, -1)
+    )
+
+
+def greedy_placement(trace: ActivationTrace, request: PlanRequest) -> Placement:
+    """Greedy balancing of the trace's loads: what EPLB does, with the request's constraints."""
+    return _by_loads(trace.load(request.load_source), request)
+
+
+def random_placement(num_layers: int, num_experts: int, request: PlanRequest) -> Placement:
+    """Experts and replicas at random: greedy balancing of random loads, which keeps the constraints."""
+    return _by_loads(np.random.default_rng(request.seed).uniform(0.9, 1.1, (num_layers, num_experts)), request)
+
+
+def _by_loads(load_LE: np.ndarray, request: PlanRequest) -> Placement:
+    speed_R = np.asarray(request.speeds or (1.0,) * request.num_ranks)
+    rows = []
+    for load_E in load_LE:
+        slots_Rs = greedy_balance(
+            load_E, request.open_slots_R, request.node_of_rank_R, request.num_nodes, speed_R, request.min_replicas
+        )
+        rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
+    return Placement(request.num_ranks, request.num_nodes, load_LE.shape[1], np.stack(rows))
