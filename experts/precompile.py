@@ -17,7 +17,7 @@ from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.membership import Membership
 from experts.request import read_request
-from experts.transports import atomics
+from experts.transports import shm
 from experts.wire import (
     DTYPE_CODES,
     H_MAGIC,
@@ -78,12 +78,7 @@ def main() -> None:
         assert isinstance(link, LoopbackLink)
         slot_of_expert_LE = np.array([[0, 1, -1, -1]], np.int32)
         read_request(link.send_buffer, link.posted_bytes, slot_of_expert_LE, DTYPE_CODES[dtype], 8)
-    words = np.zeros(64, np.uint32)
-    address = int(words.ctypes.data)
-    atomics.ring(address, address + 64)
-    atomics.publish(address, 1, address + 64)
-    atomics.wait_while_equal(address, address + 64, 1, 0, 1000)
-    atomics.load_word(address)
+    shm.warm_up()
     try:
         load_library()
     except NativeBuildError as error:
