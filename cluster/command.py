@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
 import secrets
 import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +22,7 @@ from cluster.config import ConfigError, MeshConfig
 from experts.settings import StrictModel
 
 BEGAN_S = time.monotonic()
+HEALTH_TIMEOUT_S = 3.0  # Serve's proxy holds requests back until there is an ingress
 
 
 class ServeFailedError(RuntimeError):
@@ -82,6 +85,9 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
         logging.disable(logging.INFO)
     import ray
 
+    # Ray's start mostly waits for other processes.
+    builders = threading.Thread(target=importlib.import_module, args=("cluster.build",), daemon=True)
+    builders.start()
     http = dict(config.serve.get("http_options") or {})
     if options.port is not None:
         http["port"] = options.port
@@ -92,6 +98,7 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
 
         say("starting Serve")
         serve.start(proxy_location=config.serve.get("proxy_location", "HeadOnly"), http_options=http)
+        builders.join()
         from cluster.build import experts_application, llm_application
 
         say(f"deploying {config.experts_name}: {config.experts.shards.count} expert shards")
@@ -113,6 +120,9 @@ def _join_ray(options: Options) -> None:
     """Connect to the cluster that was named, else start one here."""
     import ray
 
+    # Ray's start mostly waits for other processes.
+    builders = threading.Thread(target=importlib.import_module, args=("cluster.build",), daemon=True)
+    builders.start()
     shown = {"log_to_driver": options.verbose, "logging_level": "INFO" if options.verbose else "WARNING"}
     if options.address is not None:
         say(f"connecting to Ray at {options.address}")
@@ -178,7 +188,7 @@ def _states(config: MeshConfig) -> Iterator[str]:
 
 def _health(url: str) -> tuple[bool, str]:
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S) as response:
             return response.status == 200, ""
     except urllib.error.HTTPError as error:
         body = error.read().decode(errors="replace")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from cluster.config import ConfigError, ExpertsAppConfig
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.spec import ExpertSpec
+from placement.policy import build_placement
 from placement.tables import Placement
+from placement.trace import ActivationTrace
 
 
 def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
@@ -62,13 +64,20 @@ def _from_file(path: str) -> Placement:
 
 
 def _by_policy(config: ExpertsAppConfig, spec: ExpertSpec) -> Placement:
+    section = config.placement
     try:
-        return Placement.linear(
-            spec.num_layers,
-            spec.num_experts,
-            config.shards.count,
-            config.placement.num_nodes,
-            config.placement.min_replicas,
+        return build_placement(
+            section.policy,
+            num_layers=spec.num_layers,
+            num_experts=spec.num_experts,
+            num_ranks=config.shards.count,
+            num_nodes=section.num_nodes,
+            slots_per_rank=config.shards.slots_per_rank,
+            min_replicas=section.min_replicas,
+            trace=None if section.trace is None else ActivationTrace.load_npz(section.trace),
+            seed=section.seed,
+            time_budget_s=section.max_seconds,
+            load_cap=section.load_cap,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"placement: {error}") from None

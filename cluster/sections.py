@@ -92,13 +92,16 @@ class PlacementSection(StrictModel):
 
     policy: PlacementPolicy = Field(
         default="linear",
-        description="linear: in order; greedy: even loads; optimized: few shards a token as well. The last two read a "
-        "trace where one is given.",
+        description="linear: in order; greedy: even loads; optimized: few shards a token as well. Those two plan "
+        "for a trace.",
     )
     file: str | None = Field(default=None, description="A placement saved as JSON, used as it is; no policy is run.")
     trace: str | None = Field(default=None, description="Routing trace (.npz) that the policy plans for.")
     num_nodes: int = Field(default=1, ge=1, description="Nodes that the shards stand on in equal blocks.")
     min_replicas: int = Field(default=1, ge=1, description="Replicas of every expert at least, on different shards.")
+    load_cap: float = Field(
+        default=1.05, ge=1, description="How much more than its even share a shard may get, for fewer shards a token."
+    )
     max_seconds: float = Field(default=30.0, gt=0, description="Bound on the optimizer's search.")
     seed: int = Field(default=0, description="Same seed, trace and shape: same placement, also after a restart.")
 
@@ -106,6 +109,11 @@ class PlacementSection(StrictModel):
     def _one_source(self) -> PlacementSection:
         if self.file is not None and (self.trace is not None or "policy" in self.model_fields_set):
             raise ValueError("file is given, so policy and trace have no meaning; give one or the other")
+        if self.file is None and self.policy != "linear" and self.trace is None:
+            raise ValueError(
+                f"policy is {self.policy!r}, which plans for a trace; give one (GET /expertmesh/trace of a running "
+                "service answers with one)"
+            )
         return self
 
 

@@ -1,0 +1,105 @@
+"""From config to placement, on the tiny model's real checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.config import ConfigError, ExpertsAppConfig, parse
+from cluster.planning import plan_placement
+from cluster.roster import placement_digest
+from placement.recorder import TraceRecorder
+from placement.tables import Placement
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny-moe"
+
+
+def config(shards: dict[str, Any] | None = None, placement: dict[str, Any] | None = None) -> ExpertsAppConfig:
+    args = {
+        "model": {"id": "tiny", "path": str(TINY), "dtype": "float32"},
+        "shards": {"count": 3, **(shards or {})},
+        "placement": placement or {},
+    }
+    return parse(ExpertsAppConfig, args)
+
+
+def trace_file(tmp_path: Path, num_experts: int = 32) -> Path:
+    """Tokens that pick four neighbours, so that there is something to plan."""
+    rng = np.random.default_rng(0)
+    first_TL = rng.integers(0, num_experts // 4, (500, 4)) * 4
+    ids_TLK = (first_TL[:, :, None] + np.arange(4)).astype(np.int16)
+    recorder = TraceRecorder(4, num_experts, 4, 1000)
+    recorder.add(ids_TLK)
+    path = tmp_path / "trace.npz"
+    path.write_bytes(recorder.snapshot().to_bytes())
+    return path
+
+
+def test_linear_gives_every_expert_a_slot_though_shards_do_not_divide_them() -> None:
+    placement = plan_placement(config())
+    assert (placement.num_layers, placement.num_experts, placement.num_ranks) == (4, 32, 3)
+    assert placement.slots_per_rank == 11
+
+
+def test_more_slots_and_replicas_are_used_as_asked() -> None:
+    placement = plan_placement(config({"slots_per_rank": 24}, {"min_replicas": 2}))
+    assert placement.slots_per_rank == 24
+    assert (placement.logical_replica_count >= 2).all()
+
+
+@pytest.mark.parametrize("policy", ["greedy", "optimized"])
+def test_policies_with_a_trace_repeat_themselves(tmp_path: Path, policy: str) -> None:
+    section = {"policy": policy, "trace": str(trace_file(tmp_path)), "max_seconds": 5.0, "load_cap": 1.2}
+    first = plan_placement(config({"count": 4}, section))
+    assert first.num_ranks == 4
+    assert placement_digest(first) == placement_digest(plan_placement(config({"count": 4}, section)))
+
+
+def test_a_file_is_used_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "placement.json"
+    saved = Placement.linear(4, 32, 3, min_replicas=2)
+    saved.save(path)
+    assert plan_placement(config(placement={"file": str(path)})) == saved
+
+
+@pytest.mark.parametrize(
+    ("shards", "section", "expected"),
+    [
+        ({"slots_per_rank": 10}, {}, "slots_per_rank is 10, so 3 shards have 30 slots .* 32 experts .*; expected 11"),
+        ({}, {"num_nodes": 2}, "placement: .*3 ranks"),
+        ({}, {"min_replicas": 4}, "placement: .*4 ranks, there are 3"),
+    ],
+)
+def test_what_does_not_fit_is_named(shards: dict[str, Any], section: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        plan_placement(config(shards, section))
+
+
+def test_files_of_another_model_or_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "placement.json"
+    Placement.linear(4, 16, 3).save(path)
+    with pytest.raises(ConfigError, match="it is for 16 experts, expected 32"):
+        plan_placement(config(placement={"file": str(path)}))
+    Placement.linear(4, 32, 2).save(path)
+    with pytest.raises(ConfigError, match="it is for 2 ranks, expected 3"):
+        plan_placement(config(placement={"file": str(path)}))
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"placement\.file"):
+        plan_placement(config(placement={"file": str(path)}))
+    trace = trace_file(tmp_path, num_experts=16)
+    with pytest.raises(ConfigError, match="the trace has 4 layers of 16 experts"):
+        plan_placement(config(placement={"policy": "greedy", "trace": str(trace)}))
+
+
+def test_a_policy_that_needs_a_trace_says_where_one_comes_from() -> None:
+    with pytest.raises(ConfigError, match=r"policy is 'optimized', which plans for a trace.*/expertmesh/trace"):
+        config(placement={"policy": "optimized"})
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    broken = config().model_copy(update={"model": config().model.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(ConfigError, match=r"model\.path: .*config\.json"):
+        plan_placement(broken)
