@@ -233,11 +233,11 @@ def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has
     """How much below the cap to plan, so that tokens that were not seen keep to it.
 
     The load of a rank in a sample of n pairs is off by about 1 / sqrt(n), in the planning tokens and in others alike,
-    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, it takes a little less
+    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, the guard takes half
     of what the cap leaves at most.
     """
     pairs_of_rank = max(num_tokens * top_k / num_ranks, 1.0)
-    share, errors = (0.75, 1.6) if has_replicas else (0.8, 1.5)
+    share, errors = (0.75, 1.6) if has_replicas else (0.5, 0.9)
     return float(min(share * (load_cap - 1), errors / np.sqrt(pairs_of_rank)))
 
 
