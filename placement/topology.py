@@ -227,7 +227,8 @@ class Topology:
         try:
             file = _File.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
+            # A misspelt key is told before the one that it leaves missing.
+            first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
             where = ".".join(str(part) for part in first["loc"])
             given = "" if first["type"] == "missing" else f", got {first['input']!r}"
             raise TopologyError(f"{where}: {first['msg']}{given}") from None

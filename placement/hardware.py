@@ -1,0 +1,74 @@
+"""What costs time in the expert layers: the shape of a model, and what shards and routers can do.
+
+D hidden size, I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model costs time: gated experts of three matrices D x I. The defaults are OLMoE-1B-7B's in bf16."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 1024
+    weight_bytes: float = 2.0
+    activation_bytes: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "weight_bytes", "activation_bytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights."""
+        return round(3 * self.hidden_size * self.intermediate_size * self.weight_bytes)
+
+    @property
+    def pair_flops(self) -> int:
+        """Floating-point operations of one token in one expert."""
+        return 6 * self.hidden_size * self.intermediate_size
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of one token's hidden state."""
+        return self.hidden_size * self.activation_bytes
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What shards and routers can do, at speed 1.
+
+    Attributes:
+        memory_bytes_per_s: reading weights.
+        flops_per_s: computing.
+        call_s: fixed cost of one layer on a shard.
+        router_s: fixed cost of one layer on a router, besides wire and experts: plan, pack, unpack, combine.
+        router_token_s: the same, for each token.
+    """
+
+    memory_bytes_per_s: float
+    flops_per_s: float
+    call_s: float
+    router_s: float
+    router_token_s: float
+    name: str = "given"
+
+    def __post_init__(self) -> None:
+        if not (self.memory_bytes_per_s > 0 and self.flops_per_s > 0):
+            raise ValueError(
+                f"memory_bytes_per_s {self.memory_bytes_per_s} and flops_per_s {self.flops_per_s} must be > 0"
+            )
+        if min(self.call_s, self.router_s, self.router_token_s) < 0:
+            raise ValueError("call_s, router_s and router_token_s must not be negative")
+
+
+# Nominal: an H100 SXM reads 3.35 TB/s and computes 989 Tflop/s dense in bf16; four fifths and three fifths of that. The
+# calls are estimates: two kernel launches on a shard, a few on a router.
+H100 = Constants(2.7e12, 590e12, 12e-6, 25e-6, 0.05e-6, "H100, nominal")
+# Measured by this project's benchmarks on one core of an AMD EPYC, bf16: shard_kernel's reading rate, peak and what a call
+# of one row takes above reading its weights; router_overhead with 4 shards, 1 to 64 tokens.
+CPU_CORE = Constants(34e9, 430e9, 28e-6, 30e-6, 0.27e-6, "one EPYC core, measured")
