@@ -347,7 +347,8 @@ def refresh(
     map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
     usable_R = (map_LRs >= 0).any((0, 2)).astype(float) * np.asarray(speeds or (1.0,) * placement.num_ranks)
     pairs = max(float(load_LE[0].sum()), 1.0)
-    cap = load_cap - load_guard(load_cap, int(pairs), 1, placement.num_ranks)
+    has_replicas = bool((placement.logical_replica_count > 1).any())
+    cap = load_cap - load_guard(load_cap, int(pairs), 1, placement.num_ranks, has_replicas)
     state_1 = random_state(seed)
     rows = []
     for layer in range(placement.num_layers):

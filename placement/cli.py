@@ -1,0 +1,254 @@
+"""The planner's commands: profile, optimize, evaluate, explain, export.
+
+Bad input ends in one clear line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGUN = time.perf_counter()  # `--seconds` bounds the whole call, loading of compiled code included
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from placement.progress import ProgressBar  # noqa: E402
+from placement.tables import Placement  # noqa: E402
+
+
+def slots_argument(text: str) -> int | tuple[int, ...]:
+    """`9`, or one number for each rank: `9,9,8,0`."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots, nor a list like 9,9,8") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def speeds_argument(text: str) -> tuple[float, ...]:
+    """Relative speeds of the ranks: `1,1,0.5,0.5`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of speeds like 1,1,0.5") from None
+
+
+def run_optimize(args: argparse.Namespace) -> int:
+    """Plan, write JSON, print what it is worth."""
+    from placement.importers import load_trace
+    from placement.optimizer import optimize
+    from placement.problem import PlanRequest
+
+    trace = load_trace(args.trace, args.format, args.num_experts)
+    if args.domain:
+        trace = trace.of_domain(args.domain)
+    slots = args.slots_per_rank
+    if slots is None:
+        slots = -(-trace.num_experts * args.min_replicas // args.ranks)
+    request = PlanRequest(
+        num_ranks=args.ranks,
+        num_nodes=args.nodes,
+        slots_per_rank=slots,
+        load_cap=args.load_cap,
+        min_replicas=args.min_replicas,
+        objective=args.objective,
+        node_weight=args.node_weight,
+        replica_budget=args.replica_budget,
+        speeds=args.speeds,
+        max_moves=args.max_moves,
+        load_source=args.loads,
+        seed=args.seed,
+        seconds=args.seconds,
+    )
+    current = Placement.load(args.current) if args.current else None
+    with ProgressBar("layers planned") as bar:
+        result = optimize(trace, request, current, progress=bar.update, begun=BEGUN)
+    data = result.placement.to_json()
+    data["planned"] = {
+        "fan_out": _numbers(result.fan_out),
+        "node_fan_out": _numbers(result.node_fan_out),
+        "balancedness": _numbers(result.balancedness),
+        "seconds": round(result.seconds, 3),
+        "seed": args.seed,
+        "load_cap": args.load_cap,
+        "layers": list(trace.layers),
+    }
+    Path(args.out).write_text(json.dumps(data) + "\n")
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    figures = f"balancedness {result.balancedness.mean():.4f}"
+    if trace.has_sets:
+        figures = f"fan-out {result.fan_out.mean():.4f}, node fan-out {result.node_fan_out.mean():.4f}, {figures}"
+    print(f"{args.out}: {figures} on the planning tokens, {result.seconds:.1f} s")
+    return 0
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    return [None if value != value else round(float(value), 6) for value in values]
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """One row a placement."""
+    from placement.evaluate import evaluate
+    from placement.importers import load_trace
+
+    trace = load_trace(args.trace, args.format, args.num_experts)
+    if args.domain:
+        trace = trace.of_domain(args.domain)
+    rows = {}
+    with ProgressBar("placements scored") as bar:
+        for done, path in enumerate(args.placement, 1):
+            evaluation = evaluate(Placement.load(path), trace)
+            rows[str(path)] = evaluation.summary() | {
+                "layers": [
+                    {"layer": layer, "fan_out": fan, "node_fan_out": node, "balancedness": even}
+                    for layer, fan, node, even in zip(
+                        trace.layers,
+                        _numbers(evaluation.fan_out),
+                        _numbers(evaluation.node_fan_out),
+                        _numbers(evaluation.balancedness),
+                        strict=True,
+                    )
+                ]
+            }
+            bar.update(done, len(args.placement))
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    if not trace.has_sets:
+        print("note: the trace holds counts alone: balancedness of an even split, fan-out unknown", file=sys.stderr)
+    width = max(len("placement"), *(len(path) for path in rows))
+    columns = ("fan_out", "node_fan_out", "balancedness", "balancedness_even_split", "worst_balancedness")
+    print(f"{'placement':{width}s}" + "".join(f"{name:>26s}" for name in columns) + f"{'tokens':>10s}")
+    for path, row in rows.items():
+        cells = "".join(f"{row[name]:26.4f}" for name in columns)
+        print(f"{path:{width}s}{cells}{row['tokens']:10d}")
+    return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """HTML report and PNGs."""
+    from placement.importers import load_trace
+    from placement.report import write_report
+
+    trace = load_trace(args.trace, args.format, args.num_experts)
+    before = Placement.load(args.before) if args.before else None
+    with ProgressBar("layers drawn") as bar:
+        written = write_report(trace, Placement.load(args.placement), before, args.out, progress=bar.update)
+    for path in written:
+        print(path)
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """The placement as another engine reads it."""
+    from placement.export import export_placement
+
+    Path(args.out).write_text(json.dumps(export_placement(Placement.load(args.placement), args.format)) + "\n")
+    print(args.out)
+    return 0
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    """Drive a server with prompts, then fetch what it recorded."""
+    from placement.profile import profile_server, read_prompts
+
+    prompts = read_prompts(args.prompts)
+    with ProgressBar("prompts answered") as bar:
+        trace = profile_server(
+            args.url,
+            prompts,
+            model=args.model,
+            max_tokens=args.max_tokens,
+            concurrency=args.concurrency,
+            timeout_s=args.timeout_s,
+            progress=bar.update,
+        )
+    trace.save(args.out)
+    print(f"{args.out}: {trace.num_tokens} tokens, {trace.num_layers} layers, {trace.num_experts} experts")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="placement", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def trace_options(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--trace", required=True, help="routing trace: .npz, vLLM's .npy, SGLang's .pt")
+        command.add_argument("--format", default="auto", help="auto, expertmesh, olmoe, vllm or sglang")
+        command.add_argument("--num-experts", type=int, help="experts of a layer, where the trace does not say")
+
+    command = commands.add_parser("optimize", help="plan a placement from a trace")
+    trace_options(command)
+    command.add_argument("--domain", help="only the tokens of this domain")
+    command.add_argument("--ranks", type=int, required=True, help="ranks (shards)")
+    command.add_argument("--nodes", type=int, default=1, help="nodes that the ranks are dealt to in order")
+    command.add_argument(
+        "--slots-per-rank",
+        type=slots_argument,
+        help="slots of every rank, or a list, 0 for a rank to be drained; default: no more than needed",
+    )
+    command.add_argument("--load-cap", type=float, default=1.05, help="largest rank load over the mean (default 1.05)")
+    command.add_argument("--min-replicas", type=int, default=1, help="copies of every expert, on different nodes")
+    command.add_argument("--objective", default="fan_out", help="fan_out, or balance for balance alone")
+    command.add_argument("--node-weight", type=float, default=4.0, help="cost of a visited node, in visited ranks")
+    command.add_argument("--replica-budget", type=int, help="further copies in all layers together; default: fill")
+    command.add_argument("--speeds", type=speeds_argument, help="relative speed of each rank: 1,1,0.5,0.5")
+    command.add_argument("--loads", default="auto", help="what to balance: sets, counts, or auto")
+    command.add_argument("--seconds", type=float, default=20.0, help="bound on the whole call (default 20)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--current", help="placement in use: never return a worse one")
+    command.add_argument("--max-moves", type=int, help="slots of a layer that may change, from --current")
+    command.add_argument("--out", required=True, help="placement file to write (JSON)")
+    command.set_defaults(run=run_optimize)
+
+    command = commands.add_parser("evaluate", help="score placements on a trace, as a table")
+    trace_options(command)
+    command.add_argument("--domain", help="only the tokens of this domain")
+    command.add_argument("--placement", nargs="+", required=True, help="placement files")
+    command.add_argument("--json", action="store_true", help="JSON, layer by layer")
+    command.set_defaults(run=run_evaluate)
+
+    command = commands.add_parser("explain", help="a self-contained HTML report, and its pictures as PNGs")
+    trace_options(command)
+    command.add_argument("--placement", required=True)
+    command.add_argument("--before", help="placement to compare with; default: linear")
+    command.add_argument("--out", required=True, help="folder to write to")
+    command.set_defaults(run=run_explain)
+
+    command = commands.add_parser("export", help="write a placement as another engine reads it")
+    command.add_argument("--placement", required=True)
+    command.add_argument("--format", required=True, help="vllm, vllm-ascend or sglang")
+    command.add_argument("--out", required=True)
+    command.set_defaults(run=run_export)
+
+    command = commands.add_parser("profile", help="drive a running server with prompts and write its trace")
+    command.add_argument("--url", required=True, help="base URL of the server, like http://127.0.0.1:8000")
+    command.add_argument(
+        "--prompts", required=True, help="text file, a prompt a line, or .jsonl with prompt or messages"
+    )
+    command.add_argument("--model", help="model name; default: the first that the server lists")
+    command.add_argument("--max-tokens", type=int, default=64, help="tokens to generate for each prompt")
+    command.add_argument("--concurrency", type=int, default=8, help="requests in flight")
+    command.add_argument("--timeout-s", type=float, default=120.0, help="bound on each request")
+    command.add_argument("--out", required=True, help="trace file to write (.npz)")
+    command.set_defaults(run=run_profile)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
