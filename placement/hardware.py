@@ -69,6 +69,6 @@ class Constants:
 # Nominal: an H100 SXM reads 3.35 TB/s and computes 989 Tflop/s dense in bf16; four fifths and three fifths of that. The
 # calls are estimates: two kernel launches on a shard, a few on a router.
 H100 = Constants(2.7e12, 590e12, 12e-6, 25e-6, 0.05e-6, "H100, nominal")
-# Measured by this project's benchmarks on one core of an AMD EPYC, bf16: shard_kernel's reading rate, peak and what a call
-# of one row takes above reading its weights; router_overhead with 4 shards, 1 to 64 tokens.
+# Measured by this project's benchmarks on one core of an AMD EPYC, bf16: shard_kernel's reading rate, peak and what a
+# call of one row takes above reading its weights; router_overhead with 4 shards, 1 to 64 tokens.
 CPU_CORE = Constants(34e9, 430e9, 28e-6, 30e-6, 0.27e-6, "one EPYC core, measured")
