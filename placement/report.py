@@ -20,8 +20,9 @@ from placement.trace import ActivationTrace
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } img { max-width: 100% }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .8rem; text-align: right }
-th { border-bottom: 2px solid #1b1f24 } td { border-bottom: 1px solid #d5d9de } td:first-child, th:first-child { text-align: left }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d5d9de }
+th { border-bottom: 2px solid #1b1f24 } td:first-child, th:first-child { text-align: left }
 .better { color: #116329 } .worse { color: #a40e26 }
 """
 
@@ -74,7 +75,7 @@ def write_report(
         if trace.has_sets:
             path = folder / f"coactivation_layer_{trace.layers[layer]}.png"
             draw_coactivation(trace, layer, before, placement, name, path)
-            note = "Pairs of experts that tokens pick together, in order of ranks (lines); dark inside the squares is good."
+            note = "Experts that tokens pick together, in order of ranks: dark inside the squares is good."
             pictures.append((f"Co-activation, layer {trace.layers[layer]}", note, path))
         if progress is not None:
             progress(done, len(shown))
