@@ -17,6 +17,14 @@ from placement.progress import ProgressBar
 from placement.tables import Placement
 
 
+def layers_argument(text: str) -> tuple[int, ...]:
+    """Decoder layers: `3,4,5`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers like 3,4,5") from None
+
+
 def process_age_s() -> float:
     """Seconds since this process started: what the interpreter and compiled code took to load counts as well.
 
@@ -49,11 +57,11 @@ def speeds_argument(text: str) -> tuple[float, ...]:
 
 def run_optimize(args: argparse.Namespace) -> int:
     """Plan, write JSON, print what it is worth."""
-    from placement.importers import load_trace
+    from placement.formats import import_trace
     from placement.optimizer import optimize
     from placement.problem import PlanRequest
 
-    trace = load_trace(args.trace, args.format, args.num_experts)
+    trace = import_trace(args.trace, args.format, args.num_experts)
     if args.domain:
         trace = trace.of_domain(args.domain)
     slots = args.slots_per_rank
@@ -104,9 +112,9 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 def run_evaluate(args: argparse.Namespace) -> int:
     """One row a placement."""
     from placement.evaluate import evaluate
-    from placement.importers import load_trace
+    from placement.formats import import_trace
 
-    trace = load_trace(args.trace, args.format, args.num_experts)
+    trace = import_trace(args.trace, args.format, args.num_experts)
     if args.domain:
         trace = trace.of_domain(args.domain)
     rows = {}
@@ -142,10 +150,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """HTML report and PNGs."""
-    from placement.importers import load_trace
+    from placement.formats import import_trace
     from placement.report import write_report
 
-    trace = load_trace(args.trace, args.format, args.num_experts)
+    trace = import_trace(args.trace, args.format, args.num_experts)
     before = Placement.load(args.before) if args.before else None
     with ProgressBar("layers drawn") as bar:
         written = write_report(trace, Placement.load(args.placement), before, args.out, progress=bar.update)
@@ -156,9 +164,16 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """The placement as another engine reads it."""
-    from placement.export import export_placement
+    from placement.formats import export_sglang, export_vllm
 
-    Path(args.out).write_text(json.dumps(export_placement(Placement.load(args.placement), args.format)) + "\n")
+    placement = Placement.load(args.placement)
+    if args.format == "vllm":
+        data = export_vllm(placement, fill_empty=args.fill_empty)
+    else:
+        data = export_sglang(
+            placement, layers=args.layers, num_hidden_layers=args.num_hidden_layers, fill_empty=args.fill_empty
+        )
+    Path(args.out).write_text(json.dumps(data) + "\n")
     print(args.out)
     return 0
 
@@ -233,7 +248,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="write a placement as another engine reads it")
     command.add_argument("--placement", required=True)
-    command.add_argument("--format", required=True, help="vllm, vllm-ascend or sglang")
+    command.add_argument("--format", required=True, choices=("vllm", "sglang"))
+    command.add_argument("--layers", type=layers_argument, help="SGLang: the decoder layer of each MoE layer: 1,2,3")
+    command.add_argument("--num-hidden-layers", type=int, help="SGLang: decoder layers of the model")
+    command.add_argument("--fill-empty", action="store_true", help="fill empty slots: engines know none")
     command.add_argument("--out", required=True)
     command.set_defaults(run=run_export)
 
