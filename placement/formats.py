@@ -105,7 +105,7 @@ def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None =
     - `expertmesh`: this project's .npz. `auto` tells them apart by content.
 
     A folder stands for all such files in it, merged, as SGLang writes one for each rank. Layers in which no token
-    picked an expert (dense ones) are left out; `layers` of the trace says which are kept. Raises TraceError in one line.
+    picked an expert (dense ones) are left out; the trace's `layers` are those kept. Raises TraceError in one line.
     """
     path = Path(path)
     if kind not in FORMATS:
