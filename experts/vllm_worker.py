@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Generator
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from experts.membership import Membership
 from experts.vllm_adapter import DefaultModelLoader, register_model_loader
@@ -41,17 +43,32 @@ class RouterModelLoader(DefaultModelLoader):
         logger.info("replaced %d MoE layers; this router holds %d parameters", count, num_params)
         return model
 
-    def get_all_weights(
-        self, model_config: Any, model: torch.nn.Module
-    ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every tensor of the checkpoint but those of routed experts."""
-        owns = self._checkpoint.owns
-        if not hasattr(model, "is_unused_checkpoint_weight"):
-            # vLLM leaves out files that hold nothing else, which it would prefetch from a network file system.
-            model.is_unused_checkpoint_weight = owns  # type: ignore[assignment]
-        for name, tensor in super().get_all_weights(model_config, model):
-            if not owns(name):
-                yield name, tensor
+    def _get_weights_iterator(self, source: Any) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Every tensor of the checkpoint but those of routed experts.
+
+        vLLM's own iterator would have each tensor made before it is passed over, which touches its pages: with
+        read-ahead that is most of the checkpoint.
+        """
+        strategy = self.load_config.safetensors_load_strategy
+        if strategy not in (None, "lazy") or self.load_config.model_loader_extra_config:
+            logger.warning("the whole checkpoint is read, experts too: the load strategy is not vLLM's own")
+            for name, tensor in super()._get_weights_iterator(source):
+                if not self._checkpoint.owns(name.removeprefix(source.prefix)):
+                    yield name, tensor
+            return
+        _, files, _, _ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        self.counter_before_loading_weights = self.counter_before_loading_weights or time.perf_counter()
+        for file in sorted(files):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                    if not self._checkpoint.owns(name):
+                        yield source.prefix + name, tensors.get_tensor(name)
 
 
 class ExpertMeshWorker:

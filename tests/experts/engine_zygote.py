@@ -1,15 +1,17 @@
 """Starts engines and shards for the parity tests as processes of their own, without paying for `import vllm` each time.
 
 A zygote imports the libraries once and forks a child for every job, so that each engine has a process, a registry and
-globals to itself. It has a role, a key of `parity_jobs.PRELOAD`, which says what it imports. Pytest's side is `Zygote`;
-the other side is this file run as a script. It reads jobs as JSON lines from standard input, ends all children when
-that closes, and writes events as JSON lines to standard output: `{"job": n, "exit": status}`, and what a job emits.
+globals to itself. It has a role, a key of its job module's `PRELOAD`, which says what it imports. Pytest's side is
+`Zygote`; the other side is this file run as a script. It reads jobs as JSON lines from standard input, ends all
+children when that closes, and writes events as JSON lines to standard output: `{"job": n, "exit": status}`, and what a
+job emits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import select
@@ -29,7 +31,8 @@ JOB_DEADLINE_S = 180.0
 class Zygote:
     """Pytest's end: start jobs, await what they emit. Every wait has a deadline, and shows the log when it fails."""
 
-    def __init__(self, folder: Path, role: str) -> None:
+    def __init__(self, folder: Path, role: str, jobs: str = "parity_jobs") -> None:
+        """`jobs` names a module beside this one with `JOBS` and `PRELOAD`, of which `role` is a key."""
         folder.mkdir()
         self.folder = folder
         self._events: dict[int, dict[str, Any]] = {}
@@ -47,7 +50,7 @@ class Zygote:
         }
         with (folder / "zygote.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, role],
+                [sys.executable, __file__, role, jobs],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -56,7 +59,7 @@ class Zygote:
         self._ready = False
 
     def start(self, kind: str, **arguments: Any) -> int:
-        """Start a job of `parity_jobs.JOBS`; returns its number."""
+        """Start a job of the module's `JOBS`; returns its number."""
         if not self._ready:
             self.wait(-1, "ready", IMPORT_DEADLINE_S)
             self._ready = True
@@ -79,6 +82,10 @@ class Zygote:
                 raise AssertionError(f"job {job} should emit {key!r}, but {why}:\n{self._tail(job)}")
             self._read(left_s)
         return self._events[job][key]
+
+    def events(self, job: int) -> dict[str, Any]:
+        """Everything that the job emitted so far."""
+        return dict(self._events[job])
 
     def stop(self, job: int) -> None:
         """End a job that runs until it is told, as shards do."""
@@ -114,9 +121,7 @@ class Zygote:
         return path.read_text(errors="replace")[-6000:]
 
 
-def _run_child(line: str, events_fd: int) -> int:
-    from parity_jobs import JOBS
-
+def _run_child(jobs: Any, line: str, events_fd: int) -> int:
     request = json.loads(line)
 
     def emit(**event: Any) -> None:
@@ -126,7 +131,7 @@ def _run_child(line: str, events_fd: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     emit(pid=os.getpid())
-    JOBS[request["kind"]](emit, **request["arguments"])
+    jobs.JOBS[request["kind"]](emit, **request["arguments"])
     return 0
 
 
@@ -149,9 +154,8 @@ def _lines_and_deaths(wakeup_fd: int) -> Iterator[str | None]:
 def main() -> None:
     events_fd = os.dup(1)
     os.dup2(2, 1)
-    import parity_jobs
-
-    parity_jobs.PRELOAD[sys.argv[1]]()
+    jobs = importlib.import_module(sys.argv[2])
+    jobs.PRELOAD[sys.argv[1]]()
     gc.freeze()  # engines collect garbage several times as they start; what is here already is none
     wakeup_read, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
@@ -173,7 +177,7 @@ def main() -> None:
             try:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                status = _run_child(line, events_fd)
+                status = _run_child(jobs, line, events_fd)
             except BaseException:
                 import traceback
 
