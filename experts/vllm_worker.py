@@ -63,7 +63,7 @@ class RouterModelLoader(DefaultModelLoader):
             source.fall_back_to_pt,
             source.allow_patterns_overrides,
         )
-        self.counter_before_loading_weights = self.counter_before_loading_weights or time.perf_counter()
+        self.counter_before_loading_weights = getattr(self, "counter_before_loading_weights", 0) or time.perf_counter()
         for file in sorted(files):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
