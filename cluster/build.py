@@ -11,7 +11,6 @@ from cluster.client import CONTROLLER, ROUTER, SHARD
 from cluster.config import ExpertsAppConfig, LLMAppConfig
 from cluster.controller import PlacementController
 from cluster.expert_shard import ExpertShard
-from cluster.planning import plan_placement
 from cluster.replicas import Ingress, Router
 from cluster.router_options import router_options
 
@@ -38,6 +37,8 @@ INGRESS_OPTIONS: dict[str, Any] = {
 
 def experts_application(config: ExpertsAppConfig) -> Application:
     """Shards and their controller. Raises ConfigError before anything is deployed if the model or slots do not fit."""
+    from cluster.planning import plan_placement  # torch, which the other application's builder does without
+
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
     shards = serve.deployment(

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import concurrent.futures
 import json
 import logging
 import os
 import secrets
 import signal
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from cluster.config import ConfigError, MeshConfig
 from experts.settings import StrictModel
@@ -85,9 +83,6 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
         logging.disable(logging.INFO)
     import ray
 
-    # Ray's start mostly waits for other processes.
-    builders = threading.Thread(target=importlib.import_module, args=("cluster.build",), daemon=True)
-    builders.start()
     http = dict(config.serve.get("http_options") or {})
     if options.port is not None:
         http["port"] = options.port
@@ -96,15 +91,16 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
         _join_ray(options)
         from ray import serve
 
+        from cluster.ray_joints import deploy_config
+
         say("starting Serve")
         serve.start(proxy_location=config.serve.get("proxy_location", "HeadOnly"), http_options=http)
-        builders.join()
-        from cluster.build import experts_application, llm_application
-
-        say(f"deploying {config.experts_name}: {config.experts.shards.count} expert shards")
-        _deploy(experts_application(config.experts), config.experts_name, None)
-        say(f"deploying {config.llm_name}: router and OpenAI API")
-        _deploy(llm_application(config.llm), config.llm_name, config.llm_route_prefix)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            # Serve builds the applications in tasks; a checkpoint that is not fit is told here, without their frames.
+            checked = pool.submit(_check_checkpoint, config)
+            say(f"deploying {config.experts_name} ({config.experts.shards.count} shards) and {config.llm_name}")
+            deploy_config({**config.serve, "http_options": http})
+            checked.result()
         yield url
     finally:
         if ray.is_initialized():
@@ -120,9 +116,6 @@ def _join_ray(options: Options) -> None:
     """Connect to the cluster that was named, else start one here."""
     import ray
 
-    # Ray's start mostly waits for other processes.
-    builders = threading.Thread(target=importlib.import_module, args=("cluster.build",), daemon=True)
-    builders.start()
     shown = {"log_to_driver": options.verbose, "logging_level": "INFO" if options.verbose else "WARNING"}
     if options.address is not None:
         say(f"connecting to Ray at {options.address}")
@@ -141,11 +134,10 @@ def _join_ray(options: Options) -> None:
             say(f"Ray did not start, trying again: {error}")
 
 
-def _deploy(application: Any, name: str, route_prefix: str | None) -> None:
-    from ray import serve
+def _check_checkpoint(config: MeshConfig) -> None:
+    from cluster.planning import check_slots, read_spec
 
-    target = serve.RunTarget(application, name=name, route_prefix=route_prefix)
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    check_slots(config.experts, read_spec(config.experts).num_experts)
 
 
 def _reachable(host: str) -> str:

@@ -105,7 +105,9 @@ class MeshConfig(StrictModel):
     experts_name: str = Field(default="experts", description="Name of the application of shards.")
     llm_name: str = Field(default="llm", description="Name of the application of routers.")
     llm_route_prefix: str = Field(default="/", description="Route prefix of the OpenAI API.")
-    serve: dict[str, Any] = Field(description="The whole Serve config with checkpoint paths made absolute.")
+    serve: dict[str, Any] = Field(
+        description="The whole Serve config, with paths absolute that need the file's folder."
+    )
 
     @classmethod
     def from_file(cls, path: str | Path) -> MeshConfig:
@@ -139,7 +141,7 @@ class MeshConfig(StrictModel):
         for builder, schema in ((EXPERTS_BUILDER, ExpertsAppConfig), (LLM_BUILDER, LLMAppConfig)):
             index, app = found[builder]
             config = parse(schema, app.get("args", {}), f"{source}: applications[{index}].args", folder)
-            serve["applications"][index] = {**app, "args": config.model_dump(exclude_unset=True)}
+            serve["applications"][index] = {**app, "args": _portable(app.get("args", {}), config)}
             apps[builder] = config
         (_, experts_app), (_, llm_app) = found[EXPERTS_BUILDER], found[LLM_BUILDER]
         mesh = cls(
@@ -169,6 +171,19 @@ class MeshConfig(StrictModel):
             yield f"experts_app is {self.llm.experts_app!r}, the application of shards is named {self.experts_name!r}"
         if self.llm.transport.name == "nccl" and self.experts.shards.device != "cuda":
             yield f"transport.name is nccl and shards.device {self.experts.shards.device!r}, expected cuda"
+
+
+def _portable(args: dict[str, Any], config: BaseModel) -> dict[str, Any]:
+    """The arguments as they were written if they mean the same without the file's folder, else with absolute paths.
+
+    Serve tells one version of an application from the next by its arguments: those of `serve deploy` come as written.
+    """
+    try:
+        if parse(type(config), args) == config:
+            return args
+    except ConfigError:
+        pass
+    return config.model_dump(exclude_unset=True)
 
 
 def parse(schema: type[M], data: Any, where: str = "args", folder: Path | None = None) -> M:

@@ -15,7 +15,6 @@ from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import ExpertsAppConfig, parse
 from cluster.ray_joints import node_address, replica_identity
 from cluster.roster import placement_digest
-from experts.shard_server import ShardServer
 from placement.tables import Placement
 
 logger = logging.getLogger("ray.serve")
@@ -30,6 +29,8 @@ class ExpertShard:
         self._controller = ControllerClient(self._identity.app_name)
         self._epoch = 0
         self._fault: str | None = None
+        from experts.shard_server import ShardServer  # torch, which whoever only names this class does without
+
         self._server = ShardServer(self._config.shard_settings(node_address()))
         self._heart: asyncio.Task[None] | None = None
         placement, rank = await self._join()

@@ -34,6 +34,14 @@ def replica_identity() -> ReplicaIdentity:
     )
 
 
+def deploy_config(serve_config: dict[str, Any]) -> None:
+    """Hand a whole Serve config to a running Serve, as `serve run` does: `serve deploy` can then change it in place."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config), _blocking=False)
+
+
 def node_address() -> str:
     """IP address at which other nodes reach this one, 127.0.0.1 on a cluster of one machine without a network."""
     return ray.util.get_node_ip_address()

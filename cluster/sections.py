@@ -103,7 +103,7 @@ class PlacementSection(StrictModel):
         default=1.05, ge=1, description="How much more than its even share a shard may get, for fewer shards a token."
     )
     max_seconds: float = Field(default=30.0, gt=0, description="Bound on the optimizer's search.")
-    seed: int = Field(default=0, description="Same seed, trace and shape: same placement, also after a restart.")
+    seed: int = Field(default=0, description="Seed of the policy's choices.")
 
     @model_validator(mode="after")
     def _one_source(self) -> PlacementSection:

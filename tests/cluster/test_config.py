@@ -40,6 +40,7 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
     assert (mesh.experts_name, mesh.llm_name, mesh.llm_route_prefix) == ("experts", "llm", "/")
     again = MeshConfig.from_serve_config(mesh.serve)
     assert again.experts == mesh.experts, "what is handed to Serve says the same"
+    assert mesh.serve["applications"] == tiny()["applications"], "as written, so that serve deploy finds no change"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,8 @@ def test_paths_beside_the_config_come_first(tmp_path: Path) -> None:
     (tmp_path / "examples" / "tiny-moe").mkdir(parents=True)
     mesh = MeshConfig.from_file(write(tmp_path, tiny()))
     assert mesh.experts.model.path == str(tmp_path / "examples" / "tiny-moe")
+    handed = MeshConfig.from_serve_config(mesh.serve)
+    assert handed.experts == mesh.experts, "what is handed to Serve needs no folder to look in"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("a: [", "not YAML"), (None, "cannot be read")])

@@ -27,6 +27,14 @@ def test_handles_broadcast() -> None:
     assert inspect.iscoroutinefunction(DeploymentBroadcastResponse.results_async)
 
 
+def test_a_config_can_be_handed_to_a_running_serve() -> None:
+    from ray.serve import context
+    from ray.serve._private.client import ServeControllerClient
+
+    assert callable(context._get_global_client)
+    assert "_blocking" in inspect.signature(ServeControllerClient.deploy_apps).parameters
+
+
 def test_node_address_is_there() -> None:
     assert callable(ray.util.get_node_ip_address)
 

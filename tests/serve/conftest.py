@@ -1,7 +1,7 @@
 """One Ray cluster with the whole service on it, shared by every test here: its start costs most of a minute.
 
-The way in is a user's: `ray start`, then `ray job submit -- serve run CONFIG`. Everything stands on free ports and in
-folders of its own, and is gone at the end: the head node runs as our child, and takes its processes with it.
+The way in is a user's: `ray start`, then `python -m serve_app CONFIG`. Everything stands on free ports and in folders
+of its own, a copy of the model included, and is gone at the end: the head node is our child, in a session of its own.
 """
 
 from __future__ import annotations
@@ -52,13 +52,18 @@ def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
         time.sleep(0.2)
 
 
-def tiny_config(port: int) -> dict[str, Any]:
-    """The shipped config on another port, with keys and a queue limit that a test can reach."""
+def tiny_config(port: int, folder: Path) -> dict[str, Any]:
+    """The shipped config on another port, with keys and a queue limit that a test can reach, and a model of its own."""
+    model = folder / "model"
+    model.mkdir()
+    for file in (REPOSITORY / "examples" / "tiny-moe").glob("*"):
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            shutil.copy(file, model)
     data = yaml.safe_load((REPOSITORY / "configs" / "tiny-cpu.yaml").read_text())
     data["http_options"]["port"] = port
     llm = data["applications"][1]["args"]
     llm["http"] |= {"api_keys": [API_KEY], "max_pending_requests": 6, "retry_after_s": 2}
-    llm["model"]["path"] = str(REPOSITORY / "examples" / "tiny-moe")
+    llm["model"]["path"] = str(model)
     return data
 
 
@@ -72,6 +77,11 @@ class Service:
     env: dict[str, str]
     dashboard: str
     client: openai.OpenAI = field(init=False)
+
+    @property
+    def log(self) -> Path:
+        """What the command has said."""
+        return self.folder / "serve_app.log"
 
     def __post_init__(self) -> None:
         self.client = self.openai_client(API_KEY)
@@ -173,34 +183,28 @@ def service() -> Iterator[Service]:
     with open(folder / "ray.log", "w") as log:
         head = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
     running = Service(
-        f"http://127.0.0.1:{http}", tiny_config(http), folder, env, dashboard=f"http://127.0.0.1:{dashboard}"
+        f"http://127.0.0.1:{http}", tiny_config(http, folder), folder, env, dashboard=f"http://127.0.0.1:{dashboard}"
     )
+    command_process: subprocess.Popen[bytes] | None = None
     try:
         wait_for(lambda: _answers(running.dashboard) or head.poll() is not None, 120, "Ray's dashboard")
         assert head.poll() is None, (folder / "ray.log").read_text()
         config = running.write_config("mesh.yaml")
-        serve = Path(sys.executable).parent / "serve"
-        submit = ("ray", "job", "submit", "--address", running.dashboard, "--no-wait", "--submission-id", "mesh")
-        wait_for(lambda: _submitted(running, (*submit, "--", str(serve), "run", str(config))), 120, "a job agent")
-        try:
-            wait_for(lambda: _healthy(running), START_DEADLINE_S, "the first token")
-        except AssertionError as error:
-            logs = running.run("ray", "job", "logs", "--address", running.dashboard, "mesh")
-            raise AssertionError(f"{error}\n{logs[-6000:]}") from None
+        with open(running.log, "w") as log:
+            command_process = subprocess.Popen(
+                [sys.executable, "-m", "serve_app", str(config), "--address", env["RAY_ADDRESS"], "--port", str(http)],
+                cwd=REPOSITORY,
+                env=env,
+                stdout=log,
+                stderr=log,
+            )
+        started = lambda: "Ctrl-C stops it" in running.log.read_text() or command_process.poll() is not None  # noqa: E731
+        wait_for(started, START_DEADLINE_S, "the first token")
+        assert command_process.poll() is None, running.log.read_text()
         yield running
     finally:
-        _end(head)
+        _end(head, command_process)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _submitted(running: Service, command: tuple[str, ...]) -> bool:
-    try:
-        running.run(*command)
-    except AssertionError as error:
-        if "No available agent" not in str(error):
-            raise
-        return False
-    return True
 
 
 def _answers(url: str) -> bool:
@@ -213,22 +217,15 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _healthy(running: Service) -> bool:
-    try:
-        return running.get("/health")[0] == 200
-    except OSError:
-        return False
-
-
-def _end(head: subprocess.Popen[bytes]) -> None:
-    """Ray's own way down first, then whatever is left of the session that it began."""
-    head.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(5)
-    for pid in session_members(head.pid):
+def _end(head: subprocess.Popen[bytes], command: subprocess.Popen[bytes] | None) -> None:
+    """The cluster first, at once and with all its processes; then the command, which has nothing left to undo."""
+    for pid in [head.pid, *session_members(head.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     head.wait(10)
+    if command is not None:
+        command.kill()
+        command.wait(10)
 
 
 def session_members(session_id: int) -> list[int]:

@@ -1,8 +1,10 @@
-"""`serve deploy` of the application `llm` alone: the shards do not notice. Last, since it replaces the routers."""
+"""An upgrade of the application `llm` alone, which the shards do not notice. Last, since it replaces the routers."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 from conftest import Service, wait_for
 
@@ -14,7 +16,12 @@ def test_llm_is_upgraded_to_two_routers_while_the_shards_stay(service: Service) 
     llm = service.config["applications"][1]["args"]
     llm["routers"] |= {"count": 2}
     llm["routers"]["engine_kwargs"]["max_num_seqs"] = 16
-    service.run("serve", "deploy", str(service.write_config("upgrade.yaml")), "--address", service.dashboard)
+    config = str(service.write_config("upgrade.yaml"))
+    serve = str(Path(sys.executable).parent / "serve")
+    service.run(
+        *("ray", "job", "submit", "--address", service.dashboard, "--no-wait"),
+        *("--", serve, "run", "--non-blocking", config),
+    )
 
     def upgraded() -> bool:
         try:
@@ -38,3 +45,9 @@ def test_llm_is_upgraded_to_two_routers_while_the_shards_stay(service: Service) 
         return all(router["steps"] > 60 for router in service.status()["routers"])
 
     wait_for(both_worked, 120, "both routers to have had requests")
+
+    service.run("serve", "deploy", config, "--address", service.dashboard)
+    wait_for(lambda: "RUNNING" in service.run("serve", "status", "--address", service.dashboard), 60, "serve status")
+    assert {router["router_id"] for router in service.status()["routers"]} == {
+        router for shard in after.values() for router in shard["routers"]
+    }, "the same config again changes nothing"
