@@ -59,6 +59,8 @@ def _shard(pipe: Connection, rank: int, shape: LayerShape, spin_us: float, bare_
     else:
         slot_table = np.arange(shape.num_experts, dtype=np.int32)[None].repeat(shape.num_layers, 0)
         slots = SimpleNamespace(
+            begin_request=lambda: None,
+            end_request=lambda: None,
             slot_of_expert_LE=slot_table,
             checkpoint=SimpleNamespace(spec=SimpleNamespace(hidden_size=shape.hidden_size)),
         )
