@@ -25,8 +25,8 @@ from experts.link import RouterLink
 from experts.local_experts import LocalExperts
 from experts.membership import Membership
 from experts.plan import combine, plan_and_pack, warm_up
+from experts.row_mover import RowMover, pick_row_mover, routing_on_host
 from experts.stats import RouterStats
-from experts.tensor_rows import add_rows, gather_rows, rows_in, tokens_of_rank
 from experts.wire import (
     DTYPE_CODES,
     H_MAGIC,
@@ -50,7 +50,7 @@ class Pending:
     layer: int
     x_TD: torch.Tensor
     y_TD: torch.Tensor
-    sum_TD: torch.Tensor | None  # fp32, where the combine runs on tensors instead of host memory
+    sum_TD: torch.Tensor | None  # fp32: what a repetition adds to, where a RowMover combines
     topk_ids_TK: np.ndarray
     topk_weights_TK: np.ndarray
     start: int
@@ -79,6 +79,7 @@ class Dispatcher:
         self._row_TK = np.zeros((max_rows, shape.top_k), np.int32)
         self._scratch_D = np.zeros(shape.hidden_size, np.float32)
         self._rows_apart = False
+        self._mover: RowMover | None = None
         self._resize(0)
         warm_up()
 
@@ -93,7 +94,6 @@ class Dispatcher:
         self._slots_LER = np.full((self.shape.num_layers, self.shape.num_experts, num_ranks), -1, np.int32)
         self._node_of_rank_R = np.zeros(num_ranks, np.int32)
         self._num_nodes = 1
-        self._on_host = self.shape.dtype != torch.float16
         self.stats.resize(num_ranks)
 
     def apply(self, membership: Membership, links: dict[int, RouterLink], lost: dict[int, str]) -> None:
@@ -120,7 +120,7 @@ class Dispatcher:
         self._node_of_rank_R[:] = np.arange(placement.num_ranks) * placement.num_nodes // placement.num_ranks
         self._head[0] = membership.epoch
         self._rows_apart = True in rows_apart
-        self._on_host = not self._rows_apart and self.shape.dtype != torch.float16
+        self._mover = self._bind_mover() if self._rows_apart or self.shape.dtype == torch.float16 else None
         for rank in range(placement.num_ranks):
             if rank in self.links:
                 self._send_address_R[rank] = self.links[rank].send_buffer.ctypes.data
@@ -141,14 +141,17 @@ class Dispatcher:
         if self.membership is None:
             raise RuntimeError("no membership was applied yet, so nobody holds the experts")
         self.shape.check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
+        if not self._rows_apart:
+            # Links in host memory, or no link at all: packing and combining must not meet a device's addresses.
+            x_TD = x_TD.cpu()
+        ids_TK, weights_TK = (self._mover.routing if self._mover else routing_on_host)(topk_ids_TK, topk_weights_TK)
         pending = Pending(
             layer=layer,
             x_TD=x_TD.contiguous(),
             y_TD=torch.empty_like(x_TD, memory_format=torch.contiguous_format),
-            sum_TD=None if self._on_host else torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device),
-            # On a GPU this is the layer's one wait for the device: lengths have to be known before anything is sent.
-            topk_ids_TK=topk_ids_TK.to(torch.int32).contiguous().cpu().numpy(),
-            topk_weights_TK=topk_weights_TK.to(torch.float32).contiguous().cpu().numpy(),
+            sum_TD=None,
+            topk_ids_TK=ids_TK,
+            topk_weights_TK=weights_TK,
             start=0,
             stop=0,
             posted=[],
@@ -161,7 +164,10 @@ class Dispatcher:
         return pending
 
     def finish(self, pending: Pending) -> torch.Tensor:
-        """Wait for the shards of `begin` and return y [T, D]; the engine never learns of a shard that failed."""
+        """Wait for the shards of `begin` and return y [T, D]; the engine never learns of a shard that failed.
+
+        y is where the rows travel from: on the device of x over links that carry its rows, else in host memory.
+        """
         num_tokens = pending.x_TD.shape[0]
         while True:
             self._collect(pending)
@@ -211,11 +217,13 @@ class Dispatcher:
         )
         pending.posted, pending.failed = [], []
         self._answered_R[:] = False
+        if self._rows_apart:
+            assert self._mover is not None
+            x_TD = pending.x_TD[pending.start : pending.stop]
+            self._mover.pack(x_TD, self._rank_TK[:num_tokens], self._row_TK[:num_tokens])
         for rank in np.flatnonzero(self._nbytes_R).tolist():
             nbytes = int(self._nbytes_R[rank])
             try:
-                if self._rows_apart:
-                    self._gather(pending, rank)
                 self.links[rank].post(nbytes)
             except ShardError as error:
                 self._lose(error)
@@ -278,13 +286,17 @@ class Dispatcher:
         return nbytes
 
     def _combine(self, pending: Pending, accumulate: bool) -> None:
-        num_tokens = pending.stop - pending.start
-        if pending.sum_TD is not None:
-            self._combine_tensors(pending, pending.sum_TD[pending.start : pending.stop])
+        part = slice(pending.start, pending.stop)
+        rank_TK, row_TK = self._rank_TK[: pending.stop - pending.start], self._row_TK[: pending.stop - pending.start]
+        if self._mover is not None:
+            if pending.sum_TD is None and (pending.failed or pending.unserved):
+                pending.sum_TD = torch.empty(pending.x_TD.shape, dtype=torch.float32, device=pending.x_TD.device)
+            sum_TD = None if pending.sum_TD is None else pending.sum_TD[part]
+            self._mover.combine(rank_TK, row_TK, self._answered_R, pending.y_TD[part], sum_TD, accumulate)
             return
         combine(
-            self._rank_TK[:num_tokens],
-            self._row_TK[:num_tokens],
+            rank_TK,
+            row_TK,
             self._answered_R,
             self._reply_address_R,
             DTYPE_CODES[self.shape.dtype],
@@ -293,26 +305,17 @@ class Dispatcher:
             accumulate,
         )
 
-    def _gather(self, pending: Pending, rank: int) -> None:
-        """Put a rank's rows into the tensor that its link sends from."""
-        tensor = self.links[rank].send_tensor
-        assert tensor is not None
-        x_TD = pending.x_TD[pending.start : pending.stop]
-        num_tokens = len(x_TD)
-        tokens_M = tokens_of_rank(rank, self._rank_TK[:num_tokens], self._row_TK[:num_tokens], x_TD.device)
-        gather_rows(x_TD, tokens_M, rows_in(tensor, len(tokens_M), self.shape.hidden_size, self.shape.dtype))
-
-    def _combine_tensors(self, pending: Pending, sum_TD: torch.Tensor) -> None:
-        """The same as `plan.combine`, on tensors: adds the answers to `sum_TD` (fp32) and writes y."""
-        rank_TK, row_TK = self._rank_TK[: len(sum_TD)], self._row_TK[: len(sum_TD)]
-        for rank in np.flatnonzero(self._answered_R).tolist():
-            link = self.links[rank]
-            data = link.recv_tensor
-            if data is None:
-                data = torch.from_numpy(link.recv_buffer[HEADER_BYTES:])
-            tokens_M = tokens_of_rank(rank, rank_TK, row_TK, sum_TD.device)
-            add_rows(sum_TD, tokens_M, rows_in(data, len(tokens_M), self.shape.hidden_size, self.shape.dtype))
-        pending.y_TD[pending.start : pending.stop] = sum_TD
+    def _bind_mover(self) -> RowMover:
+        """What packs and combines where rows do not lie in host memory, or are float16."""
+        send = {rank: link.send_tensor for rank, link in self.links.items() if link.send_tensor is not None}
+        recv = {
+            rank: torch.from_numpy(link.recv_buffer[HEADER_BYTES:]) if link.recv_tensor is None else link.recv_tensor
+            for rank, link in self.links.items()
+        }
+        device = next(iter(recv.values())).device if recv else torch.device("cpu")
+        mover = pick_row_mover(device)
+        mover.bind(send, recv)
+        return mover
 
     def _compute_here(self, pending: Pending, ids_TK: np.ndarray, weights_TK: np.ndarray) -> None:
         """Add what no live shard can compute, from the checkpoint."""
@@ -330,7 +333,9 @@ class Dispatcher:
         )
         if pending.sum_TD is not None:
             pending.sum_TD[index] += part.float()
-        pending.y_TD[index] += part
+            pending.y_TD[index] = pending.sum_TD[index].to(part.dtype)
+        else:
+            pending.y_TD[index] += part
 
     def _lose(self, error: ShardError) -> None:
         """Go on without a shard until the next epoch brings it back."""
