@@ -208,7 +208,7 @@ def _begin(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, 
             _pending = None
             return torch.zeros_like(x)
     _pending = router.begin(layer, x, topk_weights, topk_ids)
-    return _pending.y_TD
+    return _pending.y_TD if _pending.y_TD.device == x.device else torch.empty_like(x)
 
 
 def _begin_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
@@ -222,7 +222,7 @@ def _finish(y: torch.Tensor) -> None:
         return
     current_router().finish(pending)
     if pending.y_TD.data_ptr() != y.data_ptr():
-        # torch.compile may hand a copy of what begin returned
+        # torch.compile may hand a copy of what begin returned; y may be on a device and the rows in host memory
         y.copy_(pending.y_TD)
 
 

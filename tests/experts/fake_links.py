@@ -36,17 +36,27 @@ Fault = Callable[["FakeLink", int], int]
 class FakeLink(RouterLink):
     """Answers like a shard that holds what `placement` gives to `rank`.
 
-    `post_faults` and `wait_faults` hold a fault, or None for none, for each call in turn; after the last, all is well.
+    With `apart`, rows travel in tensors of their own, as between GPUs. `post_faults` and `wait_faults` hold a fault, or
+    None for none, for each call in turn; after the last, all is well.
     """
 
     transport = "fake"
 
     def __init__(
-        self, rank: int, placement: Placement, shape: LayerShape, max_rows: int, experts: LocalExperts
+        self,
+        rank: int,
+        placement: Placement,
+        shape: LayerShape,
+        max_rows: int,
+        experts: LocalExperts,
+        apart: bool = False,
     ) -> None:
         self.rank = rank
         self.send_buffer = np.full(request_capacity(max_rows, shape.top_k, shape.row_bytes), 0xAA, np.uint8)
         self.recv_buffer = np.full(reply_capacity(max_rows, shape.row_bytes), 0xBB, np.uint8)
+        if apart:
+            self.send_tensor = torch.full((max_rows * shape.row_bytes,), 0xAA, dtype=torch.uint8)
+            self.recv_tensor = torch.full((max_rows * shape.row_bytes,), 0xBB, dtype=torch.uint8)
         self.post_faults: list[Fault | None] = []
         self.wait_faults: list[Fault | None] = []
         self.posted: list[int] = []
@@ -69,7 +79,10 @@ class FakeLink(RouterLink):
         checked = read_request(request, self.posted[-1], self._slots_LE, DTYPE_CODES[shape.dtype], shape.hidden_size)
         assert checked.num_rows <= self.max_rows
         end = checked.rows_at + checked.num_rows * shape.row_bytes
-        rows_MD = torch.from_numpy(request[checked.rows_at : end]).view(shape.dtype).view(-1, shape.hidden_size)
+        data = torch.from_numpy(request[checked.rows_at : end])
+        if self.send_tensor is not None:
+            data = self.send_tensor[: end - checked.rows_at]
+        rows_MD = data.view(shape.dtype).view(-1, shape.hidden_size)
         experts_N = self._experts_of(checked.layer, checked.slots_N)
         out_MD = torch.zeros(rows_MD.shape)
         offsets = checked.row_offsets_M1.tolist()
@@ -82,7 +95,11 @@ class FakeLink(RouterLink):
         header[H_MAGIC], header[H_SEQ], header[H_STATUS] = MAGIC, checked.seq, STATUS_OK
         header[H_ROWS] = checked.num_rows
         length = HEADER_BYTES + checked.num_rows * shape.row_bytes
-        self.recv_buffer[HEADER_BYTES:length] = out_MD.to(shape.dtype).view(torch.uint8).flatten().numpy()
+        answer = out_MD.to(shape.dtype).view(torch.uint8).flatten()
+        if self.recv_tensor is not None:
+            self.recv_tensor[: len(answer)] = answer
+        else:
+            self.recv_buffer[HEADER_BYTES:length] = answer.numpy()
         fault = self.wait_faults.pop(0) if self.wait_faults else None
         return length if fault is None else fault(self, length)
 

@@ -60,11 +60,12 @@ def fake_mesh(
     max_rows: int = 64,
     dtype: torch.dtype = FLOAT32,
     ranks: list[int] | None = None,
+    apart: bool = False,
 ) -> FakeMesh:
     shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, dtype)
     experts = local(model, dtype)
     wanted = list(range(placement.num_ranks)) if ranks is None else ranks
-    links = {rank: FakeLink(rank, placement, shape, max_rows, experts) for rank in wanted}
+    links = {rank: FakeLink(rank, placement, shape, max_rows, experts, apart) for rank in wanted}
     dispatcher = Dispatcher(shape, max_rows, 1.0, local(model, dtype))
     missing = {rank: "no shard has this rank yet" for rank in range(placement.num_ranks) if rank not in links}
     dispatcher.apply(Membership(1, placement, (None,) * placement.num_ranks), dict(links), missing)
@@ -98,9 +99,10 @@ def test_any_number_of_tokens(model: Path, num_tokens: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(BFLOAT16, 2**-6), (FLOAT16, 2**-9)])
 @pytest.mark.parametrize("fault", [None, lost])
-def test_half_precision(model: Path, dtype: torch.dtype, tolerance: float, fault: object) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_half_precision(model: Path, dtype: torch.dtype, tolerance: float, fault: object, apart: bool) -> None:
     """Inputs and parts are rounded to 8 and 11 bits, so the sum is off by a few of those roundings."""
-    mesh, batch = fake_mesh(model, linear(), dtype=dtype, max_rows=5), random_batch(13, dtype=dtype)
+    mesh, batch = fake_mesh(model, linear(), dtype=dtype, max_rows=5, apart=apart), random_batch(13, dtype=dtype)
     mesh.links[1].wait_faults = [None, fault]
     got_TD = mesh.forward(batch)
     assert got_TD.dtype == dtype
@@ -164,6 +166,16 @@ def test_a_refused_membership_changes_nothing(model: Path) -> None:
     assert_matches(mesh.forward(batch), expected(model, batch))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ranks", [[0, 1, 2], [0], []])
+def test_rows_on_a_gpu_over_links_in_host_memory(model: Path, ranks: list[int]) -> None:
+    """Also what a GPU router does while it has no link at all."""
+    mesh, batch = fake_mesh(model, linear(), ranks=ranks), random_batch(9)
+    on_gpu = Batch(batch.x_TD.cuda(), batch.weights_TK.cuda(), batch.ids_TK.cuda())
+    assert_matches(mesh.forward(on_gpu).cpu(), expected(model, batch))
+
+
 # --- failures -----------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +222,7 @@ FAULT_KINDS = ["none", "post", *WAIT_FAULTS]
 def test_any_faults_in_any_round_leave_the_result_alone(model: Path, data: st.DataObject) -> None:
     """Several at once, again during the repetition, in later rounds of a large step, down to no shard at all."""
     num_ranks, replicas = data.draw(st.sampled_from([(3, 1), (3, 2), (3, 3), (4, 2), (1, 1)]))
-    dtype = data.draw(st.sampled_from([FLOAT32, FLOAT32, FLOAT16]))
+    dtype, apart = data.draw(st.sampled_from([(FLOAT32, False), (FLOAT32, True), (FLOAT16, False), (FLOAT16, True)]))
     placement = replicated(NUM_LAYERS, NUM_EXPERTS, num_ranks, replicas)
     absent = data.draw(st.sets(st.integers(0, num_ranks - 1), max_size=num_ranks))
     mesh = fake_mesh(
@@ -219,6 +231,7 @@ def test_any_faults_in_any_round_leave_the_result_alone(model: Path, data: st.Da
         max_rows=data.draw(st.sampled_from([3, 5, 64])),
         dtype=dtype,
         ranks=[rank for rank in range(num_ranks) if rank not in absent],
+        apart=apart,
     )
     for link in mesh.links.values():
         for kind in data.draw(st.lists(st.sampled_from(FAULT_KINDS), max_size=3)):
