@@ -183,6 +183,8 @@ def disassemble(code: object) -> str:
     lines = []
     for step in dis.get_instructions(code):  # type: ignore[arg-type]
         argument = ADDRESS.sub("", CODE_OBJECT.sub(r"<code \1>", ADDRESS.sub("", step.argrepr)))
+        if isinstance(step.argval, frozenset):  # in an order that does not change with the process's hash seed
+            argument = f"frozenset({{{', '.join(sorted(map(repr, step.argval)))}}})"
         lines.append(f"{step.offset} {step.opname} {argument}".rstrip())
     return "\n".join(lines)
 

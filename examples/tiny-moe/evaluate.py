@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import DOMAINS
-from tiny_tokenizer import load_or_encode
-from transformers import Qwen3MoeForCausalLM
+from tiny_tokenizer import encode_corpus
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 from trigram import Trigram, best_mixture_loss
 
 HERE = Path(__file__).resolve().parent
@@ -89,7 +89,7 @@ def main() -> None:
     """Evaluate, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE)
-    parser.add_argument("--work", type=Path, default=HERE / "build", help="where train.py keeps its tokens")
+    parser.add_argument("--work", type=Path, default=HERE / "build", help="where train.py noted its time")
     parser.add_argument("--tokens", type=int, default=60_000, help="held-out tokens a domain, at most")
     parser.add_argument("--window", type=int, default=1024, help="tokens that are scored together")
     parser.add_argument("--threads", type=int, default=1)
@@ -98,7 +98,8 @@ def main() -> None:
 
     model = Qwen3MoeForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     config = model.config
-    streams = load_or_encode(arguments.work / "data", config.vocab_size, config.max_position_embeddings, None)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    streams, _ = encode_corpus(tokenizer, config.vocab_size, config.max_position_embeddings)
     domains = (*DOMAINS, "chat")
     pooled = Trigram(np.concatenate([streams[f"train.{name}"] for name in domains]), config.vocab_size)
     rows, loads, pairs_LEE = {}, [], np.zeros(1, dtype=np.int64)

@@ -11,7 +11,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 PROMPTS = {
     "code": "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n",
     "prose": "string.strip_prefix(text, prefix)\n\nReturn a copy of the string",
-    "unicode": "U+1F600 So",
+    "unicode": "U+13A0 Lu CHEROKEE LETTER A\n",
     "bytecode": "get(self, key, default):\n0 RESUME\n2 LOAD_FAST self\n",
 }
 QUESTIONS = ("Hello!", "Who are you?", "What does os.path.join do?")
@@ -23,7 +23,7 @@ def main() -> None:
 
     folder = str(Path(__file__).resolve().parent)
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, disable_log_stats=True)
-    settings = SamplingParams(temperature=0.3, max_tokens=80, repetition_penalty=1.1, seed=0)
+    settings = SamplingParams(temperature=0.3, max_tokens=80, seed=0)
     for (domain, prompt), output in zip(PROMPTS.items(), llm.generate(list(PROMPTS.values()), settings), strict=True):
         print(f"--- {domain}\n{prompt}»{output.outputs[0].text}")
     for question in QUESTIONS:

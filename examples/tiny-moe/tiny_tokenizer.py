@@ -80,29 +80,37 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[Documen
     pieces: list[int] = []
     for start in range(0, len(documents), 256):
         texts = [document.text for document in documents[start : start + 256]]
-        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             pieces.append(END_OF_TEXT_ID)
-            pieces.extend(ids)
+            pieces.extend(encoding.ids)
     pieces.append(END_OF_TEXT_ID)
     return np.asarray(pieces, dtype=np.uint16)
 
 
-def load_or_encode(cache: Path, vocab_size: int, max_length: int, limit_modules: int | None) -> dict[str, np.ndarray]:
-    """Token streams `train.<domain>` and `held_out.<domain>`, made once and kept in `cache` with their tokenizer."""
+def encode_corpus(
+    tokenizer: PreTrainedTokenizerFast | None, vocab_size: int, max_length: int, limit_modules: int | None = None
+) -> tuple[dict[str, np.ndarray], PreTrainedTokenizerFast]:
+    """Token streams `train.<domain>` and `held_out.<domain>`, and their tokenizer, trained where none is given."""
     from chats import split_chats
     from corpus import DOMAINS, build_corpus
 
-    stored = cache / "tokens.npz"
-    if stored.exists():
-        with np.load(stored) as streams:
-            return dict(streams)
     train, held_out = build_corpus(limit_modules)
     chat_train, chat_held_out = split_chats(limit_modules)
-    tokenizer = train_tokenizer([*train, *chat_train], vocab_size, max_length)
+    tokenizer = tokenizer or train_tokenizer([*train, *chat_train], vocab_size, max_length)
     streams = {}
     for side, documents in (("train", [*train, *chat_train]), ("held_out", [*held_out, *chat_held_out])):
         for domain in (*DOMAINS, "chat"):
             streams[f"{side}.{domain}"] = encode_documents(tokenizer, [d for d in documents if d.domain == domain])
+    return streams, tokenizer
+
+
+def load_or_encode(cache: Path, vocab_size: int, max_length: int, limit_modules: int | None) -> dict[str, np.ndarray]:
+    """The token streams for training, made once and kept in `cache` beside the tokenizer that was trained for them."""
+    stored = cache / "tokens.npz"
+    if stored.exists():
+        with np.load(stored) as streams:
+            return dict(streams)
+    streams, tokenizer = encode_corpus(None, vocab_size, max_length, limit_modules)
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(cache / "tokenizer")
     np.savez(stored, **streams)
