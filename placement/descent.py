@@ -98,14 +98,16 @@ def repair_replicas(
         if best_a < 0:
             break
         b = experts_Rs[best_q, best_j]
-        for e in (best_a, b):
+        for side in range(2):
+            e = best_a if side == 0 else b
             if e >= 0:
                 for h in range(num_holders_E[e]):
                     load_R[holders_ER[e, h]] -= load_E[e] / num_holders_E[e]
         if b >= 0:
             _remove_holder(holders_ER, num_holders_E, b, best_q)
         _add_holder(holders_ER, num_holders_E, best_a, best_q)
-        for e in (best_a, b):
+        for side in range(2):
+            e = best_a if side == 0 else b
             if e >= 0:
                 for h in range(num_holders_E[e]):
                     load_R[holders_ER[e, h]] += load_E[e] / num_holders_E[e]
