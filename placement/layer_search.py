@@ -25,6 +25,7 @@ COVER_SECONDS, COVER_SECONDS_NODES = 0.05e-6, 0.10e-6
 MIN_PROPOSALS = 6
 PENALTY = (0.5, 20.0)
 REPAIR_TRIES = 1500
+SCORE_SECONDS = 3.0e-6  # nominal cost of scoring one token of a layer anew
 
 
 def greedy_start(problem: LayerProblem, seed: int, iterations: int) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +282,9 @@ def search_layer(
         # What balance alone starts from keeps to the cap already; it is what the searches found that needs the repair.
         found = candidates[len(starts) :]
         best_Rs = min(found, key=lambda slots: score(problem, slots).energy)
-        candidates.append(repair_load(problem, best_Rs, REPAIR_TRIES, (seed, 8), clock))
+        # Sized beforehand like every search: what the clock happens to leave must not decide the result.
+        tries = min(REPAIR_TRIES, int(0.1 * seconds / (SCORE_SECONDS * problem.num_tokens)))
+        candidates.append(repair_load(problem, best_Rs, tries, (seed, 8), clock))
     scored = [(score(problem, slots), n, slots) for n, slots in enumerate(candidates)]
     best = min(scored, key=lambda entry: (entry[0].key, entry[1]))
     return best[2], best[0]
