@@ -1,0 +1,151 @@
+"""Rows on OLMoE-1B-7B's routing: planned on one half of the tokens, scored on the other; and drift between domains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.placement_rows import Row, Timer, eplb_placement, eplb_policy, moved_experts, scored
+from placement import Placement
+from placement.importers import load_trace
+from placement.optimizer import optimize
+from placement.policy import greedy_placement
+from placement.problem import PlanRequest
+from placement.refresh import refresh
+from placement.trace import ActivationTrace
+
+TRACE = Path(__file__).parent / "data" / "olmoe-1b-7b" / "train.npz"
+DRIFT_PAIRS = (("github", "book"), ("wikipedia", "github"), ("book", "arxiv"))
+WINDOW_TOKENS = 2000
+DRIFT_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, the cap to plan under, and the most fan-out and least balancedness that are the goal."""
+
+    ranks: int
+    nodes: int
+    slots_per_rank: int
+    load_cap: float
+    balancedness: float
+    fan_out: float | None = None
+    node_fan_out: float | None = None
+
+    @property
+    def name(self) -> str:
+        nodes = f", {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.ranks * self.slots_per_rank} slots, {self.ranks} ranks{nodes}, cap {self.load_cap}"
+
+    @property
+    def goal(self) -> str:
+        parts = [f"fan-out <= {self.fan_out}"] if self.fan_out else []
+        parts += [f"nodes <= {self.node_fan_out}"] if self.node_fan_out else []
+        return ", ".join([*parts, f"balance >= {self.balancedness}"])
+
+    def met(self, figures: dict[str, float]) -> bool:
+        """Whether the figures reach the goal."""
+        return (
+            figures["balancedness"] >= self.balancedness
+            and (self.fan_out is None or figures["fan_out"] <= self.fan_out)
+            and (self.node_fan_out is None or figures["node_fan_out"] <= self.node_fan_out)
+        )
+
+
+CASES = (
+    Case(8, 1, 8, 1.02, 0.97, fan_out=4.35),
+    Case(8, 1, 8, 1.12, 0.89, fan_out=4.10),
+    Case(8, 1, 9, 1.04, 0.95, fan_out=3.90),
+    Case(16, 2, 4, 1.04, 0.95, node_fan_out=1.75),
+    Case(16, 2, 5, 1.09, 0.90, fan_out=5.3, node_fan_out=1.50),
+)
+
+
+def olmoe_rows(quick: bool) -> Iterator[Row]:
+    """Each case on several splits: linear, greedy, EPLB, and the planner."""
+    trace = load_trace(TRACE)
+    splits = (0,) if quick else (0, 1, 2)
+    effort = 0.3 if quick else 1.0
+    shapes_done = set()
+    for case in CASES:
+        for seed in splits:
+            planning, unseen = trace.split(seed)
+            request = PlanRequest(
+                case.ranks, case.nodes, case.slots_per_rank, load_cap=case.load_cap, seed=seed, effort=effort
+            )
+            timer = Timer()
+            if (case.ranks, case.nodes, case.slots_per_rank, seed) not in shapes_done:
+                shapes_done.add((case.ranks, case.nodes, case.slots_per_rank, seed))
+                yield from _baselines(case, seed, planning, unseen, request)
+            placement = timer.run(lambda t=planning, r=request: optimize(t, r)).placement
+            figures = scored(placement, unseen)
+            yield Row(case.name, "optimized", seed, figures, case.goal, case.met(figures), **timer.times())
+
+
+def _baselines(
+    case: Case, seed: int, planning: ActivationTrace, unseen: ActivationTrace, request: PlanRequest
+) -> Iterator[Row]:
+    shape = case.name.rpartition(", cap")[0]
+    if case.slots_per_rank * case.ranks == planning.num_experts:
+        linear = Placement.linear(planning.num_layers, planning.num_experts, case.ranks, case.nodes)
+        yield Row(shape, "linear", seed, scored(linear, unseen))
+    timer = Timer()
+    greedy = timer.run(lambda: greedy_placement(planning, request))
+    yield Row(shape, "greedy", seed, scored(greedy, unseen), **timer.times())
+    if eplb_policy() is not None:
+        eplb = timer.run(lambda: eplb_placement(planning.load(), request, case.nodes))
+        yield Row(shape, "vLLM EPLB", seed, scored(eplb, unseen), **timer.times())
+
+
+def _windows(trace: ActivationTrace, seed: int) -> list[ActivationTrace]:
+    """Windows of `WINDOW_TOKENS` tokens, drawn from the trace's two halves in turn.
+
+    So a window that a plan was made on shares no token with the next, on which the plan is scored.
+    """
+    halves = trace.split(seed)
+    rng = np.random.default_rng(seed)
+    return [
+        halves[n % 2].take(rng.integers(halves[n % 2].num_tokens, size=WINDOW_TOKENS)) for n in range(DRIFT_WINDOWS)
+    ]
+
+
+def drift_rows(quick: bool) -> Iterator[Row]:
+    """Planned on one domain, served with another, planned anew on every window; each figure is of the window served.
+
+    The first window meets the old plan, the second what was made of the first, and so on.
+    """
+    trace = load_trace(TRACE)
+    for slots_per_rank in (9,) if quick else (8, 9):
+        for seed, (before, after) in enumerate(DRIFT_PAIRS[: 1 if quick else None]):
+            request = PlanRequest(8, 1, slots_per_rank, load_cap=1.03, seed=seed, effort=0.1 if quick else 0.3)
+            windows = _windows(trace.of_domain(after), seed)
+            start = optimize(trace.of_domain(before), request).placement
+            case = f"{8 * slots_per_rank} slots, 8 ranks, {before} to {after}"
+            moved_by: dict[str, int] = {}
+            for planner in ("vLLM EPLB", "refresh") if eplb_policy() is not None else ("refresh",):
+                placement, moved, cpu_s = start, 0, []
+                served = [scored(placement, windows[0])]
+                for past, coming in pairwise(windows):
+                    timer = Timer()
+                    if planner == "refresh":
+                        planned = timer.run(lambda p=placement, w=past: refresh(p, w, load_cap=1.03))
+                    else:
+                        planned = timer.run(lambda p=placement, w=past, r=request: eplb_placement(w.load(), r, 1, p))
+                    moved += moved_experts(placement, planned)
+                    placement = planned
+                    cpu_s.append(timer.cpu_s)
+                    served.append(scored(placement, coming))
+                figures = {f"balance_{n}": one["balancedness"] for n, one in enumerate(served)}
+                figures |= {"fan_out": served[-1]["fan_out"], "moved": moved}
+                moved_by[planner] = moved
+                goal, met = "", None
+                if planner == "refresh":
+                    goal = "balance > 0.95 in window 2, moves <= EPLB's / 4"
+                    met = figures["balance_2"] > 0.95
+                    if "vLLM EPLB" in moved_by:
+                        met = met and moved <= moved_by["vLLM EPLB"] / 4
+                yield Row(case, planner, seed, figures, goal, met, cpu_s=max(cpu_s))
