@@ -41,9 +41,22 @@ def lowest_bit(typing_context: Any, bits: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _least_load_of_node(node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray) -> int:
+def block_of_nodes(node_of_rank_R: np.ndarray, num_nodes: int) -> int:
+    """Ranks of a node if ranks are dealt to nodes in order, equally many each; else 0."""
+    per_node = len(node_of_rank_R) // num_nodes
+    for r in range(len(node_of_rank_R)):
+        if per_node == 0 or node_of_rank_R[r] != r // per_node:
+            return 0
+    return per_node
+
+
+@njit(nogil=True, cache=True)
+def _least_load_of_node(node: int, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray) -> int:
     least = np.int64(-1)
-    for r in range(len(rank_load_R)):
+    first, last = 0, len(rank_load_R)
+    if per_node > 0:
+        first, last = node * per_node, (node + 1) * per_node
+    for r in range(first, last):
         if node_of_rank_R[r] == node and (least < 0 or rank_load_R[r] < least):
             least = rank_load_R[r]
     return int(least)
@@ -55,6 +68,7 @@ def _best_node(
     touched_J: np.ndarray,
     left: int,
     visited_N: np.ndarray,
+    per_node: int,
     node_of_rank_R: np.ndarray,
     rank_load_R: np.ndarray,
 ) -> int:
@@ -72,12 +86,36 @@ def _best_node(
         load = np.int64(-1)
         if key == best_key:
             if best_load < 0:
-                best_load = _least_load_of_node(best, node_of_rank_R, rank_load_R)
-            load = _least_load_of_node(n, node_of_rank_R, rank_load_R)
+                best_load = _least_load_of_node(best, per_node, node_of_rank_R, rank_load_R)
+            load = _least_load_of_node(n, per_node, node_of_rank_R, rank_load_R)
             if load > best_load or (load == best_load and n > best):
                 continue
         best, best_key, best_load = n, key, load
     return best
+
+
+@njit(nogil=True, cache=True)
+def _best_holder(
+    holders_J: np.ndarray, visited_N: np.ndarray, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray
+) -> int:
+    """The rank to fetch one expert from, on its own: node first, as `_best_node`, then the least loaded rank there."""
+    best = -1
+    best_node_load = np.int64(-1)
+    for r in holders_J:
+        node = node_of_rank_R[r]
+        load = _least_load_of_node(node, per_node, node_of_rank_R, rank_load_R)
+        if best >= 0:
+            other = node_of_rank_R[best]
+            if node == other:
+                if rank_load_R[r] > rank_load_R[best] or (rank_load_R[r] == rank_load_R[best] and r > best):
+                    continue
+            elif visited_N[node] != visited_N[other]:
+                if visited_N[node] == 0:
+                    continue
+            elif load > best_node_load or (load == best_node_load and node > other):
+                continue
+        best, best_node_load = r, load
+    return int(best)
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -88,6 +126,7 @@ def cover_token(
     holders_ER: np.ndarray,
     node_of_rank_R: np.ndarray,
     num_nodes: int,
+    per_node: int,
     rank_load_R: np.ndarray,
     chosen_E: np.ndarray,
     held_R: np.ndarray,
@@ -99,7 +138,8 @@ def cover_token(
     """Choose for one token; returns the ranks and the nodes that it visits (1 node where there is but one).
 
     `wanted_K[:num_wanted]` are distinct experts with at least one holder; `holders_ER[e, :num_holders_E[e]]` the
-    ranks that hold e. Writes `chosen_E` for them and adds to `rank_load_R`. `held_R`, `held_N` and `visited_N`
+    ranks that hold e. `per_node` is what `block_of_nodes` returns.
+    Writes `chosen_E` for them and adds to `rank_load_R`. `held_R`, `held_N` and `visited_N`
     (int64) are scratch, 0 before and after; `touched_R`, `touched_N` (int32) are scratch.
     """
     # Bit i of held_R[r]: rank r holds the token's i-th wanted expert.
@@ -128,17 +168,41 @@ def cover_token(
     while left:
         node = -1
         if num_nodes > 1:
-            node = touched_N[0]
-            if num_touched_nodes > 1:
-                node = _best_node(held_N, touched_N[:num_touched_nodes], left, visited_N, node_of_rank_R, rank_load_R)
-            if visited_N[node] == 0:
-                visited_N[node] = 1
-                nodes_visited += 1
+            most = np.int64(0)
+            for j in range(num_touched_nodes):
+                most = max(most, popcount(held_N[touched_N[j]] & left))
+            if most == 1:
+                # Every node holds at most one of those left: no choice touches another, so each is made on its own.
+                while left:
+                    expert = wanted_K[lowest_bit(left)]
+                    left &= left - 1
+                    best = holders_ER[expert, 0]
+                    if num_holders_E[expert] > 1:
+                        best = _best_holder(
+                            holders_ER[expert, : num_holders_E[expert]],
+                            visited_N,
+                            per_node,
+                            node_of_rank_R,
+                            rank_load_R,
+                        )
+                    node = node_of_rank_R[best]
+                    nodes_visited += 1 - visited_N[node]
+                    visited_N[node] = 1
+                    chosen_E[expert] = best
+                    rank_load_R[best] += 1
+                    ranks_visited += 1
+                break
+            node = _best_node(
+                held_N, touched_N[:num_touched_nodes], left, visited_N, per_node, node_of_rank_R, rank_load_R
+            )
+            nodes_visited += 1 - visited_N[node]
+            visited_N[node] = 1
         best = -1
         best_cover = np.int64(0)
-        for j in range(num_touched):
-            r = touched_R[j]
-            if node >= 0 and node_of_rank_R[r] != node:
+        in_block = node >= 0 and per_node > 0
+        for j in range(per_node if in_block else num_touched):
+            r = node * per_node + j if in_block else touched_R[j]
+            if node >= 0 and not in_block and node_of_rank_R[r] != node:
                 continue
             cover = popcount(held_R[r] & left)
             if cover > best_cover:
@@ -148,6 +212,21 @@ def cover_token(
                 load = rank_load_R[r]
                 if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
                     best = r
+        if best_cover == 1 and num_nodes == 1:
+            # Every rank holds at most one of those left: no choice touches another, so each is made on its own.
+            while left:
+                expert = wanted_K[lowest_bit(left)]
+                left &= left - 1
+                best = holders_ER[expert, 0]
+                for j in range(1, num_holders_E[expert]):
+                    r = holders_ER[expert, j]
+                    load = rank_load_R[r]
+                    if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
+                        best = r
+                chosen_E[expert] = best
+                rank_load_R[best] += 1
+                ranks_visited += 1
+            break
         taken = held_R[best] & left
         left &= ~taken
         rank_load_R[best] += best_cover
@@ -201,6 +280,7 @@ def choose_replicas(
     touched_R = np.empty(num_ranks, np.int32)
     touched_N = np.empty(num_nodes, np.int32)
     visited_N = np.zeros(num_nodes, np.int64)
+    per_node = block_of_nodes(node_of_rank_R, num_nodes)
 
     for t in range(num_tokens):
         num_wanted = 0
@@ -238,6 +318,7 @@ def choose_replicas(
                 holders_ER,
                 node_of_rank_R,
                 num_nodes,
+                per_node,
                 rank_load_R,
                 chosen_E,
                 held_R,

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from placement.bitsets import random_below, random_unit
-from placement.replica_choice import cover_token
+from placement.replica_choice import block_of_nodes, cover_token
 
 EMPTY = -1
 CLOSED = -2  # a slot that the rank does not have
@@ -148,6 +148,7 @@ def anneal_replicas(
     visited_N = np.zeros(num_nodes, np.int64)
     touched_R = np.empty(num_ranks, np.int32)
     touched_N = np.empty(num_nodes, np.int32)
+    per_node = block_of_nodes(node_of_rank_R, num_nodes)
 
     # What the rule makes of the slots as they stand; every call starts anew from the rule.
     pairs_R = np.zeros(num_ranks, np.int64)
@@ -163,8 +164,8 @@ def anneal_replicas(
             width += 1
         width_T[t] = width
         ranks, nodes = cover_token(
-            topk_ids_TK[t], width, num_holders_E, holders_ER, node_of_rank_R, num_nodes, pairs_R, chosen_E,
-            held_R, held_N, touched_R, touched_N, visited_N,
+            topk_ids_TK[t], width, num_holders_E, holders_ER, node_of_rank_R, num_nodes, per_node, pairs_R,
+            chosen_E, held_R, held_N, touched_R, touched_N, visited_N,
         )  # fmt: skip
         visits_T[t] = ranks + node_weight * nodes
         visits += visits_T[t]
@@ -291,8 +292,8 @@ def anneal_replicas(
                     new_pairs_R[r] -= 1
                     new_load_R[r] -= pair_weight_E[topk_ids_TK[t, k]]
                 ranks, nodes = cover_token(
-                    topk_ids_TK[t], width, num_holders_E, holders_ER, node_of_rank_R, num_nodes, new_pairs_R, chosen_E,
-                    held_R, held_N, touched_R, touched_N, visited_N,
+                    topk_ids_TK[t], width, num_holders_E, holders_ER, node_of_rank_R, num_nodes, per_node, new_pairs_R,
+                    chosen_E, held_R, held_N, touched_R, touched_N, visited_N,
                 )  # fmt: skip
                 for k in range(width):
                     expert = topk_ids_TK[t, k]
