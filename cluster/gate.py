@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.openai_errors import error_response
-
-Scope = MutableMapping[str, Any]
-ASGIApp = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/metrics", "/docs", "/openapi.json"})
 GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -26,7 +23,7 @@ class Gate:
         self._retry_after_s = retry_after_s
         self._pending = 0
 
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection; anything but HTTP passes."""
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)

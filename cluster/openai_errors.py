@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,13 +67,48 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI, retry_after_s: int) -> None:
-    """Let `app` answer every exception in OpenAI's format."""
+    """Let `app` answer every exception in OpenAI's format. Call before other middleware is added."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
         return response_for(error, retry_after_s)
 
-    for kind in (RequestValidationError, HTTPException, Exception):
+    for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+    app.add_middleware(ErrorsStayInside, retry_after_s=retry_after_s)
+
+
+class ErrorsStayInside:
+    """Answers exceptions that no handler took, instead of letting them travel on.
+
+    Starlette's handler for `Exception` answers and then raises again. Serve would carry the exception to its proxy,
+    which, to unpickle one of Ray Serve LLM's, imports vllm: seconds in which no request of any client gets through.
+    """
+
+    def __init__(self, app: ASGIApp, retry_after_s: int) -> None:
+        self._app = app
+        self._retry_after_s = retry_after_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection; anything but HTTP passes."""
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_start)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            response = response_for(error, self._retry_after_s)
+            if not started:
+                await response(scope, receive, send)
+                return
+            # A stream has begun, so the status is gone; the error is its last event.
+            last = b"data: " + bytes(response.body) + b"\n\ndata: [DONE]\n\n"
+            await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def _validation_response(error: RequestValidationError | ValidationError) -> JSONResponse:

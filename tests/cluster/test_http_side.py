@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
@@ -40,6 +43,14 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
     async def health() -> str:
         return "ok"
 
+    @app.get("/broken-stream")
+    async def broken_stream() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            yield "data: 1\n\n"
+            raise ValueError("the second chunk is missing")
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
     @app.get("/fail/{kind}")
     async def fail(kind: str) -> None:
         raise {
@@ -54,7 +65,7 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
 
 
 def client(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://mesh")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh")
 
 
 def check_error(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -102,6 +113,16 @@ def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, t
             assert told in error["message"]
             assert untold not in response.text
             assert ("retry-after" in response.headers) == (status == 503)
+
+    asyncio.run(run())
+
+
+def test_an_error_in_mid_stream_is_its_last_event() -> None:
+    async def run() -> None:
+        async with client(make_app()[0]) as http:
+            first, error, done = (await http.get("/broken-stream")).text.strip().split("\n\n")
+            assert (first, done) == ("data: 1", "data: [DONE]")
+            assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the second chunk is missing"
 
     asyncio.run(run())
 

@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from conftest import API_KEY, Service, wait_for
 
@@ -61,6 +62,19 @@ def test_unknown_paths(service: Service) -> None:
     code, body = service.get("/v1/nothing")
     assert code == 404
     assert json.loads(body)["error"]["type"] == "not_found_error"
+
+
+def test_an_error_of_one_client_keeps_nobody_waiting(service: Service) -> None:
+    """Exceptions of Ray Serve LLM stay in the ingress: Serve's proxy would import vllm to read one."""
+
+    raylet = psutil.Process(service.shards()[0]["pid"]).parent()
+    assert raylet is not None
+    [proxy] = [process for process in raylet.children() if "ProxyActor" in " ".join(process.cmdline())]
+    with pytest.raises(openai.NotFoundError):
+        service.client.models.retrieve("other")
+    assert post(service, json.dumps({**GOOD, "model": "other"}).encode())[0] == 404
+    assert post(service, json.dumps(GOOD).encode())[0] == 200
+    assert not any("libtorch" in mapped.path for mapped in proxy.memory_maps()), "the proxy has imported torch"
 
 
 def test_wrong_key_is_401_and_health_needs_none(service: Service) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import psutil
 from conftest import Service, wait_for
 
 
@@ -42,8 +43,6 @@ def test_a_shard_killed_in_mid_stream_changes_no_token_and_comes_back_at_its_ran
 
 
 def test_the_controller_restarts_and_everyone_keeps_rank_and_weights(service: Service) -> None:
-    import psutil
-
     expected = service.greedy(64)
     before, epoch = service.shards(), service.status()["controller"]["epoch"]
     term = service.status()["controller"]["term"]
