@@ -6,17 +6,18 @@ T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, L la
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from placement.bitsets import assigned_token_bits, random_state, token_bits
 from placement.descent import descend_swaps, repair_replicas
 from placement.problem import LayerProblem, load_guard, slot_table
 from placement.replica_choice import choose_replicas
-from placement.replica_search import CLOSED
+from placement.replica_search import CLOSED, EMPTY
 from placement.tables import Placement
 from placement.trace import ActivationTrace
 
 EXCESS_WEIGHT = 30.0  # of a unit of load above the limit, in visits a token
-WINDOW_TOKENS = 2000  # sampled tokens that a refresh looks at: enough to see loads, few enough to be fast
+WINDOW_TOKENS = 750  # sampled tokens that a refresh looks at: enough to see loads, few enough to be fast
 MIN_GAIN = 0.004  # visits a token that a swap must save to be worth two copies of an expert
 
 
@@ -69,18 +70,31 @@ def _refresh_slots(
     return keep_slots(given_Rs, flat_I[items_Rs])
 
 
+@njit(nogil=True, cache=True)
 def keep_slots(old_Rs: np.ndarray, new_Rs: np.ndarray) -> np.ndarray:
     """`new_Rs` with every expert that stays on its rank back in its old slot; int32 [R, s] all."""
-    result_Rs = new_Rs.copy()
-    for rank in np.flatnonzero((old_Rs != new_Rs).any(1)):
-        arriving = [e for e in new_Rs[rank].tolist() if e >= 0 and e not in set(old_Rs[rank].tolist())]
-        staying = set(new_Rs[rank].tolist())
-        for slot, old in enumerate(old_Rs[rank].tolist()):
-            if old == CLOSED or (old >= 0 and old in staying):
-                result_Rs[rank, slot] = old
-                staying.discard(old)
-            else:
-                result_Rs[rank, slot] = arriving.pop(0) if arriving else -1
+    num_ranks, num_slots = old_Rs.shape
+    result_Rs = np.full_like(new_Rs, EMPTY)
+    for r in range(num_ranks):
+        settled = np.zeros(num_slots, np.bool_)
+        for i in range(num_slots):
+            if old_Rs[r, i] == CLOSED:
+                result_Rs[r, i] = CLOSED
+        for j in range(num_slots):
+            if new_Rs[r, j] < 0:
+                settled[j] = True
+                continue
+            for i in range(num_slots):
+                if old_Rs[r, i] == new_Rs[r, j] and result_Rs[r, i] == EMPTY:
+                    result_Rs[r, i] = new_Rs[r, j]
+                    settled[j] = True
+                    break
+        i = 0
+        for j in range(num_slots):
+            if not settled[j]:
+                while result_Rs[r, i] != EMPTY:
+                    i += 1
+                result_Rs[r, i] = new_Rs[r, j]
     return result_Rs
 
 
@@ -91,7 +105,7 @@ def refresh(
     max_moves: int = 16,
     min_replicas: int = 1,
     node_weight: float = 4.0,
-    proposals: int = 1000,
+    proposals: int = 500,
     speeds: tuple[float, ...] | None = None,
     seed: int = 0,
 ) -> Placement:
