@@ -110,12 +110,15 @@ def place_pairs(
         tl.store(message + experts_at + pair_TK, ids, mask=mine)
         tl.store(message + weights_at + pair_TK, weights.to(tl.float32).to(tl.int32, bitcast=True), mask=mine)
         tl.store(row_TK + at_TK, tl.where(before_TK == 0, row_T[:, None], -1), mask=mine)
-        nobody = inside & (ranks < 0) & (rank == 0)
-        tl.store(row_TK + at_TK, tl.full((BLOCK_T, BLOCK_K), -1, tl.int32), mask=nobody)
         if not HAS_RANKS:
-            tl.store(rank_TK + at_TK, ranks, mask=mine | nobody)
-        missing = tl.sum(tl.sum((nobody & (ids >= 0)).to(tl.int32), axis=1), axis=0)
+            tl.store(rank_TK + at_TK, ranks, mask=mine)
         if rank == 0:
+            nobody = inside & (ranks < 0)
+            nowhere = tl.full((BLOCK_T, BLOCK_K), -1, tl.int32)
+            tl.store(row_TK + at_TK, nowhere, mask=nobody)
+            if not HAS_RANKS:
+                tl.store(rank_TK + at_TK, nowhere, mask=nobody)
+            missing = tl.sum(tl.sum((nobody & (ids >= 0)).to(tl.int32), axis=1), axis=0)
             tl.store(unserved, tl.load(unserved) + missing)
         rows += tl.sum(visits_T, axis=0)
         pairs += tl.sum(pairs_T, axis=0)
@@ -160,7 +163,7 @@ def combine_rows(
         rank = tl.load(rank_TK + token * K + k)
         address = tl.multiple_of(tl.load(address_R + rank, mask=row >= 0, other=0), 16)
         part = address.to(y_TD.dtype) + row.to(tl.int64) * D + d
-        total += tl.load(part, mask=(row >= 0) & (d < D), other=0.0).to(tl.float32)
+        total += tl.load(part, mask=tl.where(d < D, row, -1) >= 0, other=0.0).to(tl.float32)
     if KEEP:
         tl.store(sum_row, total, mask=d < D)
     tl.store(y_TD + token.to(tl.int64) * y_stride + d, total.to(y_TD.dtype.element_ty), mask=d < D)

@@ -97,6 +97,7 @@ class TritonRowMover(RowMover):
         answered_TK = (rank_TK >= 0) & answered_R[rank_TK]
         if plan_TK is None or not answered_TK[row_TK >= 0].all():
             plan_TK = self._send_plan(rank_TK, np.where(answered_TK, row_TK, np.int32(-1)))
+            self._plan_TK = None  # that was its memory
         kept = y_TD if sum_TD is None else sum_TD  # never touched where nothing is kept
         programs.combine_rows[(num_tokens, blocks_of(D))](
             *plan_TK, self._recv_address_R, kept, y_TD, y_TD.stride(0), kept.stride(0), D,
