@@ -1,6 +1,8 @@
 """Everything of vLLM's internals that the project touches, in one place.
 
-Written for vllm 0.25.1 to 0.32; `tests/experts/test_vllm_joints.py` fails clearly when a version moves one.
+Written for vllm 0.25.1 to 0.32; `tests/experts/test_vllm_joints.py` fails clearly when a version moves one. All joints
+stand at the same place with the same parameters in 0.25.1 and 0.32.0. What differs is met here: 0.25.1 has no expert
+class of gpt-oss's own, and its loader tells less of a checkpoint's files. Engines were run with 0.32.0 only.
 """
 
 from __future__ import annotations
@@ -52,6 +54,18 @@ def expertmesh_settings(config: VllmConfig) -> dict[str, Any] | None:
     return dict(found) if found is not None else None
 
 
+def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
+    """The files of a source of weights, downloaded if need be; 0.25.1 returns (folder, files, kind), later ones more."""
+    found = loader._prepare_weights(
+        source.model_or_path,
+        source.subfolder,
+        source.revision,
+        source.fall_back_to_pt,
+        source.allow_patterns_overrides,
+    )
+    return list(found[1])
+
+
 _MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
@@ -77,4 +91,5 @@ __all__ = [
     "register_model_loader",
     "routed_expert_classes",
     "split_graphs_at_moe",
+    "weight_files",
 ]

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from experts.membership import Membership
-from experts.vllm_adapter import DefaultModelLoader, register_model_loader
+from experts.vllm_adapter import DefaultModelLoader, register_model_loader, weight_files
 from experts.vllm_plugin import check_engine, current_checkpoint, current_router, register, verify_model
 
 logger = logging.getLogger(__name__)
@@ -56,13 +56,7 @@ class RouterModelLoader(DefaultModelLoader):
                 if not self._checkpoint.owns(name.removeprefix(source.prefix)):
                     yield name, tensor
             return
-        _, files, _, _ = self._prepare_weights(
-            source.model_or_path,
-            source.subfolder,
-            source.revision,
-            source.fall_back_to_pt,
-            source.allow_patterns_overrides,
-        )
+        files = weight_files(self, source)
         self.counter_before_loading_weights = getattr(self, "counter_before_loading_weights", 0) or time.perf_counter()
         for file in sorted(files):
             with safe_open(file, framework="pt") as tensors:
