@@ -76,6 +76,8 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's workers give way to everything else by default; here they are the service itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Serve kills a proxy that is not up in 5 s, three times over; a busy machine needs longer.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if options.address is None and "RAY_AUTH_MODE" not in os.environ:
         # Ray asks for a token by default; one that lives as long as this cluster keeps the home folder out of it.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
@@ -94,7 +96,7 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
         from cluster.ray_joints import deploy_config
 
         say("starting Serve")
-        serve.start(proxy_location=config.serve.get("proxy_location", "HeadOnly"), http_options=http)
+        _start_serve(config.serve.get("proxy_location", "HeadOnly"), http)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             # Serve builds the applications in tasks; a checkpoint that is not fit is told here, without their frames.
             checked = pool.submit(_check_checkpoint, config)
@@ -132,6 +134,16 @@ def _join_ray(options: Options) -> None:
             if attempt == 2:
                 raise ServeFailedError(f"Ray does not start: {error}") from error
             say(f"Ray did not start, trying again: {error}")
+
+
+def _start_serve(proxy_location: str, http_options: dict[str, Any]) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+
+    try:
+        serve.start(proxy_location=proxy_location, http_options=http_options)
+    except (RayError, RuntimeError) as error:
+        raise ServeFailedError(f"Serve does not start with {http_options}: {error}") from error
 
 
 def _check_checkpoint(config: MeshConfig) -> None:

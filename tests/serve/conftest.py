@@ -169,6 +169,7 @@ def service() -> Iterator[Service]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
