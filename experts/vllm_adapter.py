@@ -55,7 +55,7 @@ def expertmesh_settings(config: VllmConfig) -> dict[str, Any] | None:
 
 
 def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
-    """The files of a source of weights, downloaded if need be; 0.25.1 returns (folder, files, kind), later ones more."""
+    """The files of a source of weights. vllm 0.25.1 tells (folder, files, kind), later ones more."""
     found = loader._prepare_weights(
         source.model_or_path,
         source.subfolder,
