@@ -1,4 +1,4 @@
-"""The planner: limits hold whatever is asked, the same call gives the same plan, and the plan is good where that is known."""
+"""The planner: limits hold whatever is asked, one call gives one plan, and it is good where the best is known."""
 
 from __future__ import annotations
 

@@ -1,0 +1,157 @@
+"""The commands, as a person types them; the server that `profile` drives is a made-up one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from placement import Placement
+from placement.cli import main
+from placement.evaluate import evaluate
+from placement.trace import ActivationTrace
+from tests.placement.made_up_traces import clique_trace
+
+
+@pytest.fixture
+def files(tmp_path):
+    clique_trace(num_tokens=120).save(tmp_path / "trace.npz")
+    return tmp_path
+
+
+def optimize(folder, *more):
+    return main(["optimize", "--trace", str(folder / "trace.npz"), "--ranks", "4", "--seconds", "2",
+                 "--out", str(folder / "plan.json"), *more])  # fmt: skip
+
+
+def test_optimize_writes_what_it_promises(files, capsys) -> None:
+    assert optimize(files, "--slots-per-rank", "4", "--load-cap", "1.3") == 0
+    data = json.loads((files / "plan.json").read_text())
+    assert {"num_ranks", "num_nodes", "physical_to_logical_map", "planned"} <= set(data)
+    placement = Placement.load(files / "plan.json")
+    found = evaluate(placement, ActivationTrace.load_npz(files / "trace.npz"))
+    np.testing.assert_allclose(data["planned"]["fan_out"], found.fan_out, atol=1e-6)
+    assert "fan-out" in capsys.readouterr().out
+
+
+def test_evaluate_prints_a_table_and_json(files, capsys) -> None:
+    Placement.linear(2, 16, 4).save(files / "linear.json")
+    arguments = ["evaluate", "--trace", str(files / "trace.npz"), "--placement", str(files / "linear.json")]
+    assert main(arguments) == 0
+    assert "node_fan_out" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[str(files / "linear.json")]
+    assert row["tokens"] == 120
+    assert len(row["layers"]) == 2
+
+
+def test_from_a_current_placement_with_bounded_moves(files) -> None:
+    linear = Placement.linear(2, 16, 4)
+    linear.save(files / "linear.json")
+    assert optimize(files, "--current", str(files / "linear.json"), "--max-moves", "2", "--load-cap", "1.5") == 0
+    placement = Placement.load(files / "plan.json")
+    assert (((placement.slots_LER >= 0) & (linear.slots_LER < 0)).sum((1, 2)) <= 2).all()
+
+
+def test_export(files) -> None:
+    Placement.linear(2, 16, 4).save(files / "linear.json")
+    for name in ("vllm", "sglang"):
+        arguments = ["--placement", str(files / "linear.json"), "--format", name, "--out", str(files / "out.json")]
+        assert main(["export", *arguments]) == 0
+        assert "physical_to_logical_map" in json.loads((files / "out.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--slots-per-rank", "3"], "error: 12 slots cannot hold 16 experts: at least 16 are needed"),
+        (["--nodes", "2", "--min-replicas", "3"], "error: 3 replicas on different nodes need 3 nodes, there are 2"),
+        (["--nodes", "3"], "error: 4 ranks cannot be dealt evenly to 3 nodes"),
+        (["--domain", "law"], "error: no domain 'law'"),
+        (["--current", "nowhere.json"], "error: nowhere.json: No such file or directory"),
+    ],
+)
+def test_impossible_requests_end_in_one_line(files, capsys, more, message) -> None:
+    assert optimize(files, *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
+
+
+def test_a_bad_trace_ends_in_one_line(files, capsys) -> None:
+    (files / "trace.npz").write_bytes(b"no archive")
+    assert optimize(files) == 2
+    said = capsys.readouterr().err
+    assert "trace.npz: not a usable trace" in said
+    assert said.count("\n") == 1
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers chats and hands out a trace of as many tokens as it was sent chats."""
+
+    chats: ClassVar[list[dict]] = []
+    broken = False
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.answer(json.dumps({"data": [{"id": "tiny"}]}).encode())
+        elif self.path == "/expertmesh/trace":
+            self.answer(clique_trace(num_tokens=len(self.chats)).to_bytes())
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.broken:
+            self.send_error(503, "out of shards")
+            return
+        self.chats.append(body)
+        self.answer(b"{}")
+
+    def answer(self, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_args) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def server():
+    Server.chats, Server.broken = [], False
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+        thread.join()
+
+
+def profile(folder, url):
+    return main(["profile", "--url", url, "--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / "new.npz"),
+                 "--max-tokens", "3", "--timeout-s", "20"])  # fmt: skip
+
+
+def test_profile_drives_a_server(files, server) -> None:
+    chat = [{"role": "user", "content": "hello"}]
+    (files / "prompts.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
+    assert profile(files, server) == 0
+    assert ActivationTrace.load_npz(files / "new.npz").num_tokens == 2
+    assert {body["messages"][0]["content"] for body in Server.chats} == {"hi", "hello"}
+    assert all(body["model"] == "tiny" and body["max_tokens"] == 3 for body in Server.chats)
+
+
+def test_profile_says_what_the_server_said(files, server, capsys) -> None:
+    (files / "prompts.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n")
+    Server.broken = True
+    assert profile(files, server) == 2
+    assert "/v1/chat/completions: status 503" in capsys.readouterr().err
+    (files / "prompts.jsonl").write_text("[]\n")
+    assert profile(files, server) == 2
+    assert "prompts.jsonl:1: expected an object with prompt or messages" in capsys.readouterr().err
