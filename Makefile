@@ -45,6 +45,9 @@ test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespace
 test-gpu: $(READY) ## what needs a CUDA device
 	$(PY) -m pytest -m gpu
 
+bench-gpu: $(READY) ## shard kernels on a CUDA device
+	$(PY) -m benchmarks.shard_kernel --device cuda
+
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
