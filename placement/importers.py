@@ -5,7 +5,6 @@ T tokens, L layers, K experts of one token, E experts, S physical experts.
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -133,11 +132,3 @@ def from_sglang(dump: Any, num_experts: int | None = None, source: str = "") -> 
 def _counts_only(counts_LE: np.ndarray, source: str) -> ActivationTrace:
     num_layers, num_experts = counts_LE.shape
     return ActivationTrace(np.zeros((0, num_layers, 1), np.int16), num_experts, counts=counts_LE, source=source)
-
-
-def load_counts_json(path: str | Path) -> ActivationTrace:
-    """A trace of counts alone from JSON: a list [layers][experts]."""
-    counts = np.array(json.loads(Path(path).read_text()))
-    if counts.ndim != 2:
-        raise TraceError(f"{path}: counts must be [layers][experts]")
-    return _counts_only(counts.astype(np.int64), str(path))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.balance import best_balance, even_split_load
-from placement.layer_search import COVER_SECONDS, greedy_start, search_layer
+from placement.layer_search import greedy_start, search_layer
 from placement.problem import (
     CLOSED,
     EMPTY,
@@ -258,4 +258,4 @@ def _balance_layer(problem: LayerProblem, starts: list[np.ndarray], request: Pla
     return found[best][0]
 
 
-__all__ = ["COVER_SECONDS", "PlanResult", "build_problem", "canonical_order", "is_legal", "optimize"]
+__all__ = ["PlanResult", "build_problem", "canonical_order", "is_legal", "optimize"]
