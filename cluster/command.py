@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cluster.config import ConfigError, MeshConfig
 from experts.settings import StrictModel
