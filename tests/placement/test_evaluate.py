@@ -1,4 +1,4 @@
-"""Evaluation against the field's scoring rule written plainly, token by token (T tokens, L layers, K experts of one)."""
+"""Evaluation against the scoring rule written plainly, token by token (T tokens, L layers, K experts of one)."""
 
 from __future__ import annotations
 
