@@ -161,7 +161,9 @@ def optimize(
             raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
     if request.max_moves is not None and current is None:
         raise ValueError("max_moves needs the current placement")
-    clock = SearchClock(None if request.seconds is None else begun + 0.97 * request.seconds, stopped)
+    clock = SearchClock(
+        None if request.seconds is None else begun + request.seconds - max(0.3, 0.05 * request.seconds), stopped
+    )
     load_LE = trace.load(request.load_source)
     notes = []
     if not trace.has_sets:
