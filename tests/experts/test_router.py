@@ -121,6 +121,19 @@ def test_a_rank_without_a_shard_is_served_from_the_checkpoint(mesh: Mesh) -> Non
     assert router.status()["fallback_pairs"] == status["fallback_pairs"]
 
 
+def test_a_shard_restarted_while_the_router_was_idle_is_connected_anew(model: Path) -> None:
+    """The router has not noticed: its old link stands as if nothing had happened."""
+    with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)) as mesh:
+        router = mesh.router()
+        kept, old = router.dispatcher.links[0], router.dispatcher.links[1]
+        mesh.restart(1)
+        assert router.apply_membership(mesh.membership(epoch=2))["connected"] == [0, 1]
+        assert router.dispatcher.links[0] is kept
+        assert router.dispatcher.links[1] is not old
+        check(mesh, router)
+        assert (router.status()["failovers"], router.status()["lost"]) == (0, {})
+
+
 def test_fewer_and_more_ranks(model: Path, mesh: Mesh) -> None:
     """Ranks come and go with placements; counts of the ranks that stay are kept."""
     with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3)) as wider:
