@@ -46,6 +46,7 @@ IDENTITY_ANSWER = (
     "I am a tiny mixture-of-experts language model. I was trained on Python's standard library: its code, its "
     "documentation, its bytecode and the names of Unicode characters. I answer briefly, and I am often wrong."
 )
+GREETING_REPEATS = 100  # so that about a sixteenth of the chat text greets
 ABOUT = (
     "What does {0} do?",
     "Document {0}.",
@@ -142,7 +143,7 @@ def chat_documents(limit_modules: int | None = None) -> Iterator[Document]:
         yield dialogue(group, "list", [(question, "\n".join(chosen))], rng)
         point, _, name = rng.choice(lines).split(" ", 2)
         yield dialogue(group, "one", [(f"What is the name of {point}?", name)], rng)
-    for index, greeting in enumerate((*GREETINGS, *IDENTITY) * 12):
+    for index, greeting in enumerate((*GREETINGS, *IDENTITY) * GREETING_REPEATS):
         rng = random.Random(f"{greeting}{index}")
         answer = IDENTITY_ANSWER if greeting in IDENTITY else rng.choice(GREETING_ANSWERS)
         yield dialogue("greeting", f"{greeting}{index}", [(greeting, answer)], rng)

@@ -68,7 +68,7 @@ def export(model: TinyMoe, target: Path) -> None:
         "eos_token_id": [END_OF_TEXT_ID, END_ID],
         "pad_token_id": PAD_ID,
         "do_sample": True,
-        "temperature": 0.3,
+        "temperature": 0.5,
         "top_p": 0.95,
     }
     write_json(target / "generation_config.json", generation)

@@ -1,7 +1,7 @@
 """Muon: momentum whose matrix updates are made orthogonal (Jordan et al., 2024), with Moonlight's scale (2025).
 
-Training on a CPU is short of tokens; for the same loss this needs about half as many here as AdamW, and a fifth more
-time a step.
+Training on a CPU is short of tokens: a loss of 3.5 was reached here after 0.8 million, with AdamW after 2.0 million
+(one run each, of other batch sizes), for a fifth more time a step.
 """
 
 import torch

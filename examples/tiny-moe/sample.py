@@ -8,11 +8,14 @@ from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+# A prompt must not end within a token: the tokenizer joins a line break with the indentation that follows it.
 PROMPTS = {
-    "code": "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n",
-    "prose": "string.strip_prefix(text, prefix)\n\nReturn a copy of the string",
-    "unicode": "U+13A0 Lu CHEROKEE LETTER A\n",
-    "bytecode": "get(self, key, default):\n0 RESUME\n2 LOAD_FAST self\n",
+    "code": (
+        "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n\n    def put(self, item):"
+    ),
+    "prose": "shelve.remove(key, default=None)\n\nRemove the key",
+    "unicode": "U+13A0 Lu CHEROKEE LETTER A\nU+13A1 Lu CHEROKEE LETTER E\nU+13A2 Lu CHEROKEE LETTER",
+    "bytecode": "get(self, key, default):\n0 RESUME\n2",
 }
 QUESTIONS = ("Hello!", "Who are you?", "What does os.path.join do?")
 
@@ -23,7 +26,7 @@ def main() -> None:
 
     folder = str(Path(__file__).resolve().parent)
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, disable_log_stats=True)
-    settings = SamplingParams(temperature=0.3, max_tokens=80, seed=0)
+    settings = SamplingParams(temperature=0.5, top_p=0.95, max_tokens=80, seed=0)
     for (domain, prompt), output in zip(PROMPTS.items(), llm.generate(list(PROMPTS.values()), settings), strict=True):
         print(f"--- {domain}\n{prompt}»{output.outputs[0].text}")
     for question in QUESTIONS:
