@@ -26,7 +26,7 @@ DRIFT_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, the cap to plan under, and the most fan-out and least balancedness that are the goal."""
+    """A shape, the cap to plan under, the goal (most fan-out, least balancedness), and the size of the search."""
 
     ranks: int
     nodes: int
@@ -35,6 +35,7 @@ class Case:
     balancedness: float
     fan_out: float | None = None
     node_fan_out: float | None = None
+    effort: float = 1.0
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ CASES = (
     Case(8, 1, 8, 1.12, 0.89, fan_out=4.10),
     Case(8, 1, 9, 1.04, 0.95, fan_out=3.90),
     Case(16, 2, 4, 1.04, 0.95, node_fan_out=1.75),
-    Case(16, 2, 5, 1.09, 0.90, fan_out=5.3, node_fan_out=1.50),
+    Case(16, 2, 5, 1.09, 0.90, fan_out=5.3, node_fan_out=1.50, effort=3.0),
 )
 
 
@@ -69,13 +70,17 @@ def olmoe_rows(quick: bool) -> Iterator[Row]:
     """Each case on several splits: linear, greedy, EPLB, and the planner."""
     trace = load_trace(TRACE)
     splits = (0,) if quick else (0, 1, 2)
-    effort = 0.3 if quick else 1.0
     shapes_done = set()
     for case in CASES:
         for seed in splits:
             planning, unseen = trace.split(seed)
             request = PlanRequest(
-                case.ranks, case.nodes, case.slots_per_rank, load_cap=case.load_cap, seed=seed, effort=effort
+                case.ranks,
+                case.nodes,
+                case.slots_per_rank,
+                load_cap=case.load_cap,
+                seed=seed,
+                effort=case.effort * (0.3 if quick else 1.0),
             )
             timer = Timer()
             if (case.ranks, case.nodes, case.slots_per_rank, seed) not in shapes_done:
