@@ -87,6 +87,7 @@ class LLMAppConfig(StrictModel):
             spin_us=self.transport.spin_us,
             trace_tokens=self.routers.trace_tokens,
             fallback_cache_bytes=self.routers.fallback_cache_bytes,
+            membership_by_rpc=True,
         )
 
     def engine_kwargs(self) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from placement.trace import ActivationTrace
 
 
 def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
-    """What the checkpoint's headers say of its experts. ConfigError with the reader's reason."""
+    """What the checkpoint says of its experts, all of which are there. ConfigError with the reader's reason."""
     try:
-        return ExpertCheckpoint.open(config.model.path).spec
+        checkpoint = ExpertCheckpoint.open(config.model.path)
+        checkpoint.check()
+        return checkpoint.spec
     except CheckpointError as error:
         raise ConfigError(f"model.path: {error}") from None
 

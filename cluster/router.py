@@ -27,6 +27,7 @@ from cluster.router_options import runtime_env_of
 logger = logging.getLogger("ray.serve")
 
 LONG_POLL_S = 5.0
+CONNECT_AHEAD_S = 3.0  # how long an epoch is held back for a shard that is slow to connect; nobody else waits for it
 WATCH_S = 1.0
 
 
@@ -75,7 +76,7 @@ class ExpertMeshLLMServer(LLMServer):
         first = asyncio.create_task(self._first_membership(deadlines.membership_s))
         try:
             await super().start()
-            await self._apply(await first)
+            await self._apply(await first, wait_s=None)
         finally:
             first.cancel()
         self._loops = [
@@ -179,10 +180,22 @@ class ExpertMeshLLMServer(LLMServer):
             deadline_s=LONG_POLL_S + 10,
         )
 
-    async def _apply(self, answer: dict[str, Any]) -> None:
+    async def _connect_ahead(self, membership: dict[str, Any]) -> None:
+        """Connect to new shards while the engine goes on; leave for the next epoch what takes too long."""
+        end_s = time.monotonic() + CONNECT_AHEAD_S
+        while time.monotonic() < end_s:
+            [missing] = await self.collective_rpc(
+                "expertmesh_connect_ahead", timeout=self._mesh.deadlines.apply_s, args=(membership["endpoints"],)
+            )
+            if not missing:
+                return
+            await asyncio.sleep(0.05)
+        logger.warning("shards %s are still connecting; this router goes on without them", missing)
+
+    async def _apply(self, answer: dict[str, Any], wait_s: float | None) -> None:
         membership = answer["membership"]
         [result] = await self.collective_rpc(
-            "expertmesh_apply_membership", timeout=self._mesh.deadlines.apply_s, args=(membership,)
+            "expertmesh_apply_membership", timeout=self._mesh.deadlines.apply_s, args=(membership, wait_s)
         )
         self._term, self._epoch = answer["term"], membership["epoch"]
         self._incarnations = {
@@ -198,7 +211,8 @@ class ExpertMeshLLMServer(LLMServer):
             try:
                 answer = await self._poll()
                 if answer["membership"] is not None:
-                    await self._apply(answer)
+                    await self._connect_ahead(answer["membership"])
+                    await self._apply(answer, wait_s=0.0)
             except ControllerLostError as error:
                 logger.warning("%s; this router goes on at epoch %d", error, self._epoch)
                 await asyncio.sleep(1.0)

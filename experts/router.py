@@ -9,14 +9,15 @@ import logging
 import os
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.connector import Connector
 from experts.dispatcher import Dispatcher, Pending
-from experts.errors import ShardError, UnsupportedModelError
+from experts.errors import UnsupportedModelError
 from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
@@ -56,6 +57,7 @@ class MeshRouter:
             LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, settings.max_rows_per_dispatch)
+        self._connector = Connector(self._connect)
         self._static = settings.membership
 
     @property
@@ -68,12 +70,24 @@ class MeshRouter:
         if self._static is not None and not self.attached:
             self.apply_membership(Membership.from_dict(self._static))
 
-    def apply_membership(self, membership: Membership) -> dict[str, Any]:
+    def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
+        """Begin to connect to those of an epoch's shards that are new, in the background; the ranks not done yet.
+
+        Asked again until nothing is left, it keeps the engine from waiting inside `apply_membership`.
+        """
+        return self._connector.start(
+            endpoint
+            for endpoint in endpoints
+            if endpoint is not None and not self._is_connected(self.dispatcher.membership, endpoint)
+        )
+
+    def apply_membership(self, membership: Membership, wait_s: float | None = None) -> dict[str, Any]:
         """Connect to the shards of a new epoch and switch to it. Called between steps.
 
-        Links to shard incarnations that are already connected are kept. A shard that cannot be reached is left out and
-        named in the answer: {"epoch", "connected": [ranks], "lost": {rank: reason}}. Raises ValueError for an epoch
-        that is older than the current one, or a placement of another model.
+        Links to shard incarnations that are already connected are kept. A shard that cannot be reached within `wait_s`
+        (None: `connect_deadline_s`) is left out and named in the answer: {"epoch", "connected": [ranks],
+        "lost": {rank: reason}}. Raises ValueError for an epoch that is older than the current one, or a placement of
+        another model.
         """
         current = self.dispatcher.membership
         if current is not None and membership.epoch < current.epoch:
@@ -85,31 +99,27 @@ class MeshRouter:
         for rank, endpoint in enumerate(membership.endpoints):
             if endpoint is None:
                 lost[rank] = "no shard has this rank yet"
-            elif current is not None and self._is_connected(current, endpoint):
+            elif self._is_connected(current, endpoint):
                 links[rank] = self.dispatcher.links[rank]
             else:
                 fresh.append(endpoint)
-        if fresh:
-            with ThreadPoolExecutor(len(fresh), thread_name_prefix="connect") as pool:
-                for endpoint, outcome in zip(fresh, pool.map(self._connect, fresh), strict=True):
-                    if isinstance(outcome, RouterLink):
-                        links[endpoint.rank] = outcome
-                    else:
-                        lost[endpoint.rank] = outcome.reason
+        made, missed = self._connector.take(fresh, wait_s)
+        links |= made
+        lost |= missed
         self.dispatcher.apply(membership, links, lost)
         logger.info(
             "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
         )
         return {"epoch": membership.epoch, "connected": sorted(links), "lost": lost}
 
-    def _is_connected(self, current: Membership, endpoint: ShardEndpoint) -> bool:
+    def _is_connected(self, current: Membership | None, endpoint: ShardEndpoint) -> bool:
         rank = endpoint.rank
-        if rank not in self.dispatcher.links or rank >= len(current.endpoints):
+        if current is None or rank not in self.dispatcher.links or rank >= len(current.endpoints):
             return False
         known = current.endpoints[rank]
         return known is not None and known.incarnation == endpoint.incarnation
 
-    def _connect(self, endpoint: ShardEndpoint) -> RouterLink | ShardError:
+    def _connect(self, endpoint: ShardEndpoint) -> RouterLink:
         settings, shape = self.settings, self.shape
         hello = Hello(
             router_id=self.router_id,
@@ -123,11 +133,7 @@ class MeshRouter:
             reply_capacity=reply_capacity(settings.max_rows_per_dispatch, shape.row_bytes),
         )
         deadline_s = time.monotonic() + settings.connect_deadline_s
-        try:
-            return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)
-        except ShardError as error:
-            logger.error("cannot reach shard %d: %s", endpoint.rank, error.reason)
-            return error
+        return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)
 
     def begin(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
@@ -175,4 +181,5 @@ class MeshRouter:
 
     def close(self) -> None:
         """Close every link."""
+        self._connector.close()
         self.dispatcher.close()

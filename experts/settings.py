@@ -44,6 +44,10 @@ class RouterSettings(StrictModel):
     membership: dict[str, Any] | None = Field(
         default=None, description="A membership known beforehand, for engines that run without the controller."
     )
+    membership_by_rpc: bool = Field(
+        default=False,
+        description="Whoever starts the engine hands it a membership by collective_rpc before its first request.",
+    )
 
 
 class ShardSettings(StrictModel):

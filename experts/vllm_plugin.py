@@ -58,10 +58,11 @@ def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
     global _checkpoint, _settings
     if _checkpoint is None:
         try:
-            _checkpoint = ExpertCheckpoint.open(settings.model_path)
+            checkpoint = ExpertCheckpoint.open(settings.model_path)
+            checkpoint.check()
         except CheckpointError as error:
             raise UnsupportedModelError(f"the experts of this model cannot be served apart: {error}") from error
-        _settings = settings
+        _checkpoint, _settings = checkpoint, settings
     if settings != _settings:
         raise UnsupportedModelError(
             f"this process has an engine for the experts of {_settings and _settings.model_path} already; "
@@ -94,6 +95,11 @@ def check_engine(config: VllmConfig) -> RouterSettings:
     if config.lora_config is not None:
         raise UnsupportedModelError("LoRA is not supported together with experts on shards")
     settings = RouterSettings.model_validate(data)
+    if settings.membership is None and not settings.membership_by_rpc:
+        raise UnsupportedModelError(
+            "additional_config['expertmesh'] names no shards, so nobody would compute the experts: expected "
+            "`membership`, or `membership_by_rpc: true` from whoever hands one over before the first request"
+        )
     model = config.model_config.model
     if os.path.isdir(model) and os.path.realpath(model) != os.path.realpath(settings.model_path):
         raise UnsupportedModelError(f"the engine serves {model}, but its experts are those of {settings.model_path}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from experts.membership import Membership
+from experts.membership import Membership, ShardEndpoint
 from experts.vllm_adapter import DefaultModelLoader, register_model_loader, weight_files
 from experts.vllm_plugin import check_engine, current_checkpoint, current_router, register, verify_model
 
@@ -68,10 +68,14 @@ class RouterModelLoader(DefaultModelLoader):
 class ExpertMeshWorker:
     """Mixed into vLLM's worker; `collective_rpc` reaches these methods between steps."""
 
-    def expertmesh_apply_membership(self, membership: dict[str, Any]) -> dict[str, Any]:
+    def expertmesh_connect_ahead(self, endpoints: list[dict[str, Any] | None]) -> list[int]:
+        """Begin to connect to an epoch's new shards; see `MeshRouter.connect_ahead`."""
+        return current_router().connect_ahead(None if e is None else ShardEndpoint(**e) for e in endpoints)
+
+    def expertmesh_apply_membership(self, membership: dict[str, Any], wait_s: float | None = None) -> dict[str, Any]:
         """Switch to an epoch; see `MeshRouter.apply_membership`."""
         verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
-        return current_router().apply_membership(Membership.from_dict(membership))
+        return current_router().apply_membership(Membership.from_dict(membership), wait_s)
 
     def expertmesh_status(self) -> dict[str, Any]:
         """Counters and membership of this router, and what it holds."""

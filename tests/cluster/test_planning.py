@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.config import ConfigError, ExpertsAppConfig, parse
 from cluster.planning import plan_placement
@@ -68,6 +71,18 @@ def test_a_file_is_used_as_it_is(tmp_path: Path) -> None:
     saved = Placement.linear(4, 32, 3, min_replicas=2)
     saved.save(path)
     assert plan_placement(config(placement={"file": str(path)})) == saved
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    tensors = load_file(TINY / "model.safetensors")
+    name = "model.layers.2.mlp.experts.7.down_proj.weight"
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(TINY / "config.json", tmp_path)
+    whole = config()
+    spoiled = whole.model_copy(update={"model": whole.model.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(ConfigError, match=f"model.path: .*{re.escape(name)}"):
+        plan_placement(spoiled)
 
 
 @pytest.mark.parametrize(

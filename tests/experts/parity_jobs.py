@@ -100,7 +100,8 @@ def mesh(emit: Any, model: str, result: str, reference: str, memberships: list[d
     from experts.engine_kwargs import router_engine_kwargs
     from experts.settings import RouterSettings
 
-    engine = _engine(model, router_engine_kwargs(RouterSettings(model_path=model), {}))
+    settings = RouterSettings(model_path=model, membership_by_rpc=True)
+    engine = _engine(model, router_engine_kwargs(settings, {}))
     runs = []
     for membership in memberships:
         (applied,) = engine.collective_rpc("expertmesh_apply_membership", args=(membership,))

@@ -109,7 +109,8 @@ def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
     answers: dict[str, str | None] = {}
     for case, arguments in cases.items():
         arguments = dict(arguments)
-        settings = RouterSettings(model_path=arguments.pop("model_path", model))
+        by_rpc = arguments.pop("membership_by_rpc", True)
+        settings = RouterSettings(model_path=arguments.pop("model_path", model), membership_by_rpc=by_rpc)
         kwargs = {"model": model, "dtype": "float32", "skip_tokenizer_init": True, **arguments}
         if not kwargs.pop("plain", False):
             kwargs = router_engine_kwargs(settings, kwargs)

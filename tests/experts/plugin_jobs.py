@@ -64,7 +64,7 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
     from experts.settings import RouterSettings
 
     before = _anonymous_bytes()
-    settings = RouterSettings(model_path=model, trace_tokens=1000)
+    settings = RouterSettings(model_path=model, trace_tokens=1000, membership_by_rpc=True)
     engine = _engine(model, router_engine_kwargs(settings, {}), eager=eager)
 
     def call(name: str, *arguments: Any) -> Any:
@@ -91,7 +91,8 @@ def start(emit: Any, model: str, model_path: str) -> None:
     from experts.engine_kwargs import router_engine_kwargs
     from experts.settings import RouterSettings
 
-    emit(error=error_of(_engine, model, router_engine_kwargs(RouterSettings(model_path=model_path), {})))
+    settings = RouterSettings(model_path=model_path, membership_by_rpc=True)
+    emit(error=error_of(_engine, model, router_engine_kwargs(settings, {})))
 
 
 def _engine(model: str, extra: dict[str, Any], eager: bool = True) -> Any:

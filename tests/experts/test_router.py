@@ -187,6 +187,34 @@ def test_a_stopped_shard_is_not_waited_for_longer_than_the_deadline(model: Path)
         check(mesh, router)
 
 
+def test_a_slow_shard_is_connected_to_in_the_background(model: Path) -> None:
+    """While one shard is silent, an epoch takes what is there; the next takes the connection that was made since."""
+    with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3)) as mesh:
+        router = mesh.router(apply=False)
+        first, later = mesh.membership(epoch=1, without=(2,)), mesh.membership(epoch=2)
+        mesh.shards[1].signal(signal.SIGSTOP)
+        await_true(lambda: router.connect_ahead(first.endpoints) == [1], "shard 0's connection")
+        applied = router.apply_membership(first, wait_s=0.0)
+        assert (applied["connected"], applied["lost"][1]) == ([0], "still connecting")
+        check(mesh, router)
+        mesh.shards[1].signal(signal.SIGCONT)
+        await_true(lambda: router.connect_ahead(later.endpoints) == [], "the connections")
+        assert router.apply_membership(later, wait_s=0.0) == {"epoch": 2, "connected": [0, 1, 2], "lost": {}}
+        check(mesh, router, seed=1)
+        assert [shard.status()["routers"] for shard in mesh.shards.values()] == [[router.router_id]] * 3
+
+
+def test_a_connection_that_no_epoch_takes_is_closed(model: Path) -> None:
+    with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)) as mesh:
+        router = mesh.router(apply=False)
+        membership = mesh.membership()
+        await_true(lambda: router.connect_ahead(membership.endpoints) == [], "the connections")
+        router.connect_ahead(membership.endpoints[:1])
+        await_true(lambda: mesh.shards[1].status()["routers"] == [], "the shard's letting go of the router")
+        assert router.apply_membership(mesh.membership(without=(1,)))["connected"] == [0]
+        check(mesh, router)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

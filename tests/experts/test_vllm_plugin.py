@@ -187,6 +187,7 @@ def answers(vllm_zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathF
         "expert": {"enable_expert_parallel": True},
         "lora": {"enable_lora": True},
         "plain": {"plain": True},
+        "shardless": {"membership_by_rpc": False},
         "elsewhere": {"model_path": str(tmp_path_factory.mktemp("elsewhere"))},
     }
     job = vllm_zygote.start("refusals", model=str(model), cases=cases)
@@ -202,6 +203,7 @@ def answers(vllm_zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathF
         ("expert", "enable_expert_parallel is not supported: experts live on shards"),
         ("lora", "LoRA is not supported together with experts on shards"),
         ("plain", "the engine has no additional_config['expertmesh']"),
+        ("shardless", "names no shards, so nobody would compute the experts"),
         ("elsewhere", "but its experts are those of"),
     ],
 )
