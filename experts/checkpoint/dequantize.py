@@ -14,6 +14,7 @@ MXFP4_BLOCK = 32  # values that share a scale, 16 bytes
 # The sixteen values of FP4 E2M1 (OCP Microscaling Formats 1.0, table 4): sign, 2 exponent bits, 1 mantissa bit.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
+INT4_ZERO = 8  # symmetric INT4 is stored with 8 added
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def dequantize_fp8_block(
     """FP8 weights with one scale a `block` x `block` square (DeepSeek-V3): `weight * scale` [P, Q].
 
     Multiplied in float32, then rounded to `dtype`. The last block of a row or column may be partial. Expects
-    `weight_PQ` float8_e4m3fn and `scale_inv_pq` [ceil(P / block), ceil(Q / block)] of any float dtype.
+    `weight_PQ` float8_e4m3fn or its bytes, and `scale_inv_pq` [ceil(P / block), ceil(Q / block)] of any float dtype.
     """
     P, Q = weight_PQ.shape
     out_PQ = torch.empty(P, Q, dtype=dtype)
@@ -58,3 +59,14 @@ def dequantize_mxfp4(blocks_PqB: torch.Tensor, scales_Pq: torch.Tensor) -> torch
     pairs = _fp4_pairs().index_select(0, blocks_PqB.reshape(-1).to(torch.int32))
     factor_Pq1 = torch.exp2(scales_Pq.to(torch.float32) - E8M0_BIAS).to(torch.bfloat16).unsqueeze(-1)
     return pairs.view(torch.bfloat16).view(P, q, MXFP4_BLOCK).mul_(factor_Pq1).view(P, q * MXFP4_BLOCK)
+
+
+def dequantize_int4(packed_PB: torch.Tensor, scale_Pg: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Symmetric INT4 (compressed-tensors' pack-quantized): uint8 [P, Q / 2] and float scales [P, groups] to [P, Q].
+
+    A value is `(four bits - 8) * scale`, multiplied in float32 and rounded to `dtype`.
+    """
+    P, half = packed_PB.shape
+    values_PQ = torch.stack([packed_PB & 0xF, packed_PB >> 4], dim=2).view(P, 2 * half).to(torch.float32) - INT4_ZERO
+    scale_PQ = scale_Pg.to(torch.float32).repeat_interleave(2 * half // scale_Pg.shape[1], dim=1)
+    return values_PQ.mul_(scale_PQ).to(dtype)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from experts.checkpoint.quantized import QuantizedExpert
 from experts.spec import ActivationSpec, ExpertWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +24,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 class KernelShape:
     """What a kernel is built for: the same for all layers and slots of a shard."""
 
+    quantized: ClassVar[bool] = False
+    """Whether weights stay in a quantized format, for kernels that are made for it."""
     num_layers: int
     num_slots: int
     hidden_size: int
@@ -62,8 +65,11 @@ class ExpertKernel(ABC):
     """
 
     name: ClassVar[str]
+    takes_quantized: ClassVar[bool] = False
 
     def __init__(self, shape: KernelShape) -> None:
+        if shape.quantized != self.takes_quantized:
+            raise ValueError(f"kernel {self.name!r} cannot serve {shape}: its weights are of the other kind")
         reason = self.supports(shape)
         if reason is not None:
             raise ValueError(f"kernel {self.name!r} cannot serve {shape}: {reason}")
@@ -75,17 +81,28 @@ class ExpertKernel(ABC):
     def supports(cls, shape: KernelShape) -> str | None:
         """None if this kernel can serve `shape` on this machine, else the reason why not."""
 
-    def set_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+    def set_slot(self, layer: int, slot: int, weights: ExpertWeights | QuantizedExpert) -> None:
         """Pack one expert into a slot (`weights` of any float dtype, on any device); the other slots keep serving.
 
-        Raises ValueError for a layer, slot or tensor shape that does not fit.
+        Kernels of quantized weights take a `QuantizedExpert` of their format, the others plain floats. Raises
+        ValueError for a layer, slot, kind of weights or tensor shape that does not fit.
         """
         shape = self.shape
-        D, I = shape.hidden_size, shape.intermediate_size
         if not (0 <= layer < shape.num_layers and 0 <= slot < shape.num_slots):
             raise ValueError(
                 f"layer {layer} slot {slot}: expected layers below {shape.num_layers} and slots below {shape.num_slots}"
             )
+        self._check_weights(weights)
+        self._loaded_LS[layer, slot] = False
+        self._pack(layer, slot, weights)
+        self._loaded_LS[layer, slot] = True
+
+    def _check_weights(self, weights: ExpertWeights | QuantizedExpert) -> None:
+        """ValueError unless `weights` are those of one expert of this shape."""
+        shape = self.shape
+        D, I = shape.hidden_size, shape.intermediate_size
+        if not isinstance(weights, ExpertWeights):
+            raise ValueError(f"kernel {self.name!r} takes plain floats, not {weights.format.name} weights")
         expected: dict[str, tuple[int, ...]] = {"w13_2ID": (2 * I, D), "w2_DI": (D, I)}
         if shape.has_bias:
             expected |= {"b13_2I": (2 * I,), "b2_D": (D,)}
@@ -94,12 +111,9 @@ class ExpertKernel(ABC):
             found = None if tensor is None else tuple(tensor.shape)
             if found != expected.get(field):
                 raise ValueError(f"{field} has the shape {found}, expected {expected.get(field)}")
-        self._loaded_LS[layer, slot] = False
-        self._pack(layer, slot, weights)
-        self._loaded_LS[layer, slot] = True
 
     @abstractmethod
-    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+    def _pack(self, layer: int, slot: int, weights: Any) -> None:
         """Write checked weights into this kernel's layout."""
 
     @abstractmethod

@@ -6,16 +6,21 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
+from experts.checkpoint.quantized import QuantizedExpert
 from experts.kernels.base import ExpertKernel, KernelShape
 from experts.kernels.grouped_mm import GroupedMMKernel
 from experts.kernels.native import NativeKernel
+from experts.kernels.quantized import QuantizedKernel, QuantizedShape, TorchDequantKernel, random_quantized
 from experts.kernels.torch_loop import TorchLoopKernel
 from experts.kernels.triton_mlp import TritonMlpKernel
+from experts.kernels.triton_quantized import TritonQuantizedKernel
 from experts.kernels.vllm_cpu import VllmCpuKernel
+from experts.kernels.vllm_quantized import VllmFp8Kernel, VllmInt4Kernel, VllmMxfp4Kernel
 from experts.kernels.vllm_triton import VllmTritonKernel
 from experts.spec import ExpertWeights
 
@@ -24,6 +29,11 @@ logger = logging.getLogger(__name__)
 KERNELS: dict[str, type[ExpertKernel]] = {
     kernel.name: kernel
     for kernel in (NativeKernel, VllmCpuKernel, VllmTritonKernel, TritonMlpKernel, GroupedMMKernel, TorchLoopKernel)
+}
+
+QUANTIZED_KERNELS: dict[str, type[QuantizedKernel]] = {
+    kernel.name: kernel
+    for kernel in (TritonQuantizedKernel, VllmFp8Kernel, VllmInt4Kernel, VllmMxfp4Kernel, TorchDequantKernel)
 }
 
 TRIAL_ROWS = (16, 64, 1, 256)  # the most telling first, in case there is no time for all
@@ -38,22 +48,31 @@ _verdicts: dict[tuple[object, ...], str] = {}
 def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
     """A kernel for `shape`, with no slot set yet.
 
-    `name` is a key of `KERNELS`, or "auto": the candidates that support the shape are timed on a few row counts (under
-    2 s altogether, logged as a table), and the fastest by the geometric mean of its times wins. The verdict is kept for
-    the process. Raises ValueError for an unknown name or one that does not support the shape.
+    `name` is a key of `KERNELS`, for a QuantizedShape of `QUANTIZED_KERNELS`, or "auto": the candidates that support
+    the shape are timed on a few row counts (under 2 s altogether, logged as a table), and the fastest by the geometric
+    mean of its times wins. The verdict is kept for the process. Raises ValueError for an unknown name or one that does
+    not support the shape.
     """
+    known = kernels_for(shape)
     if name != "auto":
-        if name not in KERNELS:
-            raise ValueError(f"kernel {name!r} is unknown, expected auto or one of {', '.join(KERNELS)}")
-        return KERNELS[name](shape)
+        if name not in known:
+            raise ValueError(f"kernel {name!r} is unknown, expected auto or one of {', '.join(known)}")
+        return known[name](shape)
     key = (shape, torch.get_num_threads())
     if key not in _verdicts:
         _verdicts[key] = _measure(shape)
-    return KERNELS[_verdicts[key]](shape)
+    return known[_verdicts[key]](shape)
 
 
-def random_weights(shape: KernelShape, generator: torch.Generator | None = None) -> ExpertWeights:
-    """One random expert in the dtype of `shape`, on the CPU, scaled so that activations keep their size."""
+def kernels_for(shape: KernelShape) -> Mapping[str, type[ExpertKernel]]:
+    """The candidates, by name: those of plain weights, or those that keep weights quantized."""
+    return QUANTIZED_KERNELS if isinstance(shape, QuantizedShape) else KERNELS
+
+
+def random_weights(shape: KernelShape, generator: torch.Generator | None = None) -> ExpertWeights | QuantizedExpert:
+    """One random expert as `shape` has them, on the CPU, scaled so that activations keep their size."""
+    if isinstance(shape, QuantizedShape):
+        return random_quantized(shape, generator)
     D, I = shape.hidden_size, shape.intermediate_size
 
     def randn(*size: int, scale: float) -> torch.Tensor:
@@ -89,13 +108,14 @@ def _trial_shape(shape: KernelShape) -> KernelShape:
 
 def _measure(shape: KernelShape) -> str:
     """Name of the fastest kernel; logs every candidate with its times, or why it was passed over."""
-    reasons = {name: kernel_class.supports(shape) for name, kernel_class in KERNELS.items()}  # may compile
+    candidates = kernels_for(shape)
+    reasons = {name: kernel_class.supports(shape) for name, kernel_class in candidates.items()}  # may compile
     started = time.perf_counter()
     trial = _trial_shape(shape)
     weights = random_weights(trial, torch.Generator().manual_seed(0))
     kernels: dict[str, ExpertKernel] = {}
     lines = []
-    for name, kernel_class in KERNELS.items():
+    for name, kernel_class in candidates.items():
         reason = reasons[name]
         if reason is None:
             try:

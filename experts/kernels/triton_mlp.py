@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,6 +49,66 @@ def choose_block(num_pairs: int, num_slots: int) -> int:
     return next((block for block in (16, 32, 64) if average <= block), 128)
 
 
+@dataclass(frozen=True)
+class TiledPairs:
+    """The pairs of a call as the programs read them, on the rows' device."""
+
+    block: int  # pairs of a tile
+    num_tiles: int
+    tiles: torch.Tensor  # int32 [3 tiles]
+    row_P: torch.Tensor  # int32
+    pair_P: torch.Tensor  # int32: place of a sorted pair in the call
+    offsets_M1: torch.Tensor  # int32
+    weight_P: torch.Tensor  # float32
+
+    @property
+    def wide(self) -> int:
+        """Columns of a tile."""
+        return 64 if self.block <= 64 else 128
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Triton's options for programs over these tiles."""
+        return {"num_warps": 8 if self.block == 128 else 4, "num_stages": 3}
+
+
+def tile_pairs(
+    row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor, num_slots: int, device: torch.device
+) -> TiledPairs:
+    """Sort, cut and send, in one copy that nobody waits for."""
+    M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
+    block = choose_block(N, num_slots)
+    order_P, tiles_T3 = cut_tiles(slots_N.numpy(), num_slots, block)
+    row_N = np.repeat(np.arange(M, dtype=np.int32), np.diff(row_offsets_M1.numpy()))
+    weight_P = weights_N.numpy()[order_P].view(np.int32)
+    parts = (tiles_T3.ravel(), row_N[order_P], order_P, weight_P, row_offsets_M1.numpy())
+    host = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    tiles, row_P, pair_P, weight_bits_P, offsets_M1 = host.to(device, non_blocking=True).split(
+        [tiles_T3.size, N, N, N, M + 1]
+    )
+    return TiledPairs(block, len(tiles_T3), tiles, row_P, pair_P, offsets_M1, weight_bits_P.view(torch.float32))
+
+
+def triton_misfit(shape: KernelShape) -> str | None:
+    """Why Triton's programs cannot run where `shape` computes; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted() and shape.device_type == "cpu":
+        return "Triton's interpreter cannot multiply bfloat16" if shape.dtype == torch.bfloat16 else None
+    if shape.device_type != "cuda":
+        return f"it runs on CUDA, not on {shape.device}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 models are served for exactness: no TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 class TritonMlpKernel(ExpertKernel):
     """Three programs a call: gate and up with the activation, down with the weight, sum over a row's pairs."""
 
@@ -56,23 +117,12 @@ class TritonMlpKernel(ExpertKernel):
     def __init__(self, shape: KernelShape) -> None:
         super().__init__(shape)
         self._weights = StackedWeights(shape)
-        activation = shape.activation
-        self._limit = math.inf if activation.limit is None else activation.limit
-        # float32 models are served for exactness: no TF32
-        self._precision = "ieee" if shape.dtype == torch.float32 else "tf32"
+        self._limit = math.inf if shape.activation.limit is None else shape.activation.limit
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
         """CUDA devices with triton installed; the CPU in Triton's interpreter."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if interpreted() and shape.device_type == "cpu":
-            return "Triton's interpreter cannot multiply bfloat16" if shape.dtype == torch.bfloat16 else None
-        if shape.device_type != "cuda":
-            return f"it runs on CUDA, not on {shape.device}"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
-        return None
+        return triton_misfit(shape)
 
     def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._weights.write(layer, slot, weights)
@@ -98,36 +148,24 @@ class TritonMlpKernel(ExpertKernel):
             return
         from experts.kernels import triton_jit
 
-        block = choose_block(N, shape.num_slots)
-        order_P, tiles_T3 = cut_tiles(slots_N.numpy(), shape.num_slots, block)
-        row_N = np.repeat(np.arange(M, dtype=np.int32), np.diff(row_offsets_M1.numpy()))
-        num_tiles = tiles_T3.shape[0]
-        # one copy for all that the programs read of the pairs
-        weight_P = weights_N.numpy()[order_P].view(np.int32)
-        parts = (tiles_T3.ravel(), row_N[order_P], order_P, weight_P, row_offsets_M1.numpy())
-        host = torch.from_numpy(np.concatenate(parts))
-        if rows_MD.is_cuda:
-            host = host.pin_memory()
-        tiles, row_P, pair_P, weight_bits_P, offsets = host.to(rows_MD.device, non_blocking=True).split(
-            [3 * num_tiles, N, N, N, M + 1]
-        )
-        weight_P_device = weight_bits_P.view(torch.float32)
+        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape.num_slots, rows_MD.device)
         h_PI = torch.empty(N, I, dtype=shape.dtype, device=rows_MD.device)
         y_ND = torch.empty(N, D, dtype=torch.float32, device=rows_MD.device)
         w13, w2 = stacked.w13_LS2ID[layer], stacked.w2_LSDI[layer]
         b13 = w13 if stacked.b13_LS2I is None else stacked.b13_LS2I[layer]
         b2 = w2 if stacked.b2_LSD is None else stacked.b2_LSD[layer]
-        wide = 64 if block <= 64 else 128
-        options = {"num_warps": 8 if block == 128 else 4, "num_stages": 3}
-        common = {"HAS_BIAS": shape.has_bias, "WEIGHT_ON_INPUT": shape.weight_on_input, "PRECISION": self._precision}
-        triton_jit.gate_up[(-(-I // wide), num_tiles)](
-            rows_MD, w13, b13, row_P, weight_P_device, tiles, h_PI,
+        common = {
+            "HAS_BIAS": shape.has_bias, "WEIGHT_ON_INPUT": shape.weight_on_input,
+            "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block,
+        }  # fmt: skip
+        triton_jit.gate_up[(-(-I // pairs.wide), pairs.num_tiles)](
+            rows_MD, w13, b13, pairs.row_P, pairs.weight_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, shape.activation.alpha, self._limit,
-            KIND=shape.activation.kind, BLOCK_P=block, BLOCK_I=wide, BLOCK_D=64, **common, **options,
+            KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=64, **common, **pairs.launch,
         )  # fmt: skip
-        triton_jit.down[(-(-D // wide), num_tiles)](
-            h_PI, w2, b2, pair_P, weight_P_device, tiles, y_ND,
+        triton_jit.down[(-(-D // pairs.wide), pairs.num_tiles)](
+            h_PI, w2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I,
-            BLOCK_P=block, BLOCK_D=wide, BLOCK_I=64, **common, **options,
+            BLOCK_D=pairs.wide, BLOCK_I=64, **common, **pairs.launch,
         )  # fmt: skip
-        triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, offsets, out_MD, out_MD.stride(0), D, BLOCK_D=256)
+        triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)

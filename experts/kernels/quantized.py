@@ -1,0 +1,204 @@
+"""Kernels that keep weights quantized: what they have in common, and the plainest of them.
+
+Legend as in base.py; B bytes of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from experts.checkpoint.dequantize import E8M0_BIAS
+from experts.checkpoint.quantized import QuantizedExpert, WeightFormat
+from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.torch_ops import sort_pairs
+from experts.mlp import expert_mlp
+from experts.spec import ExpertWeights
+
+
+@dataclass(frozen=True)
+class QuantizedShape(KernelShape):
+    """A KernelShape whose weights stay in `format`; rows, biases and sums are those of `dtype` as ever."""
+
+    quantized: ClassVar[bool] = True
+    format: WeightFormat = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for columns in (self.hidden_size, self.intermediate_size):
+            misfit = self.format.misfit(columns)
+            if misfit is not None:
+                raise ValueError(misfit)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights and scales, without any padding."""
+        D, I = self.hidden_size, self.intermediate_size
+        biases = (2 * I + D) * self.dtype.itemsize if self.has_bias else 0
+        return self.format.expert_bytes(D, I, self.dtype) + biases
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a `QuantizedExpert` that fits."""
+        D, I, form = self.hidden_size, self.intermediate_size, self.format
+        p, q = form.scale_shape(I, D)
+        shapes: dict[str, tuple[int, ...]] = {
+            "w13_2IB": (2 * I, form.row_bytes(D)),
+            "w13_scale": (2 * p, q),
+            "w2_DB": (D, form.row_bytes(I)),
+            "w2_scale": form.scale_shape(D, I),
+        }
+        return shapes | ({"b13_2I": (2 * I,), "b2_D": (D,)} if self.has_bias else {})
+
+
+def random_quantized(shape: QuantizedShape, generator: torch.Generator | None = None) -> QuantizedExpert:
+    """One random expert, on the CPU, scaled so that activations keep their size."""
+    form, shapes = shape.format, shape.tensor_shapes()
+
+    def data(name: str) -> torch.Tensor:
+        found = torch.randint(0, 256, shapes[name], generator=generator, dtype=torch.uint8)
+        if form.name == "fp8_block":
+            found &= 0xBF  # below 2, so that no sum is made of a few large values, and none is NaN
+        return found
+
+    def scale(name: str, columns: int) -> torch.Tensor:
+        # Root mean squares of the random values: 0.5 for E4M3 below 2, 2.9 for E2M1, 4.6 for INT4.
+        spread = {"fp8_block": 0.5, "mxfp4": 2.9, "int4": 4.6}[form.name] * columns**0.5
+        factor = torch.rand(shapes[name], generator=generator) + 0.5
+        if form.name == "mxfp4":
+            return (factor.div(spread).log2().round() + E8M0_BIAS).to(torch.uint8)
+        return (factor / spread).to(form.scale_dtype(shape.dtype))
+
+    def bias(name: str) -> torch.Tensor | None:
+        return (torch.randn(shapes[name], generator=generator) * 0.1).to(shape.dtype) if name in shapes else None
+
+    return QuantizedExpert(
+        form,
+        w13_2IB=data("w13_2IB"),
+        w13_scale=scale("w13_scale", shape.hidden_size),
+        w2_DB=data("w2_DB"),
+        w2_scale=scale("w2_scale", shape.intermediate_size),
+        b13_2I=bias("b13_2I"),
+        b2_D=bias("b2_D"),
+    )
+
+
+class QuantizedKernel(ExpertKernel):
+    """An ExpertKernel over a `QuantizedShape`, whose slots take a `QuantizedExpert`."""
+
+    takes_quantized = True
+    shape: QuantizedShape
+
+    def _check_weights(self, weights: ExpertWeights | QuantizedExpert) -> None:
+        shape = self.shape
+        if not isinstance(weights, QuantizedExpert):
+            raise ValueError(f"kernel {self.name!r} takes {shape.format.name} weights, not plain floats")
+        if weights.format != shape.format:
+            raise ValueError(f"weights are {weights.format}, the slots hold {shape.format}")
+        expected = shape.tensor_shapes()
+        for name in ("w13_2IB", "w13_scale", "w2_DB", "w2_scale", "b13_2I", "b2_D"):
+            tensor = getattr(weights, name)
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != expected.get(name):
+                raise ValueError(f"{name} has the shape {found}, expected {expected.get(name)}")
+
+
+class QuantizedStack:
+    """All slots' weights as stacked tensors, laid out as in `QuantizedExpert`."""
+
+    def __init__(self, shape: QuantizedShape) -> None:
+        self._format = shape.format
+        fields = shape.tensor_shapes()
+
+        def zeros(name: str, dtype: torch.dtype) -> torch.Tensor:
+            size = (shape.num_layers, shape.num_slots, *fields[name])
+            return torch.zeros(size, dtype=dtype, device=shape.device)
+
+        scale_dtype = shape.format.scale_dtype(shape.dtype)
+        self.w13_LS2IB = zeros("w13_2IB", torch.uint8)
+        self.w13_scale_LS = zeros("w13_scale", scale_dtype)
+        self.w2_LSDB = zeros("w2_DB", torch.uint8)
+        self.w2_scale_LS = zeros("w2_scale", scale_dtype)
+        self.b13_LS2I = zeros("b13_2I", shape.dtype) if shape.has_bias else None
+        self.b2_LSD = zeros("b2_D", shape.dtype) if shape.has_bias else None
+
+    def _fields(self) -> dict[str, torch.Tensor | None]:
+        return {
+            "w13_2IB": self.w13_LS2IB,
+            "w13_scale": self.w13_scale_LS,
+            "w2_DB": self.w2_LSDB,
+            "w2_scale": self.w2_scale_LS,
+            "b13_2I": self.b13_LS2I,
+            "b2_D": self.b2_LSD,
+        }
+
+    def write(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
+        """Copy one expert in."""
+        for name, stacked in self._fields().items():
+            if stacked is not None:
+                stacked[layer, slot].copy_(getattr(weights, name))
+
+    def read(self, layer: int, slot: int) -> QuantizedExpert:
+        """One expert, as views."""
+        found: dict[str, Any] = {
+            name: None if stacked is None else stacked[layer, slot] for name, stacked in self._fields().items()
+        }
+        return QuantizedExpert(self._format, **found)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that exist."""
+        return [stacked for stacked in self._fields().values() if stacked is not None]
+
+
+class TorchDequantKernel(QuantizedKernel):
+    """A loop over the active slots that makes plain floats of each: every device, every format, and slow.
+
+    Legend: R rows of one slot.
+    """
+
+    name = "torch_dequant"
+
+    def __init__(self, shape: QuantizedShape) -> None:
+        super().__init__(shape)
+        self._weights = QuantizedStack(shape)
+
+    @classmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """CPU tensors, of which the values are looked up in tables."""
+        if shape.device_type != "cpu":
+            return f"it runs on the CPU, not on {shape.device}"
+        return None if isinstance(shape, QuantizedShape) else "it takes quantized weights"
+
+    def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
+        self._weights.write(layer, slot, weights)
+
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        return self._weights.tensors()
+
+    def forward(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """See `ExpertKernel.forward`."""
+        self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        shape = self.shape
+        pairs = sort_pairs(row_offsets_M1, slots_N, weights_N, shape.num_slots)
+        acc_MD = torch.zeros(rows_MD.shape, dtype=torch.float32)
+        start = 0
+        for slot, end in enumerate(pairs.ends_S.tolist()):
+            if end > start:
+                row_R, weight_R1 = pairs.row_P[start:end], pairs.weight_P[start:end, None]
+                x_RD = rows_MD[row_R]
+                if shape.weight_on_input:
+                    x_RD = (x_RD.float() * weight_R1).to(shape.dtype)
+                plain = self._weights.read(layer, slot).dequantize(shape.dtype)
+                y_RD = expert_mlp(x_RD, plain, shape.activation).float()
+                acc_MD.index_add_(0, row_R, y_RD if shape.weight_on_input else y_RD * weight_R1)
+            start = end
+        out_MD.copy_(acc_MD)
