@@ -48,6 +48,12 @@ class PairGroup(ABC):
         """Until `work` is done. TimeoutError at `deadline_s` (None: never), ConnectionError when the pair broke."""
 
     @abstractmethod
+    def join(self, work: Any, deadline_s: float | None) -> None:
+        """Put whatever the caller does next behind `work`: on a GPU its current stream waits, the host does not, and
+        no deadline holds; in host memory it is `wait`.
+        """
+
+    @abstractmethod
     def abort(self) -> None:
         """Break the pair: what waits on it, on either side, fails now. Does not block, may be called twice."""
 
@@ -79,10 +85,10 @@ class GlooGroup(PairGroup):
         self._group = bindings.ProcessGroupGloo(store, rank, 2, options)
 
     def send(self, data: torch.Tensor) -> Any:
-        return self._call(lambda: self._group.send([data], self._peer, _DATA_TAG))
+        return _start(lambda: self._group.send([data], self._peer, _DATA_TAG))
 
     def recv(self, into: torch.Tensor) -> Any:
-        return self._call(lambda: self._group.recv([into], self._peer, _DATA_TAG))
+        return _start(lambda: self._group.recv([into], self._peer, _DATA_TAG))
 
     def wait(self, work: Any, deadline_s: float | None) -> None:
         limit = _FOREVER if deadline_s is None else timedelta(seconds=seconds_left(deadline_s))
@@ -93,6 +99,9 @@ class GlooGroup(PairGroup):
                 raise TimeoutError("no message over gloo before the deadline") from error
             raise ConnectionError(_first_line(error)) from error
 
+    def join(self, work: Any, deadline_s: float | None) -> None:
+        self.wait(work, deadline_s)
+
     def abort(self) -> None:
         # gloo cancels nothing by itself, but a receive that times out fails every operation of its pair and closes it.
         try:
@@ -101,18 +110,14 @@ class GlooGroup(PairGroup):
         except RuntimeError:
             return
 
-    @staticmethod
-    def _call(operation: Callable[[], Any]) -> Any:
-        try:
-            return operation()
-        except RuntimeError as error:
-            raise ConnectionError(_first_line(error)) from error
-
 
 class NcclGroup(PairGroup):
-    """CUDA tensors over NCCL, in a communicator and on a stream of the pair's own.
+    """CUDA tensors over NCCL, in a communicator of the pair's own.
 
     Not run on a GPU yet: what is tested is the protocol around it, with gloo in its place.
+
+    ProcessGroupNCCL runs sends and receives on a stream of the communicator's, behind what the caller's stream has
+    queued so far; the caller's stream waits for none of them unless it is told to (`join`).
 
     Pairs are not grouped with one another (ncclGroupStart over several communicators): a group call fails and blocks as
     a whole, so one dead shard would take the others' messages with it. Their streams run side by side instead.
@@ -125,7 +130,6 @@ class NcclGroup(PairGroup):
         self._aborted = threading.Event()
         self._device = torch.device(device)
         self._group = _nccl_group(store, rank, timeout_s)
-        self._stream = torch.cuda.Stream(self._device)
         # NCCL connects at the first message; that has to happen here, under the connect deadline.
         token = torch.zeros(1, dtype=torch.uint8, device=self._device)
         deadline_s = time.monotonic() + timeout_s
@@ -133,19 +137,14 @@ class NcclGroup(PairGroup):
             self.wait(self.send(token) if rank == sender else self.recv(token), deadline_s)
 
     def send(self, data: torch.Tensor) -> Any:
-        return self._on_stream(lambda: self._group.send([data], self._peer, _DATA_TAG))
+        return _start(lambda: self._group.send([data], self._peer, _DATA_TAG))
 
     def recv(self, into: torch.Tensor) -> Any:
-        return self._on_stream(lambda: self._group.recv([into], self._peer, _DATA_TAG))
+        return _start(lambda: self._group.recv([into], self._peer, _DATA_TAG))
 
-    def _on_stream(self, operation: Callable[[], Any]) -> Any:
-        """Start `operation` behind what the caller's stream has queued so far, and hold up that stream with nothing."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        try:
-            with torch.cuda.stream(self._stream):
-                return operation()
-        except RuntimeError as error:
-            raise ConnectionError(_first_line(error)) from error
+    def join(self, work: Any, deadline_s: float | None) -> None:
+        # synchronize() makes the current stream wait for the work's end, also while a graph is captured.
+        _start(work.synchronize)
 
     def wait(self, work: Any, deadline_s: float | None) -> None:
         # Ask, do not block: a kernel that waits for a dead peer never ends by itself.
@@ -207,6 +206,14 @@ def _nccl_group(store: Store, rank: int, timeout_s: float) -> Any:
 def meet(store: Store, label: str) -> PrefixStore:
     """The part of a pair's store that one group of it uses."""
     return PrefixStore(label, store)
+
+
+def _start(operation: Callable[[], Any]) -> Any:
+    """What `operation` returns; ConnectionError where torch has only its RuntimeError."""
+    try:
+        return operation()
+    except RuntimeError as error:
+        raise ConnectionError(_first_line(error)) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -96,7 +96,7 @@ def await_true(condition: Callable[[], Any], what: str, deadline_s: float = AWAI
 
 
 @functools.cache
-def _context() -> Any:
+def forked_context() -> Any:
     """Processes forked from one that has imported what shards need; it has no threads to inherit."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["small_mesh", "experts.shard_server"])
@@ -132,7 +132,7 @@ def in_processes(body: Callable[..., None], arguments: list[tuple]) -> list[Any]
     running = []
     for one in arguments:
         ours, theirs = multiprocessing.Pipe()
-        process = _context().Process(target=body, args=(*one, theirs), daemon=True)
+        process = forked_context().Process(target=body, args=(*one, theirs), daemon=True)
         process.start()
         theirs.close()
         running.append((process, ours))
@@ -194,7 +194,7 @@ def start_shards(
     for rank in range(placement.num_ranks) if ranks is None else ranks:
         ours, theirs = multiprocessing.Pipe()
         arguments = (data, placement.to_json(), rank, epoch, theirs)
-        process = _context().Process(target=_serve, args=arguments, daemon=True)
+        process = forked_context().Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         started[rank] = (process, ours)

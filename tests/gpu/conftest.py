@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Read by NCCL when it is first used, in this process or one that it starts.
+os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experts"))  # small_mesh, families
 
 

@@ -1,0 +1,94 @@
+"""Routers and shards whose rows travel apart from their messages: over NCCL between GPUs, or over gloo in its place.
+
+Several ranks share one GPU where the NCCL that is loaded allows it; else there are as many ranks as GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_mesh import Batch, Mesh, start_shards
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.layer_shape import LayerShape
+from experts.router import MeshRouter
+from experts.settings import RouterSettings
+from placement.tables import Placement
+
+SWITCH = "NCCL_MULTI_RANK_GPU_ENABLE"  # conftest.py sets it, for this process and all that it starts
+KINDS = [pytest.param("nccl", marks=pytest.mark.gpu), "gloo_split"]
+
+
+@functools.cache
+def nccl_allows_many() -> tuple[bool, str]:
+    """(whether several ranks may share a GPU, the library that was looked at); looks for the switch's name in it."""
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # loads it
+    with open("/proc/self/maps") as file:
+        paths = {line.split()[-1] for line in file if "libnccl" in line or "libtorch_cuda.so" in line}
+    for path in sorted(paths, key=lambda p: "libnccl" not in p):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data.find(SWITCH.removeprefix("NCCL_").encode()) >= 0:
+                return True, f"NCCL {version} in {Path(path).name}"
+    return False, f"NCCL {version}"
+
+
+def places(kind: str, num_shards: int) -> tuple[str, list[str]]:
+    """(the router's device, each shard's); skips, saying what is left out, where these many ranks cannot be."""
+    if kind != "nccl":
+        return "cpu", ["cpu"] * num_shards
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        pytest.skip(f"1 router and {num_shards} shards over NCCL were left out: torch sees no CUDA device")
+    if gpus > num_shards:
+        return "cuda:0", [f"cuda:{1 + rank}" for rank in range(num_shards)]
+    many, library = nccl_allows_many()
+    if many:
+        return "cuda:0", [f"cuda:{(1 + rank) % gpus}" for rank in range(num_shards)]
+    pytest.skip(
+        f"1 router and {num_shards} shards were left out: {library} does not know {SWITCH}, and there are {gpus} GPUs"
+    )
+
+
+@contextlib.contextmanager
+def mesh_over(kind: str, model: Path, placement: Placement, **settings: object) -> Iterator[Mesh]:
+    """A mesh with each shard on its place."""
+    _, devices = places(kind, placement.num_ranks)
+    mesh = Mesh(model, placement, {})
+    try:
+        for rank, device in enumerate(devices):
+            mesh.shards |= start_shards(model, placement, [rank], device=device, **settings)
+        yield mesh
+    finally:
+        mesh.close()
+
+
+def router_over(kind: str, mesh: Mesh, dtype: torch.dtype = torch.float32, **settings: object) -> MeshRouter:
+    """A connected router, closed with the mesh."""
+    spec = ExpertCheckpoint.open(mesh.model).spec
+    shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
+    values = {"dispatch_deadline_ms": 60_000, "connect_deadline_s": 60.0, "trace_tokens": 0, **settings}
+    # "gloo_split" is for tests alone, which is why the settings do not know it.
+    chosen = RouterSettings(model_path=str(mesh.model), **values).model_copy(update={"transport": kind})
+    router = MeshRouter(chosen, mesh.checkpoint, shape, places(kind, mesh.placement.num_ranks)[0])
+    mesh.routers.append(router)
+    answer = router.apply_membership(mesh.membership())
+    assert answer["lost"] == {}, answer
+    return router
+
+
+def on_device_of(router: MeshRouter, batch: Batch) -> list[torch.Tensor]:
+    """x, weights, ids where the router's activations live."""
+    return [t.to(router.device) for t in (batch.x_TD, batch.weights_TK, batch.ids_TK)]
+
+
+def run_there(router: MeshRouter, layer: int, batch: Batch) -> torch.Tensor:
+    """One layer through a router; the result on the CPU."""
+    got_TD = router.finish(router.begin(layer, *on_device_of(router, batch)))
+    assert got_TD.device == torch.device(router.device)
+    return got_TD.cpu()
