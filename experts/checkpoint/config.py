@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experts.checkpoint.dequantize import MXFP4_BLOCK
 from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.quantized import WeightFormat
 
 FP8_BLOCK = 128
+_INT4_SCHEME = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 
 class ModelConfig:
@@ -54,21 +57,40 @@ class ModelConfig:
             raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a string")
         return value
 
-    def quantization(self) -> str | None:
-        """How expert weights are stored: None, "fp8_block" or "mxfp4". Anything else is refused by its name."""
+    def weight_format(self) -> WeightFormat | None:
+        """How expert weights are stored, None for plain floats. What cannot be read is refused by its name."""
         # Top level or beside the language model: both are met in the wild.
         settings = self.get("quantization_config") or self.get("compression_config")
         if settings is None:
             return None
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         if method == "mxfp4":
-            return "mxfp4"
+            return WeightFormat("mxfp4", MXFP4_BLOCK)
         if method == "fp8":
             block = settings.get("weight_block_size")
             if block == [FP8_BLOCK, FP8_BLOCK]:
-                return "fp8_block"
+                return WeightFormat("fp8_block", FP8_BLOCK)
             method = f"fp8 with weight_block_size {block}"
+        if method == "compressed-tensors":
+            return self._compressed(settings)
         raise CheckpointError(
-            f"{self.path}: quantization {method} is not supported; expected none, mxfp4, or fp8 with "
-            f"weight_block_size [{FP8_BLOCK}, {FP8_BLOCK}]"
+            f"{self.path}: quantization {method} is not supported; expected none, mxfp4, fp8 with weight_block_size "
+            f"[{FP8_BLOCK}, {FP8_BLOCK}], or compressed-tensors in INT4"
         )
+
+    def _compressed(self, settings: dict[str, Any]) -> WeightFormat:
+        """compressed-tensors, of which symmetric INT4 in groups of a row is read (Kimi-K2-Thinking)."""
+        groups = settings.get("config_groups")
+        schemes = list(groups.values()) if isinstance(groups, dict) else []
+        weights: dict[str, Any] = (schemes[0].get("weights") or {}) if len(schemes) == 1 else {}
+        found = {"format": settings.get("format")} | {key: weights.get(key) for key in _INT4_SCHEME}
+        expected = {"format": "pack-quantized"} | _INT4_SCHEME
+        if found != expected or weights.get("actorder") in ("group", "dynamic"):
+            raise CheckpointError(
+                f"{self.path}: compressed-tensors is not supported with {len(schemes)} groups of settings, {found} and "
+                f"actorder {weights.get('actorder')}; expected one group, {expected} and no actorder"
+            )
+        try:
+            return WeightFormat("int4", int(weights.get("group_size") or 0))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error

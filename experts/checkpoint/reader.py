@@ -5,6 +5,7 @@ Legend: D hidden size, I expert intermediate size.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from experts.checkpoint.config import ModelConfig
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import activation_of, family_of
 from experts.checkpoint.layout import Part, Role
+from experts.checkpoint.quantized import QuantizedExpert, WeightFormat
 from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
 from experts.spec import ExpertSpec, ExpertWeights
@@ -24,8 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ExpertCheckpoint:
     """The routed experts of a checkpoint folder. Made by `open`; safe to use from several threads."""
 
-    def __init__(self, spec: ExpertSpec, storage: ExpertStorage) -> None:
+    def __init__(self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None) -> None:
         self.spec = spec
+        self._format = weight_format
         self._storage = storage
         self._parts = {part.role: part for part in storage.layout.parts}
 
@@ -41,7 +44,7 @@ class ExpertCheckpoint:
         layer_ids = tuple(family.moe_layers(config))
         if not layer_ids:
             raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
-        quantization = config.quantization()
+        weight_format = config.weight_format()
         store = TensorStore(folder)
         layout, prefix = find_layout(store, family.layouts, layer_ids[0])
         spec = ExpertSpec(
@@ -54,11 +57,11 @@ class ExpertCheckpoint:
             activation=activation_of(family, config),
             has_bias=layout.has_bias,
             weight_on_input=family.weight_on_input,
-            quantization=quantization,
+            quantization=None if weight_format is None else weight_format.name,
         )
         if spec.top_k > spec.num_experts:
             raise CheckpointError(f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts")
-        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, quantization))
+        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format)
 
     @property
     def expert_bytes(self) -> int:
@@ -74,15 +77,58 @@ class ExpertCheckpoint:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        for what, value, bound in (("layer", layer, self.spec.num_layers), ("expert", expert, self.spec.num_experts)):
-            if not 0 <= value < bound:
-                raise ValueError(f"{what} is {value}, expected 0..{bound - 1}")
+        self._check_place(layer, expert)
         has_bias = self.spec.has_bias
         return ExpertWeights(
             w13_2ID=self._gate_up(layer, expert, dtype),
             w2_DI=_packed([self._read("down", layer, expert, dtype)], dtype),
             b13_2I=_packed(self._halves("gate_up_bias", layer, expert, dtype), dtype) if has_bias else None,
             b2_D=_packed([self._read("down_bias", layer, expert, dtype)], dtype) if has_bias else None,
+        )
+
+    @functools.cached_property
+    def weight_format(self) -> WeightFormat | None:
+        """The format that `read_quantized` gives, None where not all experts are stored in one. Reads headers only."""
+        form, spec = self._format, self.spec
+        matrices = [part for part in self._parts.values() if not part.role.endswith("_bias")]
+        if form is None or (form.name == "fp8_block" and any(part.transposed for part in matrices)):
+            return None
+        if form.name == "fp8_block" and "gate_up" in self._parts and spec.intermediate_size % form.group:
+            return None  # a block has rows of gate and of up
+        layers = range(spec.num_layers)
+        quantized = all(len(self._ranges(part, layer, 0)) == 2 for layer in layers for part in matrices)
+        return form if quantized else None
+
+    def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
+        """One expert as stored, views of the file where nothing has to be put together.
+
+        Only where `weight_format` is not None. CheckpointError as `read_expert`.
+        """
+        form = self.weight_format
+        if form is None:
+            raise CheckpointError(f"the experts of this {self.spec.model_type} are not all stored quantized")
+        self._check_place(layer, expert)
+
+        def read(role: Role) -> tuple[torch.Tensor, torch.Tensor]:
+            part = self._parts[role]
+            return self._storage.read_quantized(part, self._shape(part), self.spec.layer_ids[layer], expert)
+
+        if "gate_up" not in self._parts:
+            w13, w13_scale = (torch.cat(pieces) for pieces in zip(read("gate"), read("up"), strict=True))
+        elif self._parts["gate_up"].interleaved:
+            w13, w13_scale = (torch.cat([rows[0::2], rows[1::2]]) for rows in read("gate_up"))
+        else:
+            w13, w13_scale = read("gate_up")
+        w2, w2_scale = read("down")
+        has_bias, biases = self.spec.has_bias, torch.float32
+        return QuantizedExpert(
+            form,
+            w13_2IB=w13,
+            w13_scale=w13_scale if w13_scale.dtype == torch.uint8 else w13_scale.float(),
+            w2_DB=w2,
+            w2_scale=w2_scale if w2_scale.dtype == torch.uint8 else w2_scale.float(),
+            b13_2I=_packed(self._halves("gate_up_bias", layer, expert, biases), biases) if has_bias else None,
+            b2_D=_packed([self._read("down_bias", layer, expert, biases)], biases) if has_bias else None,
         )
 
     def owns(self, name: str) -> bool:
@@ -98,6 +144,11 @@ class ExpertCheckpoint:
             for part in self._parts.values():
                 for expert in range(self.spec.num_experts) if part.stack == "none" else (0,):
                     self._ranges(part, layer, expert)
+
+    def _check_place(self, layer: int, expert: int) -> None:
+        for what, value, bound in (("layer", layer, self.spec.num_layers), ("expert", expert, self.spec.num_experts)):
+            if not 0 <= value < bound:
+                raise ValueError(f"{what} is {value}, expected 0..{bound - 1}")
 
     def _shape(self, part: Part) -> tuple[int, ...]:
         return part.shape(self.spec.hidden_size, self.spec.intermediate_size)

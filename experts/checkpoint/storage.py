@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from experts.checkpoint.config import FP8_BLOCK
-from experts.checkpoint.dequantize import MXFP4_BLOCK, dequantize_fp8_block, dequantize_mxfp4
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.layout import Layout, Part
+from experts.checkpoint.quantized import WeightFormat
 from experts.checkpoint.safetensors_file import TensorEntry, TensorStore
 
+_SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # in whose presence a part is quantized
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,16 +34,16 @@ class ExpertStorage:
     """The stored tensors of one layout under one prefix, by layer id (decoder layer) and expert."""
 
     def __init__(
-        self, store: TensorStore, layout: Layout, prefix: str, num_experts: int, quantization: str | None
+        self, store: TensorStore, layout: Layout, prefix: str, num_experts: int, weight_format: WeightFormat | None
     ) -> None:
         self.layout = layout
         self._store = store
         self.prefix = prefix
         self._num_experts = num_experts
-        self._quantization = quantization
+        self._format = weight_format
         stems = "|".join(re.escape(prefix + part.name) for part in layout.parts)
         stems = stems.replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
-        self._owned = re.compile(f"(?:{stems})(?:_scale_inv|_blocks|_scales)?")
+        self._owned = re.compile(f"(?:{stems})(?:_scale_inv|_blocks|_scales|_packed|_scale|_shape)?")
 
     def owns(self, name: str) -> bool:
         """Whether a tensor of this name is a part or a scale of a routed expert of any layer."""
@@ -54,25 +54,28 @@ class ExpertStorage:
 
         CheckpointError names a tensor that is missing or has another shape or dtype than expected.
         """
-        name = self.prefix + part.name.format(layer=layer_id, expert=expert)
-        if name + "_blocks" in self._store and self._quantization == "mxfp4":
-            P, Q = shape
-            q = Q // MXFP4_BLOCK
-            if Q % MXFP4_BLOCK:
-                raise CheckpointError(f"{name}_blocks: {Q} columns are not a multiple of {MXFP4_BLOCK}")
-            blocks = self._range(part, name + "_blocks", (P, q, MXFP4_BLOCK // 2), expert, (torch.uint8,))
-            return [blocks, self._range(part, name + "_scales", (P, q), expert, (torch.uint8,))]
+        name, form = self.prefix + part.name.format(layer=layer_id, expert=expert), self._format
         stored = shape[::-1] if part.transposed else shape
-        if self._quantization != "fp8_block":
+        if form is not None and form.name != "fp8_block" and name + _SUFFIX[form.name] in self._store:
+            misfit = form.misfit(shape[-1])
+            if misfit is not None:
+                raise CheckpointError(f"{name}{_SUFFIX[form.name]}: {misfit}")
+            P, Q = shape
+            scales = form.scale_shape(P, Q)
+            if form.name == "mxfp4":
+                blocks = self._range(part, name + "_blocks", (*scales, form.group // 2), expert, (torch.uint8,))
+                return [blocks, self._range(part, name + "_scales", scales, expert, (torch.uint8,))]
+            packed = self._range(part, name + "_packed", (P, Q // 8), expert, (torch.int32,))
+            return [packed, self._range(part, name + "_scale", scales, expert, FLOATS)]
+        if form is None or form.name != "fp8_block":
             return [self._range(part, name, stored, expert, FLOATS)]
         weight = self._range(part, name, stored, expert, (*FLOATS, torch.float8_e4m3fn))
         if weight.entry.dtype in FLOATS:  # a module that the quantization left out
             return [weight]
         if part.stack == "rows":
             raise CheckpointError(f"{name}: FP8 blocks in a tensor of stacked rows are not supported")
-        blocks_shape = tuple(math.ceil(n / FP8_BLOCK) for n in stored)
         scale_dtypes = (*FLOATS, torch.float8_e8m0fnu)
-        return [weight, self._range(part, name + "_scale_inv", blocks_shape, expert, scale_dtypes)]
+        return [weight, self._range(part, name + "_scale_inv", form.scale_shape(*stored), expert, scale_dtypes)]
 
     def _range(
         self, part: Part, name: str, shape: tuple[int, ...], expert: int, dtypes: tuple[torch.dtype, ...]
@@ -89,7 +92,7 @@ class ExpertStorage:
             expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise CheckpointError(
                 f"{entry.file}: {name} is {entry.dtype_name}, expected {expected} "
-                f"(quantization in config.json: {self._quantization or 'none'})"
+                f"(quantization in config.json: {self._format.name if self._format else 'none'})"
             )
         nbytes = math.prod(shape) * entry.dtype.itemsize
         offset = 0 if part.stack == "none" else expert * nbytes
@@ -98,11 +101,28 @@ class ExpertStorage:
     def read(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """A part as a tensor of `shape`, not of `dtype` yet where that would be a copy: a view of the file if plain."""
         ranges = self.ranges(part, shape, layer_id, expert)
-        tensors = [self.read_range(r) for r in ranges]
-        if len(tensors) == 2 and tensors[0].dtype == torch.uint8:
-            return dequantize_mxfp4(tensors[0], tensors[1])
-        stored = tensors[0] if len(tensors) == 1 else dequantize_fp8_block(tensors[0], tensors[1], FP8_BLOCK, dtype)
+        if len(ranges) == 2:
+            assert self._format is not None
+            data_PB, scale = self._quantized(ranges)
+            stored = self._format.dequantize(data_PB, scale, dtype)
+            # Only FP8 squares are met transposed.
+            return stored.t() if part.transposed and self._format.name == "fp8_block" else stored
+        stored = self.read_range(ranges[0])
         return stored.t() if part.transposed else stored
+
+    def read_quantized(
+        self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(bytes, scales) of a part, as `QuantizedExpert` has them. CheckpointError if it is stored as plain floats."""
+        ranges = self.ranges(part, shape, layer_id, expert)
+        if len(ranges) != 2:
+            raise CheckpointError(f"{ranges[0].entry.file}: expert {expert} of layer {layer_id} is not quantized")
+        return self._quantized(ranges)
+
+    def _quantized(self, ranges: list[ExpertRange]) -> tuple[torch.Tensor, torch.Tensor]:
+        data, scale = (self.read_range(r) for r in ranges)
+        # int32s hold eight values each, the first in the lowest bits: on a little-endian machine, bytes in their order.
+        return data.reshape(len(data), -1).view(torch.uint8), scale
 
     def read_range(self, where: ExpertRange) -> torch.Tensor:
         """The bytes of a range, as stored."""
@@ -114,7 +134,7 @@ def find_layout(store: TensorStore, layouts: tuple[Layout, ...], layer_id: int) 
     for layout in layouts:
         stem = layout.parts[0].name.format(layer=layer_id, expert=0)
         for prefix in layout.prefixes:
-            if prefix + stem in store or f"{prefix}{stem}_blocks" in store:
+            if any(f"{prefix}{stem}{suffix}" in store for suffix in ("", *_SUFFIX.values())):
                 return layout, prefix
     tried = [lo.prefixes[0] + lo.parts[0].name.format(layer=layer_id, expert=0) for lo in layouts]
     raise CheckpointError(f"{store.folder}: no routed experts found; tensor {' or '.join(tried)} is missing")
