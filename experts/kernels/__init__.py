@@ -1,6 +1,6 @@
 """Grouped expert MLPs behind one interface: the fastest that a measurement on the machine finds."""
 
 from experts.kernels.base import ExpertKernel, KernelShape
-from experts.kernels.pick import KERNELS, pick_kernel
+from experts.kernels.pick import KERNELS, QUANTIZED_KERNELS, keep_quantized, pick_kernel
 
-__all__ = ["KERNELS", "ExpertKernel", "KernelShape", "pick_kernel"]
+__all__ = ["KERNELS", "QUANTIZED_KERNELS", "ExpertKernel", "KernelShape", "keep_quantized", "pick_kernel"]

@@ -7,11 +7,11 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
-from experts.checkpoint.quantized import QuantizedExpert
+from experts.checkpoint.quantized import QuantizedExpert, WeightFormat
 from experts.kernels.base import ExpertKernel, KernelShape
 from experts.kernels.grouped_mm import GroupedMMKernel
 from experts.kernels.native import NativeKernel
@@ -62,6 +62,26 @@ def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
     if key not in _verdicts:
         _verdicts[key] = _measure(shape)
     return known[_verdicts[key]](shape)
+
+
+def keep_quantized(shape: KernelShape, form: WeightFormat | None, name: str = "auto") -> KernelShape:
+    """What to build a kernel for when a checkpoint stores experts in `form` (None: plain floats).
+
+    A QuantizedShape where `name` is that of a kernel for it; with "auto", on GPUs that some such kernel can serve. Else
+    `shape` itself: weights become plain floats when they are loaded, which on CPUs is quicker to compute with.
+    """
+    if form is None or name in KERNELS:
+        return shape
+    quantized = QuantizedShape(**{f.name: getattr(shape, f.name) for f in fields(shape)}, format=form)
+    if name in QUANTIZED_KERNELS:
+        return quantized
+    if shape.device_type == "cpu":
+        return shape
+    reasons = {kernel: candidate.supports(quantized) for kernel, candidate in QUANTIZED_KERNELS.items()}
+    if None in reasons.values():
+        return quantized
+    logger.warning("%s weights become %s when they are loaded: %s", form.name, shape.dtype, reasons)
+    return shape
 
 
 def kernels_for(shape: KernelShape) -> Mapping[str, type[ExpertKernel]]:

@@ -9,7 +9,7 @@ import torch
 from test_kernels import ACTIVATIONS, TOLERANCE, oracle
 
 from experts.checkpoint.quantized import WeightFormat
-from experts.kernels import KERNELS, KernelShape, pick
+from experts.kernels import KERNELS, KernelShape, keep_quantized, pick
 from experts.kernels.pick import QUANTIZED_KERNELS, pick_kernel, random_pairs, random_weights
 from experts.kernels.quantized import QuantizedShape
 from experts.kernels.vllm_quantized import for_marlin
@@ -156,6 +156,18 @@ def test_what_does_not_fit_is_named():
         WeightFormat("int4", 100)
     with pytest.raises(ValueError, match="'native' is unknown, expected auto or one of triton_quantized"):
         pick_kernel(shape, "native")
+
+
+def test_what_a_shard_keeps_quantized():
+    form, plain = FORMATS["int4"], KernelShape(1, 2, 64, 64, ACTIVATIONS["silu"])
+    assert keep_quantized(plain, None) is plain
+    assert keep_quantized(plain, form) is plain  # on the CPU plain floats are quicker
+    assert keep_quantized(plain, form, "torch_loop") is plain
+    kept = keep_quantized(plain, form, "torch_dequant")
+    assert isinstance(kept, QuantizedShape)
+    assert (kept.format, kept.num_slots, kept.hidden_size) == (form, 2, 64)
+    on_cuda = dataclasses.replace(plain, device="cuda", dtype=torch.bfloat16)
+    assert keep_quantized(on_cuda, form).quantized == torch.cuda.is_available()
 
 
 def test_auto_takes_one_that_keeps_the_format(monkeypatch):
