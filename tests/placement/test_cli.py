@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -88,70 +85,3 @@ def test_a_bad_trace_ends_in_one_line(files, capsys) -> None:
     said = capsys.readouterr().err
     assert "trace.npz: not a usable trace" in said
     assert said.count("\n") == 1
-
-
-class Server(BaseHTTPRequestHandler):
-    """Answers chats and hands out a trace of as many tokens as it was sent chats."""
-
-    chats: ClassVar[list[dict]] = []
-    broken = False
-
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            self.answer(json.dumps({"data": [{"id": "tiny"}]}).encode())
-        elif self.path == "/expertmesh/trace":
-            self.answer(clique_trace(num_tokens=len(self.chats)).to_bytes())
-        else:
-            self.send_error(404)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.broken:
-            self.send_error(503, "out of shards")
-            return
-        self.chats.append(body)
-        self.answer(b"{}")
-
-    def answer(self, data: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_args) -> None:
-        """Keep quiet."""
-
-
-@pytest.fixture
-def server():
-    Server.chats, Server.broken = [], False
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-        thread.join()
-
-
-def profile(folder, url):
-    return main(["profile", "--url", url, "--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / "new.npz"),
-                 "--max-tokens", "3", "--timeout-s", "20"])  # fmt: skip
-
-
-def test_profile_drives_a_server(files, server) -> None:
-    chat = [{"role": "user", "content": "hello"}]
-    (files / "prompts.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
-    assert profile(files, server) == 0
-    assert ActivationTrace.load_npz(files / "new.npz").num_tokens == 2
-    assert {body["messages"][0]["content"] for body in Server.chats} == {"hi", "hello"}
-    assert all(body["model"] == "tiny" and body["max_tokens"] == 3 for body in Server.chats)
-
-
-def test_profile_says_what_the_server_said(files, server, capsys) -> None:
-    (files / "prompts.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n")
-    Server.broken = True
-    assert profile(files, server) == 2
-    assert "/v1/chat/completions: status 503" in capsys.readouterr().err
-    (files / "prompts.jsonl").write_text("[]\n")
-    assert profile(files, server) == 2
-    assert "prompts.jsonl:1: expected an object with prompt or messages" in capsys.readouterr().err
