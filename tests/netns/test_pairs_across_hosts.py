@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from echo_shard import HOLD, EchoShard, context, counted_up, echo_shard, hello_for, post_body, reply_body
-from hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
 
+from benchmarks.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
 from experts.errors import ShardError
 from experts.link import RouterLink
 from experts.membership import ShardEndpoint

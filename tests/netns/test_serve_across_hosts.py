@@ -6,8 +6,6 @@ import contextlib
 import http.client
 import json
 import multiprocessing
-import os
-import secrets
 import subprocess
 import sys
 import threading
@@ -19,12 +17,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
+
+from benchmarks.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
+from benchmarks.ray_hosts import Node, ray_environment, start_ray
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-GCS_PORT, HTTP_PORT = 6379, 8000
+HTTP_PORT = 8000
 START_S, ANSWER_S = 420.0, 120.0
 PROMPTS = ["def read_lines(path):", "The function returns", "import os", "class Node:"]
 NUM_TOKENS = 300
@@ -79,31 +79,16 @@ def mesh() -> Iterator[Mesh]:
 
 
 def _start(hosts: list[Host]) -> Mesh:
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-        "PYTHONPATH": str(ROOT),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_raylet_start_wait_time_s": "120",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = ray_environment()
     head, *others = hosts
-    # All three at once, since most of a start is waiting; the others wait for the head by themselves.
-    as_head = ["--head", f"--port={GCS_PORT}", f"--temp-dir={head.folder}", "--no-monitor", "--include-dashboard=false"]
-    as_member = [f"--address={head.address}:{GCS_PORT}"]
-    starts = [_ray_start(head, environment, *as_head, resource="router_host", cpus=2)]
-    starts += [_ray_start(host, environment, *as_member, resource="shard_host", cpus=1) for host in others]
-    for host, start in zip(hosts, starts, strict=True):
-        if start.wait(START_S) != 0:
-            raise RuntimeError(f"ray start on {host.name} failed:\n{_ray_log(host).read_text()}")
+    nodes = [Node(head, 2, {"router_host": 1}), *(Node(host, 1, {"shard_host": 1}) for host in others)]
+    address = start_ray(nodes, environment)
     path = Path(head.disk) / "mesh.yaml"
     path.write_text(yaml.safe_dump(config()))
     log_path = Path(head.disk) / "serve_app.log"
     with log_path.open("w") as log:
         command = [sys.executable, "-m", "serve_app", f"{head.folder}/{path.name}", "--verbose"]
-        command += [f"--address={head.address}:{GCS_PORT}"]
+        command += [f"--address={address}"]
         server = head.popen(*command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     client = Client(head)
     limit_s = time.monotonic() + START_S
@@ -112,22 +97,6 @@ def _start(hosts: list[Host]) -> Mesh:
             raise RuntimeError(f"no token was generated; the server said:\n{log_path.read_text()[-8000:]}")
         time.sleep(0.2)
     return Mesh(hosts, client)
-
-
-def _ray_start(
-    host: Host, environment: dict[str, str], *options: str, resource: str, cpus: int
-) -> subprocess.Popen[str]:
-    command = [
-        *[sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host.address}", *options],
-        *[f"--num-cpus={cpus}", f"--resources={json.dumps({resource: 1})}", "--object-store-memory=80000000"],
-        *["--include-log-monitor=false", "--disable-usage-stats"],
-    ]
-    with _ray_log(host).open("w") as log:
-        return host.popen(*command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _ray_log(host: Host) -> Path:
-    return Path(host.disk) / "ray-start.log"
 
 
 class Client:

@@ -126,7 +126,7 @@ def answer(channel: ShardChannel, nbytes: int) -> None:
 def serve(rank: int, bind_host: str, handshake_s: float, netns: str, keepalive_s: int, events: Any) -> None:
     """Process body: sends its endpoint, then events; does what the other end of the pipe says."""
     if netns:
-        from hosts import enter
+        from benchmarks.hosts import enter
 
         enter(netns)
     if keepalive_s:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -68,6 +69,20 @@ class Host:
     def join(self) -> None:
         """Undo `cut`."""
         _ip("-n", self.switch, "link", "set", self.port, "up")
+
+    def limit(self, mbit_per_s: float | None, burst_bytes: int = 1 << 15) -> None:
+        """Let this host send so many megabits a second at most (a token bucket of `burst_bytes`); None: no limit."""
+        with contextlib.suppress(NamespacesRefusedError):  # there may be none to undo
+            _ip("netns", "exec", self.name, "tc", "qdisc", "del", "dev", "eth0", "root")
+        if mbit_per_s is not None:
+            bucket = ["rate", f"{mbit_per_s}mbit", "burst", str(burst_bytes), "latency", "500ms"]
+            _ip("netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *bucket)
+
+    def link_bytes(self) -> tuple[int, int]:
+        """What has crossed this host's interface so far, Ethernet headers included: (bytes sent, bytes received)."""
+        [interface] = json.loads(_ip("-n", self.name, "-s", "-j", "link", "show", "dev", "eth0"))
+        counters = interface["stats64"]
+        return int(counters["tx"]["bytes"]), int(counters["rx"]["bytes"])
 
     def pids(self) -> list[int]:
         """Processes on this host."""
