@@ -141,6 +141,18 @@ class TritonMlpKernel(ExpertKernel):
     ) -> None:
         """See `ExpertKernel.forward`. The same bits for the same call."""
         self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        with torch.cuda.device_of(rows_MD):  # Triton launches on the thread's device
+            self._forward(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+
+    def _forward(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
         shape, stacked = self.shape, self._weights
         M, N, D, I = rows_MD.shape[0], slots_N.shape[0], shape.hidden_size, shape.intermediate_size
         if N == 0:

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts.transports.torch_nccl import SHARE_A_GPU
+
 # Read by NCCL when it is first used, in this process or one that it starts.
-os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+os.environ[SHARE_A_GPU] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experts"))  # small_mesh, families
 
 

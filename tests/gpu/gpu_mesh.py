@@ -6,8 +6,6 @@ Several ranks share one GPU where the NCCL that is loaded allows it; else there 
 from __future__ import annotations
 
 import contextlib
-import functools
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,40 +17,20 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.layer_shape import LayerShape
 from experts.router import MeshRouter
 from experts.settings import RouterSettings
+from experts.transports.torch_nccl import spread
 from placement.tables import Placement
 
-SWITCH = "NCCL_MULTI_RANK_GPU_ENABLE"  # conftest.py sets it, for this process and all that it starts
 KINDS = [pytest.param("nccl", marks=pytest.mark.gpu), "gloo_split"]
-
-
-@functools.cache
-def nccl_allows_many() -> tuple[bool, str]:
-    """(whether several ranks may share a GPU, the library that was looked at); looks for the switch's name in it."""
-    version = ".".join(map(str, torch.cuda.nccl.version()))  # loads it
-    with open("/proc/self/maps") as file:
-        paths = {line.split()[-1] for line in file if "libnccl" in line or "libtorch_cuda.so" in line}
-    for path in sorted(paths, key=lambda p: "libnccl" not in p):
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data.find(SWITCH.removeprefix("NCCL_").encode()) >= 0:
-                return True, f"NCCL {version} in {Path(path).name}"
-    return False, f"NCCL {version}"
 
 
 def places(kind: str, num_shards: int) -> tuple[str, list[str]]:
     """(the router's device, each shard's); skips, saying what is left out, where these many ranks cannot be."""
     if kind != "nccl":
         return "cpu", ["cpu"] * num_shards
-    gpus = torch.cuda.device_count()
-    if not gpus:
-        pytest.skip(f"1 router and {num_shards} shards over NCCL were left out: torch sees no CUDA device")
-    if gpus > num_shards:
-        return "cuda:0", [f"cuda:{1 + rank}" for rank in range(num_shards)]
-    many, library = nccl_allows_many()
-    if many:
-        return "cuda:0", [f"cuda:{(1 + rank) % gpus}" for rank in range(num_shards)]
-    pytest.skip(
-        f"1 router and {num_shards} shards were left out: {library} does not know {SWITCH}, and there are {gpus} GPUs"
-    )
+    try:
+        return spread(num_shards)
+    except ValueError as error:
+        pytest.skip(f"1 router and {num_shards} shards over NCCL were left out: {error}")
 
 
 @contextlib.contextmanager
