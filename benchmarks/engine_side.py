@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experts.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
+
 CORES = sorted(os.sched_getaffinity(0))
 
 
@@ -26,6 +28,7 @@ def _environment(side: str) -> None:
     binding = "|".join(str(c) for c in CORES[:2]) if side == "tp2" else every
     if side == "mesh":
         binding = os.environ.get("EXPERTMESH_BENCH_ROUTER_CORES", every)
+        os.environ.update({**CPU_ROUTER_ENV, **os.environ})
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND=binding, HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR"
     )
@@ -72,7 +75,6 @@ def main() -> None:
     os.dup2(2, 1)
     from benchmarks.common import real_prompts
     from benchmarks.mesh import ShardProcesses
-    from experts.engine_kwargs import router_engine_kwargs
     from experts.settings import RouterSettings
 
     engine_kwargs: dict[str, Any] = {

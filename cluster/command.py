@@ -92,6 +92,8 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
     url = f"http://{_reachable(http.get('host', '127.0.0.1'))}:{http.get('port', 8000)}"
     try:
         _join_ray(options)
+        # Ray has put its own handler in place, which aborts the process three seconds later.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         from ray import serve
 
         from cluster.ray_joints import deploy_config

@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 from cluster.sections import RoutersSection
+from experts.engine_kwargs import CPU_ROUTER_ENV
 
 SETUP_HOOK = "ray.llm._internal.serve._worker_process_setup_hook"
 DEFAULTS: dict[str, Any] = {
@@ -21,7 +22,8 @@ DEFAULTS: dict[str, Any] = {
 
 def runtime_env_of(routers: RoutersSection) -> dict[str, Any]:
     """Environment of routers and their engines; the checkpoint is a folder, so nothing is asked of the hub."""
-    return {"env_vars": {"HF_HUB_OFFLINE": "1", **routers.env_vars}}
+    own = CPU_ROUTER_ENV if routers.accelerator == "cpu" else {}
+    return {"env_vars": {"HF_HUB_OFFLINE": "1", **own, **routers.env_vars}}
 
 
 def router_options(routers: RoutersSection) -> dict[str, Any]:

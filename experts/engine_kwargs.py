@@ -7,6 +7,10 @@ from typing import Any
 from experts.settings import RouterSettings
 
 WORKER_EXTENSION = "experts.vllm_worker.ExpertMeshWorker"
+# What a router on CPUs has in its environment. OpenMP's idle threads spin, by default for milliseconds; the shards
+# that the router waits for may need those cores. Two thousand rounds are some microseconds: enough to go from one
+# parallel region to the next.
+CPU_ROUTER_ENV = {"GOMP_SPINCOUNT": "2000"}
 _OWNED = ("worker_extension_cls", "load_format")
 
 

@@ -39,8 +39,9 @@ def test_the_curl_line_that_it_prints_works(service: Service) -> None:
     assert '"object":"chat.completion"' in answer.stdout, answer.stdout + answer.stderr
 
 
-def test_it_starts_ray_itself_and_leaves_nothing_on_ctrl_c() -> None:
-    """Interrupted while the applications start: that is when there is most to undo."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_it_starts_ray_itself_and_leaves_nothing_when_stopped(number: signal.Signals) -> None:
+    """Stopped while the applications start: that is when there is most to undo."""
     with tempfile.TemporaryDirectory(prefix="em-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         [port] = free_ports(1)
@@ -61,7 +62,7 @@ def test_it_starts_ray_itself_and_leaves_nothing_on_ctrl_c() -> None:
                 lambda: "experts/ExpertShard" in log.read_text() or process.poll() is not None, 200, "shards to start"
             )
             assert process.poll() is None, log.read_text()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             assert process.wait(90) == 0, log.read_text()
             assert "Traceback" not in log.read_text()
             wait_for(lambda: not session_members(process.pid), 30, "its processes to be gone")
