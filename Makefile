@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 CONFIG ?= configs/tiny-cpu.yaml
 LOCK := requirements/cpu.lock
 TORCH := 2.13.0
@@ -42,11 +44,12 @@ test: $(READY) ## the whole test suite
 test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespaces (needs root)
 	$(PY) -m pytest -m cluster
 
-test-gpu: $(READY) ## what needs a CUDA device
-	$(PY) -m pytest -m gpu
+# With the machine's own Python: the environment above has torch's CPU build.
+test-gpu: ## what needs a CUDA device, with GPU_PYTHON=python3 (which has torch for CUDA)
+	$(GPU_PYTHON) tests/gpu $(GPU_ARGS)
 
-bench-gpu: $(READY) ## shard kernels on a CUDA device
-	$(PY) -m benchmarks.shard_kernel --device cuda
+bench-gpu: ## every GPU benchmark, likewise; GPU_ARGS="--quick" or "--only kernels,router"
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

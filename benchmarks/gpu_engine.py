@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_engine [--quick] [--device cpu]
 
-The model is a random Qwen3-MoE of about 1 billion parameters (hidden 1024, 12 layers, 64 experts, top-8, width 384), made
-on first use in the temporary folder. Every side is a process of its own that has the GPU to itself but for its shards;
+The model is a random Qwen3-MoE of about 1 billion parameters (hidden 1024, 12 layers, 64 experts, top-8, width 384),
+made on first use in the temporary folder. Each side is a process of its own, alone on the GPU but for its shards;
 greedy, all prompts at once. `same` counts requests whose tokens all equal plain vLLM's, `prefix` is the mean share of
 tokens before the first that differs: random weights leave many near ties, which bfloat16 (and TF32, in vLLM's fused MoE
 in float32) break one way or the other.

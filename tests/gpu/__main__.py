@@ -1,0 +1,127 @@
+"""`python tests/gpu [--only NAME,...]`: everything that a GPU machine can test, and what it could not.
+
+Needs torch for CUDA, pytest and numpy; what else is missing (triton, pydantic, vllm, ...) costs the tests that need it,
+by name. Each file runs in a process of its own with a limit of time, so that a hang costs one file. The exit status
+counts the files that failed or were not run; it is not 0 either where torch sees no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ALWAYS = ("torch", "numpy", "pytest", "numba", "safetensors")
+MESH = (*ALWAYS, "pydantic", "scipy")
+# file: (limit in seconds, packages, arguments of pytest). Over gloo the tests of pairs run on every machine: not here.
+FILES: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
+    "tests/gpu/test_programs.py": (300.0, (*ALWAYS, "triton"), ()),
+    "tests/gpu/test_fixed.py": (300.0, (*ALWAYS, "triton"), ()),
+    "tests/gpu/test_dispatcher_on_device.py": (300.0, (*MESH, "triton"), ()),
+    "tests/experts/kernels/test_kernels_gpu.py": (600.0, (*ALWAYS, "hypothesis"), ("-m", "gpu")),
+    "tests/experts/kernels/test_quantized.py": (600.0, (*ALWAYS, "hypothesis"), ("-m", "gpu")),
+    "tests/gpu/test_exchange.py": (300.0, (*MESH, "triton"), ("-k", "not gloo_split")),
+    "tests/gpu/test_nccl.py": (600.0, MESH, ("-k", "not gloo_split")),
+}
+SHOWN = ("torch", "triton", "vllm", "ray", "numpy", "numba", "pydantic", "scipy", "safetensors", "hypothesis", "pytest")
+
+
+def version_of(package: str) -> str:
+    """Or that it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe() -> bool:
+    """Print what this machine has; whether that is a CUDA device."""
+    print(f"python {platform.python_version()}; " + "; ".join(f"{name} {version_of(name)}" for name in SHOWN))
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no CUDA device")
+        return False
+    sys.path.insert(0, str(ROOT))
+    from experts.transports.torch_nccl import ranks_can_share_a_gpu
+
+    shared, library = ranks_can_share_a_gpu()
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    print(f"CUDA {torch.version.cuda}: {names}; {library}, whose ranks can{'' if shared else 'not'} share a GPU")
+    return True
+
+
+def run(file: str, limit_s: float, more: tuple[str, ...]) -> tuple[bool, str]:
+    """(whether it passed, how it ended); its output goes to standard output as it comes."""
+    # Without the project's own options, which need plug-ins; with a limit for each test where the plug-in is there.
+    options = ["-o", "addopts=", "-q", "-rs", "--strict-markers", "-p", "no:cacheprovider", "--durations=5"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        options += [f"--timeout={limit_s / 2:.0f}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", file, *options, *more],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    timer = threading.Timer(limit_s, lambda: os.killpg(process.pid, signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.strip())
+    status = process.wait()
+    timed_out = not timer.is_alive()
+    timer.cancel()
+    if timed_out:
+        return False, f"was ended after {limit_s:.0f} s"
+    counts = next(
+        (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error|skipped|deselected)", line)), ""
+    )
+    if " passed" not in counts and status == 0:
+        return False, f"ran no test: {counts.strip('= ')}"
+    return status == 0, counts.strip("= ") or f"pytest ended with status {status}"
+
+
+def main() -> int:
+    """Run all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts of file names, separated by commas")
+    parser.add_argument("--list", action="store_true", help="say what would run here, run nothing")
+    args = parser.parse_args()
+    wanted = [file for file in FILES if any(part in file for part in args.only.split(","))]
+    if not wanted:
+        parser.error(f"--only {args.only}: expected parts of {', '.join(FILES)}")
+    has_cuda = describe()
+    ends: dict[str, tuple[bool, str]] = {}
+    for file in wanted:
+        limit_s, needs, more = FILES[file]
+        missing = [name for name in needs if importlib.util.find_spec(name) is None]
+        if missing:
+            ends[file] = False, f"not run: {', '.join(missing)} missing"
+        elif not has_cuda:
+            ends[file] = False, "not run: no CUDA device"
+        elif args.list:
+            ends[file] = True, "would run"
+        else:
+            print(f"\n=== {file}", flush=True)
+            ends[file] = run(file, limit_s, more)
+    print("\n=== in short")
+    for file, (passed, end) in ends.items():
+        print(f"  {'ok  ' if passed else 'FAIL'} {file}: {end}")
+    return sum(not passed for passed, _ in ends.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
