@@ -34,11 +34,10 @@ def facts() -> dict[str, object]:
     found: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "hardware": hardware()}
     found["versions"] = versions() | {"triton": _version_of("triton"), "cuda": str(torch.version.cuda)}
     if torch.cuda.is_available():
-        from experts.transports.torch_nccl import ranks_can_share_a_gpu
+        from experts.transports.torch_nccl import how_ranks_share
 
-        shared, library = ranks_can_share_a_gpu()
         found["gpus"] = torch.cuda.device_count()
-        found["nccl"] = f"{library}, ranks can{'' if shared else 'not'} share a GPU"
+        found["nccl"] = how_ranks_share()
     return found
 
 

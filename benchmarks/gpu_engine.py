@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.common import ROOT, TINY_MODEL
 from benchmarks.gpu_common import Report, absent, arguments
-from experts.transports.torch_nccl import SHARE_A_GPU, ranks_can_share_a_gpu
+from experts.transports.torch_nccl import SHARE_GPUS
 
 SIDE_LIMIT_S = 900.0
 SIDES = {"vllm": "plain vLLM", "mesh": "1 router + 2 shards"}
@@ -121,12 +121,13 @@ def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
 def run_side(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
     """`serve` in a process of its own. RuntimeError with the end of what it printed."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
-        command = [sys.executable, "-m", "benchmarks.gpu_engine", "--serve", side, "--model", str(model)]
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", SHARE_A_GPU: "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "benchmarks.gpu_engine", "--device", order["device"], "--serve", side]
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", SHARE_GPUS: "1", "HF_HUB_OFFLINE": "1"}
         if order["device"] == "cpu":
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         done = subprocess.run(
-            [*command, "--order", json.dumps(order), "--answer", answer.name], cwd=ROOT, env=environment,
+            [*command, "--model", str(model), "--order", json.dumps(order), "--answer", answer.name],
+            cwd=ROOT, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SIDE_LIMIT_S, check=False,
         )  # fmt: skip
         text = answer.read()
@@ -166,14 +167,6 @@ def rows_of(results: dict[str, dict[str, Any]], order: dict[str, Any]) -> list[d
     return rows
 
 
-def why_not(device: str) -> str | None:
-    """What this machine lacks for the benchmark."""
-    missing = absent("vllm", "transformers")
-    if missing is None and device != "cpu" and torch.cuda.device_count() < 3 and not ranks_can_share_a_gpu()[0]:
-        missing = f"three ranks do not fit: {ranks_can_share_a_gpu()[1]} does not know {SHARE_A_GPU}"
-    return missing
-
-
 def main() -> None:
     """Print the table."""
 
@@ -189,7 +182,7 @@ def main() -> None:
     on_cpu = args.device == "cpu"
     report = Report("gpu_engine", args.device)
     rows: list[dict[str, Any]] = []
-    missing = why_not(args.device)
+    missing = absent("vllm", "transformers")
     if missing is None:
         model = TINY_MODEL if on_cpu else random_model()
         ways = [("float32", True)] if on_cpu else [("float32", True), ("bfloat16", True), ("bfloat16", False)]

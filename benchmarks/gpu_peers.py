@@ -31,7 +31,7 @@ from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
 from experts.transports.shm import ShmDoorbell
 from experts.transports.torch_groups import GlooGroup, NcclGroup, PairGroup
-from experts.transports.torch_nccl import SHARE_A_GPU, spread
+from experts.transports.torch_nccl import SHARE_GPUS, spread
 from experts.wire import reply_capacity, request_capacity
 from placement.tables import Placement
 
@@ -169,8 +169,8 @@ class Pool:
 
 @contextlib.contextmanager
 def pool(device: str, num_shards: int, shape: LayerShape) -> Iterator[Pool]:
-    """Running shards, ended afterwards. ValueError where these many ranks cannot be."""
-    os.environ[SHARE_A_GPU] = "1"  # before NCCL is first used, here and in the shards
+    """Running shards, ended afterwards. ValueError without a GPU."""
+    os.environ[SHARE_GPUS] = "1"  # here and in the shards
     router_device, devices = ("cpu", ["cpu"] * num_shards) if device == "cpu" else spread(num_shards)
     context = multiprocessing.get_context("spawn")
     processes = []

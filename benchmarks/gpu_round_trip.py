@@ -4,8 +4,8 @@
 
 Shards are processes that run the real loop with an expert kernel that only copies rows, so that what is timed is
 everything but the experts. The bare side sends each shard as many bytes, receives as many, and waits for all; its peers
-answer unseen. Turns are interleaved, medians compared. Ranks that share a GPU take turns on it, too: their figures tell
-how both sides compare, not what a link between two GPUs gives.
+answer unseen. Turns are interleaved, medians compared. Ranks that share a GPU take turns on it, too, and may
+talk over sockets: their figures tell how both sides compare, not what a link between two GPUs gives.
 """
 
 from __future__ import annotations

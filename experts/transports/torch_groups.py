@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store
 
+from experts.transports.torch_nccl import prepare
+
 ROUTER, SHARD = 0, 1
 _DATA_TAG, _BREAK_TAG = 0, 1
 _FOREVER = timedelta(days=3650)
@@ -129,6 +131,7 @@ class NcclGroup(PairGroup):
         self._gone = gone
         self._aborted = threading.Event()
         self._device = torch.device(device)
+        prepare()
         self._group = _nccl_group(store, rank, timeout_s)
         # NCCL connects at the first message; that has to happen here, under the connect deadline.
         token = torch.zeros(1, dtype=torch.uint8, device=self._device)

@@ -1,44 +1,76 @@
-"""What the NCCL that torch loads can do, for those who place ranks on GPUs."""
+"""Several ranks on one GPU, for tests and benchmarks: NCCL refuses them unless it is told to, one way or the other.
+
+    NCCL that knows NCCL_MULTI_RANK_GPU_ENABLE (2.30.7 does)   that switch
+    older (torch 2.11 brings 2.28.9, which does not)           every process says that it is a host of its own
+                                                               (NCCL_HOSTID), so that messages go over sockets
+
+The second way shows that everything works, not how quick it is. A process does either when the environment says
+EXPERTMESH_SHARE_GPUS=1, before it first uses NCCL.
+
+Source: NCCL's check for duplicate GPUs compares the host's hash, which NCCL_HOSTID overrides (src/init.cc, src/misc/
+utils.cc); the switch was found in the strings of NCCL 2.30.7 and not in those of 2.28.9.
+"""
 
 from __future__ import annotations
 
 import functools
 import mmap
+import os
+import socket
 from pathlib import Path
 
 import torch
 
-SHARE_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
-"""Environment variable: 1 lets several ranks of a communicator share a GPU. NCCL reads it when it is first used."""
+SHARE_GPUS = "EXPERTMESH_SHARE_GPUS"
+_SWITCH = "NCCL_MULTI_RANK_GPU_ENABLE"
+_HOST_ID = "NCCL_HOSTID"
 
 
 @functools.cache
-def ranks_can_share_a_gpu() -> tuple[bool, str]:
-    """(whether this NCCL knows SHARE_A_GPU, its version and file); looks for the switch's name in the library.
-
-    Needs a build of torch with CUDA. Source: the switch was found in the strings of NCCL 2.30.7.
-    """
+def _library() -> tuple[bool, str]:
+    """(whether the NCCL that torch loads knows the switch, its version and file). Needs a build of torch with CUDA."""
     version = ".".join(map(str, torch.cuda.nccl.version()))  # loads it
     with open("/proc/self/maps") as maps:
         paths = {line.split()[-1] for line in maps if "libnccl" in line or "libtorch_cuda.so" in line}
     for path in sorted(paths, key=lambda p: "libnccl" not in p):
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data.find(SHARE_A_GPU.removeprefix("NCCL_").encode()) >= 0:
-                return True, f"NCCL {version} in {Path(path).name}"
+        if knows_the_switch(Path(path)):
+            return True, f"NCCL {version} in {Path(path).name}"
     return False, f"NCCL {version}"
+
+
+def knows_the_switch(library: Path) -> bool:
+    """Looks for the switch's name, which NCCL keeps without its prefix, in the file."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(_SWITCH.removeprefix("NCCL_").encode()) >= 0
+
+
+def how_ranks_share() -> str:
+    """In words, for the heading of figures."""
+    known, library = _library()
+    if known:
+        return f"{library}: ranks share a GPU by {_SWITCH}"
+    return f"{library} does not know {_SWITCH}: ranks that share a GPU talk over sockets, as hosts of their own"
+
+
+def prepare() -> None:
+    """Let this process's ranks share GPUs with those of others, if the environment asks for it."""
+    if os.environ.get(SHARE_GPUS) == "1":
+        _share(os.getpid(), _library()[0])
+
+
+def _share(pid: int, known: bool) -> None:
+    os.environ[_SWITCH] = "1"
+    if not known:
+        # Unconditionally: what a parent process set is the parent's identity.
+        os.environ[_HOST_ID] = f"{socket.gethostname()}-{pid}"
 
 
 def spread(num_shards: int) -> tuple[str, list[str]]:
     """(a router's device, each shard's) on the GPUs of this machine: one each if they suffice, else shared.
 
-    ValueError, saying why, where these many ranks cannot be.
+    ValueError without a GPU.
     """
     gpus = torch.cuda.device_count()
     if not gpus:
         raise ValueError("torch sees no CUDA device")
-    if gpus > num_shards:
-        return "cuda:0", [f"cuda:{1 + rank}" for rank in range(num_shards)]
-    shared, library = ranks_can_share_a_gpu()
-    if not shared:
-        raise ValueError(f"{library} does not know {SHARE_A_GPU}, and there are {gpus} GPUs for {num_shards + 1} ranks")
     return "cuda:0", [f"cuda:{(1 + rank) % gpus}" for rank in range(num_shards)]

@@ -54,11 +54,10 @@ def describe() -> bool:
         print(f"torch {torch.__version__} sees no CUDA device")
         return False
     sys.path.insert(0, str(ROOT))
-    from experts.transports.torch_nccl import ranks_can_share_a_gpu
+    from experts.transports.torch_nccl import how_ranks_share
 
-    shared, library = ranks_can_share_a_gpu()
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    print(f"CUDA {torch.version.cuda}: {names}; {library}, whose ranks can{'' if shared else 'not'} share a GPU")
+    print(f"CUDA {torch.version.cuda}: {names}; {how_ranks_share()}")
     return True
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts.transports.torch_nccl import SHARE_A_GPU
+from experts.transports.torch_nccl import SHARE_GPUS
 
-# Read by NCCL when it is first used, in this process or one that it starts.
-os.environ[SHARE_A_GPU] = "1"
+os.environ[SHARE_GPUS] = "1"  # in this process and all that it starts
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experts"))  # small_mesh, families
 
 

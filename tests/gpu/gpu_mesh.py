@@ -1,6 +1,6 @@
 """Routers and shards whose rows travel apart from their messages: over NCCL between GPUs, or over gloo in its place.
 
-Several ranks share one GPU where the NCCL that is loaded allows it; else there are as many ranks as GPUs.
+Several ranks share a GPU if there are not enough; see `experts.transports.torch_nccl` for how.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = [pytest.param("nccl", marks=pytest.mark.gpu), "gloo_split"]
 
 
 def places(kind: str, num_shards: int) -> tuple[str, list[str]]:
-    """(the router's device, each shard's); skips, saying what is left out, where these many ranks cannot be."""
+    """(the router's device, each shard's); skips, saying what is left out, without a GPU."""
     if kind != "nccl":
         return "cpu", ["cpu"] * num_shards
     try:
