@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 from benchmarks.common import ROOT, TINY_MODEL, print_table, save
+from experts.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
 
 STREAMS = 32
 DEADLINE_S = 1.0
@@ -27,13 +28,13 @@ DEADLINE_S = 1.0
 def case(fault: str, replicas: int, new_tokens: int) -> dict[str, Any]:
     """Run one case in this process; see `main`."""
     os.environ.update(
+        CPU_ROUTER_ENV,
         VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR",
         VLLM_CPU_OMP_THREADS_BIND=",".join(str(c) for c in sorted(os.sched_getaffinity(0))),
     )  # fmt: skip
     from benchmarks.common import real_prompts
     from benchmarks.mesh import ShardProcesses
     from experts.checkpoint import ExpertCheckpoint
-    from experts.engine_kwargs import router_engine_kwargs
     from experts.settings import RouterSettings
     from placement.tables import Placement
 

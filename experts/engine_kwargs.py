@@ -15,7 +15,7 @@ _OWNED = ("worker_extension_cls", "load_format")
 
 
 def router_engine_kwargs(settings: RouterSettings, user: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """vLLM engine arguments: the user's, plus what expertmesh needs.
+    """vLLM engine arguments: the user's, plus what expertmesh needs. On CPUs, see `CPU_ROUTER_ENV` too.
 
     Args:
         settings: the router's settings, which travel in additional_config.
