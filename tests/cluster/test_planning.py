@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.config import ConfigError, ExpertsAppConfig, parse
+from cluster.config import ConfigError, ExpertsAppConfig, MeshConfig, parse
 from cluster.planning import plan_placement
 from cluster.roster import placement_digest
+from placement.evaluate import evaluate
 from placement.recorder import TraceRecorder
 from placement.tables import Placement
+from placement.trace import ActivationTrace
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-moe"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def config(shards: dict[str, Any] | None = None, placement: dict[str, Any] | None = None) -> ExpertsAppConfig:
@@ -59,6 +62,18 @@ def test_policies_plan_for_the_trace(tmp_path: Path, policy: str) -> None:
     planned = plan_placement(config({"count": 4}, section))
     assert (planned.num_ranks, planned.slots_per_rank) == (4, 8)
     assert (planned.logical_replica_count == 1).all()
+
+
+def test_the_planned_config_plans_for_the_trace_that_the_model_comes_with() -> None:
+    experts = MeshConfig.from_file(CONFIGS / "tiny-cpu-planned.yaml").experts
+    planned = plan_placement(experts)
+    assert (planned.num_ranks, planned.slots_per_rank) == (experts.shards.count, experts.shards.slots_per_rank)
+    trace = ActivationTrace.load_npz(TINY / "trace.npz")
+    assert trace.domains == ("code", "prose", "unicode", "bytecode")
+    assert np.bincount(trace.domain).min() > 4000
+    found, linear = (evaluate(p, trace) for p in (planned, Placement.linear(4, 32, experts.shards.count)))
+    assert found.fan_out.mean() < 0.9 * linear.fan_out.mean()
+    assert found.balancedness.min() > linear.balancedness.min()
 
 
 def test_the_digest_tells_placements_apart() -> None:

@@ -15,7 +15,7 @@ from cluster.config import MeshConfig
 from cluster.router_options import router_options
 
 
-@pytest.mark.parametrize("name", ["tiny-cpu.yaml", *SHAPES])
+@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])
 def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.serve.llm", reason="ray.serve.llm needs vllm")
     from ray.llm._internal.serve.core.server.builder import DEFAULT_DEPLOYMENT_OPTIONS

@@ -253,3 +253,13 @@ def test_model_card_quotes_the_committed_figures() -> None:
         assert f"| {domain} | {row['tokens']:,} | {row['model']:.3f} | {row['trigram']:.3f} |" in card
     assert "expert_load.png" in card
     assert (FOLDER / "expert_load.png").stat().st_size > 10_000
+
+
+def test_prompts_are_of_all_domains_and_none_is_in_both_files() -> None:
+    both = []
+    for name in ("prompts.jsonl", "prompts-unseen.jsonl"):
+        entries = [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
+        counts = {domain: sum(entry["domain"] == domain for entry in entries) for domain in DOMAINS}
+        assert set(counts.values()) == {len(entries) // 4}, counts
+        both.append({entry["prompt"] for entry in entries})
+    assert not both[0] & both[1]
