@@ -149,6 +149,7 @@ class FixedDispatch:
                 topk_ids_TK, self._slots_LER[layer], self._node_of_rank_R, self._load_LR[layer], self._rank_TK,
                 T, shape.num_experts, self.num_ranks, NUM_NODES=self.num_nodes, K=K,
                 BLOCK_K=power_of_2(K), BLOCK_R=power_of_2(self.num_ranks), BLOCK_N=power_of_2(self.num_nodes),
+                num_warps=1,  # its tiles are small, and within a warp no reduction waits at a barrier
             )  # fmt: skip
         programs.place_pairs[(self.num_ranks,)](
             topk_ids_TK, topk_weights_TK, self._home_LE[layer], self._rank_TK, self._row_TK,

@@ -43,10 +43,10 @@ def cut_tiles(slots_N: np.ndarray, num_slots: int, block: int) -> tuple[np.ndarr
     return order_P, np.stack([slot_T, first_T, ends_S[slot_T]], axis=1).astype(np.int32)
 
 
-def choose_block(num_pairs: int, num_slots: int) -> int:
-    """Pairs of a tile: the smallest size of Triton's that holds an average slot's, 16 to 128."""
+def choose_block(num_pairs: int, num_slots: int, most: int = 128) -> int:
+    """Pairs of a tile: the smallest size of Triton's that holds an average slot's, 16 to `most`."""
     average = num_pairs / num_slots
-    return next((block for block in (16, 32, 64) if average <= block), 128)
+    return min(next((block for block in (16, 32, 64) if average <= block), 128), most)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ class TiledPairs:
 
 
 def tile_pairs(
-    row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor, num_slots: int, device: torch.device
+    row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor, shape: KernelShape
 ) -> TiledPairs:
     """Sort, cut and send, in one copy that nobody waits for."""
+    num_slots, device = shape.num_slots, torch.device(shape.device)
     M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
-    block = choose_block(N, num_slots)
+    # Two float32 accumulators of 128 x 128 do not fit into registers beside float32 operands.
+    block = choose_block(N, num_slots, 64 if shape.dtype == torch.float32 else 128)
     order_P, tiles_T3 = cut_tiles(slots_N.numpy(), num_slots, block)
     row_N = np.repeat(np.arange(M, dtype=np.int32), np.diff(row_offsets_M1.numpy()))
     weight_P = weights_N.numpy()[order_P].view(np.int32)
@@ -160,7 +162,7 @@ class TritonMlpKernel(ExpertKernel):
             return
         from experts.kernels import triton_jit
 
-        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape.num_slots, rows_MD.device)
+        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
         h_PI = torch.empty(N, I, dtype=shape.dtype, device=rows_MD.device)
         y_ND = torch.empty(N, D, dtype=torch.float32, device=rows_MD.device)
         w13, w2 = stacked.w13_LS2ID[layer], stacked.w2_LSDI[layer]

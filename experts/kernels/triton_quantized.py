@@ -15,7 +15,13 @@ from experts.kernels.base import KernelShape
 from experts.kernels.quantized import QuantizedKernel, QuantizedShape, QuantizedStack
 from experts.kernels.triton_mlp import dot_precision, tile_pairs, triton_misfit
 
-BLOCK_K = 64  # values of a weight row in one step; divides 128, so that a step never crosses an FP8 block
+
+def step_for(block: int) -> int:
+    """Values of a weight row that one step takes: long where few pairs share it, since there bytes in flight count.
+
+    Divides 128, so that no step crosses an FP8 block.
+    """
+    return 128 if block <= 32 else 64
 
 
 class TritonQuantizedKernel(QuantizedKernel):
@@ -75,7 +81,7 @@ class TritonQuantizedKernel(QuantizedKernel):
             return
         from experts.kernels import triton_jit, triton_quantized_jit
 
-        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape.num_slots, rows_MD.device)
+        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
         h_PI = torch.empty(N, I, dtype=shape.dtype, device=rows_MD.device)
         y_ND = torch.empty(N, D, dtype=torch.float32, device=rows_MD.device)
         w13, s13 = stack.w13_LS2IB[layer], stack.w13_scale_LS[layer]
@@ -86,14 +92,16 @@ class TritonQuantizedKernel(QuantizedKernel):
             "HAS_BIAS": shape.has_bias, "PRECISION": dot_precision(shape.dtype), "FORMAT": shape.format.name,
             "GROUP": shape.format.group, "BLOCK_P": pairs.block,
         }  # fmt: skip
-        triton_quantized_jit.gate_up[(-(-I // pairs.wide), pairs.num_tiles)](
+        step = step_for(pairs.block)
+        narrow = 64  # two accumulators, and weights that pass through registers
+        triton_quantized_jit.gate_up[(-(-I // narrow), pairs.num_tiles)](
             rows_MD, w13, s13, b13, pairs.row_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, w13.shape[2], s13.shape[1] // 2, s13.shape[2], shape.activation.alpha, self._limit,
-            KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=BLOCK_K, **common, **pairs.launch,
+            KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common, **pairs.launch,
         )  # fmt: skip
         triton_quantized_jit.down[(-(-D // pairs.wide), pairs.num_tiles)](
             h_PI, w2, s2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I, w2.shape[2], s2.shape[1], s2.shape[2],
-            BLOCK_D=pairs.wide, BLOCK_I=BLOCK_K, **common, **pairs.launch,
+            BLOCK_D=pairs.wide, BLOCK_I=step, **common, **pairs.launch,
         )  # fmt: skip
         triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)

@@ -22,27 +22,38 @@ _E2M1_FACTOR = tl.constexpr(16384.0)  # 2 ** (15 - 1), likewise
 
 
 @triton.jit
-def _rows_of(x_MD, row, in_tile, x_stride, start, K, STEP: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """x [BLOCK_P, BLOCK]: columns start + FIRST, + STEP, ..."""
-    k = start + FIRST + STEP * tl.arange(0, BLOCK)
-    return tl.load(x_MD + row[:, None] * x_stride + k[None, :], mask=in_tile[:, None] & (k < K)[None, :], other=0.0)
+def _rows_of(
+    x_MD, row, in_tile, x_stride, start, K, FORMAT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """x [BLOCK_P, BLOCK_K] twice for fp8_block, else its even and its odd columns."""
+    k = start + tl.arange(0, BLOCK_K)
+    x = tl.load(x_MD + row[:, None] * x_stride + k[None, :], mask=in_tile[:, None] & (k < K)[None, :], other=0.0)
+    if FORMAT == "fp8_block":
+        return x, x
+    else:
+        return tl.split(tl.reshape(x, (BLOCK_P, BLOCK_K // 2, 2)))
 
 
 @triton.jit
-def _half_bytes(bits, scale, FORMAT: tl.constexpr):
-    """Float32 values of four-bit codes (int32) with the scale of each."""
+def _half_bytes(
+    bits, scale_GN, FORMAT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Float32 values [BLOCK_B, BLOCK_N] of four-bit codes (int32), of which a GROUPS-th part in turn shares a scale."""
     if FORMAT == "mxfp4":
         half = (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
-        power = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # E8M0 is float32's exponent
-        return half.to(tl.float32) * _E2M1_FACTOR * power
+        values = half.to(tl.float32) * _E2M1_FACTOR
+        scale = (scale_GN.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # E8M0 is float32's exponent
     else:
-        return (bits - 8).to(tl.float32) * scale.to(tl.float32)
+        values = (bits - 8).to(tl.float32)
+        scale = scale_GN.to(tl.float32)
+    grouped = tl.reshape(values, (GROUPS, BLOCK_B // GROUPS, BLOCK_N)) * scale[:, None, :]
+    return tl.reshape(grouped, (BLOCK_B, BLOCK_N))
 
 
 @triton.jit
 def _add_product(
     total, x0, x1, bytes_N, scales_N, in_width, start, K,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """total [BLOCK_P, BLOCK_N] + x times BLOCK_K columns of the weights' rows.
 
@@ -58,12 +69,15 @@ def _add_product(
         scale = tl.load(scales_N + start // GROUP, mask=in_width, other=0.0)
         total += part * (scale * _E4M3_FACTOR)[None, :]
     else:
-        k = start + 2 * tl.arange(0, BLOCK_K // 2)
-        mask = in_width[None, :] & (k < K)[:, None]
-        both = tl.load(bytes_N[None, :] + k[:, None] // 2, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(scales_N[None, :] + k[:, None] // GROUP, mask=mask, other=0)
-        w0 = _half_bytes(both & 0xF, scale, FORMAT).to(x0.dtype)
-        w1 = _half_bytes(both >> 4, scale, FORMAT).to(x0.dtype)
+        GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
+        b = start // 2 + tl.arange(0, BLOCK_K // 2)
+        g = start // GROUP + tl.arange(0, GROUPS)
+        mask = in_width[None, :] & (b < K // 2)[:, None]
+        both = tl.load(bytes_N[None, :] + b[:, None], mask=mask, other=0).to(tl.int32)
+        in_groups = in_width[None, :] & (g < K // GROUP)[:, None]
+        scale_GN = tl.load(scales_N[None, :] + g[:, None], mask=in_groups, other=0)
+        w0 = _half_bytes(both & 0xF, scale_GN, FORMAT, GROUPS, BLOCK_K // 2, BLOCK_N).to(x0.dtype)
+        w1 = _half_bytes(both >> 4, scale_GN, FORMAT, GROUPS, BLOCK_K // 2, BLOCK_N).to(x0.dtype)
         total = tl.dot(x0, w0, total, input_precision=PRECISION)
         total = tl.dot(x1, w1, total, input_precision=PRECISION)
     return total
@@ -95,16 +109,13 @@ def gate_up(
     gate = tl.zeros((BLOCK_P, BLOCK_I), dtype=tl.float32)
     up = tl.zeros((BLOCK_P, BLOCK_I), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
-        if FORMAT == "fp8_block":
-            x0 = _rows_of(x_MD, row, in_tile, x_stride, start, D, 1, 0, BLOCK_D)
-            x1 = x0
-        else:
-            x0 = _rows_of(x_MD, row, in_tile, x_stride, start, D, 2, 0, BLOCK_D // 2)
-            x1 = _rows_of(x_MD, row, in_tile, x_stride, start, D, 2, 1, BLOCK_D // 2)
+        x0, x1 = _rows_of(x_MD, row, in_tile, x_stride, start, D, FORMAT, BLOCK_P, BLOCK_D)
         gate = _add_product(
-            gate, x0, x1, gate_bytes, gate_scales, in_width, start, D, FORMAT, GROUP, PRECISION, BLOCK_D
+            gate, x0, x1, gate_bytes, gate_scales, in_width, start, D, FORMAT, GROUP, PRECISION, BLOCK_D, BLOCK_I
         )
-        up = _add_product(up, x0, x1, up_bytes, up_scales, in_width, start, D, FORMAT, GROUP, PRECISION, BLOCK_D)
+        up = _add_product(
+            up, x0, x1, up_bytes, up_scales, in_width, start, D, FORMAT, GROUP, PRECISION, BLOCK_D, BLOCK_I
+        )
     if HAS_BIAS:
         bias = b13_S2I + slot * 2 * I + column
         gate += tl.load(bias, mask=in_width, other=0.0).to(tl.float32)[None, :]
@@ -133,13 +144,8 @@ def down(
     row = pair.to(tl.int64)
     y = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
     for start in range(0, I, BLOCK_I):
-        if FORMAT == "fp8_block":
-            h0 = _rows_of(h_PI, row, in_tile, I, start, I, 1, 0, BLOCK_I)
-            h1 = h0
-        else:
-            h0 = _rows_of(h_PI, row, in_tile, I, start, I, 2, 0, BLOCK_I // 2)
-            h1 = _rows_of(h_PI, row, in_tile, I, start, I, 2, 1, BLOCK_I // 2)
-        y = _add_product(y, h0, h1, row_at, scales, in_hidden, start, I, FORMAT, GROUP, PRECISION, BLOCK_I)
+        h0, h1 = _rows_of(h_PI, row, in_tile, I, start, I, FORMAT, BLOCK_P, BLOCK_I)
+        y = _add_product(y, h0, h1, row_at, scales, in_hidden, start, I, FORMAT, GROUP, PRECISION, BLOCK_I, BLOCK_D)
     if HAS_BIAS:
         y += tl.load(b2_SD + slot * D + column, mask=in_hidden, other=0.0).to(tl.float32)[None, :]
     y *= tl.load(weight_P + pair, mask=in_tile, other=0.0)[:, None]

@@ -24,6 +24,7 @@ ALWAYS = ("torch", "numpy", "pytest", "numba", "safetensors")
 MESH = (*ALWAYS, "pydantic", "scipy")
 # file: (limit in seconds, packages, arguments of pytest). Over gloo the tests of pairs run on every machine: not here.
 FILES: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
+    "tests/gpu/test_compiles.py": (600.0, (*ALWAYS, "triton"), ()),
     "tests/gpu/test_programs.py": (300.0, (*ALWAYS, "triton"), ()),
     "tests/gpu/test_fixed.py": (300.0, (*ALWAYS, "triton"), ()),
     "tests/gpu/test_dispatcher_on_device.py": (300.0, (*MESH, "triton"), ()),

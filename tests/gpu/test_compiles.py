@@ -1,0 +1,153 @@
+"""Every Triton program, as it would be launched, compiled for Hopper by Triton's real compiler; no GPU needed.
+
+The interpreter does not see what only a compiler refuses (types, layouts, shared memory), nor does it know bfloat16's
+products. Needs triton, without TRITON_INTERPRET. Run with -s for registers, spills and shared memory of each program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experts.checkpoint.quantized import WeightFormat
+from experts.kernels import KernelShape, triton_mlp, triton_quantized
+from experts.kernels.pick import random_pairs, random_weights
+from experts.kernels.quantized import QuantizedShape
+from experts.layer_shape import LayerShape
+from experts.spec import ActivationSpec
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs in its interpreter"),
+]
+HOPPER = 90
+SHARED_BYTES = 227 * 1024  # of a block on sm_90
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def signature_of(names: list[str], values: dict[str, Any], constants: set[str]) -> tuple[dict, dict, dict]:
+    """(types, constants, attributes) that Triton's launcher derives from a call's arguments."""
+    types: dict[str, str] = {}
+    fixed: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(names):
+        value = values[name]
+        if name in constants or (isinstance(value, int) and value == 1):
+            types[name], fixed[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = "*" + TYPES[value.dtype]
+            attributes[index,] = ALIGNED
+        elif isinstance(value, int):
+            types[name] = "i32"
+            if value % 16 == 0:
+                attributes[index,] = ALIGNED
+        else:
+            types[name] = "fp32"
+    return types, fixed, attributes
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Launches compile instead of running; what came of them, in order."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    done: list[Any] = []
+
+    def launch(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        names = list(self.arg_names)
+        values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
+        options = {k: v for k, v in keywords.items() if k not in names}
+        types, fixed, attributes = signature_of(names, values, {p.name for p in self.params if p.is_constexpr})
+        source = ASTSource(fn=self, signature=types, constexprs=fixed, attrs=attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
+        print(f"{self.__name__}: {kernel.metadata.shared} bytes shared, {kernel.metadata.num_warps} warps")
+        assert kernel.metadata.shared <= SHARED_BYTES
+        assert kernel.asm["cubin"]
+        done.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    for module in (triton_mlp, triton_quantized):
+        monkeypatch.setattr(module, "triton_misfit", lambda shape: None)
+    return done
+
+
+def forward(kernel: Any, num_rows: int) -> None:
+    shape = kernel.shape
+    for slot in range(shape.num_slots):
+        kernel.set_slot(0, slot, random_weights(shape))
+    rows_MD = torch.randn(num_rows, shape.hidden_size).to(shape.dtype)
+    kernel.forward(0, rows_MD, *random_pairs(num_rows, shape.num_slots, 2), torch.empty_like(rows_MD))
+
+
+# Rows for each size of tile: 16, 32, 64, 128 pairs.
+@pytest.mark.parametrize("num_rows", [4, 30, 60, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_plain_kernel(compiled, dtype, num_rows):
+    shape = KernelShape(1, 2, 256, 128, ActivationSpec("silu"), dtype=dtype)
+    forward(triton_mlp.TritonMlpKernel(shape), num_rows)
+    assert compiled == ["gate_up", "down", "sum_pairs"]
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swigluoai"])
+def test_activations_and_what_else_varies(compiled, kind):
+    shape = KernelShape(
+        1, 2, 200, 72, ActivationSpec(kind, limit=7.0), has_bias=True, weight_on_input=True, dtype=torch.bfloat16
+    )
+    forward(triton_mlp.TritonMlpKernel(shape), 20)
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize("num_rows", [4, 200])
+@pytest.mark.parametrize(
+    "form", [WeightFormat("fp8_block", 128), WeightFormat("mxfp4", 32), WeightFormat("int4", 32)], ids=lambda f: f.name
+)
+def test_the_kernel_of_quantized_weights(compiled, form, num_rows):
+    shape = QuantizedShape(1, 2, 256, 128, ActivationSpec("silu"), dtype=torch.bfloat16, format=form)
+    forward(triton_quantized.TritonQuantizedKernel(shape), num_rows)
+    shape = dataclasses.replace(shape, activation=ActivationSpec("swigluoai", limit=7.0), has_bias=True)
+    forward(triton_quantized.TritonQuantizedKernel(shape), num_rows)
+    assert compiled == 2 * ["gate_up", "down", "sum_pairs"]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("replicas", [False, True], ids=["single", "replicas"])
+def test_dispatch_of_fixed_capacity(compiled, replicas, nodes):
+    from experts.device.fixed import FixedDispatch
+
+    shape = LayerShape(1, 256, 8, 7168, torch.bfloat16)
+    dispatch = FixedDispatch(shape, 64, 8, nodes, replicas, torch.device("cpu"))
+    x_TD = torch.randn(64, 7168).bfloat16()
+    dispatch.pack(0, x_TD, torch.rand(64, 8), torch.zeros(64, 8, dtype=torch.int32))
+    dispatch.combine(x_TD)
+    chosen = ["choose_ranks"] if replicas else []
+    assert compiled == [*chosen, "place_pairs", "pack_rows", "combine_rows"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_row_mover(compiled, dtype):
+    from experts.device.triton_mover import TritonRowMover
+
+    mover = TritonRowMover(torch.device("cpu"))
+    buffers = {rank: torch.zeros(1 << 14, dtype=torch.uint8) for rank in range(2)}
+    mover.bind(buffers, buffers)
+    plan_TK = np.zeros((4, 2), np.int32)
+    x_TD = torch.zeros(4, 128, dtype=dtype)
+    sum_TD = torch.zeros(4, 128)
+    mover.pack(x_TD, plan_TK, plan_TK)
+    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, None, False)
+    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, sum_TD, False)
+    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, sum_TD, True)
+    assert compiled == ["pack_rows", *3 * ["combine_rows"]]
