@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from cluster.metrics import render
 from cluster.openai_errors import add_error_handlers, error_response
 from cluster.ray_joints import model_card
 from cluster.router import llm_config_of
+from placement.trace import ActivationTrace, merge_traces
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,6 +39,7 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
     "mesh_status": lambda app: app.get("/expertmesh/status"),
     "mesh_placement": lambda app: app.get("/expertmesh/placement"),
     "mesh_trace": lambda app: app.get("/expertmesh/trace"),
+    "mesh_clear_trace": lambda app: app.delete("/expertmesh/trace", status_code=204),
 }
 
 
@@ -88,15 +91,31 @@ class ExpertMeshIngress(OpenAiIngress):
             return error_response(503, str(error), retry_after_s=self._mesh.http.retry_after_s)
 
     async def mesh_trace(self, router: str = "") -> Response:
-        """One router's sampled routing decisions (.npz); `router` names it where there are several."""
-        if self._mesh.routers.trace_tokens == 0:
-            return error_response(404, "routers.trace_tokens is 0, so no trace is recorded")
-        traces = dict(await self._ask_routers("mesh_trace", self._mesh.deadlines.apply_s))
-        if router and router not in traces:
-            return error_response(404, f"no router is named {router!r}; there are {sorted(traces)}", param="router")
-        if not traces:
+        """Sampled routing decisions (.npz): of the router that `router` names, else of all of them as one trace."""
+        if (refusal := self._no_trace()) is not None:
+            return refusal
+        samples = dict(await self._ask_routers("mesh_trace", self._mesh.deadlines.apply_s))
+        if router and router not in samples:
+            return error_response(404, f"no router is named {router!r}; there are {sorted(samples)}", param="router")
+        if not samples:
             return error_response(503, "there is no router yet", retry_after_s=self._mesh.http.retry_after_s)
-        return Response(traces[router or min(traces)], media_type="application/octet-stream")
+        wanted = [samples[name] for name in ([router] if router else sorted(samples)) if samples[name]]
+        if not wanted:
+            return error_response(404, "no tokens have been recorded yet: send requests first", code="no_trace")
+        trace = wanted[0] if len(wanted) == 1 else await asyncio.to_thread(_merged, wanted)
+        return Response(trace, media_type="application/octet-stream")
+
+    async def mesh_clear_trace(self) -> Response:
+        """Let every router forget what it sampled and begin anew."""
+        if (refusal := self._no_trace()) is not None:
+            return refusal
+        await self._ask_routers("mesh_clear_trace", self._mesh.deadlines.apply_s)
+        return Response(status_code=204)
+
+    def _no_trace(self) -> Response | None:
+        if self._mesh.routers.trace_tokens:
+            return None
+        return error_response(404, "routers.trace_tokens is 0, so no trace is recorded")
 
     async def _ask_routers(self, method: str, deadline_s: float) -> list[Any]:
         return await asyncio.wait_for(self._routers.broadcast(method).results_async(), deadline_s)
@@ -107,6 +126,11 @@ class ExpertMeshIngress(OpenAiIngress):
         except ControllerLostError as error:
             logger.warning("%s", error)
             return None
+
+
+def _merged(samples: list[bytes]) -> bytes:
+    """One .npz of several."""
+    return merge_traces([ActivationTrace.load_npz(io.BytesIO(sample)) for sample in samples]).to_bytes()
 
 
 def build_app(config: LLMAppConfig, routers: DeploymentHandle) -> FastAPI:

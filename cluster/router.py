@@ -101,9 +101,13 @@ class ExpertMeshLLMServer(LLMServer):
         }
 
     async def mesh_trace(self) -> tuple[str, bytes]:
-        """This router's name, and its sampled routing decisions as the bytes of an .npz file."""
+        """This router's name, and its sampled routing decisions as the bytes of an .npz file (none: no bytes)."""
         [trace] = await self.collective_rpc("expertmesh_trace", timeout=self._mesh.deadlines.apply_s)
         return self._identity.replica_id, trace
+
+    async def mesh_clear_trace(self) -> None:
+        """Forget the sampled routing decisions and begin anew."""
+        await self.collective_rpc("expertmesh_clear_trace", timeout=self._mesh.deadlines.apply_s)
 
     async def generation_health(self) -> dict[str, Any]:
         """Whether tokens come out of this router, with their experts on shards: {"ok", "reason", "router_id", ...}.

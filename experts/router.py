@@ -56,7 +56,7 @@ class MeshRouter:
             settings.dispatch_deadline_ms / 1000,
             LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
         )
-        self.recorder = StepRecorder(shape, settings.trace_tokens, settings.max_rows_per_dispatch)
+        self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._connector = Connector(self._connect)
         self._static = settings.membership
 
@@ -136,11 +136,19 @@ class MeshRouter:
         return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)
 
     def begin(
-        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        record: bool = True,
     ) -> Pending:
-        """Send a layer's rows out; see `Dispatcher.begin`."""
-        self.recorder.add(layer, topk_ids_TK)
-        return self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
+        """Send a layer's rows out, see `Dispatcher.begin`; `record` is False for steps that are no one's request."""
+        pending = self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
+        if record:
+            # The rows are on their way: this costs no one's time but the router's own.
+            self.recorder.add(layer, pending.topk_ids_TK)
+        return pending
 
     def finish(self, pending: Pending) -> torch.Tensor:
         """The layer's weighted sums [T, D]; see `Dispatcher.finish`."""

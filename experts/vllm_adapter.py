@@ -12,7 +12,9 @@ import inspect
 import logging
 from typing import Any
 
-from vllm.config import VllmConfig, get_current_vllm_config
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -66,6 +68,19 @@ def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
     return list(found[1])
 
 
+def step_in_progress() -> tuple[bool, torch.Tensor | None]:
+    """Whether the forward pass that runs is of requests, and which of its rows are padding (bool [rows], None if none).
+
+    vLLM hands attention's metadata to steps of requests alone, not to profiling and warm-up; and it pads a step only
+    to the size of a CUDA graph. A version that does not tell its padding rows apart has them counted as real ones.
+    """
+    if not is_forward_context_available():
+        return True, None
+    context = get_forward_context()
+    padded = context.cudagraph_runtime_mode != CUDAGraphMode.NONE
+    return context.attn_metadata is not None, getattr(context, "is_padding", None) if padded else None
+
+
 _MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
@@ -91,5 +106,6 @@ __all__ = [
     "register_model_loader",
     "routed_expert_classes",
     "split_graphs_at_moe",
+    "step_in_progress",
     "weight_files",
 ]

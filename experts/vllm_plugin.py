@@ -36,6 +36,7 @@ from experts.vllm_adapter import (
     op_registry_oot,
     routed_expert_classes,
     split_graphs_at_moe,
+    step_in_progress,
 )
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,11 @@ def _begin(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, 
             # Profiling and warm-up before the first epoch; requests are let in only after it.
             _pending = None
             return torch.zeros_like(x)
-    _pending = router.begin(layer, x, topk_weights, topk_ids)
+    of_requests, padding_T = step_in_progress()
+    if padding_T is not None:
+        # A row that wants no expert is neither sent nor recorded.
+        topk_ids = topk_ids.masked_fill(padding_T[: len(topk_ids), None], -1)
+    _pending = router.begin(layer, x, topk_weights, topk_ids, record=of_requests)
     return _pending.y_TD if _pending.y_TD.device == x.device else torch.empty_like(x)
 
 

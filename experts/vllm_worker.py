@@ -87,8 +87,12 @@ class ExpertMeshWorker:
         }
 
     def expertmesh_trace(self) -> bytes:
-        """The sampled routing decisions as the bytes of an .npz file."""
+        """The sampled routing decisions as the bytes of an .npz file; none if nothing was recorded."""
         return current_router().recorder.to_bytes()
+
+    def expertmesh_clear_trace(self) -> None:
+        """Forget the sampled decisions and begin anew."""
+        current_router().recorder.clear()
 
 
 def _resident_bytes() -> int:

@@ -193,3 +193,32 @@ def _mapped_in(folder: str) -> dict[str, int]:
         elif name is not None and first == "Rss:":
             found[name] = found.get(name, 0) + int(line.split()[1]) * 1024
     return found
+
+
+def steps(emit: Any) -> None:
+    """What the plug-in makes of vLLM's forward contexts."""
+    import torch
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import ForwardContext, override_forward_context
+
+    from experts.vllm_adapter import step_in_progress
+
+    padding = torch.tensor([False, False, True, True])
+
+    def within(attn_metadata: Any, mode: CUDAGraphMode) -> list[Any]:
+        context = ForwardContext(
+            no_compile_layers={}, attn_metadata=attn_metadata, slot_mapping={}, cudagraph_runtime_mode=mode
+        )
+        context.is_padding = padding
+        with override_forward_context(context):
+            of_requests, rows = step_in_progress()
+        return [of_requests, None if rows is None else rows.tolist()]
+
+    emit(
+        steps={
+            "no engine": list(step_in_progress()),
+            "warm-up": within(None, CUDAGraphMode.NONE),
+            "eager": within({"a layer": None}, CUDAGraphMode.NONE),
+            "graph": within({"a layer": None}, CUDAGraphMode.PIECEWISE),
+        }
+    )

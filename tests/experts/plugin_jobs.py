@@ -5,6 +5,7 @@ Nothing is asserted here; facts go back as JSON to the tests, which know what th
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import parity_jobs
-from plugin_facts import error_of, joints, reading, refusals, verification
+from plugin_facts import error_of, joints, reading, refusals, steps, verification
 
 NUM_PROMPTS, NEW_TOKENS = 8, 48
 
@@ -78,12 +79,33 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
     )
     emit(ids_of_zeros=_greedy(engine), still_before=call("expertmesh_status"))
     emit(applied=call("expertmesh_apply_membership", memberships[0]))
-    emit(ids=_greedy(engine), status=call("expertmesh_status"), trace_bytes=len(call("expertmesh_trace")))
+    nothing_recorded = call("expertmesh_trace")
+    emit(ids=_greedy(engine), status=call("expertmesh_status"))
+    recorded = [len(nothing_recorded), _tokens_recorded(call("expertmesh_trace"))]
+    engine.collective_rpc(_warm_up)
+    emit(dispatches_warmed_up=call("expertmesh_status")["dispatches"])
+    recorded.append(_tokens_recorded(call("expertmesh_trace")))
+    call("expertmesh_clear_trace")
+    emit(recorded=[*recorded, len(call("expertmesh_trace"))], num_prompt_tokens=sum(map(len, prompts())))
     if victim is not None:
         emit(ids_of_killed=_greedy(engine, kill_in_the_middle=victim), after_kill=call("expertmesh_status"))
     for later in memberships[1:]:
         emit(refused=error_of(call, "expertmesh_apply_membership", later), ids_after_refusal=_greedy(engine))
     emit(again=_greedy(engine), second_engine=error_of(_second_engine, model), done=True)
+
+
+def _warm_up(worker: Any) -> None:
+    """A step of nobody's requests, as vLLM runs them when it starts."""
+    worker.model_runner._dummy_run(NUM_PROMPTS)
+
+
+def _tokens_recorded(data: bytes) -> float:
+    """All that were counted, sampled or not."""
+    from placement.trace import ActivationTrace
+
+    trace = ActivationTrace.load_npz(io.BytesIO(data))
+    assert trace.counts is not None
+    return trace.counts.sum() / trace.num_layers / trace.topk_ids.shape[2]
 
 
 def start(emit: Any, model: str, model_path: str) -> None:
@@ -170,6 +192,7 @@ JOBS = {
     "refusals": refusals,
     "verification": verification,
     "reading": reading,
+    "steps": steps,
     "plain": plain,
     "mesh": mesh,
     "start": start,

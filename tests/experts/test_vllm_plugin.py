@@ -148,8 +148,23 @@ def test_the_routers_memory_lacks_the_experts(eager: dict[str, Any], plain: dict
     assert eager["status"]["resident_bytes"] > 0
 
 
-def test_decisions_are_sampled(eager: dict[str, Any]) -> None:
-    assert eager["trace_bytes"] > 100
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_tokens_of_requests_are_recorded_and_no_others(run: str, request: pytest.FixtureRequest) -> None:
+    """Each token that was computed once: the last one of an answer never is. Warm-up is dispatched, but not counted."""
+    facts = request.getfixturevalue(run)
+    computed = facts["num_prompt_tokens"] + NUM_PROMPTS * (NEW_TOKENS - 1)
+    before, after, after_warm_up, cleared = facts["recorded"]
+    assert (before, cleared) == (0, 0)
+    assert after == after_warm_up == computed
+    assert facts["dispatches_warmed_up"] == facts["status"]["dispatches"] + NUM_LAYERS
+
+
+def test_padding_rows_are_told_apart(vllm_zygote: Zygote) -> None:
+    facts = outcome(vllm_zygote, vllm_zygote.start("steps"), "steps")["steps"]
+    assert facts["no engine"] == [True, None]
+    assert facts["warm-up"] == [False, None]
+    assert facts["eager"] == [True, None]
+    assert facts["graph"] == [True, [False, False, True, True]]
 
 
 # --- what loading reads -------------------------------------------------------------------------------------------

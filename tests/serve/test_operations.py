@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import urllib.error
+import urllib.request
 
 import numpy as np
-from conftest import Service, wait_for
+import pytest
+from conftest import API_KEY, Service, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -87,6 +90,15 @@ def test_trace_is_an_archive_of_routing_decisions(service: Service) -> None:
         shapes = [trace[name].shape for name in trace.files]
     assert any(len(shape) == 3 and 4 in shape for shape in shapes), shapes
     assert service.get("/expertmesh/trace?router=nobody")[0] == 404
+    forget = urllib.request.Request(f"{service.url}/expertmesh/trace", method="DELETE")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(forget, timeout=60)
+    forget.add_header("Authorization", f"Bearer {API_KEY}")
+    with urllib.request.urlopen(forget, timeout=60) as response:
+        assert response.status == 204
+    service.greedy(8)
+    with np.load(io.BytesIO(service.get("/expertmesh/trace")[1])) as trace:
+        assert 8 <= len(trace["topk_ids"]) < 50
 
 
 def test_status_agrees_with_itself(service: Service) -> None:
