@@ -58,6 +58,11 @@ def reply_capacity(max_rows: int, row_bytes: int) -> int:
     return int(aligned(max(HEADER_BYTES + max_rows * row_bytes, 4096)))
 
 
+def exchange_bytes(num_rows: int, num_pairs: int, row_bytes: int) -> int:
+    """Bytes of a request of `num_rows` rows with `num_pairs` (row, expert) pairs, and of the reply to it."""
+    return int(request_layout(num_rows, num_pairs, row_bytes)[4]) + HEADER_BYTES + num_rows * row_bytes
+
+
 def header_of(buffer: np.ndarray) -> np.ndarray:
     """The header words (int64 [16], a view) of a message in `buffer` (uint8)."""
     return buffer[:HEADER_BYTES].view(np.int64)
