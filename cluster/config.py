@@ -85,6 +85,7 @@ class LLMAppConfig(StrictModel):
             connect_deadline_s=self.deadlines.connect_s,
             max_rows_per_dispatch=self.transport.max_rows_per_dispatch,
             spin_us=self.transport.spin_us,
+            near_replicas_first=self.transport.near_replicas_first,
             trace_tokens=self.routers.trace_tokens,
             fallback_cache_bytes=self.routers.fallback_cache_bytes,
             membership_by_rpc=True,

@@ -239,6 +239,11 @@ class TransportSection(StrictModel):
     spin_us: float = Field(
         default=_router_default("spin_us"), ge=0, description="How long a wait yields the core before it sleeps."
     )
+    near_replicas_first: bool = Field(
+        default=_router_default("near_replicas_first"),
+        description="Fetch experts from replicas on the router's own host where there are any, whatever their load: "
+        "for hosts that each have a router and their share of the requests.",
+    )
 
 
 class DeadlinesSection(StrictModel):

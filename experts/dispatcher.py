@@ -22,6 +22,7 @@ import torch
 from experts.errors import ShardError, ShardRejectedError
 from experts.layer_shape import LayerShape
 from experts.link import RouterLink
+from experts.live_slots import LiveSlots
 from experts.local_experts import LocalExperts
 from experts.membership import Membership
 from experts.plan import combine, plan_and_pack, warm_up
@@ -91,16 +92,20 @@ class Dispatcher:
         self._reply_address_R = np.zeros(num_ranks, np.int64)
         self._answered_R = np.zeros(num_ranks, np.bool_)
         self._load_LR = np.zeros((self.shape.num_layers, num_ranks), np.int64)
-        self._slots_LER = np.full((self.shape.num_layers, self.shape.num_experts, num_ranks), -1, np.int32)
-        self._node_of_rank_R = np.zeros(num_ranks, np.int32)
-        self._num_nodes = 1
         self.stats.resize(num_ranks)
 
-    def apply(self, membership: Membership, links: dict[int, RouterLink], lost: dict[int, str]) -> None:
+    def apply(
+        self,
+        membership: Membership,
+        links: dict[int, RouterLink],
+        lost: dict[int, str],
+        near_R: np.ndarray | None = None,
+    ) -> None:
         """Switch to a new epoch: `links` to the shards that answer, `lost` the reason for each that does not.
 
-        Called between steps. Links of the old epoch that are not among the new ones are closed. ValueError, before
-        anything was changed, for a placement of another model or links of different kinds.
+        Called between steps. Links of the old epoch that are not among the new ones are closed. Replicas on the ranks
+        `near_R` (bool) come first. ValueError, before anything was changed, for a placement of another model or links
+        of different kinds.
         """
         placement = membership.placement
         self.shape.check_placement(placement)
@@ -115,18 +120,16 @@ class Dispatcher:
         self.membership = membership
         self.links = dict(links)
         self.lost = dict(lost)
-        self._slots_LER[:] = placement.slots_LER
-        self._num_nodes = placement.num_nodes
-        self._node_of_rank_R[:] = np.arange(placement.num_ranks) * placement.num_nodes // placement.num_ranks
+        self._slots = LiveSlots(placement.slots_LER, near_R)
+        self._num_nodes, self._node_of_rank_R = placement.num_nodes, placement.node_of_rank_R
         self._head[0] = membership.epoch
         self._rows_apart = True in rows_apart
         self._mover = self._bind_mover() if self._rows_apart or self.shape.dtype == torch.float16 else None
-        for rank in range(placement.num_ranks):
-            if rank in self.links:
-                self._send_address_R[rank] = self.links[rank].send_buffer.ctypes.data
-                self._reply_address_R[rank] = self.links[rank].recv_buffer.ctypes.data
-            else:
-                self._slots_LER[:, :, rank] = -1
+        for rank in set(range(placement.num_ranks)) - links.keys():
+            self._slots.lose(rank)
+        for rank, link in links.items():
+            self._send_address_R[rank] = link.send_buffer.ctypes.data
+            self._reply_address_R[rank] = link.recv_buffer.ctypes.data
 
     def forward(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
@@ -202,7 +205,7 @@ class Dispatcher:
             shape.row_bytes,
             ids_TK,
             weights_TK,
-            self._slots_LER[pending.layer],
+            self._slots.chosen_from_LER[pending.layer],
             self._node_of_rank_R,
             self._num_nodes,
             self._load_LR[pending.layer],
@@ -339,10 +342,9 @@ class Dispatcher:
 
     def _lose(self, error: ShardError) -> None:
         """Go on without a shard until the next epoch brings it back."""
-        rank = error.rank
-        logger.error("going on without shard %d: %s", rank, error.reason)
-        self.lost[rank] = error.reason
-        self._slots_LER[:, :, rank] = -1
-        link = self.links.pop(rank, None)
+        logger.error("going on without shard %d: %s", error.rank, error.reason)
+        self.lost[error.rank] = error.reason
+        self._slots.lose(error.rank)
+        link = self.links.pop(error.rank, None)
         if link is not None:
             link.close()

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
@@ -21,7 +22,7 @@ from experts.errors import UnsupportedModelError
 from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
-from experts.membership import Membership, ShardEndpoint
+from experts.membership import Membership, ShardEndpoint, host_id
 from experts.recorder import StepRecorder
 from experts.settings import RouterSettings
 from experts.transports.connect import connect
@@ -106,7 +107,10 @@ class MeshRouter:
         made, missed = self._connector.take(fresh, wait_s)
         links |= made
         lost |= missed
-        self.dispatcher.apply(membership, links, lost)
+        near_R = None
+        if self.settings.near_replicas_first:
+            near_R = np.array([e is not None and e.host_id == host_id() for e in membership.endpoints])
+        self.dispatcher.apply(membership, links, lost, near_R)
         logger.info(
             "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
         )

@@ -40,6 +40,11 @@ class RouterSettings(StrictModel):
     spin_us: float = Field(
         default=50.0, ge=0, description="How long a wait in shared memory yields the core before it sleeps."
     )
+    near_replicas_first: bool = Field(
+        default=False,
+        description="Fetch an expert from a replica on this router's own host where there is one, whatever its load: "
+        "fewer bytes between hosts, and even load only if every host has its share of the requests.",
+    )
     trace_tokens: int = Field(default=20_000, ge=0, description="Size of the reservoir of sampled top-k sets; 0: none.")
     membership: dict[str, Any] | None = Field(
         default=None, description="A membership known beforehand, for engines that run without the controller."

@@ -20,6 +20,7 @@ from small_mesh import (
     mesh_of,
     oracle,
     random_batch,
+    replicated,
     run,
     write_checkpoint,
 )
@@ -256,6 +257,30 @@ def test_a_membership_is_checked(epoch: int, ranks: list[int], text: str) -> Non
 def test_an_unknown_setting_is_an_error_that_names_it(model: Path) -> None:
     with pytest.raises(ValueError, match="dispatch_deadline_s"):
         make_router(model, dispatch_deadline_s=1)
+
+
+def test_replicas_on_the_own_host_come_first_if_wanted(model: Path) -> None:
+    with mesh_of(model, replicated(NUM_LAYERS, NUM_EXPERTS, 3, 2)) as mesh:
+        endpoints = tuple(
+            endpoint if rank == 0 else replace(endpoint, host_id="elsewhere")
+            for rank, endpoint in enumerate(mesh.membership().endpoints)
+            if endpoint is not None
+        )
+        membership = replace(mesh.membership(), endpoints=endpoints)
+        router = mesh.router(apply=False, near_replicas_first=True)
+        router.apply_membership(membership)
+        check(mesh, router)
+        held = set(mesh.placement.experts_of_rank(0)[0].tolist()) - {-1}
+        wanted = random_batch(11, seed=0).ids_TK.flatten().tolist()
+        pairs_R = router.status()["shard_pairs"]
+        assert pairs_R[0] == sum(expert in held for expert in wanted), "all that is near is fetched there"
+        assert sum(pairs_R) == len(wanted)
+        mesh.shards[0].signal(signal.SIGKILL)
+        check(mesh, router, seed=1)
+        assert router.status()["fallback_pairs"] == 0, "what was near is had elsewhere too"
+        near_to_none = mesh.router(apply=False, near_replicas_first=True)
+        near_to_none.apply_membership(replace(membership, endpoints=(None, *endpoints[1:])))
+        check(mesh, near_to_none, seed=2)
 
 
 def recorded(recorder: StepRecorder) -> ActivationTrace:

@@ -1,0 +1,32 @@
+"""Near replicas first: nothing becomes unreachable, and nothing is fetched from afar that is near."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placement.near import keep_near
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
+def test_every_expert_keeps_its_near_slots_or_else_all(seed: int, num_ranks: int, num_experts: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots_LER = rng.integers(-1, 4, (2, num_experts, num_ranks)).astype(np.int32)
+    near_R = rng.random(num_ranks) < 0.5
+    kept_LER = keep_near(slots_LER, near_R)
+    for layer, expert in np.ndindex(2, num_experts):
+        slots_R, kept_R = slots_LER[layer, expert], kept_LER[layer, expert]
+        near = {rank for rank in range(num_ranks) if near_R[rank] and slots_R[rank] >= 0}
+        everywhere = {rank for rank in range(num_ranks) if slots_R[rank] >= 0}
+        assert {rank for rank in range(num_ranks) if kept_R[rank] >= 0} == (near or everywhere)
+        assert all(kept_R[rank] in (-1, slots_R[rank]) for rank in range(num_ranks))
+    assert kept_LER.dtype == np.int32
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    slots_LER = np.zeros((1, 2, 3), np.int32)
+    for wrong in (np.ones(2, bool), np.ones(3, np.int8)):
+        with pytest.raises(ValueError, match=r"near_R must be bool \[3\]"):
+            keep_near(slots_LER, wrong)
