@@ -73,10 +73,7 @@ class ModelConfig:
             method = f"fp8 with weight_block_size {block}"
         if method == "compressed-tensors":
             return self._compressed(settings)
-        raise CheckpointError(
-            f"{self.path}: quantization {method} is not supported; expected none, mxfp4, fp8 with weight_block_size "
-            f"[{FP8_BLOCK}, {FP8_BLOCK}], or compressed-tensors in INT4"
-        )
+        raise self._unsupported(f"{method} is not supported")
 
     def _compressed(self, settings: dict[str, Any]) -> WeightFormat:
         """compressed-tensors, of which symmetric INT4 in groups of a row is read (Kimi-K2-Thinking)."""
@@ -86,11 +83,17 @@ class ModelConfig:
         found = {"format": settings.get("format")} | {key: weights.get(key) for key in _INT4_SCHEME}
         expected = {"format": "pack-quantized"} | _INT4_SCHEME
         if found != expected or weights.get("actorder") in ("group", "dynamic"):
+            problem = self._unsupported("compressed-tensors is not supported")
             raise CheckpointError(
-                f"{self.path}: compressed-tensors is not supported with {len(schemes)} groups of settings, {found} and "
-                f"actorder {weights.get('actorder')}; expected one group, {expected} and no actorder"
+                f"{problem}; found {len(schemes)} groups of settings, {found}, actorder {weights.get('actorder')}"
             )
         try:
             return WeightFormat("int4", int(weights.get("group_size") or 0))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+
+    def _unsupported(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: quantization {what}; expected none, mxfp4, fp8 with weight_block_size "
+            f"[{FP8_BLOCK}, {FP8_BLOCK}], or compressed-tensors pack-quantized with one group of {_INT4_SCHEME}"
+        )
