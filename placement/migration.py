@@ -15,7 +15,8 @@ What must hold for that, in each layer:
   elsewhere, else one replica of an expert that has another, which is restored afterwards.
 - So there must be room for one copy more than there are experts. Without it (as many slots as experts, all full)
   nothing can be moved without leaving an expert unserved, from whatever source: `plan_migration` refuses, and says
-  that one spare slot on some shard is enough; one on every shard lets shards change side by side, without parking.
+  that one spare slot on some shard is enough; one on every shard (`scratch_slots=1`, that is shards of
+  `slots_per_rank + 1` slots) lets shards change side by side, without parking.
 
 A target says which experts stand on a rank; which of the rank's slots they take is settled here, so that experts that
 stay on a rank are not copied. The checkpoint is the source of experts alone that have no live slot, on ranks that
@@ -141,6 +142,7 @@ def plan_migration(
     expert_bytes: int | Sequence[int],
     round_bytes: int | None = None,
     room: int | Sequence[int] | None = None,
+    scratch_slots: int = 0,
     lost_ranks: Collection[int] = (),
     topology: Topology | None = None,
     layer_order: Sequence[int] | None = None,
@@ -154,6 +156,8 @@ def plan_migration(
         round_bytes: most bytes copied in one round; None: as many as the slots allow.
         room: slots that each rank has memory for in a layer, of every rank or of each; None: the larger of both
             placements. See `Topology.slots_per_rank`.
+        scratch_slots: with `room` None, slots that every rank has memory for beyond that: empty before and after, they
+            let full shards change places. 1 is enough for any migration.
         lost_ranks: ranks of `current` whose slots are gone; the target must leave them empty.
         topology: which ranks share a node or a rack; None: nodes as the placements say, one rack.
         layer_order: which layers go first; a layer is finished before the budget of a round goes to later ones as
@@ -162,6 +166,10 @@ def plan_migration(
     Experts without a live slot come first. Raises MigrationError, a ValueError of one line that names layer or rank,
     if the placements do not fit together or no legal order exists.
     """
+    if scratch_slots < 0 or (scratch_slots and room is not None):
+        raise MigrationError(f"scratch_slots is {scratch_slots}, expected 0 or more, and 0 where room is given")
+    if scratch_slots:
+        room = max(current.slots_per_rank, target.slots_per_rank) + scratch_slots
     num_ranks, num_nodes, room_R = _frame(current, target, room)
     if topology is not None and topology.num_ranks != num_ranks:
         raise MigrationError(f"the topology has {topology.num_ranks} ranks, the migration {num_ranks}")

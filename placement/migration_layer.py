@@ -87,7 +87,8 @@ class LayerMigration:
         if self._needs_moves and num_slots <= num_experts and not self.has_orphans:
             raise MigrationError(
                 f"layer {index}: {num_experts} experts fill all {num_slots} slots, so none can be written without "
-                "leaving an expert unserved; one spare slot on any shard is enough (room)"
+                f"leaving an expert unserved; give shards slots_per_rank + 1 = {len(start_Rs[0]) + 1} slots "
+                "(scratch_slots=1), or one of them a spare slot (room)"
             )
 
     @property
@@ -192,7 +193,10 @@ class LayerMigration:
             # Costs two copies more: a replica makes way and comes back.
             spares = [(1, slot) for slot in self._settled if len(serving[self._holds[slot]]) > 1]
         if not blocked or not spares:
-            raise MigrationError(f"layer {self.index}: no slot is spare, so no expert can move; give a shard more room")
+            raise MigrationError(
+                f"layer {self.index}: no slot is spare, so no expert can move; give shards slots_per_rank + 1 slots "
+                "(scratch_slots=1)"
+            )
         _, _, source, spare = min(
             (cost, int(self._distance_RR[source[0], spare[0]]), source, spare)
             for source in blocked

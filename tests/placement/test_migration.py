@@ -110,9 +110,9 @@ def test_legal_at_every_prefix_and_ends_at_the_target(
     arguments = {"expert_bytes": sizes.tolist(), "round_bytes": round_bytes}
     start, end = (by_rank(p.physical_to_logical_map, num_ranks, num_ranks) for p in (current, target))
     if num_experts == num_ranks * slots_per_rank and start != end:
-        with pytest.raises(MigrationError, match="one spare slot"):
+        with pytest.raises(MigrationError, match=rf"give shards slots_per_rank \+ 1 = {slots_per_rank + 1} slots"):
             plan_migration(current, target, **arguments)
-        return
+        arguments["scratch_slots"], slots_per_rank = 1, slots_per_rank + 1
     plan = plan_migration(current, target, **arguments)
     check_legal(plan, target, [slots_per_rank] * num_ranks, round_bytes)
     if start == end:
@@ -217,6 +217,11 @@ def test_a_layer_is_finished_before_the_next_begins_where_slots_allow():
     [
         ({"expert_bytes": 0}, "expert_bytes is 0"),
         ({"expert_bytes": 8, "round_bytes": 7}, "round_bytes is 7, less than one expert's 8"),
+        (
+            {"expert_bytes": 1, "room": 3, "scratch_slots": 1},
+            "scratch_slots is 1, expected 0 or more, and 0 where room",
+        ),
+        ({"expert_bytes": 1, "scratch_slots": -1}, "scratch_slots is -1"),
         ({"expert_bytes": 1, "room": 1}, "rank 0 has room for 1 slots, 2 are used"),
         ({"expert_bytes": 1, "room": [2, 2, 2]}, "room is given for 3 ranks, there are 2"),
         ({"expert_bytes": 1, "lost_ranks": [1]}, "puts experts on rank 1, which is lost"),
