@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.problem import LayerProblem, LayerScore, score
+from placement.problem import EXCESS_WEIGHT, LayerProblem, LayerScore, Scored, score_slots
 from placement.search_clock import SearchClock
 
 WITHIN_NODE = 0.8
-EXCESS_WEIGHT = 40.0  # visits a token that one whole rank's load above the cap is worth
 
 
 def _cost(problem: LayerProblem, found: LayerScore) -> float:
@@ -37,20 +36,18 @@ def _legal_swap(problem: LayerProblem, slots_Rs: np.ndarray, a: tuple[int, int],
     return True
 
 
-def repair_load(
-    problem: LayerProblem, slots_Rs: np.ndarray, tries: int, seed: tuple[int, ...], clock: SearchClock
-) -> np.ndarray:
-    """Swap experts between ranks while that lowers visits plus excess; int32 [R, s]. Never worse than `slots_Rs`.
+def repair_load(problem: LayerProblem, start: Scored, tries: int, seed: tuple[int, ...], clock: SearchClock) -> Scored:
+    """Swap experts between ranks while that lowers visits plus excess. Never worse than the start.
 
     `tries` proposals at most, fewer when the clock runs out. While a rank is above the cap, proposals start there.
     """
     rng = np.random.default_rng(seed)
-    best_Rs = slots_Rs.copy()
-    found = score(problem, best_Rs)
-    best = _cost(problem, found)
+    best, num_slots = start, start.slots.shape[1]
+    least = _cost(problem, best.score)
     for _ in range(tries):
         if clock.left() <= 0:
             break
+        found = best.score
         above_R = np.maximum(found.load_R / problem.allowed - 1, 0)
         if found.excess <= 0:
             above_R[:] = 1
@@ -63,15 +60,15 @@ def repair_load(
             if not below_R.any():
                 continue
         target = int(rng.choice(problem.num_ranks, p=below_R / below_R.sum()))
-        a = (source, int(rng.integers(slots_Rs.shape[1])))
-        b = (target, int(rng.integers(slots_Rs.shape[1])))
+        a = (source, int(rng.integers(num_slots)))
+        b = (target, int(rng.integers(num_slots)))
         # Closed slots (below empty) stay where they are.
-        if min(best_Rs[a], best_Rs[b]) < -1 or not _legal_swap(problem, best_Rs, a, b):
+        if min(best.slots[a], best.slots[b]) < -1 or not _legal_swap(problem, best.slots, a, b):
             continue
-        trial_Rs = best_Rs.copy()
+        trial_Rs = best.slots.copy()
         trial_Rs[a], trial_Rs[b] = trial_Rs[b], trial_Rs[a]
-        outcome = score(problem, trial_Rs)
-        cost = _cost(problem, outcome)
-        if cost < best:
-            best_Rs, best, found = trial_Rs, cost, outcome
-    return best_Rs
+        trial = score_slots(problem, trial_Rs)
+        cost = _cost(problem, trial.score)
+        if cost < least:
+            best, least = trial, cost
+    return best

@@ -80,6 +80,7 @@ def run_optimize(args: argparse.Namespace) -> int:
         max_moves=args.max_moves,
         load_source=args.loads,
         seed=args.seed,
+        effort=args.effort,
         seconds=args.seconds,
     )
     current = Placement.load(args.current) if args.current else None
@@ -91,6 +92,7 @@ def run_optimize(args: argparse.Namespace) -> int:
         "node_fan_out": _numbers(result.node_fan_out),
         "balancedness": _numbers(result.balancedness),
         "seconds": round(result.seconds, 3),
+        "cut_short": result.cut,
         "seed": args.seed,
         "load_cap": args.load_cap,
         "layers": list(trace.layers),
@@ -226,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--speeds", type=speeds_argument, help="relative speed of each rank: 1,1,0.5,0.5")
     command.add_argument("--loads", default="auto", help="what to balance: sets, counts, or auto")
     command.add_argument("--seconds", type=float, default=20.0, help="bound on the whole call (default 20)")
+    command.add_argument("--effort", type=float, help="size of the search; default: what suits --seconds")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--current", help="placement in use: never return a worse one")
     command.add_argument("--max-moves", type=int, help="slots of a layer that may change, from --current")

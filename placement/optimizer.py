@@ -17,16 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.balance import best_balance, even_split_load
-from placement.layer_search import greedy_start, search_layer
+from placement.layer_search import search_layer
+from placement.packing import packed_slots
 from placement.problem import (
     CLOSED,
     EMPTY,
     LayerProblem,
     PlanRequest,
+    canonical_order,
     check_top_k,
     check_trace_fits,
+    greedy_slots,
     load_guard,
-    score,
+    rank_targets,
+    score_slots,
 )
 from placement.refresh import bounded_moves
 from placement.replica_budget import spread_replicas
@@ -35,7 +39,8 @@ from placement.tables import Placement
 from placement.trace import ActivationTrace
 
 NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
-START_SECONDS = 0.6  # reading, loading compiled code, greedy starts: kept out of the searches' share
+START_SECONDS = 0.6  # reading, loading compiled code: kept out of the searches' share
+TOKEN_SECONDS = 4.5e-6  # for each token of a layer, likewise: greedy starts, scoring by the rule
 BALANCE_ITERATIONS = 40_000
 
 
@@ -44,7 +49,8 @@ class PlanResult:
     """A placement and how it fares on the tokens that it was planned on.
 
     `fan_out`, `node_fan_out` and `balancedness` float64 [L]; without sampled sets the first two are NaN and the last
-    is that of an even split. `notes` are lines for a person.
+    is that of an even split. `cut`: time ran out or the search was stopped, so what was found depends on the machine's
+    speed. `notes` are lines for a person.
     """
 
     placement: Placement
@@ -52,17 +58,8 @@ class PlanResult:
     node_fan_out: np.ndarray
     balancedness: np.ndarray
     seconds: float
+    cut: bool
     notes: tuple[str, ...]
-
-
-def canonical_order(ids_TK: np.ndarray, load_E: np.ndarray, seed: int) -> np.ndarray:
-    """int64 [E]: experts by load, heaviest first, ties by which tokens want them; not by their numbers."""
-    mark_T = np.random.default_rng(seed).random(len(ids_TK))
-    used = ids_TK >= 0
-    mark_E = np.bincount(
-        np.where(used, ids_TK, 0).ravel(), weights=(mark_T[:, None] * used).ravel(), minlength=len(load_E)
-    )
-    return np.lexsort((mark_E, -load_E))
 
 
 def build_problem(
@@ -76,9 +73,7 @@ def build_problem(
     order_T = np.random.default_rng(request.seed + 1).permutation(len(ids_TK))
     ids_TK = np.ascontiguousarray(ids_TK[order_T])
     sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=len(load_E)).astype(float)
-    speed_R = np.asarray(request.speeds or (1.0,) * request.num_ranks)
-    usable_R = np.where(request.open_slots_R > 0, speed_R, 0.0)
-    target_R = np.maximum(load_E.sum() * usable_R / usable_R.sum(), 1e-9)
+    target_R = rank_targets(load_E, request)
     guard = 0.0
     if len(ids_TK):
         has_replicas = max_filled > len(load_E)
@@ -95,9 +90,14 @@ def build_problem(
         max_filled=max_filled,
         target=target_R,
         allowed=target_R * (request.load_cap - guard),
+        load_cap=request.load_cap,
         arrival=np.argsort(order_T),
     )
-    greedy_Rs, balanced_Rs = greedy_start(problem, request.seed, iterations)
+    greedy_Rs = greedy_slots(load_E, request, max_filled)
+    balanced_Rs, _ = best_balance(
+        load_E, greedy_Rs, problem.node_of_rank, problem.num_nodes, target_R, problem.min_copies, max_filled,
+        iterations, request.seed,
+    )  # fmt: skip
     least = float((even_split_load(balanced_Rs, load_E) / target_R).max())
     if least > request.load_cap - guard:
         # Replicas let the rule do a little better than an even split, single copies do not.
@@ -161,9 +161,9 @@ def optimize(
             raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
     if request.max_moves is not None and current is None:
         raise ValueError("max_moves needs the current placement")
-    clock = SearchClock(
-        None if request.seconds is None else begun + request.seconds - max(0.3, 0.05 * request.seconds), stopped
-    )
+    seconds = search_seconds(request, trace.num_layers, trace.num_tokens)
+    deadline = None if request.seconds is None else begun + request.seconds - max(0.3, 0.05 * request.seconds)
+    clock = SearchClock(deadline, stopped, seconds * trace.num_layers, trace.num_layers)
     load_LE = trace.load(request.load_source)
     notes = []
     if not trace.has_sets:
@@ -171,25 +171,35 @@ def optimize(
     elif trace.counts is not None and request.load_source == "auto" and not trace.frequency_true():
         notes.append("the trace's sets are no uniform sample of what it counted: load was taken from the sets")
     max_filled_L = spread_replicas(trace, load_LE, request)
-    seconds = NOMINAL_SECONDS_A_LAYER * request.effort
-    if request.seconds is not None:
-        seconds = max(0.0, request.seconds - START_SECONDS) * 0.7 / trace.num_layers
 
     rows, figures = [], []
     for layer in range(trace.num_layers):
         slots_Rs, figure = _plan_layer(
-            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, seconds,
-            clock.share(1 / (trace.num_layers - layer)), notes,
-        )  # fmt: skip
+            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, seconds, clock, notes
+        )
+        clock.layer_done()
         rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
         figures.append(figure)
         if progress is not None:
             progress(layer + 1, trace.num_layers)
     placement = Placement(request.num_ranks, request.num_nodes, trace.num_experts, np.stack(rows))
+    if clock.cut:
+        notes.append(
+            "the search was cut short: other machines, or this one when busier, may find another placement; "
+            "allow more seconds, or less effort"
+        )
     table = np.array(figures)
     return PlanResult(
-        placement, table[:, 0], table[:, 1], table[:, 2], time.perf_counter() - begun, tuple(dict.fromkeys(notes))
-    )
+        placement, table[:, 0], table[:, 1], table[:, 2], time.perf_counter() - begun, clock.cut,
+        tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+def search_seconds(request: PlanRequest, num_layers: int, num_tokens: int) -> float:
+    """Size of the search in each layer, in nominal seconds."""
+    if request.effort is not None or request.seconds is None:
+        return NOMINAL_SECONDS_A_LAYER * (1.0 if request.effort is None else request.effort)
+    return 0.7 * max(0.0, (request.seconds - START_SECONDS) / num_layers - TOKEN_SECONDS * num_tokens)
 
 
 def _plan_layer(
@@ -209,12 +219,12 @@ def _plan_layer(
     new_of_old_E = np.argsort(order_E).astype(np.int32)
     canonical_ids = np.where(ids_TK >= 0, new_of_old_E[np.maximum(ids_TK, 0)], -1).astype(np.int32)
     iterations = BALANCE_ITERATIONS if request.objective == "balance" or not trace.has_sets else BALANCE_ITERATIONS // 4
-    if clock.left() < 0.5:
-        iterations = min(iterations, max(500, int(clock.left() * 20_000)))
+    if trace.has_sets:
+        iterations = min(iterations, max(500, int(seconds * 20_000)))
     problem, greedy_Rs, balanced_Rs = build_problem(
         np.sort(canonical_ids, axis=1)[:, ::-1], load_E[order_E], request, max_filled, iterations
     )
-    starts = [greedy_Rs, balanced_Rs]
+    starts = [greedy_Rs]
     given = None
     if current is not None:
         given = _relabel(_current_slots(current, layer, request), new_of_old_E)
@@ -224,28 +234,38 @@ def _plan_layer(
             raise ValueError(
                 f"layer {layer}: the current placement does not meet the request, bounded moves cannot start from it"
             )
+    bounded: list[np.ndarray] = []
+    if request.max_moves is not None and given is not None:
+        bounded = [given, bounded_moves(problem, given, request.max_moves)]
     if request.objective == "balance" or not trace.has_sets:
-        slots_Rs = _balance_layer(problem, starts, request)
-        if request.max_moves is not None and given is not None:
-            slots_Rs = bounded_moves(problem, given, request.max_moves)
-        worst = 1 / max(float((even_split_load(slots_Rs, problem.load) / problem.target).max()), 1e-12)
-        figure = (float("nan"), float("nan"), worst)
-        if trace.has_sets:
-            layer_score = score(problem, slots_Rs)
-            figure = (layer_score.fan_out, layer_score.node_fan_out, worst)
-    else:
-        if request.max_moves is not None and given is not None:
-            slots_Rs = bounded_moves(problem, given, request.max_moves)
-            layer_score = score(problem, slots_Rs)
+        if bounded:
+            slots_Rs = min(bounded, key=lambda slots: _worst(problem, slots))
         else:
-            slots_Rs, layer_score = search_layer(problem, starts, seconds, request.seed, clock)
-        figure = (layer_score.fan_out, layer_score.node_fan_out, layer_score.balancedness)
-        if layer_score.balancedness < 1 / request.load_cap - 0.002:
+            slots_Rs = _balance_layer(problem, [greedy_Rs, balanced_Rs, *starts[1:]], request)
+        figure = (float("nan"), float("nan"), 1 / max(_worst(problem, slots_Rs), 1e-12))
+        if trace.has_sets:
+            found = score_slots(problem, slots_Rs).score
+            figure = (found.fan_out, found.node_fan_out, figure[2])
+    else:
+        if bounded:
+            scored = [score_slots(problem, slots) for slots in bounded]
+            limit = max(request.load_cap, 1 / scored[0].score.balancedness)
+            best = min(scored, key=lambda one: one.score.plain_key(limit))
+        else:
+            best = search_layer(problem, starts, balanced_Rs, seconds, request.seed, clock)
+        slots_Rs, found = best.slots, best.score
+        figure = (found.fan_out, found.node_fan_out, found.balancedness)
+        if found.balancedness < 1 / request.load_cap - 0.002:
             notes.append(
-                f"layer {trace.layers[layer]}: largest rank load over the mean is {1 / layer_score.balancedness:.3f}; "
+                f"layer {trace.layers[layer]}: largest rank load over the mean is {1 / found.balancedness:.3f}; "
                 f"no better than {float((problem.allowed / problem.target).max()):.3f} was found possible"
             )
     return _relabel(slots_Rs, order_E.astype(np.int32)), figure
+
+
+def _worst(problem: LayerProblem, slots_Rs: np.ndarray) -> float:
+    """The largest rank load over its target, under an even split."""
+    return float((even_split_load(slots_Rs, problem.load) / problem.target).max())
 
 
 def _balance_layer(problem: LayerProblem, starts: list[np.ndarray], request: PlanRequest) -> np.ndarray:
@@ -253,11 +273,13 @@ def _balance_layer(problem: LayerProblem, starts: list[np.ndarray], request: Pla
         best_balance(
             problem.load, start, problem.node_of_rank, problem.num_nodes, problem.target, problem.min_copies,
             problem.max_filled, BALANCE_ITERATIONS if n == 1 else 0, request.seed + n, restarts=1,
-        )
+        )[0]
         for n, start in enumerate(starts)
     ]  # fmt: skip
-    best = min(range(len(found)), key=lambda n: (found[n][1], n))
-    return found[best][0]
+    slots_R = request.open_slots_R
+    if request.min_replicas == 1 and (slots_R == slots_R[0]).all() and slots_R.sum() <= problem.max_filled:
+        found.append(packed_slots(problem.load, problem.num_ranks, int(slots_R[0])))
+    return min(found, key=lambda slots: _worst(problem, slots))
 
 
-__all__ = ["PlanResult", "build_problem", "canonical_order", "is_legal", "optimize"]
+__all__ = ["NOMINAL_SECONDS_A_LAYER", "PlanResult", "build_problem", "is_legal", "optimize", "search_seconds"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
 
-from placement.balance import greedy_balance
-from placement.optimizer import optimize
-from placement.problem import EMPTY, PlanRequest
+from placement.optimizer import NOMINAL_SECONDS_A_LAYER, optimize, search_seconds
+from placement.problem import EMPTY, PlanRequest, canonical_order, greedy_slots
+from placement.replica_budget import spread_replicas
 from placement.tables import Placement
 from placement.trace import ActivationTrace
 
+logger = logging.getLogger(__name__)
+
+SIZED_FOR = 0.35  # of the time budget: what is left is for a machine that is slower than nominal, or busy
 PolicyName = Literal["linear", "random", "greedy", "optimized"]
 
 
@@ -32,17 +37,16 @@ def build_placement(
     """A placement by policy.
 
     `linear` and `random` need no trace; `greedy` balances loads; `optimized` plans fan-out under `load_cap` within
-    `time_budget_s`. `slots_per_rank` None gives as many as the experts and `min_replicas` need; only `linear` leaves
-    the slots beyond that empty. Raises ValueError if the policy is unknown, lacks its trace, the trace is of another
-    model, or the slots do not suffice.
+    `time_budget_s`, by a search that is sized for a part of that: same arguments, same placement, however busy the
+    machine, or else a warning in the log. `slots_per_rank` None gives as many as the experts and `min_replicas` need;
+    only `linear` leaves the slots beyond that empty. Raises ValueError if the policy is unknown, lacks its trace, the
+    trace is of another model, or the slots do not suffice.
     """
     if policy not in get_args(PolicyName):
         raise ValueError(f"placement policy is {policy!r}, expected one of {', '.join(get_args(PolicyName))}")
     linear = Placement.linear(num_layers, num_experts, num_ranks, num_nodes, min_replicas)
     slots = linear.slots_per_rank if slots_per_rank is None else slots_per_rank
-    request = PlanRequest(
-        num_ranks, num_nodes, slots, load_cap=load_cap, min_replicas=min_replicas, seed=seed, seconds=time_budget_s
-    )
+    request = PlanRequest(num_ranks, num_nodes, slots, load_cap=load_cap, min_replicas=min_replicas, seed=seed)
     request.check_experts(num_experts)
     if policy == "linear":
         if slots < linear.slots_per_rank:
@@ -61,7 +65,12 @@ def build_placement(
         )
     if policy == "greedy":
         return greedy_placement(trace, request)
-    return optimize(trace, request).placement
+    sized = replace(request, seconds=SIZED_FOR * time_budget_s)
+    seconds = search_seconds(sized, num_layers, trace.num_tokens)
+    result = optimize(trace, replace(sized, seconds=time_budget_s, effort=seconds / NOMINAL_SECONDS_A_LAYER))
+    for note in result.notes:
+        logger.warning("placement: %s", note)
+    return result.placement
 
 
 def pad_slots(placement: Placement, slots_per_rank: int) -> Placement:
@@ -76,20 +85,22 @@ def pad_slots(placement: Placement, slots_per_rank: int) -> Placement:
 
 def greedy_placement(trace: ActivationTrace, request: PlanRequest) -> Placement:
     """Greedy balancing of the trace's loads: what EPLB does, with the request's constraints."""
-    return _by_loads(trace.load(request.load_source), request)
+    load_LE = trace.load(request.load_source)
+    filled_L = spread_replicas(trace, load_LE, request)
+    orders = [canonical_order(trace.ids_of_layer(n), load_E, request.seed) for n, load_E in enumerate(load_LE)]
+    return _by_loads(load_LE, orders, filled_L, request)
 
 
 def random_placement(num_layers: int, num_experts: int, request: PlanRequest) -> Placement:
     """Experts and replicas at random: greedy balancing of random loads, which keeps the constraints."""
-    return _by_loads(np.random.default_rng(request.seed).uniform(0.9, 1.1, (num_layers, num_experts)), request)
+    load_LE = np.random.default_rng(request.seed).uniform(0.9, 1.1, (num_layers, num_experts))
+    filled_L = np.full(num_layers, int(request.open_slots_R.sum()))
+    return _by_loads(load_LE, [np.arange(num_experts)] * num_layers, filled_L, request)
 
 
-def _by_loads(load_LE: np.ndarray, request: PlanRequest) -> Placement:
-    speed_R = np.asarray(request.speeds or (1.0,) * request.num_ranks)
+def _by_loads(load_LE: np.ndarray, order_LE: list[np.ndarray], filled_L: np.ndarray, request: PlanRequest) -> Placement:
     rows = []
-    for load_E in load_LE:
-        slots_Rs = greedy_balance(
-            load_E, request.open_slots_R, request.node_of_rank_R, request.num_nodes, speed_R, request.min_replicas
-        )
-        rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
+    for load_E, order_E, filled in zip(load_LE, order_LE, filled_L, strict=True):
+        slots_Rs = greedy_slots(load_E[order_E], request, int(filled))
+        rows.append(np.where(slots_Rs >= 0, order_E[np.maximum(slots_Rs, 0)], EMPTY).ravel())
     return Placement(request.num_ranks, request.num_nodes, load_LE.shape[1], np.stack(rows))

@@ -5,13 +5,17 @@ T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from placement.balance import greedy_balance
 from placement.replica_choice import MAX_TOP_K, choose_replicas
 from placement.replica_search import CLOSED, EMPTY, EXCESS_TOLERANCE
 from placement.tables import Placement, check_replicas_fit
+
+EXCESS_WEIGHT = 40.0  # visits a token that a rank's load above what is planned for is worth, in mean loads
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class PlanRequest:
         speeds: relative speed of each rank, None: all equal.
         max_moves: with a current placement, how many slots may change in each layer; None: any number.
         load_source: `auto`, `sets` or `counts`, see `ActivationTrace.load`.
-        seed: same request, trace and seed give the same placement, as long as time is not short (see `seconds`).
-        seconds: bound on the whole call. The search is sized for it beforehand, at a nominal speed, so that on a
-            machine at least that fast the result does not depend on the clock; a slower one cuts the search short.
-        effort: without `seconds`, size of the search; 1 is about ten seconds for three layers of 64 experts.
+        seed: same request, trace and seed give the same placement, unless `seconds` cut the search short.
+        effort: size of the search; 1 is a few seconds for each layer of 64 experts. None: what suits `seconds` at a
+            nominal speed, about half that of a 2023 server core; 1 if those are None too.
+        seconds: bound on the whole call. A stop for safety: the result depends on the clock only where it came to
+            that, which `PlanResult.cut` and a note say.
     """
 
     num_ranks: int
@@ -48,8 +53,8 @@ class PlanRequest:
     max_moves: int | None = None
     load_source: str = "auto"
     seed: int = 0
+    effort: float | None = None
     seconds: float | None = None
-    effort: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.num_nodes < 1:
@@ -75,6 +80,8 @@ class PlanRequest:
             raise ValueError(f"speeds must be {self.num_ranks} numbers above 0, got {self.speeds}")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds}, expected more than 0")
+        if self.effort is not None and not self.effort >= 0:
+            raise ValueError(f"effort is {self.effort}, expected 0 or more")
 
     @property
     def open_slots_R(self) -> np.ndarray:
@@ -104,12 +111,38 @@ class PlanRequest:
             )
 
 
+def canonical_order(ids_TK: np.ndarray, load_E: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [E]: experts by load, heaviest first, ties by which tokens want them; not by their numbers."""
+    mark_T = np.random.default_rng(seed).random(len(ids_TK))
+    used = ids_TK >= 0
+    mark_E = np.bincount(
+        np.where(used, ids_TK, 0).ravel(), weights=(mark_T[:, None] * used).ravel(), minlength=len(load_E)
+    )
+    return np.lexsort((mark_E, -load_E))
+
+
+def rank_targets(load_E: np.ndarray, request: PlanRequest) -> np.ndarray:
+    """float64 [R]: the load of each rank in perfect balance, by speed; next to nothing for a rank without slots."""
+    usable_R = np.where(request.open_slots_R > 0, np.asarray(request.speeds or (1.0,) * request.num_ranks), 0.0)
+    return np.maximum(load_E.sum() * usable_R / usable_R.sum(), 1e-9)
+
+
+def greedy_slots(load_E: np.ndarray, request: PlanRequest, max_filled: int) -> np.ndarray:
+    """Slots int32 [R, s] by greedy balancing alone; ties go by the order of `load_E`."""
+    target_R = rank_targets(load_E, request)
+    return greedy_balance(
+        load_E, request.open_slots_R, request.node_of_rank_R, request.num_nodes, target_R / target_R.max(),
+        request.min_replicas, max_filled,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
     """One layer: tokens in random order, experts in canonical order, and the limits that hold.
 
     `ids` int32 [T, K]; `load` float64 [E]; `pair_weight` float64 [E], load of one pair; `open_slots` int64 [R];
-    `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R]; `arrival` int64 [T], where
+    `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R], what is planned for, somewhat
+    below `load_cap` times that; `arrival` int64 [T], where
     the token that came first, second, ... stands in `ids`, None if as they stand: it decides ties between replicas.
     """
 
@@ -124,6 +157,7 @@ class LayerProblem:
     max_filled: int
     target: np.ndarray
     allowed: np.ndarray
+    load_cap: float
     arrival: np.ndarray | None = None
 
     @property
@@ -150,9 +184,13 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How a layer fares on its planning tokens, by the rule that the router dispatches by."""
+    """How a layer fares on its planning tokens, by the rule that the router dispatches by.
+
+    `excess` sums over ranks what is above the allowed load, `over` is that of the rank furthest above it.
+    """
 
     excess: float
+    over: float
     energy: float
     fan_out: float
     node_fan_out: float
@@ -162,7 +200,33 @@ class LayerScore:
     @property
     def key(self) -> tuple[float, float]:
         """Less is better: first the load above what is allowed, then the visits."""
-        return (max(0.0, self.excess - EXCESS_TOLERANCE), self.energy)
+        return (max(0.0, self.over - EXCESS_TOLERANCE), self.energy)
+
+    def plain_key(self, limit: float) -> tuple[float, float]:
+        """Less is better: first what the largest rank load over its target is above the limit, then the visits."""
+        return (max(0.0, 1 / self.balancedness - limit - 1e-9), self.energy)
+
+    def guarded_key(self, limit: float, num_tokens: int) -> tuple[float, float]:
+        """As `plain_key`, but what is below the limit and above what was planned for costs visits as well."""
+        above = max(0.0, self.over - EXCESS_TOLERANCE)
+        return (self.plain_key(limit)[0], self.energy / max(num_tokens, 1) + EXCESS_WEIGHT * above)
+
+
+class Scored(NamedTuple):
+    """Slots int32 [R, s] of a layer, the rank int32 [T, K] that each expert is fetched from, and what that is worth."""
+
+    slots: np.ndarray
+    rank_TK: np.ndarray
+    score: LayerScore
+
+
+def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
+    """The same layer seen through its first tokens, which are a fair sample; loads stay those of all tokens."""
+    if num_tokens >= problem.num_tokens:
+        return problem
+    ids_TK = problem.ids[:num_tokens]
+    sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=problem.num_experts)
+    return replace(problem, ids=ids_TK, pair_weight=problem.load / np.maximum(sets_E, 1), arrival=None)
 
 
 def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
@@ -201,7 +265,7 @@ def count_visits(group_TK: np.ndarray) -> int:
     return int((new & (ordered >= 0)).sum())
 
 
-def score(problem: LayerProblem, experts_Rs: np.ndarray) -> LayerScore:
+def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
     """Apply the rule to the planning tokens."""
     rank_TK = assign(problem, experts_Rs)
     used = rank_TK >= 0
@@ -211,15 +275,17 @@ def score(problem: LayerProblem, experts_Rs: np.ndarray) -> LayerScore:
     nodes = problem.num_tokens
     if problem.num_nodes > 1:
         nodes = count_visits(np.where(used, problem.node_of_rank[rank_TK], -1))
-    relative_R = load_R / problem.target
-    return LayerScore(
-        excess=float(np.maximum(load_R / problem.allowed - 1, 0).sum()),
+    above_R = np.maximum(load_R / problem.allowed - 1, 0)
+    layer_score = LayerScore(
+        excess=float(above_R.sum()),
+        over=float(above_R.max()),
         energy=ranks + problem.weight_of_node * nodes,
         fan_out=ranks / problem.num_tokens,
         node_fan_out=nodes / problem.num_tokens,
-        balancedness=float(1 / max(relative_R.max(), 1e-12)),
+        balancedness=float(1 / max((load_R / problem.target).max(), 1e-12)),
         load_R=load_R,
     )
+    return Scored(experts_Rs, rank_TK, layer_score)
 
 
 def closed_slots(open_slots_R: np.ndarray) -> np.ndarray:
@@ -233,11 +299,11 @@ def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has
     """How much below the cap to plan, so that tokens that were not seen keep to it.
 
     The load of a rank in a sample of n pairs is off by about 1 / sqrt(n), in the planning tokens and in others alike,
-    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, the guard takes half
-    of what the cap leaves at most.
+    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, the guard takes
+    less of what the cap leaves.
     """
     pairs_of_rank = max(num_tokens * top_k / num_ranks, 1.0)
-    share, errors = (0.75, 1.6) if has_replicas else (0.5, 0.9)
+    share, errors = (0.75, 1.6) if has_replicas else (0.65, 0.9)
     return float(min(share * (load_cap - 1), errors / np.sqrt(pairs_of_rank)))
 
 

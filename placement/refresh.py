@@ -144,6 +144,7 @@ def refresh(
             max_filled=placement.num_slots,
             target=target_R,
             allowed=target_R * cap,
+            load_cap=load_cap,
         )
         slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, state_1)
         rows.append(np.where(slots_Rs >= 0, slots_Rs, -1).ravel())
