@@ -109,12 +109,13 @@ class TritonRowMover(RowMover):
         pairs = rank_TK.size
         if self._plan_sent is not None:
             self._plan_sent.synchronize()  # the copy before this one has left the pinned memory, long since as a rule
-        if self._plan[0].numel() < 2 * pairs:
-            self._plan = self._pair_of_buffers(2 * pairs)
-        host, plan = (buffer[: 2 * pairs] for buffer in self._plan)
+        second = -(-pairs // 4) * 4  # 16 bytes: Triton compiles anew for addresses that are no multiple
+        if self._plan[0].numel() < second + pairs:
+            self._plan = self._pair_of_buffers(second + pairs)
+        host, plan = (buffer[: second + pairs] for buffer in self._plan)
         words = host.numpy()
-        words[:pairs], words[pairs:] = rank_TK.ravel(), row_TK.ravel()
+        words[:pairs], words[second:] = rank_TK.ravel(), row_TK.ravel()
         plan.copy_(host, non_blocking=True)
         if self._plan_sent is not None:
             self._plan_sent.record(torch.cuda.current_stream(self._device))
-        return plan[:pairs], plan[pairs:]
+        return plan[:pairs], plan[second:]

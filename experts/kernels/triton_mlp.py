@@ -12,7 +12,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +70,7 @@ class TiledPairs:
         return 64 if self.block <= 64 else 128
 
     @property
-    def launch(self) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Triton's options for programs over these tiles."""
         return {"num_warps": 8 if self.block == 128 else 4, "num_stages": 3}
 
@@ -78,19 +81,42 @@ def tile_pairs(
     """Sort, cut and send, in one copy that nobody waits for."""
     num_slots, device = shape.num_slots, torch.device(shape.device)
     M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
-    # Two float32 accumulators of 128 x 128 do not fit into registers beside float32 operands.
-    block = choose_block(N, num_slots, 64 if shape.dtype == torch.float32 else 128)
+    block = choose_block(N, num_slots, most_pairs(shape.dtype))
     order_P, tiles_T3 = cut_tiles(slots_N.numpy(), num_slots, block)
     row_N = np.repeat(np.arange(M, dtype=np.int32), np.diff(row_offsets_M1.numpy()))
     weight_P = weights_N.numpy()[order_P].view(np.int32)
-    parts = (tiles_T3.ravel(), row_N[order_P], order_P, weight_P, row_offsets_M1.numpy())
-    host = torch.from_numpy(np.concatenate(parts))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    tiles, row_P, pair_P, weight_bits_P, offsets_M1 = host.to(device, non_blocking=True).split(
-        [tiles_T3.size, N, N, N, M + 1]
+    parts = (tiles_T3.ravel(), row_N[order_P], order_P, row_offsets_M1.numpy(), weight_P)
+    # Each part begins at a multiple of 16 bytes: Triton compiles anew for addresses that are none.
+    starts = np.cumsum([0, *(-(-part.size // 4) * 4 for part in parts)])
+    host = torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+    words = host.numpy()
+    for start, part in zip(starts, parts, strict=False):
+        words[start : start + part.size] = part
+    sent = host.to(device, non_blocking=True)
+    tiles, row_P, pair_P, offsets_M1, weight_bits_P = (
+        sent[start : start + part.size] for start, part in zip(starts.tolist(), parts, strict=False)
     )
     return TiledPairs(block, len(tiles_T3), tiles, row_P, pair_P, offsets_M1, weight_bits_P.view(torch.float32))
+
+
+def each_block(pairs: TiledPairs, dtype: torch.dtype) -> list[TiledPairs]:
+    """The same pairs with every size of tile, to compile for: no request should wait for a compiler."""
+    return [replace(pairs, block=block) for block in (16, 32, 64, 128) if block <= most_pairs(dtype)]
+
+
+def most_pairs(dtype: torch.dtype) -> int:
+    """Of a tile: two float32 accumulators of 128 x 128 do not fit into registers beside float32 operands."""
+    return 64 if dtype == torch.float32 else 128
+
+
+def run_program(program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch one of Triton's programs."""
+    program[grid](*arguments, **options)
+
+
+def compile_program(program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Have one of Triton's programs compiled for such arguments."""
+    program.warmup(*arguments, grid=grid, **options)
 
 
 def triton_misfit(shape: KernelShape) -> str | None:
@@ -111,26 +137,25 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-class TritonMlpKernel(ExpertKernel):
-    """Three programs a call: gate and up with the activation, down with the weight, sum over a row's pairs."""
-
-    name = "triton_mlp"
+class ThreePrograms(ExpertKernel):
+    """A kernel of three programs: gate and up with the activation, down with the weight, sum over a row's pairs."""
 
     def __init__(self, shape: KernelShape) -> None:
         super().__init__(shape)
-        self._weights = StackedWeights(shape)
         self._limit = math.inf if shape.activation.limit is None else shape.activation.limit
+        self._compiled = False
 
-    @classmethod
-    def supports(cls, shape: KernelShape) -> str | None:
-        """CUDA devices with triton installed; the CPU in Triton's interpreter."""
-        return triton_misfit(shape)
-
-    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
+    @abstractmethod
+    def _matmuls(
+        self,
+        run: Callable[..., None],
+        layer: int,
+        rows_MD: torch.Tensor,
+        pairs: TiledPairs,
+        h_PI: torch.Tensor,
+        y_ND: torch.Tensor,
+    ) -> None:
+        """The first two programs: y = weight * MLP(row) of each pair. `run` is `run_program` or `compile_program`."""
 
     def forward(
         self,
@@ -143,43 +168,74 @@ class TritonMlpKernel(ExpertKernel):
     ) -> None:
         """See `ExpertKernel.forward`. The same bits for the same call."""
         self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-        with torch.cuda.device_of(rows_MD):  # Triton launches on the thread's device
-            self._forward(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-
-    def _forward(
-        self,
-        layer: int,
-        rows_MD: torch.Tensor,
-        row_offsets_M1: torch.Tensor,
-        slots_N: torch.Tensor,
-        weights_N: torch.Tensor,
-        out_MD: torch.Tensor,
-    ) -> None:
-        shape, stacked = self.shape, self._weights
-        M, N, D, I = rows_MD.shape[0], slots_N.shape[0], shape.hidden_size, shape.intermediate_size
+        shape, N = self.shape, slots_N.shape[0]
         if N == 0:
             out_MD.zero_()
             return
         from experts.kernels import triton_jit
 
-        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
-        h_PI = torch.empty(N, I, dtype=shape.dtype, device=rows_MD.device)
-        y_ND = torch.empty(N, D, dtype=torch.float32, device=rows_MD.device)
+        with torch.cuda.device_of(rows_MD):  # Triton launches on the thread's device
+            pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
+            h_PI = torch.empty(N, shape.intermediate_size, dtype=shape.dtype, device=rows_MD.device)
+            y_ND = torch.empty(N, shape.hidden_size, dtype=torch.float32, device=rows_MD.device)
+            if not (self._compiled or interpreted()):
+                for other in each_block(pairs, shape.dtype):
+                    self._matmuls(compile_program, layer, rows_MD, other, h_PI, y_ND)
+            self._compiled = True
+            self._matmuls(run_program, layer, rows_MD, pairs, h_PI, y_ND)
+            M, D = rows_MD.shape
+            triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
+
+
+class TritonMlpKernel(ThreePrograms):
+    """Plain weights."""
+
+    name = "triton_mlp"
+
+    def __init__(self, shape: KernelShape) -> None:
+        super().__init__(shape)
+        self._weights = StackedWeights(shape)
+
+    @classmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """CUDA devices with triton installed; the CPU in Triton's interpreter."""
+        return triton_misfit(shape)
+
+    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        self._weights.write(layer, slot, weights)
+
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        return self._weights.tensors()
+
+    def _matmuls(
+        self,
+        run: Callable[..., None],
+        layer: int,
+        rows_MD: torch.Tensor,
+        pairs: TiledPairs,
+        h_PI: torch.Tensor,
+        y_ND: torch.Tensor,
+    ) -> None:
+        from experts.kernels import triton_jit
+
+        shape, stacked = self.shape, self._weights
+        D, I = shape.hidden_size, shape.intermediate_size
         w13, w2 = stacked.w13_LS2ID[layer], stacked.w2_LSDI[layer]
         b13 = w13 if stacked.b13_LS2I is None else stacked.b13_LS2I[layer]
         b2 = w2 if stacked.b2_LSD is None else stacked.b2_LSD[layer]
         common = {
             "HAS_BIAS": shape.has_bias, "WEIGHT_ON_INPUT": shape.weight_on_input,
-            "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block,
+            "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block, **pairs.options,
         }  # fmt: skip
-        triton_jit.gate_up[(-(-I // pairs.wide), pairs.num_tiles)](
+        run(
+            triton_jit.gate_up, (-(-I // pairs.wide), pairs.num_tiles),
             rows_MD, w13, b13, pairs.row_P, pairs.weight_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, shape.activation.alpha, self._limit,
-            KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=64, **common, **pairs.launch,
+            KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=64, **common,
         )  # fmt: skip
-        triton_jit.down[(-(-D // pairs.wide), pairs.num_tiles)](
+        run(
+            triton_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
             h_PI, w2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I,
-            BLOCK_D=pairs.wide, BLOCK_I=64, **common, **pairs.launch,
+            BLOCK_D=pairs.wide, BLOCK_I=64, **common,
         )  # fmt: skip
-        triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)

@@ -6,14 +6,14 @@ interpreter on the CPU (TRITON_INTERPRET=1); tile sizes are reasoned, not measur
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 
 from experts.checkpoint.quantized import QuantizedExpert
 from experts.kernels.base import KernelShape
 from experts.kernels.quantized import QuantizedKernel, QuantizedShape, QuantizedStack
-from experts.kernels.triton_mlp import dot_precision, tile_pairs, triton_misfit
+from experts.kernels.triton_mlp import ThreePrograms, TiledPairs, dot_precision, triton_misfit
 
 
 def step_for(block: int) -> int:
@@ -24,15 +24,14 @@ def step_for(block: int) -> int:
     return 128 if block <= 32 else 64
 
 
-class TritonQuantizedKernel(QuantizedKernel):
-    """Three programs a call, as in `TritonMlpKernel`; decode then reads a half or a quarter of bfloat16's bytes."""
+class TritonQuantizedKernel(ThreePrograms, QuantizedKernel):
+    """As `TritonMlpKernel`; decode then reads a half or a quarter of bfloat16's bytes."""
 
     name = "triton_quantized"
 
     def __init__(self, shape: QuantizedShape) -> None:
         super().__init__(shape)
         self._weights = QuantizedStack(shape)
-        self._limit = math.inf if shape.activation.limit is None else shape.activation.limit
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -51,57 +50,38 @@ class TritonQuantizedKernel(QuantizedKernel):
     def _weight_tensors(self) -> list[torch.Tensor]:
         return self._weights.tensors()
 
-    def forward(
+    def _matmuls(
         self,
+        run: Callable[..., None],
         layer: int,
         rows_MD: torch.Tensor,
-        row_offsets_M1: torch.Tensor,
-        slots_N: torch.Tensor,
-        weights_N: torch.Tensor,
-        out_MD: torch.Tensor,
+        pairs: TiledPairs,
+        h_PI: torch.Tensor,
+        y_ND: torch.Tensor,
     ) -> None:
-        """See `ExpertKernel.forward`. The same bits for the same call."""
-        self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-        with torch.cuda.device_of(rows_MD):  # Triton launches on the thread's device
-            self._forward(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        from experts.kernels import triton_quantized_jit
 
-    def _forward(
-        self,
-        layer: int,
-        rows_MD: torch.Tensor,
-        row_offsets_M1: torch.Tensor,
-        slots_N: torch.Tensor,
-        weights_N: torch.Tensor,
-        out_MD: torch.Tensor,
-    ) -> None:
         shape, stack = self.shape, self._weights
-        M, N, D, I = rows_MD.shape[0], slots_N.shape[0], shape.hidden_size, shape.intermediate_size
-        if N == 0:
-            out_MD.zero_()
-            return
-        from experts.kernels import triton_jit, triton_quantized_jit
-
-        pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
-        h_PI = torch.empty(N, I, dtype=shape.dtype, device=rows_MD.device)
-        y_ND = torch.empty(N, D, dtype=torch.float32, device=rows_MD.device)
+        D, I = shape.hidden_size, shape.intermediate_size
         w13, s13 = stack.w13_LS2IB[layer], stack.w13_scale_LS[layer]
         w2, s2 = stack.w2_LSDB[layer], stack.w2_scale_LS[layer]
         b13 = h_PI if stack.b13_LS2I is None else stack.b13_LS2I[layer]
         b2 = h_PI if stack.b2_LSD is None else stack.b2_LSD[layer]
         common = {
             "HAS_BIAS": shape.has_bias, "PRECISION": dot_precision(shape.dtype), "FORMAT": shape.format.name,
-            "GROUP": shape.format.group, "BLOCK_P": pairs.block,
+            "GROUP": shape.format.group, "BLOCK_P": pairs.block, **pairs.options,
         }  # fmt: skip
         step = step_for(pairs.block)
         narrow = 64  # two accumulators, and weights that pass through registers
-        triton_quantized_jit.gate_up[(-(-I // narrow), pairs.num_tiles)](
+        run(
+            triton_quantized_jit.gate_up, (-(-I // narrow), pairs.num_tiles),
             rows_MD, w13, s13, b13, pairs.row_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, w13.shape[2], s13.shape[1] // 2, s13.shape[2], shape.activation.alpha, self._limit,
-            KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common, **pairs.launch,
+            KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common,
         )  # fmt: skip
-        triton_quantized_jit.down[(-(-D // pairs.wide), pairs.num_tiles)](
+        run(
+            triton_quantized_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
             h_PI, w2, s2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I, w2.shape[2], s2.shape[1], s2.shape[2],
-            BLOCK_D=pairs.wide, BLOCK_I=step, **common, **pairs.launch,
+            BLOCK_D=pairs.wide, BLOCK_I=step, **common,
         )  # fmt: skip
-        triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
