@@ -8,9 +8,10 @@ GPU_ARGS ?=
 CONFIG ?= configs/tiny-cpu.yaml
 LOCK := requirements/cpu.lock
 TORCH := 2.13.0
+TRITON := 3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-cluster test-gpu lint bench bench-quick bench-gpu lock clean
+.PHONY: help serve test test-cluster rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -43,6 +44,13 @@ test: $(READY) ## the whole test suite
 
 test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespaces (needs root)
 	$(PY) -m pytest -m cluster
+
+# Triton in a folder of its own, so that vllm does not see it: its interpreter and its compiler need no GPU.
+rehearse-gpu: $(READY) ## what of the GPU code can be tested without a GPU (fetches triton, 190 MB)
+	@test -d $(VENV)/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu tests/experts/kernels
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest tests/gpu/test_compiles.py
+	$(PY) -m benchmarks.gpu --device cpu
 
 # With the machine's own Python: the environment above has torch's CPU build.
 test-gpu: ## what needs a CUDA device, with GPU_PYTHON=python3 (which has torch for CUDA)
