@@ -1,5 +1,8 @@
 """Small repairs of a placement in use: few moves, fast enough to run all the time.
 
+A hot expert gets a copy in the place of one that is spare; annealing then evens out loads by the fewest moves that do
+it; moves that are left go where they save most visits.
+
 T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, L layers.
 """
 
@@ -10,6 +13,7 @@ from numba import njit
 
 from placement.bitsets import assigned_token_bits, random_state, token_bits
 from placement.descent import descend_swaps, repair_replicas
+from placement.few_moves import anneal_few_moves
 from placement.problem import LayerProblem, load_guard, slot_table
 from placement.replica_choice import choose_replicas
 from placement.replica_search import CLOSED, EMPTY
@@ -18,7 +22,11 @@ from placement.trace import ActivationTrace
 
 EXCESS_WEIGHT = 30.0  # of a unit of load above the limit, in visits a token
 WINDOW_TOKENS = 750  # sampled tokens that a refresh looks at: enough to see loads, few enough to be fast
-MIN_GAIN = 0.004  # visits a token that a swap must save to be worth two copies of an expert
+MIN_GAIN = 0.04  # visits a token that a swap must save to be worth two copies of an expert
+HEAT = (0.1, 0.01)  # from and to, in visits a token
+# Proposals of the annealing: of a layer at most, and of all layers of a refresh.
+LAYER_PROPOSALS, ALL_PROPOSALS = 24_000, 350_000
+RULE_SHARE = 0.5
 
 
 def bounded_moves(problem: LayerProblem, given_Rs: np.ndarray, max_moves: int, proposals: int = 20_000) -> np.ndarray:
@@ -27,7 +35,12 @@ def bounded_moves(problem: LayerProblem, given_Rs: np.ndarray, max_moves: int, p
 
 
 def _refresh_slots(
-    problem: LayerProblem, given_Rs: np.ndarray, max_moves: int, proposals: int, state_1: np.ndarray
+    problem: LayerProblem,
+    given_Rs: np.ndarray,
+    max_moves: int,
+    proposals: int,
+    state_1: np.ndarray,
+    annealing: int = LAYER_PROPOSALS,
 ) -> np.ndarray:
     slots_Rs = np.ascontiguousarray(given_Rs, dtype=np.int32).copy()
     moves = 0
@@ -59,13 +72,22 @@ def _refresh_slots(
     if single:
         load_I[held] = problem.load[flat_I[held]]
     else:
-        # An even share of the true load: the rule shares the window's tokens, but ties make up for small differences.
+        # Between an even share and what the rule makes of the window: ties make up for small differences, not for all.
         count_E = np.bincount(flat_I[held], minlength=problem.num_experts)
-        load_I[held] = (problem.load / np.maximum(count_E, 1))[flat_I[held]]
+        even_I = (1 / np.maximum(count_E, 1))[flat_I[held]]
+        served_I = np.bitwise_count(bits_IW[held]).sum(1)
+        served_E = np.bincount(flat_I[held], served_I, minlength=problem.num_experts)
+        share_I = np.where(served_E[flat_I[held]] > 0, served_I / np.maximum(served_E[flat_I[held]], 1), even_I)
+        load_I[held] = problem.load[flat_I[held]] * (RULE_SHARE * share_I + (1 - RULE_SHARE) * even_I)
+    tokens = max(problem.num_tokens, 1)
+    moves += anneal_few_moves(
+        bits_IW, load_I, flat_I.copy(), items_Rs, problem.node_of_rank, problem.allowed, problem.weight_of_node,
+        EXCESS_WEIGHT * tokens, MIN_GAIN / 2 * tokens, problem.min_copies > 1, max_moves - moves, HEAT[0] * tokens,
+        HEAT[1] * tokens, annealing, state_1,
+    )  # fmt: skip
     descend_swaps(
         bits_IW, load_I, flat_I.copy(), items_Rs, problem.node_of_rank, problem.allowed, problem.weight_of_node,
-        EXCESS_WEIGHT * max(problem.num_tokens, 1), problem.min_copies > 1, max_moves - moves, proposals,
-        MIN_GAIN * max(problem.num_tokens, 1), state_1,
+        EXCESS_WEIGHT * tokens, problem.min_copies > 1, max_moves - moves, proposals, MIN_GAIN * tokens, state_1,
     )  # fmt: skip
     return keep_slots(given_Rs, flat_I[items_Rs])
 
@@ -102,7 +124,7 @@ def refresh(
     placement: Placement,
     window: ActivationTrace,
     load_cap: float = 1.05,
-    max_moves: int = 16,
+    max_moves: int = 20,
     min_replicas: int = 1,
     node_weight: float = 4.0,
     proposals: int = 500,
@@ -128,6 +150,7 @@ def refresh(
     has_replicas = bool((placement.logical_replica_count > 1).any())
     cap = load_cap - load_guard(load_cap, int(pairs), 1, placement.num_ranks, has_replicas)
     state_1 = random_state(seed)
+    annealing = min(LAYER_PROPOSALS, ALL_PROPOSALS // placement.num_layers)
     rows = []
     for layer in range(placement.num_layers):
         target_R = np.maximum(load_LE[layer].sum() * usable_R / usable_R.sum(), 1e-9)
@@ -146,6 +169,6 @@ def refresh(
             allowed=target_R * cap,
             load_cap=load_cap,
         )
-        slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, state_1)
+        slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, state_1, annealing)
         rows.append(np.where(slots_Rs >= 0, slots_Rs, -1).ravel())
     return Placement(placement.num_ranks, placement.num_nodes, placement.num_experts, np.stack(rows))
