@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from placement.evaluate import Evaluation, evaluate
-from placement.report_plots import draw_coactivation, draw_fan_out, draw_load, draw_moves
+from placement.report_plots import check_matplotlib, draw_coactivation, draw_fan_out, draw_load, draw_moves
 from placement.tables import Placement
 from placement.trace import ActivationTrace
 
@@ -44,8 +44,9 @@ def write_report(
     """Write `report.html` and the PNGs into a folder, which is made; returns the paths.
 
     `before` None compares with the linear placement. Pictures show `max_layers` layers, evenly chosen; the table all.
-    Raises ValueError if trace and placements are of different models or ranks.
+    Raises ValueError if trace and placements are of different models or ranks, or matplotlib is not installed.
     """
+    check_matplotlib()
     if before is None:
         before = Placement.linear(placement.num_layers, placement.num_experts, placement.num_ranks, placement.num_nodes)
         name = "linear"

@@ -17,12 +17,18 @@ from placement.trace import ActivationTrace
 BEFORE, AFTER, LINE = "#9aa4af", "#1f6feb", "#c9372c"
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def check_matplotlib() -> None:
+    """Raise ValueError, in one line, where matplotlib is not installed; else choose its backend without a display."""
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+        raise ValueError(
+            "reports need matplotlib: pip install 'expertmesh[report]', or pip install matplotlib"
+        ) from None
     matplotlib.use("Agg")
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")

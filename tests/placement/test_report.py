@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from placement import Placement
+from placement.cli import main
 from placement.evaluate import evaluate
 from placement.report import moved_experts, write_report
 from placement.trace import ActivationTrace
@@ -25,6 +27,18 @@ def trace_of_pairs(tokens=60, layers=2, num_experts=8):
 
 
 TOGETHER = Placement(4, 1, 8, np.tile([0, 4, 1, 5, 2, 6, 3, 7], (2, 1)))
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    trace_of_pairs().save(tmp_path / "t.npz")
+    TOGETHER.save(tmp_path / "p.json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = tmp_path / "report"
+    paths = ["--trace", str(tmp_path / "t.npz"), "--placement", str(tmp_path / "p.json"), "--out", str(folder)]
+    assert main(["explain", *paths]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: reports need matplotlib: pip install")
+    assert not folder.exists()
 
 
 def test_the_page_stands_alone_and_shows_what_the_evaluation_says(tmp_path):
