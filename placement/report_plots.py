@@ -23,7 +23,7 @@ def check_matplotlib() -> None:
         import matplotlib
     except ImportError:
         raise ValueError(
-            "reports need matplotlib: pip install 'expertmesh[report]', or pip install matplotlib"
+            "reports need matplotlib: pip install 'expertmesh[report]' or matplotlib"
         ) from None
     matplotlib.use("Agg")
 
