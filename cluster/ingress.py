@@ -21,7 +21,6 @@ from cluster.metrics import render
 from cluster.openai_errors import add_error_handlers, error_response
 from cluster.ray_joints import model_card
 from cluster.router import llm_config_of
-from placement.trace import ActivationTrace, merge_traces
 
 logger = logging.getLogger("ray.serve")
 
@@ -130,6 +129,8 @@ class ExpertMeshIngress(OpenAiIngress):
 
 def _merged(samples: list[bytes]) -> bytes:
     """One .npz of several."""
+    from placement.trace import ActivationTrace, merge_traces  # numba, which an ingress mostly does without
+
     return merge_traces([ActivationTrace.load_npz(io.BytesIO(sample)) for sample in samples]).to_bytes()
 
 
