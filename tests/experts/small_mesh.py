@@ -171,10 +171,13 @@ class Shard:
         return self.call("status")
 
     def signal(self, number: int) -> None:
-        """Send a signal; SIGKILL is waited for, so that the kernel has closed its sockets."""
+        """Send a signal; SIGKILL is waited for, so that the kernel has closed its sockets, and so is SIGSTOP."""
         os.kill(self.endpoint.pid, number)
         if number == signal.SIGKILL:
             self.process.join(AWAIT_S)
+        if number == signal.SIGSTOP:  # on another core it may go on for long enough to answer
+            states = list(Path(f"/proc/{self.endpoint.pid}/task").glob("*/stat"))
+            await_true(lambda: all(") T " in state.read_text() for state in states), "the stop")
 
     def end(self) -> None:
         """Kill it, whatever state it is in."""
