@@ -120,6 +120,20 @@ def test_hosts_are_joined_by_gloo(shards: list[EchoShard], router: Router, trans
             assert router.ask("turn", rank, body, LONG_S) == counted_up(body)
 
 
+def test_what_crosses_a_link_is_counted_and_can_be_limited(
+    hosts: list[Host], shards: list[EchoShard], router: Router
+) -> None:
+    router.ask("connect", 0, shards[0].endpoint, "auto", LONG_S)
+    for mbit_per_s in (1000, 500, None, None):
+        hosts[0].limit(mbit_per_s)
+        sent, received = hosts[0].link_bytes()
+        body = bytes(range(256)) * 200
+        assert router.ask("turn", 0, body, LONG_S) == counted_up(body)
+        sent, received = (after - before for after, before in zip(hosts[0].link_bytes(), (sent, received), strict=True))
+        assert len(body) < sent < 2 * len(body)
+        assert len(body) < received < 2 * len(body)
+
+
 def test_shared_memory_is_refused_across_hosts(shards: list[EchoShard], router: Router) -> None:
     kind, reason = router.ask("connect", 0, shards[0].endpoint, "shm", LONG_S)
     assert kind == "ShardRejectedError"
