@@ -16,6 +16,8 @@ MODULES = (
     "benchmarks.shard_kernel",
     "benchmarks.failover",
     "benchmarks.placement",
+    "benchmarks.placement_end_to_end",
+    "benchmarks.recorder_cost",
     "benchmarks.decode_throughput",
 )
 
