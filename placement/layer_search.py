@@ -16,14 +16,15 @@ from placement.bitsets import random_state
 from placement.problem import LayerProblem, Scored, closed_slots, score_slots
 from placement.replica_search import anneal_replicas, tokens_by_expert
 from placement.search_clock import SearchClock
-from placement.swap_stages import PENALTY, search_fixed_shares, search_swaps
+from placement.swap_stages import PENALTY, SETTLE_ROUNDS, Stage, search_fixed_shares, search_swaps, settle_loads
 
-COVER_SECONDS, COVER_SECONDS_NODES = 0.05e-6, 0.10e-6  # nominal cost of covering one token in the replica search
+COVER_SECONDS, COVER_SECONDS_NODES = 0.05e-6, 0.06e-6  # nominal cost of covering one token in the replica search
 # A replica search with fewer proposals than this for each (slot, rank) does worse than swaps of fixed shares.
 MIN_PROPOSALS = 6
 SWAP_TOKENS = 4096  # what swaps look at in layers that are too large for more
 SWAP_SEARCHES = 4
 NODE_SEARCHES = 3
+RANK_HEATS = ((1.0, 0.05), (0.2, 0.02))
 REPAIR_TRIES = 1500
 SCORE_SECONDS = 3.0e-6  # nominal cost of scoring one token of a layer anew
 
@@ -148,14 +149,18 @@ def search_layer(
         )  # fmt: skip
         start = score_slots(nodes, start_Ns)
         by_node = [
-            search_replicas(nodes, start, 0.6 / NODE_SEARCHES * seconds, (0.5, 0.05), (seed, 5, turn), clock)
+            search_replicas(nodes, start, 0.3 / NODE_SEARCHES * seconds, (0.5, 0.05), (seed, 5, turn), clock)
             for turn in range(NODE_SEARCHES)
         ]
         best = min(by_node, key=lambda entry: entry.score.key)
-        dealt = score_slots(problem, slots_from_nodes(problem, best.slots))
-        by_rank_Rs = search_swaps(problem, dealt, 0.1 * seconds, (seed, 6), clock, (("ranks", (1.0, 0.05)),))
-        found.append(score_slots(problem, by_rank_Rs))
-        found.append(search_replicas(problem, found[0], 0.3 * seconds, (0.1, 0.01), (seed, 7), clock))
+        by_rank = score_slots(problem, slots_from_nodes(problem, best.slots))
+        for turn, heat in enumerate(RANK_HEATS):  # the rule shares tokens anew in between
+            stages: tuple[Stage, ...] = (("ranks", heat),)
+            slots_Rs = search_swaps(problem, by_rank, 0.1 / len(RANK_HEATS) * seconds, (seed, 6, turn), clock, stages)
+            by_rank = score_slots(problem, slots_Rs)
+            found.append(by_rank)
+        found.append(search_replicas(problem, by_rank, 0.55 * seconds, (0.1, 0.01), (seed, 7), clock))
+        found += settle_loads(problem, found[-1], SETTLE_ROUNDS)[1:]
     # Sized beforehand like every search: what the clock happens to leave must not decide the result.
     tries = min(REPAIR_TRIES, int(0.1 * seconds / (SCORE_SECONDS * problem.num_tokens)))
     if problem.has_replicas and tries:
