@@ -194,6 +194,8 @@ def run_profile(args: argparse.Namespace) -> int:
             concurrency=args.concurrency,
             timeout_s=args.timeout_s,
             progress=bar.update,
+            api_key=args.api_key,
+            keep=args.keep,
         )
     trace.save(args.out)
     print(f"{args.out}: {trace.num_tokens} tokens, {trace.num_layers} layers, {trace.num_experts} experts")
@@ -261,12 +263,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("profile", help="drive a running server with prompts and write its trace")
     command.add_argument("--url", required=True, help="base URL of the server, like http://127.0.0.1:8000")
     command.add_argument(
-        "--prompts", required=True, help="text file, a prompt a line, or .jsonl with prompt or messages"
+        "--prompts", required=True, help="text file, a chat a line, or .jsonl with prompt or messages, and domain"
     )
     command.add_argument("--model", help="model name; default: the first that the server lists")
     command.add_argument("--max-tokens", type=int, default=64, help="tokens to generate for each prompt")
     command.add_argument("--concurrency", type=int, default=8, help="requests in flight")
     command.add_argument("--timeout-s", type=float, default=120.0, help="bound on each request")
+    command.add_argument("--api-key", help="key of the server; default: the environment variable EXPERTMESH_API_KEY")
+    command.add_argument("--keep", action="store_true", help="keep what the routers have recorded before")
     command.add_argument("--out", required=True, help="trace file to write (.npz)")
     command.set_defaults(run=run_profile)
     return parser

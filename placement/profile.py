@@ -20,7 +20,7 @@ from placement.trace import ActivationTrace, TraceError, merge_traces
 
 TRACE_PATH = "/expertmesh/trace"
 KEY_VARIABLE = "EXPERTMESH_API_KEY"
-_HINTS = {401: f"; give a key that the server accepts, in the environment variable {KEY_VARIABLE}"}
+_HINTS = {401: f"; give a key that the server accepts: --api-key, or the environment variable {KEY_VARIABLE}"}
 
 
 class ServerError(ValueError):

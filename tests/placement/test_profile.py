@@ -86,9 +86,9 @@ def prompts(tmp_path):
     return path
 
 
-def profile(prompts, url):
+def profile(prompts, url, *more):
     return main(["profile", "--url", url, "--prompts", str(prompts), "--out", str(prompts.parent / "new.npz"),
-                 "--max-tokens", "3", "--timeout-s", "20"])  # fmt: skip
+                 "--max-tokens", "3", "--timeout-s", "20", *more])  # fmt: skip
 
 
 def one_line(capsys) -> str:
@@ -111,9 +111,10 @@ def test_a_server_is_driven_and_its_trace_written(prompts, server) -> None:
     ]
 
 
-def test_what_was_recorded_before_can_be_kept(server) -> None:
+def test_what_was_recorded_before_can_be_kept(prompts, server) -> None:
     Server.recorded = 10
-    assert profile_server(server, [Prompt(text="a")], keep=True).num_tokens == 11
+    assert profile(prompts, server, "--keep") == 0
+    assert ActivationTrace.load_npz(prompts.parent / "new.npz").num_tokens == 11
     with pytest.raises(ValueError, match="keep has no meaning"):
         profile_server(server, [Prompt(text="a", domain="code")], keep=True)
 
@@ -136,7 +137,7 @@ def test_the_key_comes_from_the_environment_or_the_caller(prompts, server, monke
     said = one_line(capsys)
     assert "status 401: no such key" in said
     assert KEY_VARIABLE in said
-    assert profile_server(server, [Prompt(text="a")], api_key="secret").num_tokens == 1
+    assert profile(prompts, server, "--api-key", "secret") == 0
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     assert profile(prompts, server) == 0
 
