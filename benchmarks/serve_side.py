@@ -49,6 +49,11 @@ class ServeSide:
         return {"seconds": time.monotonic() - began_s}
 
     def _complete(self) -> bool:
+        from ray import serve
+
+        applications = serve.status().applications.values()
+        if any(application.status != "RUNNING" for application in applications):
+            return False  # routers of the config before may answer still
         if self.request("GET", "/health")["status"] != 200:
             return False
         status = json.loads(self.request("GET", "/expertmesh/status")["body"])
