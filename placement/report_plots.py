@@ -22,9 +22,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError(
-            "reports need matplotlib: pip install 'expertmesh[report]' or matplotlib"
-        ) from None
+        raise ValueError("reports need matplotlib: pip install 'expertmesh[report]' or matplotlib") from None
     matplotlib.use("Agg")
 
 
