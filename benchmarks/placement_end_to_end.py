@@ -223,8 +223,7 @@ def two_hosts() -> Iterator[Cluster]:
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a placement: medians over its runs."""
     trace = ActivationTrace.load_npz(TRACE)
-    prompts = [prompt.text for prompt in read_prompts(PROMPTS)]
-    # Domains take turns, so that every batch mixes them.
+    prompts = [prompt.text for prompt in read_prompts(PROMPTS)]  # domains take turns, so that every batch mixes them
     prompts = [prompts[i] for i in np.argsort(np.arange(len(prompts)) % (len(prompts) // 4), kind="stable")]
     prompts = prompts[: args.prompts]
     names = args.placements.split(",")
@@ -251,6 +250,12 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name in names
     ]
     return [{**row, "link_of_first": row["link_mb"] / rows[0]["link_mb"]} for row in rows]
+
+
+def _stop(number: int, frame: Any) -> None:
+    """The hosts are removed on the way out, which a second signal (`timeout` sends two) must not cut short."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -283,7 +288,7 @@ def main() -> None:
     args.runs = args.runs or (1 if args.quick else 3)
     if args.quick:
         args.prompts = 32
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the hosts are removed
+    signal.signal(signal.SIGTERM, _stop)
     try:
         rows = compare(args)
     except NamespacesRefusedError as refused:
