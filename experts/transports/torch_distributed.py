@@ -2,12 +2,12 @@
 
 One message each way:
 
-    frame: int64 host bytes | int64 device bytes | pad to 64 | host part
+    frame (over gloo): int64 host bytes | int64 device bytes | pad to 64 | host part
     rows (over NCCL, only where activations live on GPUs): device part
 
 With gloo everything is in the host part. With NCCL the rows, which end a message (`experts.wire`), travel as a CUDA
-tensor and the rest of the message, which both hosts read anyway, in shared memory or over gloo (`torch_frames`):
-`send_buffer` and `recv_buffer` hold the host part, `send_tensor` and `recv_tensor` the rows.
+tensor and the rest of the message, which both hosts read anyway, over gloo: `send_buffer` and `recv_buffer` hold the
+host part, `send_tensor` and `recv_tensor` the rows.
 
 On the shard a thread for each pair blocks in the receive and rings the doorbell. The protocol of NCCL pairs runs
 without a GPU as transport "gloo_split", in the tests: gloo's tensors stand where NCCL's would. NCCL itself was not run
@@ -32,7 +32,6 @@ from experts.link import Doorbell, RouterLink, ShardChannel
 from experts.membership import ShardEndpoint
 from experts.transports.control import Hello, LifeLine, shake_hands
 from experts.transports.rendezvous import Meeting, come_to
-from experts.transports.torch_frames import open_frames
 from experts.transports.torch_groups import (
     ROUTER,
     SHARD,
@@ -85,11 +84,7 @@ class _Pair:
     def open(self, store: Store, rank: int, hello: Hello, device: str, line: LifeLine, deadline_s: float) -> None:
         """Build the groups. RuntimeError or OSError when the other end does not come before the deadline."""
         address = line.local_address()
-        if hello.transport == "gloo":
-            frames: PairGroup = GlooGroup(meet(store, "frames"), rank, address, seconds_left(deadline_s))
-        else:
-            sizes = (self.out.tensor.numel(), self.into.tensor.numel())
-            frames = open_frames(store, rank, address, *sizes, line.gone, deadline_s)
+        frames = GlooGroup(meet(store, "frames"), rank, address, seconds_left(deadline_s))
         rows = meet(store, "rows")
         if hello.transport == "nccl":
             self._rows = NcclGroup(rows, rank, device, seconds_left(deadline_s), line.gone)
