@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.kernels import KernelShape, pick_kernel
+from experts.kernels import KernelShape, keep_quantized, pick_kernel
 from experts.link import ShardChannel
 from experts.membership import ShardEndpoint, host_id
 from experts.settings import ShardSettings
@@ -74,7 +74,7 @@ class ShardServer:
             dtype=self.dtype,
             device=settings.device,
         )
-        kernel = pick_kernel(shape, settings.kernel)
+        kernel = pick_kernel(keep_quantized(shape, checkpoint.weight_format, settings.kernel), settings.kernel)
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         began_s = time.monotonic()
         count = slots.load(placement, rank)

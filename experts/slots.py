@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint.quantized import QuantizedExpert
 from experts.kernels import ExpertKernel
 from experts.spec import ExpertWeights
 from placement.tables import Placement
@@ -63,8 +64,8 @@ class SlotTable:
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes of the experts held, at the dtype they are computed in."""
-        return self.num_loaded * self.checkpoint.spec.bytes_in(self._dtype)
+        """Bytes of the experts held, in the form that the kernel keeps."""
+        return self.num_loaded * self._kernel.shape.expert_bytes
 
     def digest(self) -> str:
         """Changes when a slot holds other weights; samples of each expert, so that it costs nothing at scale."""
@@ -95,18 +96,22 @@ class SlotTable:
         began_s = logged_s = time.monotonic()
         for count, (layer, expert) in enumerate(missing):
             slot = self._free_slot(layer, wanted_Ls[layer])
-            weights = self.checkpoint.read_expert(layer, expert, self._dtype)
-            self._install(layer, slot, expert, weights)
+            self._install(layer, slot, expert, self._read(layer, expert))
             now_s = time.monotonic()
             if now_s - logged_s > _LOG_EVERY_S or count + 1 == len(missing):
                 logged_s = now_s
-                done = (count + 1) * spec.bytes_in(self._dtype)
+                done = (count + 1) * self._kernel.shape.expert_bytes
                 rate = done / max(now_s - began_s, 1e-6) / 1e6
                 logger.info(
                     "rank %d: %d of %d experts loaded, %.1f MB, %.0f MB/s",
                     rank, count + 1, len(missing), done / 1e6, rate,
                 )  # fmt: skip
         return len(missing)
+
+    def _read(self, layer: int, expert: int) -> ExpertWeights | QuantizedExpert:
+        if self._kernel.takes_quantized:
+            return self.checkpoint.read_quantized(layer, expert)
+        return self.checkpoint.read_expert(layer, expert, self._dtype)
 
     def _free_slot(self, layer: int, wanted_s: np.ndarray) -> int:
         held_s = self._expert_in_slot_Ls[layer]
@@ -118,7 +123,7 @@ class SlotTable:
             raise ValueError(f"layer {layer} wants more experts than the {self.num_slots} slots of this shard")
         return int(spare[0])
 
-    def _install(self, layer: int, slot: int, expert: int, weights: ExpertWeights) -> None:
+    def _install(self, layer: int, slot: int, expert: int, weights: ExpertWeights | QuantizedExpert) -> None:
         old = int(self._expert_in_slot_Ls[layer, slot])
         table_LE = self.slot_of_expert_LE.copy()
         if old >= 0:
@@ -130,5 +135,9 @@ class SlotTable:
         self._expert_in_slot_Ls[layer, slot] = expert
         table_LE[layer, expert] = slot
         self.slot_of_expert_LE = table_LE
-        sample = torch.cat([weights.w13_2ID.flatten()[:16], weights.w2_DI.flatten()[-16:]]).float().numpy().tobytes()
+        if isinstance(weights, QuantizedExpert):
+            first, last = weights.w13_2IB, weights.w2_DB
+        else:
+            first, last = weights.w13_2ID, weights.w2_DI
+        sample = torch.cat([first.flatten()[:16], last.flatten()[-16:]]).float().numpy().tobytes()
         self._digests[(layer, expert)] = hashlib.sha256(f"{layer}.{expert}.".encode() + sample).digest()
