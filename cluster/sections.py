@@ -102,7 +102,11 @@ class PlacementSection(StrictModel):
     load_cap: float = Field(
         default=1.05, ge=1, description="How much more than its even share a shard may get, for fewer shards a token."
     )
-    max_seconds: float = Field(default=30.0, gt=0, description="Bound on the optimizer's search.")
+    max_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="Sizes the optimizer's search, which takes about a third of it, and stops it where it takes longer.",
+    )
     seed: int = Field(default=0, description="Seed of the policy's choices.")
 
     @model_validator(mode="after")
