@@ -105,7 +105,7 @@ class PlacementSection(StrictModel):
     max_seconds: float = Field(
         default=30.0,
         gt=0,
-        description="Sizes the optimizer's search, which takes about a third of it, and stops it where it takes longer.",
+        description="Sizes the optimizer's search, to about a third of it, and stops a search that takes longer.",
     )
     seed: int = Field(default=0, description="Seed of the policy's choices.")
 
