@@ -6,7 +6,8 @@ Two network namespaces joined by a switch; on each a router (vLLM) and two of th
 host sends. Placements are planned for the trace in examples/tiny-moe and run on prompts from other documents, of all
 four domains at once. Bytes are those of the interface and those of the routers' own counters. Predicted is what the
 planner says of the tokens that the routers recorded in the run, by the rule that dispatch uses; "off" is how much it
-is off. A placement with "+near" behind its name has routers take replicas on their own host first.
+is off. A placement with "+near" behind its name has routers take replicas on their own host first; "near" is planned
+for that, the others are not.
 Needs the right to make network namespaces, and `ip` and `tc`; else it says so and ends.
 """
 
@@ -44,7 +45,7 @@ from placement.trace import ActivationTrace
 TRACE, PROMPTS = TINY_MODEL / "trace.npz", TINY_MODEL / "prompts-unseen.jsonl"
 NUM_HOSTS, NUM_SHARDS, PORT = 2, 4, 8000
 ROW_BYTES = 4 * 256  # float32, hidden 256
-PLANNERS = ("linear", "greedy", "eplb", "optimized")
+PLANNERS = ("linear", "greedy", "eplb", "optimized", "near")
 NEAR = "+near"  # after a planner's name: routers take replicas on their own host first
 
 
@@ -52,12 +53,14 @@ def plan(name: str, trace: ActivationTrace, args: Any) -> Placement:
     """The placement by one of PLANNERS."""
     if name == "eplb":
         return eplb_placement(trace.load(), PlanRequest(NUM_SHARDS, args.nodes, args.slots_per_rank), num_groups=1)
+    near = name == "near"
     return build_placement(
-        name,
+        "optimized" if near else name,
         num_layers=trace.num_layers,
         num_experts=trace.num_experts,
         num_ranks=NUM_SHARDS,
-        num_nodes=args.nodes,
+        num_nodes=NUM_HOSTS if near else args.nodes,
+        near_first=near,
         slots_per_rank=args.slots_per_rank,
         min_replicas=args.min_replicas,
         trace=trace,
@@ -232,7 +235,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         for turn in range(args.turns):
             for name in names if turn % 2 == 0 else names[::-1]:
                 file = Path(folder) / f"{name}.json"
-                planner, near = name.removesuffix(NEAR), name.endswith(NEAR)
+                planner, near = name.removesuffix(NEAR), name == "near" or name.endswith(NEAR)
                 placement = plan(planner, trace, args)
                 placement.save(file)
                 for host in cluster.hosts:
@@ -275,7 +278,7 @@ def main() -> None:
     parser.add_argument("--load-cap", type=float, default=1.1)
     parser.add_argument(
         "--placements",
-        default="linear,eplb,optimized",
+        default="linear,eplb,eplb+near,optimized,near",
         help="of " + ", ".join(PLANNERS) + f", each with {NEAR} or without",
     )
     parser.add_argument("--turns", type=int, default=1, help="deployments of each placement")

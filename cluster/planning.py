@@ -80,6 +80,7 @@ def _by_policy(config: ExpertsAppConfig, spec: ExpertSpec) -> Placement:
             seed=section.seed,
             time_budget_s=section.max_seconds,
             load_cap=section.load_cap,
+            near_first=section.near_replicas_first,
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"placement: {error}") from None

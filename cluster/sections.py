@@ -107,6 +107,11 @@ class PlacementSection(StrictModel):
         gt=0,
         description="Sizes the optimizer's search, to about a third of it, and stops a search that takes longer.",
     )
+    near_replicas_first: bool = Field(
+        default=False,
+        description="Plan for a router on every node that takes replicas there first: set "
+        "transport.near_replicas_first as well.",
+    )
     seed: int = Field(default=0, description="Seed of the policy's choices.")
 
     @model_validator(mode="after")

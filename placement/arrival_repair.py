@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.problem import EXCESS_WEIGHT, LayerProblem, LayerScore, Scored, score_slots
+from placement.problem import EXCESS_WEIGHT, LayerProblem
+from placement.scoring import LayerScore, Scored, score_slots
 from placement.search_clock import SearchClock
 
 WITHIN_NODE = 0.8

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from placement.bitsets import random_below, random_state, random_unit
-from placement.replica_search import CLOSED, EMPTY, _add_holder, _has_holder, _remove_holder, _spread
+from placement.holders import CLOSED, EMPTY, add_holder, has_holder, node_spread, remove_holder
 
 NORM = 16  # power of the mean that stands in for the maximum, smooth enough to search on
 
@@ -143,7 +143,7 @@ def search_balance(
     for r in range(num_ranks):
         for i in range(num_slots):
             if experts_Rs[r, i] >= 0:
-                _add_holder(holders_ER, num_holders_E, experts_Rs[r, i], r)
+                add_holder(holders_ER, num_holders_E, experts_Rs[r, i], r)
                 filled += 1
     for e in range(num_experts):
         for h in range(num_holders_E[e]):
@@ -172,13 +172,13 @@ def search_balance(
             q = random_below(state_1, num_ranks)
             j = random_below(state_1, num_slots)
             b = experts_Rs[q, j]
-            if q == p or b == CLOSED or a == b or (a >= 0 and _has_holder(holders_ER, num_holders_E, a, q)):
+            if q == p or b == CLOSED or a == b or (a >= 0 and has_holder(holders_ER, num_holders_E, a, q)):
                 continue
         else:
             b = random_below(state_1, num_experts)
             if a == EMPTY and filled >= max_filled:
                 continue
-        if b >= 0 and _has_holder(holders_ER, num_holders_E, b, p):
+        if b >= 0 and has_holder(holders_ER, num_holders_E, b, p):
             continue
 
         # Only ranks that hold a or b change; their loads are taken back one by one if the move is refused.
@@ -217,26 +217,26 @@ def search_balance(
         accepted = new_norm - norm <= -heat * np.log(random_unit(state_1))
         if accepted:
             if a >= 0:
-                _remove_holder(holders_ER, num_holders_E, a, p)
+                remove_holder(holders_ER, num_holders_E, a, p)
                 if q >= 0:
-                    _add_holder(holders_ER, num_holders_E, a, q)
+                    add_holder(holders_ER, num_holders_E, a, q)
             if b >= 0:
-                _add_holder(holders_ER, num_holders_E, b, p)
+                add_holder(holders_ER, num_holders_E, b, p)
                 if q >= 0:
-                    _remove_holder(holders_ER, num_holders_E, b, q)
+                    remove_holder(holders_ER, num_holders_E, b, q)
             if min_copies > 1 and (
-                (a >= 0 and _spread(holders_ER, num_holders_E, a, node_of_rank_R, num_nodes) < min_copies)
-                or (b >= 0 and _spread(holders_ER, num_holders_E, b, node_of_rank_R, num_nodes) < min_copies)
+                (a >= 0 and node_spread(holders_ER, num_holders_E, a, node_of_rank_R, num_nodes) < min_copies)
+                or (b >= 0 and node_spread(holders_ER, num_holders_E, b, node_of_rank_R, num_nodes) < min_copies)
             ):
                 accepted = False
                 if b >= 0:
-                    _remove_holder(holders_ER, num_holders_E, b, p)
+                    remove_holder(holders_ER, num_holders_E, b, p)
                     if q >= 0:
-                        _add_holder(holders_ER, num_holders_E, b, q)
+                        add_holder(holders_ER, num_holders_E, b, q)
                 if a >= 0:
                     if q >= 0:
-                        _remove_holder(holders_ER, num_holders_E, a, q)
-                    _add_holder(holders_ER, num_holders_E, a, p)
+                        remove_holder(holders_ER, num_holders_E, a, q)
+                    add_holder(holders_ER, num_holders_E, a, p)
         if not accepted:
             if q >= 0:
                 new_load_R[p], new_load_R[q] = load_R[p], load_R[q]

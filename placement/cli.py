@@ -75,6 +75,7 @@ def run_optimize(args: argparse.Namespace) -> int:
         min_replicas=args.min_replicas,
         objective=args.objective,
         node_weight=args.node_weight,
+        near_first=args.near_first,
         replica_budget=args.replica_budget,
         speeds=args.speeds,
         max_moves=args.max_moves,
@@ -90,17 +91,21 @@ def run_optimize(args: argparse.Namespace) -> int:
     data["planned"] = {
         "fan_out": _numbers(result.fan_out),
         "node_fan_out": _numbers(result.node_fan_out),
+        "far_fan_out": _numbers(result.far_fan_out),
         "balancedness": _numbers(result.balancedness),
         "seconds": round(result.seconds, 3),
         "cut_short": result.cut,
         "seed": args.seed,
         "load_cap": args.load_cap,
+        "near_first": args.near_first,
         "layers": list(trace.layers),
     }
     Path(args.out).write_text(json.dumps(data) + "\n")
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     figures = f"balancedness {result.balancedness.mean():.4f}"
+    if args.near_first and trace.has_sets:
+        figures = f"far fan-out {result.far_fan_out.mean():.4f}, {figures}"
     if trace.has_sets:
         figures = f"fan-out {result.fan_out.mean():.4f}, node fan-out {result.node_fan_out.mean():.4f}, {figures}"
     print(f"{args.out}: {figures} on the planning tokens, {result.seconds:.1f} s")
@@ -122,14 +127,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = {}
     with ProgressBar("placements scored") as bar:
         for done, path in enumerate(args.placement, 1):
-            evaluation = evaluate(Placement.load(path), trace)
+            evaluation = evaluate(Placement.load(path), trace, args.near_first)
             rows[str(path)] = evaluation.summary() | {
                 "layers": [
-                    {"layer": layer, "fan_out": fan, "node_fan_out": node, "balancedness": even}
-                    for layer, fan, node, even in zip(
+                    {"layer": layer, "fan_out": fan, "node_fan_out": node, "far_fan_out": far, "balancedness": even}
+                    for layer, fan, node, far, even in zip(
                         trace.layers,
                         _numbers(evaluation.fan_out),
                         _numbers(evaluation.node_fan_out),
+                        _numbers(evaluation.far_fan_out),
                         _numbers(evaluation.balancedness),
                         strict=True,
                     )
@@ -142,10 +148,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not trace.has_sets:
         print("note: the trace holds counts alone: balancedness of an even split, fan-out unknown", file=sys.stderr)
     width = max(len("placement"), *(len(path) for path in rows))
-    columns = ("fan_out", "node_fan_out", "balancedness", "balancedness_even_split", "worst_balancedness")
-    print(f"{'placement':{width}s}" + "".join(f"{name:>26s}" for name in columns) + f"{'tokens':>10s}")
+    columns = [name for name in next(iter(rows.values())) if name not in ("layers", "tokens")]
+    print(f"{'placement':{width}s}" + "".join(f"  {name}" for name in columns) + f"{'tokens':>10s}")
     for path, row in rows.items():
-        cells = "".join(f"{row[name]:26.4f}" for name in columns)
+        cells = "".join(f"{row[name]:{len(name) + 2}.4f}" for name in columns)
         print(f"{path:{width}s}{cells}{row['tokens']:10d}")
     return 0
 
@@ -226,6 +232,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--min-replicas", type=int, default=1, help="copies of every expert, on different nodes")
     command.add_argument("--objective", default="fan_out", help="fan_out, or balance for balance alone")
     command.add_argument("--node-weight", type=float, default=4.0, help="cost of a visited node, in visited ranks")
+    command.add_argument(
+        "--near-first",
+        action="store_true",
+        help="for routers on every node that take replicas on their own node first (transport.near_replicas_first); "
+        "--node-weight is then the cost of a rank visited on another node",
+    )
     command.add_argument("--replica-budget", type=int, help="further copies in all layers together; default: fill")
     command.add_argument("--speeds", type=speeds_argument, help="relative speed of each rank: 1,1,0.5,0.5")
     command.add_argument("--loads", default="auto", help="what to balance: sets, counts, or auto")
@@ -242,6 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--domain", help="only the tokens of this domain")
     command.add_argument("--placement", nargs="+", required=True, help="placement files")
     command.add_argument("--json", action="store_true", help="JSON, layer by layer")
+    command.add_argument("--near-first", action="store_true", help="routers take replicas on their own node first")
     command.set_defaults(run=run_evaluate)
 
     command = commands.add_parser("explain", help="a self-contained HTML report, and its pictures as PNGs")

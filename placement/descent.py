@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from placement.bitsets import random_below
-from placement.replica_search import CLOSED, _add_holder, _has_holder, _remove_holder, _spread
+from placement.holders import CLOSED, add_holder, has_holder, node_spread, remove_holder
 from placement.swap_search import _collect, _holds, _parent_holds, _swap_delta
 
 
@@ -43,7 +43,7 @@ def repair_replicas(
     for r in range(num_ranks):
         for i in range(num_slots):
             if experts_Rs[r, i] >= 0:
-                _add_holder(holders_ER, num_holders_E, experts_Rs[r, i], r)
+                add_holder(holders_ER, num_holders_E, experts_Rs[r, i], r)
     for e in range(num_experts):
         for h in range(num_holders_E[e]):
             load_R[holders_ER[e, h]] += load_E[e] / num_holders_E[e]
@@ -66,7 +66,7 @@ def repair_replicas(
             if a < 0 or load_E[a] / num_holders_E[a] < 0.3 * allowed_R[p]:
                 continue
             for q in range(num_ranks):
-                if _has_holder(holders_ER, num_holders_E, a, q):
+                if has_holder(holders_ER, num_holders_E, a, q):
                     continue
                 for j in range(num_slots):
                     b = experts_Rs[q, j]
@@ -89,9 +89,9 @@ def repair_replicas(
                     if total >= best:
                         continue
                     if b >= 0:
-                        _remove_holder(holders_ER, num_holders_E, b, q)
-                        legal = _spread(holders_ER, num_holders_E, b, node_of_rank_R, num_nodes) >= min_copies
-                        _add_holder(holders_ER, num_holders_E, b, q)
+                        remove_holder(holders_ER, num_holders_E, b, q)
+                        legal = node_spread(holders_ER, num_holders_E, b, node_of_rank_R, num_nodes) >= min_copies
+                        add_holder(holders_ER, num_holders_E, b, q)
                         if not legal:
                             continue
                     best, best_a, best_q, best_j = total, a, q, j
@@ -104,8 +104,8 @@ def repair_replicas(
                 for h in range(num_holders_E[e]):
                     load_R[holders_ER[e, h]] -= load_E[e] / num_holders_E[e]
         if b >= 0:
-            _remove_holder(holders_ER, num_holders_E, b, best_q)
-        _add_holder(holders_ER, num_holders_E, best_a, best_q)
+            remove_holder(holders_ER, num_holders_E, b, best_q)
+        add_holder(holders_ER, num_holders_E, best_a, best_q)
         for side in range(2):
             e = best_a if side == 0 else b
             if e >= 0:

@@ -9,23 +9,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.problem import check_top_k, check_trace_fits, count_visits
+from placement.near import choose_near_first
+from placement.problem import check_top_k, check_trace_fits
 from placement.replica_choice import choose_replicas
+from placement.scoring import count_visits
 from placement.tables import Placement
-from placement.trace import ActivationTrace, TraceError
+from placement.trace import ActivationTrace
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Figures of each layer: float64 [L], and float64 [L, R] loads in (token, expert) pairs.
 
-    `fan_out_histogram` int64 [L, K + 1]: tokens that visit so many ranks. `rows_LR` int64: rows sent to each rank (a
-    token's row once however many of its experts stand there). `activated_LR`: distinct experts touched on each rank.
-    Without sampled sets fan-out, rows and histogram are NaN or 0 and loads are those of an even split.
+    `far_fan_out`: ranks visited on other nodes than that of a token's router, with a router on every node and tokens
+    shared evenly among them. `fan_out_histogram` int64 [L, K + 1]: tokens that visit so many ranks. `rows_LR` int64:
+    rows sent to each rank (a token's row once however many of its experts stand there). Without sampled sets fan-outs,
+    rows and histogram are NaN or 0 and loads are those of an even split.
     """
 
     fan_out: np.ndarray
     node_fan_out: np.ndarray
+    far_fan_out: np.ndarray
     balancedness: np.ndarray
     balancedness_even_split: np.ndarray
     load_LR: np.ndarray
@@ -38,6 +42,7 @@ class Evaluation:
         return {
             "fan_out": float(self.fan_out.mean()),
             "node_fan_out": float(self.node_fan_out.mean()),
+            "far_fan_out": float(self.far_fan_out.mean()),
             "balancedness": float(self.balancedness.mean()),
             "balancedness_even_split": float(self.balancedness_even_split.mean()),
             "worst_balancedness": float(self.balancedness.min()),
@@ -53,24 +58,26 @@ def even_split_loads(placement: Placement, load_LE: np.ndarray) -> np.ndarray:
     return held_LS.reshape(placement.num_layers, placement.num_ranks, -1).sum(2)
 
 
-def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray) -> np.ndarray:
-    """int32 [L, T, K]: the rank that dispatch fetches each expert from, tokens taken in order from zero load."""
+def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray, near_first: bool = False) -> np.ndarray:
+    """int32 [L, T, K]: the rank that dispatch fetches each expert from, tokens taken in order from zero load.
+
+    With `near_first` as by a router on every node that takes near replicas first, see `choose_near_first`.
+    """
     rank_LTK = np.full((placement.num_layers, topk_ids_TLK.shape[0], topk_ids_TLK.shape[2]), -1, np.int32)
     node_of_rank_R = placement.node_of_rank_R
     for layer in range(placement.num_layers):
-        choose_replicas(
-            np.ascontiguousarray(topk_ids_TLK[:, layer], dtype=np.int32),
-            placement.slots_LER[layer],
-            node_of_rank_R,
-            placement.num_nodes,
-            np.zeros(placement.num_ranks, np.int64),
-            rank_LTK[layer],
-        )
+        ids_TK = np.ascontiguousarray(topk_ids_TLK[:, layer], dtype=np.int32)
+        slots_ER = placement.slots_LER[layer]
+        if near_first:
+            rank_LTK[layer] = choose_near_first(ids_TK, slots_ER, node_of_rank_R, placement.num_nodes)
+        else:
+            loads_R = np.zeros(placement.num_ranks, np.int64)
+            choose_replicas(ids_TK, slots_ER, node_of_rank_R, placement.num_nodes, loads_R, rank_LTK[layer])
     return rank_LTK
 
 
-def evaluate(placement: Placement, trace: ActivationTrace) -> Evaluation:
-    """Apply the dispatch rule to every token of the trace.
+def evaluate(placement: Placement, trace: ActivationTrace, near_first: bool = False) -> Evaluation:
+    """Apply the dispatch rule to every token of the trace, with `near_first` as routers do that have that set.
 
     Raises ValueError if the trace is of another model; a token that wants an expert twice counts it once.
     """
@@ -83,14 +90,15 @@ def evaluate(placement: Placement, trace: ActivationTrace) -> Evaluation:
         unknown = np.full(num_layers, np.nan)
         nothing = np.zeros((num_layers, num_ranks), np.int64)
         histogram = np.zeros((num_layers, top_k + 1), np.int64)
-        return Evaluation(unknown, unknown, even_balance, even_balance, even_LR, nothing, histogram, 0)
+        return Evaluation(unknown, unknown, unknown, even_balance, even_balance, even_LR, nothing, histogram, 0)
     check_top_k(top_k)
-    fan_out, node_fan_out = np.zeros(num_layers), np.zeros(num_layers)
+    fan_out, node_fan_out, far_fan_out = np.zeros((3, num_layers))
     load_LR = np.zeros((num_layers, num_ranks))
     rows_LR = np.zeros((num_layers, num_ranks), np.int64)
     histogram = np.zeros((num_layers, top_k + 1), np.int64)
     ids_TLK = np.stack([trace.ids_of_layer(layer) for layer in range(num_layers)], axis=1)
-    for layer, rank_TK in enumerate(dispatch_trace(placement, ids_TLK)):
+    home_T = np.arange(len(ids_TLK)) % placement.num_nodes
+    for layer, rank_TK in enumerate(dispatch_trace(placement, ids_TLK, near_first)):
         load_LR[layer] = np.bincount(rank_TK[rank_TK >= 0], minlength=num_ranks)
         ordered = np.sort(rank_TK, axis=1)
         first = np.ones(ordered.shape, bool)
@@ -101,12 +109,8 @@ def evaluate(placement: Placement, trace: ActivationTrace) -> Evaluation:
         fan_out[layer] = first.sum() / len(rank_TK)
         node_TK = np.where(rank_TK >= 0, placement.node_of_rank_R[rank_TK], -1)
         node_fan_out[layer] = count_visits(node_TK) / len(rank_TK)
+        far_fan_out[layer] = count_visits(np.where(node_TK != home_T[:, None], rank_TK, -1)) / len(rank_TK)
     balance = load_LR.mean(1) / np.maximum(load_LR.max(1), 1e-12)
-    return Evaluation(fan_out, node_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens)
-
-
-def predicted_rows(placement: Placement, trace: ActivationTrace) -> int:
-    """Rows that routers send for the tokens of the trace in all layers: what bytes on the wire follow from."""
-    if not trace.has_sets:
-        raise TraceError("rows cannot be predicted from counts alone: the trace holds no per-token sets")
-    return int(evaluate(placement, trace).rows_LR.sum())
+    return Evaluation(
+        fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens
+    )

@@ -8,13 +8,16 @@ experts and ranks are too many for the time, a swap search on some of the tokens
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from placement.arrival_repair import repair_load
 from placement.balance import greedy_balance
 from placement.bitsets import random_state
-from placement.problem import LayerProblem, Scored, closed_slots, score_slots
+from placement.problem import LayerProblem, closed_slots
 from placement.replica_search import anneal_replicas, tokens_by_expert
+from placement.scoring import Scored, score_slots
 from placement.search_clock import SearchClock
 from placement.swap_stages import PENALTY, SETTLE_ROUNDS, Stage, search_fixed_shares, search_swaps, settle_loads
 
@@ -26,6 +29,7 @@ SWAP_SEARCHES = 4
 NODE_SEARCHES = 3
 RANK_HEATS = ((1.0, 0.05), (0.2, 0.02))
 REPAIR_TRIES = 1500
+PARTS = (6, 48)  # of a replica search, at least and at most: after each the rule proper is asked
 SCORE_SECONDS = 3.0e-6  # nominal cost of scoring one token of a layer anew
 
 
@@ -48,6 +52,7 @@ def search_replicas(
     current_Rs = start.slots.astype(np.int32).copy()
     chunk_Rs = current_Rs.copy()
     best = start
+    home_T = problem.home_T if problem.near_first else np.empty(0, np.int32)
     state_1 = random_state(*seed)
     scale = 1 + problem.weight_of_node
     unit = problem.num_tokens / problem.num_experts * (1 + problem.weight_of_node / 2)
@@ -59,7 +64,7 @@ def search_replicas(
         best_2 = np.array([np.inf, np.inf])
         anneal_replicas(
             problem.ids, token_N, start_E, problem.pair_weight, current_Rs, problem.node_of_rank, problem.num_nodes,
-            problem.weight_of_node, problem.min_copies, problem.max_filled, problem.allowed, PENALTY[0] * scale,
+            problem.weight_of_node, home_T, problem.min_copies, problem.max_filled, problem.allowed, PENALTY[0] * scale,
             PENALTY[1] * scale, heat[0] * unit, heat[1] * unit, begin, end, count, state_1, chunk_Rs, best_2,
         )  # fmt: skip
         for slots_Rs in (chunk_Rs, current_Rs):
@@ -67,7 +72,9 @@ def search_replicas(
             if found.score.key < best.score.key:
                 best = found
 
-    clock.run_schedule(run, max(200, int(seconds / proposal_seconds(problem))), seconds, chunks=48)
+    # Each part's end is scored twice: fewer parts where tokens are many for the time.
+    parts = int(np.clip(seconds / (0.25 * SCORE_SECONDS * max(problem.num_tokens, 1)), *PARTS))
+    clock.run_schedule(run, max(200, int(seconds / proposal_seconds(problem))), seconds, chunks=parts)
     return best
 
 
@@ -134,6 +141,12 @@ def search_layer(
     found: list[Scored] = []
     if not problem.has_replicas:
         found.append(score_slots(problem, search_swaps(problem, given[0], seconds, (seed, 1), clock)))
+    elif problem.near_first:
+        # What few visits alone make of it comes close; from there the replica search sees what is near to whom.
+        anywhere = replace(problem, near_first=False)
+        base = search_layer(anywhere, starts, balanced_Rs, 0.5 * seconds, seed, clock)
+        found.append(score_slots(problem, base.slots))
+        found.append(search_replicas(problem, found[-1], 0.4 * seconds, (0.1, 0.01), (seed, 9), clock))
     elif seconds / proposal_seconds(problem) < MIN_PROPOSALS * starts[0].size * problem.num_ranks:
         found += search_fixed_shares(problem, given[0], seconds, (seed, 2), clock, SWAP_TOKENS)
     elif problem.num_nodes == 1:

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.balance import best_balance, even_split_load
+from placement.holders import CLOSED, EMPTY
 from placement.layer_search import search_layer
 from placement.packing import packed_slots
 from placement.problem import (
-    CLOSED,
-    EMPTY,
     LayerProblem,
     PlanRequest,
     canonical_order,
@@ -30,10 +29,10 @@ from placement.problem import (
     greedy_slots,
     load_guard,
     rank_targets,
-    score_slots,
 )
 from placement.refresh import bounded_moves
 from placement.replica_budget import spread_replicas
+from placement.scoring import score_slots
 from placement.search_clock import SearchClock
 from placement.tables import Placement
 from placement.trace import ActivationTrace
@@ -48,14 +47,15 @@ BALANCE_ITERATIONS = 40_000
 class PlanResult:
     """A placement and how it fares on the tokens that it was planned on.
 
-    `fan_out`, `node_fan_out` and `balancedness` float64 [L]; without sampled sets the first two are NaN and the last
-    is that of an even split. `cut`: time ran out or the search was stopped, so what was found depends on the machine's
-    speed. `notes` are lines for a person.
+    `fan_out`, `node_fan_out`, `far_fan_out` (see `Evaluation`; NaN unless near replicas come first) and `balancedness`
+    float64 [L]; without sampled sets the first three are NaN and the last is that of an even split. `cut`: time ran
+    out or the search was stopped, so what was found depends on the machine's speed. `notes` are lines for a person.
     """
 
     placement: Placement
     fan_out: np.ndarray
     node_fan_out: np.ndarray
+    far_fan_out: np.ndarray
     balancedness: np.ndarray
     seconds: float
     cut: bool
@@ -75,8 +75,8 @@ def build_problem(
     sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=len(load_E)).astype(float)
     target_R = rank_targets(load_E, request)
     guard = 0.0
+    has_replicas = max_filled > len(load_E)
     if len(ids_TK):
-        has_replicas = max_filled > len(load_E)
         guard = load_guard(request.load_cap, len(ids_TK), ids_TK.shape[1], request.num_ranks, has_replicas)
     problem = LayerProblem(
         ids=ids_TK,
@@ -85,13 +85,15 @@ def build_problem(
         open_slots=request.open_slots_R,
         node_of_rank=request.node_of_rank_R,
         num_nodes=request.num_nodes,
-        node_weight=request.node_weight,
+        # A single copy is equally far from all routers together, wherever it stands: only visited ranks count.
+        node_weight=0.0 if request.near_first and not has_replicas else request.node_weight,
         min_copies=request.min_replicas,
         max_filled=max_filled,
         target=target_R,
         allowed=target_R * (request.load_cap - guard),
         load_cap=request.load_cap,
         arrival=np.argsort(order_T),
+        near_first=request.near_first,
     )
     greedy_Rs = greedy_slots(load_E, request, max_filled)
     balanced_Rs, _ = best_balance(
@@ -190,7 +192,7 @@ def optimize(
         )
     table = np.array(figures)
     return PlanResult(
-        placement, table[:, 0], table[:, 1], table[:, 2], time.perf_counter() - begun, clock.cut,
+        placement, table[:, 0], table[:, 1], table[:, 2], table[:, 3], time.perf_counter() - begun, clock.cut,
         tuple(dict.fromkeys(notes)),
     )  # fmt: skip
 
@@ -212,8 +214,8 @@ def _plan_layer(
     seconds: float,
     clock: SearchClock,
     notes: list[str],
-) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """Slots int32 [R, s] of one layer, and its fan-out, node fan-out and balancedness."""
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Slots int32 [R, s] of one layer, and its fan-out, node fan-out, far fan-out and balancedness."""
     ids_TK = trace.ids_of_layer(layer)
     order_E = canonical_order(ids_TK, load_E, request.seed)
     new_of_old_E = np.argsort(order_E).astype(np.int32)
@@ -242,10 +244,11 @@ def _plan_layer(
             slots_Rs = min(bounded, key=lambda slots: _worst(problem, slots))
         else:
             slots_Rs = _balance_layer(problem, [greedy_Rs, balanced_Rs, *starts[1:]], request)
-        figure = (float("nan"), float("nan"), 1 / max(_worst(problem, slots_Rs), 1e-12))
+        unknown = float("nan")
+        figure = (unknown, unknown, unknown, 1 / max(_worst(problem, slots_Rs), 1e-12))
         if trace.has_sets:
             found = score_slots(problem, slots_Rs).score
-            figure = (found.fan_out, found.node_fan_out, figure[2])
+            figure = (found.fan_out, found.node_fan_out, found.far_fan_out, figure[3])
     else:
         if bounded:
             scored = [score_slots(problem, slots) for slots in bounded]
@@ -254,7 +257,7 @@ def _plan_layer(
         else:
             best = search_layer(problem, starts, balanced_Rs, seconds, request.seed, clock)
         slots_Rs, found = best.slots, best.score
-        figure = (found.fan_out, found.node_fan_out, found.balancedness)
+        figure = (found.fan_out, found.node_fan_out, found.far_fan_out, found.balancedness)
         if found.balancedness < 1 / request.load_cap - 0.002:
             notes.append(
                 f"layer {trace.layers[layer]}: largest rank load over the mean is {1 / found.balancedness:.3f}; "

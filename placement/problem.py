@@ -6,13 +6,12 @@ T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
 from placement.balance import greedy_balance
-from placement.replica_choice import MAX_TOP_K, choose_replicas
-from placement.replica_search import CLOSED, EMPTY, EXCESS_TOLERANCE
+from placement.holders import CLOSED, EMPTY
+from placement.replica_choice import MAX_TOP_K
 from placement.tables import Placement, check_replicas_fit
 
 EXCESS_WEIGHT = 40.0  # visits a token that a rank's load above what is planned for is worth, in mean loads
@@ -29,6 +28,8 @@ class PlanRequest:
         min_replicas: copies of every expert, on different nodes (ranks, if there is one node).
         objective: `fan_out`, or `balance` for balance alone.
         node_weight: what a visited node costs, in visited ranks.
+        near_first: plan for a router on every node, each with an equal share of the tokens, that takes replicas on
+            its own node first. `node_weight` is then what a rank visited on another node costs beside itself.
         replica_budget: copies beyond the first `min_replicas` in all layers together, spread over layers by what
             they gain; None fills every slot.
         speeds: relative speed of each rank, None: all equal.
@@ -48,6 +49,7 @@ class PlanRequest:
     min_replicas: int = 1
     objective: str = "fan_out"
     node_weight: float = 4.0
+    near_first: bool = False
     replica_budget: int | None = None
     speeds: tuple[float, ...] | None = None
     max_moves: int | None = None
@@ -74,6 +76,8 @@ class PlanRequest:
         check_replicas_fit(self.min_replicas, self.num_ranks, self.num_nodes)
         if self.objective not in ("fan_out", "balance"):
             raise ValueError(f"objective is {self.objective!r}, expected fan_out or balance")
+        if self.near_first and self.num_nodes < 2:
+            raise ValueError(f"near replicas come first on {self.num_nodes} node: expected at least 2 nodes")
         if not self.node_weight >= 0:
             raise ValueError(f"node_weight is {self.node_weight}, expected 0 or more")
         if self.speeds is not None and (len(self.speeds) != self.num_ranks or not min(self.speeds) > 0):
@@ -143,7 +147,8 @@ class LayerProblem:
     `ids` int32 [T, K]; `load` float64 [E]; `pair_weight` float64 [E], load of one pair; `open_slots` int64 [R];
     `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R], what is planned for, somewhat
     below `load_cap` times that; `arrival` int64 [T], where
-    the token that came first, second, ... stands in `ids`, None if as they stand: it decides ties between replicas.
+    the token that came first, second, ... stands in `ids`, None if as they stand: it decides ties between replicas, and
+    with `near_first`, which node's router a token is of: they take turns.
     """
 
     ids: np.ndarray
@@ -159,6 +164,7 @@ class LayerProblem:
     allowed: np.ndarray
     load_cap: float
     arrival: np.ndarray | None = None
+    near_first: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -177,47 +183,19 @@ class LayerProblem:
         return self.max_filled > self.num_experts
 
     @property
+    def home_T(self) -> np.ndarray:
+        """int32 [T]: the node of each token's router where near replicas come first."""
+        turn_T = np.arange(self.num_tokens, dtype=np.int32) % self.num_nodes
+        if self.arrival is None:
+            return turn_T
+        home_T = np.empty_like(turn_T)
+        home_T[self.arrival] = turn_T
+        return home_T
+
+    @property
     def weight_of_node(self) -> float:
         """Weight of a visited node in the energy; with a single node it decides nothing."""
         return self.node_weight if self.num_nodes > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    """How a layer fares on its planning tokens, by the rule that the router dispatches by.
-
-    `excess` sums over ranks what is above the allowed load, `over` is that of the rank furthest above it.
-    """
-
-    excess: float
-    over: float
-    energy: float
-    fan_out: float
-    node_fan_out: float
-    balancedness: float
-    load_R: np.ndarray
-
-    @property
-    def key(self) -> tuple[float, float]:
-        """Less is better: first the load above what is allowed, then the visits."""
-        return (max(0.0, self.over - EXCESS_TOLERANCE), self.energy)
-
-    def plain_key(self, limit: float) -> tuple[float, float]:
-        """Less is better: first what the largest rank load over its target is above the limit, then the visits."""
-        return (max(0.0, 1 / self.balancedness - limit - 1e-9), self.energy)
-
-    def guarded_key(self, limit: float, num_tokens: int) -> tuple[float, float]:
-        """As `plain_key`, but what is below the limit and above what was planned for costs visits as well."""
-        above = max(0.0, self.over - EXCESS_TOLERANCE)
-        return (self.plain_key(limit)[0], self.energy / max(num_tokens, 1) + EXCESS_WEIGHT * above)
-
-
-class Scored(NamedTuple):
-    """Slots int32 [R, s] of a layer, the rank int32 [T, K] that each expert is fetched from, and what that is worth."""
-
-    slots: np.ndarray
-    rank_TK: np.ndarray
-    score: LayerScore
 
 
 def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
@@ -227,65 +205,6 @@ def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
     ids_TK = problem.ids[:num_tokens]
     sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=problem.num_experts)
     return replace(problem, ids=ids_TK, pair_weight=problem.load / np.maximum(sets_E, 1), arrival=None)
-
-
-def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
-    """int32 [E, R]: the slot of each expert on each rank, -1 if none, as the rule for choosing replicas wants it."""
-    num_ranks, num_slots = experts_Rs.shape
-    table_ER = np.full((num_experts, num_ranks), -1, np.int32)
-    rank_N, slot_N = np.nonzero(experts_Rs >= 0)
-    table_ER[experts_Rs[rank_N, slot_N], rank_N] = rank_N * num_slots + slot_N
-    return table_ER
-
-
-def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
-    """int32 [T, K]: the rank that the rule fetches each expert from."""
-    in_order = problem.arrival is None or not problem.has_replicas
-    rank_TK = np.empty(problem.ids.shape, np.int32)
-    choose_replicas(
-        problem.ids if in_order else np.ascontiguousarray(problem.ids[problem.arrival]),
-        slot_table(experts_Rs, problem.num_experts),
-        problem.node_of_rank,
-        problem.num_nodes,
-        np.zeros(problem.num_ranks, np.int64),
-        rank_TK,
-    )
-    if in_order:
-        return rank_TK
-    shuffled_TK = np.empty_like(rank_TK)
-    shuffled_TK[problem.arrival] = rank_TK
-    return shuffled_TK
-
-
-def count_visits(group_TK: np.ndarray) -> int:
-    """Distinct groups that tokens visit, summed over tokens; -1 counts as none."""
-    ordered = np.sort(group_TK, axis=1)
-    new = np.ones(ordered.shape, bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return int((new & (ordered >= 0)).sum())
-
-
-def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
-    """Apply the rule to the planning tokens."""
-    rank_TK = assign(problem, experts_Rs)
-    used = rank_TK >= 0
-    weight = problem.pair_weight[np.where(used, problem.ids, 0)] * used
-    load_R = np.bincount(np.where(used, rank_TK, 0).ravel(), weights=weight.ravel(), minlength=problem.num_ranks)
-    ranks = count_visits(rank_TK)
-    nodes = problem.num_tokens
-    if problem.num_nodes > 1:
-        nodes = count_visits(np.where(used, problem.node_of_rank[rank_TK], -1))
-    above_R = np.maximum(load_R / problem.allowed - 1, 0)
-    layer_score = LayerScore(
-        excess=float(above_R.sum()),
-        over=float(above_R.max()),
-        energy=ranks + problem.weight_of_node * nodes,
-        fan_out=ranks / problem.num_tokens,
-        node_fan_out=nodes / problem.num_tokens,
-        balancedness=float(1 / max((load_R / problem.target).max(), 1e-12)),
-        load_R=load_R,
-    )
-    return Scored(experts_Rs, rank_TK, layer_score)
 
 
 def closed_slots(open_slots_R: np.ndarray) -> np.ndarray:

@@ -14,9 +14,10 @@ from numba import njit
 from placement.bitsets import assigned_token_bits, random_state, token_bits
 from placement.descent import descend_swaps, repair_replicas
 from placement.few_moves import anneal_few_moves
-from placement.problem import LayerProblem, load_guard, slot_table
+from placement.holders import CLOSED, EMPTY
+from placement.problem import LayerProblem, load_guard
 from placement.replica_choice import choose_replicas
-from placement.replica_search import CLOSED, EMPTY
+from placement.scoring import slot_table
 from placement.tables import Placement
 from placement.trace import ActivationTrace
 

@@ -1,11 +1,14 @@
 """Annealing of slots with replicas, on what the rule for choosing replicas makes of every move.
 
-T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes. A move changes what one or two slots
-hold; only tokens that want the experts in them are covered anew, by the very code that the router runs
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes, V views of holders. A move changes what one
+or two slots hold; only tokens that want the experts in them are covered anew, by the very code that the router runs
 (`cover_token`). Most moves are bad and are given up after a few dozen of those tokens. Energy, in tokens:
 
     sum over tokens of (ranks visited + node_weight * nodes visited)
     + penalty * T * sum over ranks of max(0, load / allowed - 1)
+
+Where near replicas come first, a token's router sees the holders of its own view and counts loads of its own, and what
+`node_weight` is paid for are ranks visited on other nodes.
 """
 
 from __future__ import annotations
@@ -14,10 +17,9 @@ import numpy as np
 from numba import njit
 
 from placement.bitsets import random_below, random_unit
+from placement.holders import CLOSED, EMPTY, add_holder, count_far, has_holder, node_spread, remove_holder, see_holders
 from placement.replica_choice import block_of_nodes, cover_token
 
-EMPTY = -1
-CLOSED = -2  # a slot that the rank does not have
 # Planned loads may be above the cap by this much in all; the guard below the cap that was asked for is larger.
 EXCESS_TOLERANCE = 0.002
 
@@ -45,47 +47,6 @@ def tokens_by_expert(topk_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndar
 
 
 @njit(nogil=True, cache=True)
-def _remove_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> None:
-    for j in range(num_holders_E[expert]):
-        if holders_ER[expert, j] == rank:
-            num_holders_E[expert] -= 1
-            holders_ER[expert, j] = holders_ER[expert, num_holders_E[expert]]
-            return
-
-
-@njit(nogil=True, cache=True)
-def _add_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> None:
-    holders_ER[expert, num_holders_E[expert]] = rank
-    num_holders_E[expert] += 1
-
-
-@njit(nogil=True, cache=True)
-def _has_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> bool:
-    for j in range(num_holders_E[expert]):  # noqa: SIM110
-        if holders_ER[expert, j] == rank:
-            return True
-    return False
-
-
-@njit(nogil=True, cache=True)
-def _spread(
-    holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, node_of_rank_R: np.ndarray, num_nodes: int
-) -> int:
-    """On how many different nodes (ranks, where there is one node) the copies of an expert stand."""
-    count = num_holders_E[expert]
-    if num_nodes == 1:
-        return count
-    distinct = 0
-    for j in range(count):
-        new = 1
-        for i in range(j):
-            if node_of_rank_R[holders_ER[expert, i]] == node_of_rank_R[holders_ER[expert, j]]:
-                new = 0
-        distinct += new
-    return distinct
-
-
-@njit(nogil=True, cache=True)
 def _excess(load_R: np.ndarray, allowed_R: np.ndarray) -> float:
     total = 0.0
     for r in range(len(load_R)):
@@ -104,6 +65,7 @@ def anneal_replicas(
     node_of_rank_R: np.ndarray,
     num_nodes: int,
     node_weight: float,
+    home_T: np.ndarray,
     min_copies: int,
     max_filled: int,
     allowed_R: np.ndarray,
@@ -125,6 +87,7 @@ def anneal_replicas(
         token_N, start_E: what `tokens_by_expert` returns.
         pair_weight_E: float64 [E], the load of one (token, expert) pair.
         experts_Rs: int32 [R, s], advanced; -1 an empty slot, -2 one that the rank does not have.
+        home_T: int32 [T], the node of each token's router, where near replicas come first; else of length 0.
         min_copies: different nodes (ranks, where there is one node) that each expert must stand on.
         max_filled: the most slots that may hold an expert.
         allowed_R: float64 [R], largest load of each rank.
@@ -134,14 +97,19 @@ def anneal_replicas(
     num_tokens, top_k = topk_ids_TK.shape
     num_experts = len(start_E) - 1
     num_ranks, num_slots = experts_Rs.shape
-    num_holders_E = np.zeros(num_experts, np.int32)
-    holders_ER = np.empty((num_experts, num_ranks), np.int32)
+    near_first = len(home_T) > 0
+    num_views = 1 + num_nodes if near_first else 1
+    num_holders_VE = np.zeros((num_views, num_experts), np.int32)
+    holders_VER = np.empty((num_views, num_experts, num_ranks), np.int32)
+    num_holders_E, holders_ER = num_holders_VE[0], holders_VER[0]
     filled = 0
     for r in range(num_ranks):
         for i in range(num_slots):
             if experts_Rs[r, i] >= 0:
-                _add_holder(holders_ER, num_holders_E, experts_Rs[r, i], r)
+                add_holder(holders_ER, num_holders_E, experts_Rs[r, i], r)
                 filled += 1
+    for e in range(num_experts):
+        see_holders(holders_VER, num_holders_VE, e, node_of_rank_R)
     chosen_E = np.empty(num_experts, np.int32)
     held_R = np.zeros(num_ranks, np.int64)
     held_N = np.zeros(num_nodes, np.int64)
@@ -151,7 +119,7 @@ def anneal_replicas(
     per_node = block_of_nodes(node_of_rank_R, num_nodes)
 
     # What the rule makes of the slots as they stand; every call starts anew from the rule.
-    pairs_R = np.zeros(num_ranks, np.int64)
+    pairs_VR = np.zeros((num_views, num_ranks), np.int64)
     load_R = np.zeros(num_ranks)
     load_ER = np.zeros((num_experts, num_ranks))
     width_T = np.zeros(num_tokens, np.int64)
@@ -163,10 +131,13 @@ def anneal_replicas(
         while width < top_k and topk_ids_TK[t, width] >= 0:
             width += 1
         width_T[t] = width
+        view = 1 + home_T[t] if near_first else 0
         ranks, nodes = cover_token(
-            topk_ids_TK[t], width, num_holders_E, holders_ER, node_of_rank_R, num_nodes, per_node, pairs_R,
-            chosen_E, held_R, held_N, touched_R, touched_N, visited_N,
+            topk_ids_TK[t], width, num_holders_VE[view], holders_VER[view], node_of_rank_R, num_nodes, per_node,
+            pairs_VR[view], chosen_E, held_R, held_N, touched_R, touched_N, visited_N,
         )  # fmt: skip
+        if near_first:
+            nodes = count_far(topk_ids_TK[t], width, chosen_E, node_of_rank_R, view - 1)
         visits_T[t] = ranks + node_weight * nodes
         visits += visits_T[t]
         for k in range(width):
@@ -180,7 +151,7 @@ def anneal_replicas(
         best_2[0], best_2[1] = above, visits
         best_experts_Rs[:] = experts_Rs
 
-    new_pairs_R = np.empty(num_ranks, np.int64)
+    new_pairs_VR = np.empty_like(pairs_VR)
     new_load_R = np.empty(num_ranks)
     touched_T = np.empty(num_tokens, np.int32)
     new_rank_TK = np.empty((num_tokens, top_k), np.int16)
@@ -212,13 +183,13 @@ def anneal_replicas(
             b = experts_Rs[q, j]
             if q == p or b == CLOSED or a == b:
                 continue
-            if a >= 0 and _has_holder(holders_ER, num_holders_E, a, q):
+            if a >= 0 and has_holder(holders_ER, num_holders_E, a, q):
                 continue
         else:
             b = random_below(state_1, num_experts)
             if a == EMPTY and filled >= max_filled:
                 continue
-        if b >= 0 and _has_holder(holders_ER, num_holders_E, b, p):
+        if b >= 0 and has_holder(holders_ER, num_holders_E, b, p):
             continue
 
         threshold = -heat * np.log(random_unit(state_1))
@@ -248,23 +219,27 @@ def anneal_replicas(
             continue
 
         if a >= 0:
-            _remove_holder(holders_ER, num_holders_E, a, p)
+            remove_holder(holders_ER, num_holders_E, a, p)
             if q >= 0:
-                _add_holder(holders_ER, num_holders_E, a, q)
+                add_holder(holders_ER, num_holders_E, a, q)
         if b >= 0:
-            _add_holder(holders_ER, num_holders_E, b, p)
+            add_holder(holders_ER, num_holders_E, b, p)
             if q >= 0:
-                _remove_holder(holders_ER, num_holders_E, b, q)
+                remove_holder(holders_ER, num_holders_E, b, q)
         legal = True
-        if a >= 0 and _spread(holders_ER, num_holders_E, a, node_of_rank_R, num_nodes) < min_copies:
+        if a >= 0 and node_spread(holders_ER, num_holders_E, a, node_of_rank_R, num_nodes) < min_copies:
             legal = False
-        if b >= 0 and _spread(holders_ER, num_holders_E, b, node_of_rank_R, num_nodes) < min_copies:
+        if b >= 0 and node_spread(holders_ER, num_holders_E, b, node_of_rank_R, num_nodes) < min_copies:
             legal = False
 
+        if a >= 0:
+            see_holders(holders_VER, num_holders_VE, a, node_of_rank_R)
+        if b >= 0:
+            see_holders(holders_VER, num_holders_VE, b, node_of_rank_R)
         accepted = False
         touched = 0
         if legal:
-            new_pairs_R[:] = pairs_R
+            new_pairs_VR[:] = pairs_VR
             new_load_R[:] = load_R
             at_a = start_E[a] if a >= 0 else np.int64(0)
             end_a = start_E[a + 1] if a >= 0 else np.int64(0)
@@ -287,14 +262,17 @@ def anneal_replicas(
                     t = token_N[at_b]
                     at_b += 1
                 width = width_T[t]
+                view = 1 + home_T[t] if near_first else 0
                 for k in range(width):
                     r = rank_TK[t, k]
-                    new_pairs_R[r] -= 1
+                    new_pairs_VR[view, r] -= 1
                     new_load_R[r] -= pair_weight_E[topk_ids_TK[t, k]]
                 ranks, nodes = cover_token(
-                    topk_ids_TK[t], width, num_holders_E, holders_ER, node_of_rank_R, num_nodes, per_node, new_pairs_R,
-                    chosen_E, held_R, held_N, touched_R, touched_N, visited_N,
+                    topk_ids_TK[t], width, num_holders_VE[view], holders_VER[view], node_of_rank_R, num_nodes, per_node,
+                    new_pairs_VR[view], chosen_E, held_R, held_N, touched_R, touched_N, visited_N,
                 )  # fmt: skip
+                if near_first:
+                    nodes = count_far(topk_ids_TK[t], width, chosen_E, node_of_rank_R, view - 1)
                 for k in range(width):
                     expert = topk_ids_TK[t, k]
                     r = chosen_E[expert]
@@ -318,13 +296,16 @@ def anneal_replicas(
                 accepted = delta <= threshold - penalty * (new_excess - excess)
         if not accepted:
             if b >= 0:
-                _remove_holder(holders_ER, num_holders_E, b, p)
+                remove_holder(holders_ER, num_holders_E, b, p)
                 if q >= 0:
-                    _add_holder(holders_ER, num_holders_E, b, q)
+                    add_holder(holders_ER, num_holders_E, b, q)
             if a >= 0:
                 if q >= 0:
-                    _remove_holder(holders_ER, num_holders_E, a, q)
-                _add_holder(holders_ER, num_holders_E, a, p)
+                    remove_holder(holders_ER, num_holders_E, a, q)
+                add_holder(holders_ER, num_holders_E, a, p)
+                see_holders(holders_VER, num_holders_VE, a, node_of_rank_R)
+            if b >= 0:
+                see_holders(holders_VER, num_holders_VE, b, node_of_rank_R)
             continue
 
         for n in range(touched):
@@ -335,7 +316,7 @@ def anneal_replicas(
                 load_ER[expert, new_rank_TK[n, k]] += pair_weight_E[expert]
                 rank_TK[t, k] = new_rank_TK[n, k]
             visits_T[t] = new_visits_T[n]
-        pairs_R[:] = new_pairs_R
+        pairs_VR[:] = new_pairs_VR
         load_R[:] = new_load_R
         experts_Rs[p, i] = b
         if q >= 0:

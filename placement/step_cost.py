@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.hardware import H100, Constants, ModelShape
+from placement.near import keep_near
 from placement.problem import check_top_k, check_trace_fits
 from placement.replica_choice import choose_replicas
 from placement.tables import Placement
@@ -64,6 +65,7 @@ def step_cost(
     topology: Topology | None = None,
     tokens: int = 64,
     router_nodes: Sequence[int] | None = None,
+    near_first: bool = False,
     current: Placement | None = None,
     steps_between_plans: int = 2000,
     batches: int = 8,
@@ -74,6 +76,7 @@ def step_cost(
     Args:
         topology: None for equal shards, nodes as the placement says, one rack, nominal links.
         router_nodes: the node of each router, which share the tokens evenly; None: one on each node.
+        near_first: routers take replicas on their own node first.
         current: the placement in use, from which the migration is counted.
         batches: so many batches are drawn from the trace and averaged.
 
@@ -98,6 +101,7 @@ def step_cost(
     rng = np.random.default_rng(seed)
     num_layers = placement.num_layers
     class_IR = np.array([_classes_from(topology, node) for node in routers])
+    near_IR = class_IR == 1 if near_first else np.zeros(class_IR.shape, bool)
     total: Counter[str] = Counter()
     link_s: dict[str, float] = {}
     link_bytes: dict[str, float] = {}
@@ -107,7 +111,7 @@ def step_cost(
         sub = trace.take(drawn)
         for layer in range(num_layers):
             ids_TK = sub.ids_of_layer(layer)
-            rows_IR, pairs_IR, used, nodes = _dispatch(ids_TK, placement, layer, len(routers))
+            rows_IR, pairs_IR, used, nodes = _dispatch(ids_TK, placement, layer, near_IR)
             activated_R, pairs_R = used.sum(1), pairs_IR.sum(0)
             weights_R = activated_R * model.expert_bytes / constants.memory_bytes_per_s / topology.speed_R
             flops_R = pairs_R * model.pair_flops / constants.flops_per_s / topology.speed_R
@@ -180,10 +184,13 @@ def _classes_from(topology: Topology, node: int) -> np.ndarray:
 
 
 def _dispatch(
-    ids_TK: np.ndarray, placement: Placement, layer: int, num_routers: int
+    ids_TK: np.ndarray, placement: Placement, layer: int, near_IR: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """int64 [I, R] rows and pairs from each router, bool [R, E] activated experts, and node visits in all."""
-    num_ranks = placement.num_ranks
+    """int64 [I, R] rows and pairs from each router, bool [R, E] activated experts, and node visits in all.
+
+    `near_IR` bool: ranks whose replicas each router takes first; all False for no difference.
+    """
+    num_routers, num_ranks = near_IR.shape
     rows_IR = np.zeros((num_routers, num_ranks), np.int64)
     pairs_IR = np.zeros((num_routers, num_ranks), np.int64)
     used_RE = np.zeros((num_ranks, placement.num_experts), bool)
@@ -192,9 +199,8 @@ def _dispatch(
         mine_TK = np.ascontiguousarray(ids_TK[router::num_routers])
         rank_TK = np.empty(mine_TK.shape, np.int32)
         load_R = np.zeros(num_ranks, np.int64)
-        choose_replicas(
-            mine_TK, placement.slots_LER[layer], placement.node_of_rank_R, placement.num_nodes, load_R, rank_TK
-        )
+        slots_ER = keep_near(placement.slots_LER[layer : layer + 1], near_IR[router])[0]
+        choose_replicas(mine_TK, slots_ER, placement.node_of_rank_R, placement.num_nodes, load_R, rank_TK)
         visits_TR = np.zeros((len(mine_TK), num_ranks + 1), bool)
         np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 falls into the last column
         visits_TR = visits_TR[:, :num_ranks]

@@ -13,8 +13,10 @@ import numpy as np
 
 from placement.bitsets import assigned_token_bits, random_state
 from placement.descent import descend_swaps
-from placement.problem import CLOSED, EXCESS_WEIGHT, LayerProblem, Scored, first_tokens, score_slots
+from placement.holders import CLOSED
+from placement.problem import EXCESS_WEIGHT, LayerProblem, first_tokens
 from placement.replica_search import EXCESS_TOLERANCE
+from placement.scoring import Scored, score_slots
 from placement.search_clock import SearchClock
 from placement.swap_search import anneal_swaps
 

@@ -56,6 +56,18 @@ def test_more_slots_and_replicas_are_used_as_asked() -> None:
     assert (placement.logical_replica_count >= 2).all()
 
 
+def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path) -> None:
+    trace = ActivationTrace.load_npz(TINY / "trace.npz").take(np.arange(0, 25_000, 10))
+    trace.save(tmp_path / "trace.npz")
+    section = {"policy": "optimized", "trace": str(tmp_path / "trace.npz"), "num_nodes": 2, "load_cap": 1.2}
+    shards = {"count": 4, "slots_per_rank": 10}
+    plain, near = (
+        evaluate(plan_placement(config(shards, {**section, "near_replicas_first": near})), trace, near_first=True)
+        for near in (False, True)
+    )
+    assert near.far_fan_out.mean() < plain.far_fan_out.mean()
+
+
 @pytest.mark.parametrize("policy", ["greedy", "optimized"])
 def test_policies_plan_for_the_trace(tmp_path: Path, policy: str) -> None:
     section = {"policy": policy, "trace": str(trace_file(tmp_path)), "max_seconds": 2.0, "load_cap": 1.2}
@@ -105,6 +117,7 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_starts(tmp
     [
         ({"slots_per_rank": 10}, {}, "slots_per_rank is 10, so 3 shards have 30 slots .* 32 experts .*; expected 11"),
         ({}, {"num_nodes": 2}, "placement: .*3 ranks"),
+        ({}, {"near_replicas_first": True}, "placement: near replicas come first on 1 node: expected at least 2"),
         ({}, {"min_replicas": 4}, "placement: .*4 ranks, there are 3"),
     ],
 )

@@ -35,6 +35,18 @@ def test_optimize_writes_what_it_promises(files, capsys) -> None:
     assert "fan-out" in capsys.readouterr().out
 
 
+def test_planned_and_evaluated_for_near_replicas_first(files, capsys) -> None:
+    assert optimize(files, "--slots-per-rank", "5", "--nodes", "2", "--near-first") == 0
+    assert "far fan-out" in capsys.readouterr().out
+    planned = json.loads((files / "plan.json").read_text())["planned"]["far_fan_out"]
+    assert main(["evaluate", "--trace", str(files / "trace.npz"), "--placement", str(files / "plan.json"),
+                 "--near-first", "--json"]) == 0  # fmt: skip
+    row = json.loads(capsys.readouterr().out)[str(files / "plan.json")]
+    assert [layer["far_fan_out"] for layer in row["layers"]] == pytest.approx(planned, abs=1e-6)
+    assert optimize(files, "--slots-per-rank", "5", "--near-first") == 2
+    assert "near replicas come first on 1 node: expected at least 2 nodes" in capsys.readouterr().err
+
+
 def test_evaluate_prints_a_table_and_json(files, capsys) -> None:
     Placement.linear(2, 16, 4).save(files / "linear.json")
     arguments = ["evaluate", "--trace", str(files / "trace.npz"), "--placement", str(files / "linear.json")]

@@ -43,6 +43,15 @@ def test_by_hand():
     assert cost.step_s == pytest.approx(6 + 32.75 + 243)
 
 
+def test_near_replicas_first_cross_no_link_that_they_need_not():
+    # Every expert stands on both nodes: each router finds its token's at home.
+    trace = trace_of([[[0, 1]], [[0, 1]]], 2)
+    placement = Placement(2, 2, 2, np.array([[0, 1, 0, 1]]))
+    cost = step_cost(trace, placement, model=MODEL, constants=UNIT, topology=Topology.uniform(2, 2, links=LINKS),
+                     tokens=2, batches=1, near_first=True)  # fmt: skip
+    assert cost.link_bytes == {"node": 2 * (10 + 2 * 8 + 10)}
+
+
 def test_two_routers_share_the_tokens_and_speed_divides():
     trace = trace_of([[[0]], [[1]]], 2)
     placement = Placement(2, 2, 2, np.array([[0, 1]]))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Placement
-from placement.evaluate import dispatch_trace, evaluate, even_split_loads, predicted_rows
-from placement.trace import ActivationTrace, TraceError
+from placement.evaluate import dispatch_trace, evaluate, even_split_loads
+from placement.trace import ActivationTrace
 
 
 def plain_score(ids_TK, map_S, num_ranks, num_nodes):
@@ -92,6 +92,20 @@ def test_agrees_with_the_plain_rule(seed, num_nodes, ranks_per_node, spare, num_
         assert found.fan_out_histogram[layer] @ np.arange(top_k + 1) == pytest.approx(found.fan_out[layer] * 30)
 
 
+def test_near_replicas_first_hand_worked():
+    # A rank a node; expert 0 stands on both. Of tokens {0, 1}, {0, 1}, {0, 2} the second is of node 1's router.
+    placement = Placement(2, 2, 3, np.array([[0, 1, 2, 0]]))
+    trace = ActivationTrace(np.array([[[0, 1]], [[0, 1]], [[0, 2]]]), 3)
+    assert dispatch_trace(placement, trace.topk_ids, near_first=True).tolist() == [[[0, 0], [1, 0], [0, 1]]]
+    near, plain = evaluate(placement, trace, near_first=True), evaluate(placement, trace)
+    assert near.far_fan_out.tolist() == [2 / 3]
+    assert near.fan_out.tolist() == [5 / 3]
+    assert near.load_LR.tolist() == [[4, 2]]
+    # Without, the second token finds both on rank 0, away from its router, and the third both on rank 1.
+    assert plain.far_fan_out.tolist() == [2 / 3]
+    assert plain.fan_out.tolist() == [1]
+
+
 def test_hand_worked():
     # Ranks hold {0, 1}, {2, 0}: the first token finds both its experts on rank 0, the second needs both ranks.
     placement = Placement(2, 1, 3, np.array([[0, 1, 2, 0]]))
@@ -102,7 +116,6 @@ def test_hand_worked():
     assert found.rows_LR.tolist() == [[2, 1]]
     assert found.balancedness.tolist() == [2 / 3]
     assert even_split_loads(placement, np.array([[1, 2, 1]])).tolist() == [[2.5, 1.5]]
-    assert predicted_rows(placement, ActivationTrace(np.array([[[0, 1]], [[1, 2]]]), 3)) == 3
 
 
 def test_padding_and_repeats_count_once_or_not_at_all():
@@ -116,8 +129,8 @@ def test_padding_and_repeats_count_once_or_not_at_all():
 def test_one_token():
     found = evaluate(Placement.linear(1, 4, 2), ActivationTrace(np.array([[[0, 3]]]), 4))
     assert found.summary() == {
-        "fan_out": 2, "node_fan_out": 1, "balancedness": 1, "balancedness_even_split": 1, "worst_balancedness": 1,
-        "tokens": 1,
+        "fan_out": 2, "node_fan_out": 1, "far_fan_out": 0, "balancedness": 1, "balancedness_even_split": 1,
+        "worst_balancedness": 1, "tokens": 1,
     }  # fmt: skip
 
 
@@ -126,8 +139,6 @@ def test_counts_alone_give_balance_alone():
     found = evaluate(Placement.linear(1, 4, 2), trace)
     assert np.isnan(found.fan_out).all()
     assert found.balancedness.tolist() == [0.75]
-    with pytest.raises(TraceError, match="counts alone"):
-        predicted_rows(Placement.linear(1, 4, 2), trace)
 
 
 def test_a_placement_of_another_model_is_refused():

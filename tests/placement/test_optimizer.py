@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -32,9 +33,11 @@ def test_cliques_are_found() -> None:
 
 def test_a_plan_predicts_what_the_evaluator_finds() -> None:
     trace = clique_trace()
-    for request in (PlanRequest(4, 1, 4, load_cap=1.2, effort=SMALL), PlanRequest(4, 2, 4, load_cap=1.2, effort=SMALL)):
-        result = optimize(trace, request)
-        evaluation = evaluate(result.placement, trace)
+    for nodes, slots, near in ((1, 4, False), (2, 4, False), (2, 4, True), (2, 5, True)):
+        result = optimize(trace, PlanRequest(4, nodes, slots, load_cap=1.2, near_first=near, effort=SMALL))
+        evaluation = evaluate(result.placement, trace, near)
+        if near:
+            np.testing.assert_allclose(result.far_fan_out, evaluation.far_fan_out)
         np.testing.assert_allclose(result.fan_out, evaluation.fan_out)
         np.testing.assert_allclose(result.node_fan_out, evaluation.node_fan_out)
         np.testing.assert_allclose(result.balancedness, evaluation.balancedness)
@@ -81,6 +84,7 @@ def test_limits_hold(seed, num_nodes, ranks_per_node, num_experts, spare, min_re
     lambda seed: PlanRequest(4, 1, 4, seed=seed, effort=SMALL),
     lambda seed: PlanRequest(4, 2, 5, seed=seed, effort=SMALL),
     lambda seed: PlanRequest(4, 1, 5, seed=seed, effort=SMALL),
+    lambda seed: PlanRequest(4, 2, 5, near_first=True, seed=seed, effort=SMALL),
 ])  # fmt: skip
 def test_the_same_call_gives_the_same_plan(request_of) -> None:
     trace = clique_trace()
@@ -111,6 +115,21 @@ def test_never_worse_than_what_it_starts_from(slots, nodes) -> None:
 
     assert cost(ours) <= cost(start) + 1e-9
     assert cost(ours) <= cost(greedy) + 1e-9
+
+
+def test_planned_for_near_replicas_first_less_comes_from_afar() -> None:
+    # Half of the tokens want clique 0, the others one of two: a rank a clique, the hot one on both nodes.
+    rng = np.random.default_rng(0)
+    clique_T = np.where(rng.random(600) < 0.5, 0, rng.integers(1, 3, 600))
+    trace = ActivationTrace((clique_T[:, None, None] * 4 + np.arange(4)).astype(np.int16), 12)
+    request = PlanRequest(4, 2, 4, load_cap=2.0, effort=0.2)
+    found = optimize(trace, replace(request, near_first=True))
+    assert found.far_fan_out[0] == pytest.approx((clique_T > 0).mean() / 2, abs=0.03)
+    assert found.fan_out.tolist() == [1.0]
+    holds_ER = found.placement.slots_LER[0] >= 0
+    assert holds_ER[:4].reshape(4, 2, 2).any(2).all(), "the hot clique is not on both nodes"
+    plain = evaluate(optimize(trace, request).placement, trace, near_first=True)
+    assert found.far_fan_out[0] <= plain.far_fan_out[0]
 
 
 def test_a_lost_rank_holds_nothing() -> None:

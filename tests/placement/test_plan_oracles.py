@@ -40,7 +40,8 @@ def cases(draw):
     ranks = num_nodes * ranks_per_node
     slots = -(-num_experts // ranks) + draw(st.integers(0, 2))
     cap = draw(st.sampled_from([1.02, 1.2, 2.0]))
-    request = PlanRequest(ranks, num_nodes, slots, load_cap=cap, seed=seed, effort=EFFORT)
+    near = num_nodes > 1 and draw(st.booleans())
+    request = PlanRequest(ranks, num_nodes, slots, load_cap=cap, near_first=near, seed=seed, effort=EFFORT)
     return topical_trace(seed, num_experts=num_experts), request
 
 
@@ -49,7 +50,10 @@ def not_worse(ours, theirs, request):
     node_weight = request.node_weight if request.num_nodes > 1 else 0.0
     our_load_L, their_load_L = 1 / ours.balancedness, 1 / theirs.balancedness
     within_L = our_load_L <= np.maximum(request.load_cap, their_load_L) + 1e-9
-    gain_L = theirs.fan_out - ours.fan_out + node_weight * (theirs.node_fan_out - ours.node_fan_out)
+    dear_L = theirs.node_fan_out - ours.node_fan_out
+    if request.near_first:
+        dear_L = theirs.far_fan_out - ours.far_fan_out
+    gain_L = theirs.fan_out - ours.fan_out + node_weight * dear_L
     comparable_L = their_load_L <= np.maximum(request.load_cap, our_load_L) + 1e-9
     return bool((within_L & (~comparable_L | (gain_L >= -1e-9))).all())
 
@@ -65,11 +69,14 @@ def test_never_worse_than_greedy_balancing_nor_than_what_it_started_from(case, s
         current = optimize(trace, replace(request, load_cap=3.0, seed=request.seed + 1)).placement
     if current is not None:
         request = replace(request, max_moves=moves)
-    ours = evaluate(optimize(trace, request, current).placement, trace)
+    near = request.near_first
+    ours = evaluate(optimize(trace, request, current).placement, trace, near)
+    if near and request.slots_per_rank * request.num_ranks == trace.num_experts:
+        request = replace(request, node_weight=0.0)  # single copies are as far from all routers wherever they stand
     if current is not None:
-        assert not_worse(ours, evaluate(current, trace), request)
+        assert not_worse(ours, evaluate(current, trace, near), request)
     if request.max_moves is None:
-        assert not_worse(ours, evaluate(greedy_placement(trace, request), trace), request)
+        assert not_worse(ours, evaluate(greedy_placement(trace, request), trace, near), request)
 
 
 @settings(max_examples=15, deadline=None)
