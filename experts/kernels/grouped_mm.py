@@ -8,22 +8,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from experts.kernels.base import ExpertKernel, KernelShape
-from experts.kernels.torch_loop import StackedWeights
+from experts.kernels.base import KernelShape
+from experts.kernels.stacked import StackedKernel
 from experts.kernels.torch_ops import gated_activation, sort_pairs
-from experts.spec import ExpertWeights
 
 STRIDE_ALIGNMENT_BYTES = 16
 
 
-class GroupedMMKernel(ExpertKernel):
+class GroupedMMKernel(StackedKernel):
     """`grouped_mm` reads which rows belong to which slot on the device, so that nothing waits for the GPU."""
 
     name = "grouped_mm"
-
-    def __init__(self, shape: KernelShape) -> None:
-        super().__init__(shape)
-        self._weights = StackedWeights(shape)
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -41,12 +36,6 @@ class GroupedMMKernel(ExpertKernel):
             if torch.cuda.get_device_capability(shape.device) < (8, 0):
                 return "it needs compute capability 8.0"
         return None
-
-    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
 
     def forward(
         self,

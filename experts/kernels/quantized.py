@@ -151,7 +151,21 @@ class QuantizedStack:
         return [stacked for stacked in self._fields().values() if stacked is not None]
 
 
-class TorchDequantKernel(QuantizedKernel):
+class QuantizedStackKernel(QuantizedKernel):
+    """A kernel that reads a `QuantizedStack`."""
+
+    def __init__(self, shape: QuantizedShape) -> None:
+        super().__init__(shape)
+        self._weights = QuantizedStack(shape)
+
+    def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
+        self._weights.write(layer, slot, weights)
+
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        return self._weights.tensors()
+
+
+class TorchDequantKernel(QuantizedStackKernel):
     """A loop over the active slots that makes plain floats of each: every device, every format, and slow.
 
     Legend: R rows of one slot.
@@ -159,22 +173,12 @@ class TorchDequantKernel(QuantizedKernel):
 
     name = "torch_dequant"
 
-    def __init__(self, shape: QuantizedShape) -> None:
-        super().__init__(shape)
-        self._weights = QuantizedStack(shape)
-
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
         """CPU tensors, of which the values are looked up in tables."""
         if shape.device_type != "cpu":
             return f"it runs on the CPU, not on {shape.device}"
         return None if isinstance(shape, QuantizedShape) else "it takes quantized weights"
-
-    def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
 
     def forward(
         self,

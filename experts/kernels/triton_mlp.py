@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
-from experts.kernels.torch_loop import StackedWeights
-from experts.spec import ExpertWeights
+from experts.kernels.stacked import StackedKernel
 
 
 def interpreted() -> bool:
@@ -187,25 +186,15 @@ class ThreePrograms(ExpertKernel):
             triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
 
 
-class TritonMlpKernel(ThreePrograms):
+class TritonMlpKernel(ThreePrograms, StackedKernel):
     """Plain weights."""
 
     name = "triton_mlp"
-
-    def __init__(self, shape: KernelShape) -> None:
-        super().__init__(shape)
-        self._weights = StackedWeights(shape)
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
         """CUDA devices with triton installed; the CPU in Triton's interpreter."""
         return triton_misfit(shape)
-
-    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
 
     def _matmuls(
         self,

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from experts.checkpoint.quantized import QuantizedExpert
 from experts.kernels.base import KernelShape
-from experts.kernels.quantized import QuantizedKernel, QuantizedShape, QuantizedStack
+from experts.kernels.quantized import QuantizedShape, QuantizedStackKernel
 from experts.kernels.triton_mlp import ThreePrograms, TiledPairs, dot_precision, triton_misfit
 
 
@@ -24,14 +23,10 @@ def step_for(block: int) -> int:
     return 128 if block <= 32 else 64
 
 
-class TritonQuantizedKernel(ThreePrograms, QuantizedKernel):
+class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
     """As `TritonMlpKernel`; decode then reads a half or a quarter of bfloat16's bytes."""
 
     name = "triton_quantized"
-
-    def __init__(self, shape: QuantizedShape) -> None:
-        super().__init__(shape)
-        self._weights = QuantizedStack(shape)
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -43,12 +38,6 @@ class TritonQuantizedKernel(ThreePrograms, QuantizedKernel):
         if shape.format.name == "mxfp4" and shape.dtype == torch.float16:
             return "MXFP4's powers of two do not fit into float16"
         return triton_misfit(shape)
-
-    def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
 
     def _matmuls(
         self,

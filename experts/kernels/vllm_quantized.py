@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from experts.checkpoint.dequantize import E8M0_BIAS
 from experts.checkpoint.quantized import FormatName, QuantizedExpert
 from experts.kernels.base import KernelShape
-from experts.kernels.quantized import QuantizedKernel, QuantizedShape, QuantizedStack
+from experts.kernels.quantized import QuantizedKernel, QuantizedShape, QuantizedStackKernel
 from experts.kernels.vllm_triton import ACTIVATIONS, one_row_a_pair, vllm_misfit
 
 # Marlin's tiles, as vLLM rounds the sizes of its own MXFP4 layers.
@@ -109,22 +109,12 @@ class _VllmQuantizedKernel(QuantizedKernel):
         )
 
 
-class _VllmStackKernel(_VllmQuantizedKernel):
+class _VllmStackKernel(_VllmQuantizedKernel, QuantizedStackKernel):
     """Those that read weights as the checkpoint has them."""
-
-    def __init__(self, shape: QuantizedShape) -> None:
-        super().__init__(shape)
-        self._weights = QuantizedStack(shape)
 
     @classmethod
     def _library(cls) -> SimpleNamespace:
         return _fused()
-
-    def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
 
 
 class VllmFp8Kernel(_VllmStackKernel):

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from experts.kernels.base import ExpertKernel, KernelShape
-from experts.kernels.torch_loop import StackedWeights
-from experts.spec import ExpertWeights
+from experts.kernels.base import KernelShape
+from experts.kernels.stacked import StackedKernel
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -71,14 +70,10 @@ def vllm_misfit(shape: KernelShape) -> str | None:
     return None
 
 
-class VllmTritonKernel(ExpertKernel):
+class VllmTritonKernel(StackedKernel):
     """vLLM's own kernel with its tuned tile sizes."""
 
     name = "vllm_triton"
-
-    def __init__(self, shape: KernelShape) -> None:
-        super().__init__(shape)
-        self._weights = StackedWeights(shape)
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -93,12 +88,6 @@ class VllmTritonKernel(ExpertKernel):
         except Exception as error:  # vllm fails in many ways when built for another platform
             return f"vllm's fused MoE cannot be imported: {error}"
         return None
-
-    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        self._weights.write(layer, slot, weights)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return self._weights.tensors()
 
     def forward(
         self,
