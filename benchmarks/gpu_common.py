@@ -91,14 +91,21 @@ def wall_us(call: Callable[[], object], device: str, runs: int) -> list[float]:
     return times
 
 
+SLEEP_CYCLES = 60_000_000  # some 30 ms
+
+
 def device_us(call: Callable[[], object], device: str, runs: int, repeats: int = 5) -> float:
-    """Microseconds of a call when calls follow one another and the host runs ahead: the median of `repeats` trains."""
+    """Microseconds of a call when calls follow one another and the host is ahead: the median of `repeats` trains.
+
+    Each train is queued behind a kernel that sleeps, so that what Python takes to launch a call does not count.
+    """
     if device == "cpu":
         return median(wall_us(call, device, runs))
     trains = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
         for _ in range(runs):
             call()

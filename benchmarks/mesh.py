@@ -48,7 +48,7 @@ class ShardProcesses:
                     text=True,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL if shard.device == "cpu" else None,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                     preexec_fn=None if core is None else (lambda core=core: os.sched_setaffinity(0, {core})),
                 )

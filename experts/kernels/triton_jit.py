@@ -97,8 +97,8 @@ def down(
 @triton.jit
 def sum_pairs(y_ND, row_offsets_M1, out_MD, out_stride, D, BLOCK_D: tl.constexpr):
     """out[m] = sum of y over the row's pairs, in their order, so that the result does not vary from run to run."""
-    row = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.program_id(0)  # rows may be more than the 65,535 that the other axes take
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_hidden = column < D
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for pair in range(tl.load(row_offsets_M1 + row), tl.load(row_offsets_M1 + row + 1)):

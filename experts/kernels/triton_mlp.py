@@ -183,7 +183,7 @@ class ThreePrograms(ExpertKernel):
             self._compiled = True
             self._matmuls(run_program, layer, rows_MD, pairs, h_PI, y_ND)
             M, D = rows_MD.shape
-            triton_jit.sum_pairs[(-(-D // 256), M)](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
+            triton_jit.sum_pairs[(M, -(-D // 256))](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
 
 
 class TritonMlpKernel(ThreePrograms, StackedKernel):

@@ -130,20 +130,32 @@ class NcclGroup(PairGroup):
         self._peer = 1 - rank
         self._gone = gone
         self._aborted = threading.Event()
+        self._starting = threading.Lock()
         self._device = torch.device(device)
         prepare()
         self._group = _nccl_group(store, rank, timeout_s)
         # NCCL connects at the first message; that has to happen here, under the connect deadline.
         token = torch.zeros(1, dtype=torch.uint8, device=self._device)
         deadline_s = time.monotonic() + timeout_s
-        for sender in (ROUTER, SHARD):
-            self.wait(self.send(token) if rank == sender else self.recv(token), deadline_s)
+        try:
+            for sender in (ROUTER, SHARD):
+                self.wait(self.send(token) if rank == sender else self.recv(token), deadline_s)
+        except BaseException:
+            self.abort()
+            raise
 
     def send(self, data: torch.Tensor) -> Any:
-        return _start(lambda: self._group.send([data], self._peer, _DATA_TAG))
+        return self._begin(lambda: self._group.send([data], self._peer, _DATA_TAG))
 
     def recv(self, into: torch.Tensor) -> Any:
-        return _start(lambda: self._group.recv([into], self._peer, _DATA_TAG))
+        return self._begin(lambda: self._group.recv([into], self._peer, _DATA_TAG))
+
+    def _begin(self, operation: Callable[[], Any]) -> Any:
+        """Not while the communicator is being freed: torch hands NCCL a bare pointer to it."""
+        with self._starting:
+            if self._aborted.is_set():
+                raise ConnectionError("the pair was closed")
+            return _start(operation)
 
     def join(self, work: Any, deadline_s: float | None) -> None:
         # synchronize() makes the current stream wait for the work's end, also while a graph is captured.
@@ -155,9 +167,8 @@ class NcclGroup(PairGroup):
         while True:
             try:
                 if work.is_completed():
-                    if work.is_success():
-                        return
-                    raise ConnectionError("the NCCL communicator failed")
+                    work.wait()  # over, so it does not block; raises what went wrong (is_success() always does)
+                    return
             except RuntimeError as error:
                 raise ConnectionError(_first_line(error)) from error
             reason = "the pair was closed" if self._aborted.is_set() else self._gone()
@@ -172,24 +183,35 @@ class NcclGroup(PairGroup):
                 time.sleep(_POLL_S)
 
     def abort(self) -> None:
-        # abort() and never shutdown(): the latter waits for a peer that may be dead. In a thread, since it waits for
-        # its own kernels to notice.
+        # In a thread, since it waits for its own kernels to notice.
         if not self._aborted.is_set():
             self._aborted.set()
-            threading.Thread(target=self._group.abort, name="nccl-abort", daemon=True).start()
+            threading.Thread(target=self._free, name="nccl-abort", daemon=True).start()
+
+    def _free(self) -> None:
+        # abort() and never shutdown(): the latter waits for a peer that may be dead.
+        with self._starting:
+            self._group.abort()
 
 
 _ENVIRONMENT_LOCK = threading.Lock()
 
 
 def _nccl_group(store: Store, rank: int, timeout_s: float) -> Any:
-    """A process group whose watchdog reports and never ends this process; it reads that from the environment only."""
+    """A process group without torch's watchdog and monitor, which it knows from the environment only.
+
+    Their signals are shared by all groups of a process: a pair that broke would have vLLM's own monitor end the router.
+    """
     bindings = _torch_bindings()
     settings = {
+        "TORCH_NCCL_BLOCKING_WAIT": "1",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
-        "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(int(timeout_s) + 1),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }
+    # Read once a process, at the first message, not when the group is made.
+    os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(int(timeout_s) + 1))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # a Python traceback for each message, otherwise
     options = bindings.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timedelta(seconds=timeout_s)
     options.config.blocking = 0

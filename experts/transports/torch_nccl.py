@@ -29,10 +29,13 @@ _HOST_ID = "NCCL_HOSTID"
 @functools.cache
 def _library() -> tuple[bool, str]:
     """(whether the NCCL that torch loads knows the switch, its version and file). Needs a build of torch with CUDA."""
-    version = ".".join(map(str, torch.cuda.nccl.version()))  # loads it
+    numbers = torch.cuda.nccl.version()  # loads it
+    version = ".".join(map(str, numbers))
+    if numbers < (2, 29):
+        return False, f"NCCL {version}"
     with open("/proc/self/maps") as maps:
         paths = {line.split()[-1] for line in maps if "libnccl" in line or "libtorch_cuda.so" in line}
-    for path in sorted(paths, key=lambda p: "libnccl" not in p):
+    for path in sorted({path for path in paths if "libnccl" in path} or paths):  # else it is part of libtorch_cuda
         if knows_the_switch(Path(path)):
             return True, f"NCCL {version} in {Path(path).name}"
     return False, f"NCCL {version}"
@@ -63,6 +66,9 @@ def _share(pid: int, known: bool) -> None:
     if not known:
         # Unconditionally: what a parent process set is the parent's identity.
         os.environ[_HOST_ID] = f"{socket.gethostname()}-{pid}"
+        # All of them are on this host, whatever its network may be.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
 
 
 def spread(num_shards: int) -> tuple[str, list[str]]:

@@ -2,7 +2,8 @@
 
 Needs torch for CUDA, pytest and numpy; what else is missing (triton, pydantic, vllm, ...) costs the tests that need it,
 by name. Each file runs in a process of its own with a limit of time, so that a hang costs one file. The exit status
-counts the files that failed or were not run; it is not 0 either where torch sees no CUDA device.
+counts the files that failed or were not run; it is not 0 either where torch sees no CUDA device. GPU_BUDGET_S in the
+environment bounds the whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,9 @@ FILES: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "tests/gpu/test_exchange.py": (300.0, (*MESH, "triton"), ("-k", "not gloo_split")),
     "tests/gpu/test_nccl.py": (600.0, MESH, ("-k", "not gloo_split")),
 }
+TEST_LIMIT_S = 120.0
+# A machine that is lent for a time ends commands without their children: they have to be over by then.
+ENDS_S = time.monotonic() + float(os.environ.get("GPU_BUDGET_S", "1e9"))
 SHOWN = ("torch", "triton", "vllm", "ray", "numpy", "numba", "pydantic", "scipy", "safetensors", "hypothesis", "pytest")
 
 
@@ -62,17 +67,22 @@ def describe() -> bool:
     return True
 
 
-def run(file: str, limit_s: float, more: tuple[str, ...]) -> tuple[bool, str]:
+def run(file: str, limit_s: float, more: tuple[str, ...], workers: tuple[str, ...] = ()) -> tuple[bool, str]:
     """(whether it passed, how it ended); its output goes to standard output as it comes."""
     # Without the project's own options, which need plug-ins; with a limit for each test where the plug-in is there.
-    options = ["-o", "addopts=", "-q", "-rs", "--strict-markers", "-p", "no:cacheprovider", "--durations=5"]
+    options = ["-o", "addopts=", "-v", "-rs", "--strict-markers", "-p", "no:cacheprovider", "--durations=5"]
+    options += ["--maxfail=5"]
     if importlib.util.find_spec("pytest_timeout") is not None:
-        options += [f"--timeout={limit_s / 2:.0f}"]
+        # By a thread: a test that hangs in CUDA or NCCL never comes back to Python to see a signal.
+        options += [f"--timeout={TEST_LIMIT_S:.0f}", "--timeout-method=thread"]
+    if importlib.util.find_spec("xdist") is not None:
+        more = (*more, *workers)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", file, *options, *more],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+    limit_s = min(limit_s, max(ENDS_S - time.monotonic(), 5.0))
     timer = threading.Timer(limit_s, lambda: os.killpg(process.pid, signal.SIGKILL))
     timer.daemon = True
     timer.start()
@@ -116,7 +126,7 @@ def main() -> int:
             ends[file] = True, "would run"
         else:
             print(f"\n=== {file}", flush=True)
-            ends[file] = run(file, limit_s, more)
+            ends[file] = run(file, limit_s, more, ("-n", "8") if "kernels" in file else ())
     print("\n=== in short")
     for file, (passed, end) in ends.items():
         print(f"  {'ok  ' if passed else 'FAIL'} {file}: {end}")

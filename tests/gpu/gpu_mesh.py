@@ -39,8 +39,9 @@ def mesh_over(kind: str, model: Path, placement: Placement, **settings: object) 
     _, devices = places(kind, placement.num_ranks)
     mesh = Mesh(model, placement, {})
     try:
-        for rank, device in enumerate(devices):
-            mesh.shards |= start_shards(model, placement, [rank], device=device, **settings)
+        for device in dict.fromkeys(devices):
+            ranks = [rank for rank, place in enumerate(devices) if place == device]
+            mesh.shards |= start_shards(model, placement, ranks, device=device, **settings)
         yield mesh
     finally:
         mesh.close()

@@ -17,7 +17,7 @@ from small_mesh import Mesh, assert_matches, await_true, local, oracle, random_b
 from experts.router import MeshRouter
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 6, 3
-SILENCE_MS = 1500  # how long a stopped shard is waited for
+SILENCE_MS = 5000  # how long a stopped shard is waited for, and a first step that loads code on a shared GPU
 
 
 @pytest.fixture(scope="module")
