@@ -145,9 +145,8 @@ class ShardServer:
         loop, _ = self._running()
         spec = loop.slots.checkpoint.spec
         if hello.incarnation != self._incarnation:
-            raise ValueError(
-                f"this is incarnation {self._incarnation} of the shard, the router wants {hello.incarnation}"
-            )
+            # Knowing it is what tells this mesh's routers from strangers, so the refusal does not give it away.
+            raise ValueError(f"this is another incarnation of the shard, the router wants {hello.incarnation}")
         for name, theirs, ours in (
             ("dtype", hello.dtype, self.settings.dtype),
             ("hidden size", hello.hidden_size, spec.hidden_size),

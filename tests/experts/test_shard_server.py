@@ -192,7 +192,7 @@ def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"incarnation": "another"}, "this is incarnation .* the router wants another"),
+        ({"incarnation": "stale"}, "this is another incarnation of the shard, the router wants stale$"),
         ({"dtype": "bfloat16"}, "router by-hand has dtype bfloat16, this shard has float32"),
         ({"hidden_size": 32}, "has hidden size 32, this shard has 24"),
         ({"num_layers": 3}, "has number of MoE layers 3, this shard has 2"),
