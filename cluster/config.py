@@ -61,6 +61,7 @@ class ExpertsAppConfig(StrictModel):
             max_rows_per_dispatch=self.shards.max_rows_per_dispatch,
             slots_per_rank=self.shards.slots_per_rank,
             spin_us=self.shards.spin_us,
+            connect_deadline_s=self.shards.connect_s,
         )
 
 

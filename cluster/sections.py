@@ -60,6 +60,11 @@ class ShardsSection(StrictModel):
     spin_us: float = Field(
         default=_shard_default("spin_us"), ge=0, description="How long the idle loop yields its core before it sleeps."
     )
+    connect_s: float = Field(
+        default=_shard_default("connect_deadline_s"),
+        gt=0,
+        description="Connecting one router to a shard; as long as the routers' deadlines.connect_s is a good choice.",
+    )
     ray_actor_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Ray's options of a shard's actor: num_cpus, num_gpus, resources, runtime_env.",

@@ -10,6 +10,7 @@ import yaml
 
 from cluster.config import ConfigError, ExpertsAppConfig, LLMAppConfig, MeshConfig, parse
 from cluster.sections import HttpSection
+from experts.settings import ShardSettings
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 
@@ -176,6 +177,17 @@ def test_settings_reach_router_and_shard() -> None:
     kwargs = mesh.llm.engine_kwargs()
     assert kwargs["additional_config"]["expertmesh"] == router.model_dump()
     assert (kwargs["dtype"], kwargs["max_num_seqs"]) == ("float32", 64)
+
+
+def test_a_shards_wait_for_a_router_is_the_users_to_say() -> None:
+    data = tiny()["applications"][0]["args"]
+    default = ShardSettings.model_fields["connect_deadline_s"].default
+    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1").connect_deadline_s == default
+    data["shards"]["connect_s"] = 120
+    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1").connect_deadline_s == 120
+    data["shards"]["connect_s"] = 0
+    with pytest.raises(ConfigError, match=r"shards\.connect_s: .*greater than 0, got 0"):
+        parse(ExpertsAppConfig, data)
 
 
 def test_other_additional_config_stays() -> None:

@@ -84,6 +84,14 @@ def test_config_is_valid_and_the_model_fits(name: str) -> None:
 
 @pytest.mark.usefixtures("checkpoints_are_elsewhere")
 @pytest.mark.parametrize("name", SHAPES)
+def test_shards_wait_for_routers_as_long_as_routers_for_shards(name: str) -> None:
+    mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
+    ours, theirs = mesh.llm.router_settings(), mesh.experts.shard_settings("127.0.0.1")
+    assert ours.connect_deadline_s == theirs.connect_deadline_s
+
+
+@pytest.mark.usefixtures("checkpoints_are_elsewhere")
+@pytest.mark.parametrize("name", SHAPES)
 def test_files_give_numbers_that_their_comments_claim(name: str) -> None:
     """The comment above each config says how large a shard is; it must be what the numbers give."""
     shape, mesh = SHAPES[name], MeshConfig.from_serve_config(serve_config(name), source=name)
