@@ -49,13 +49,7 @@ class StepRecorder:
         self._next_layer = layer + 1
         if self._next_layer == self._shape.num_layers:
             self._next_layer = -1
-            self._complete(self._recorder)
-
-    def _complete(self, recorder: TraceRecorder) -> None:
-        ids_TLK = self._step_LTK[:, : self._num_tokens].transpose(1, 0, 2)
-        if self._num_tokens and int(ids_TLK.min()) < 0:
-            ids_TLK = ids_TLK[(ids_TLK >= 0).any(axis=(1, 2))]
-        recorder.add(ids_TLK)
+            self._recorder.add(self._step_LTK[:, :num_tokens].transpose(1, 0, 2))
 
     def to_bytes(self) -> bytes:
         """The trace sampled so far as an .npz file's bytes, none if nothing was recorded. RuntimeError when off."""

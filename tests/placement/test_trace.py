@@ -117,7 +117,8 @@ def test_recorder_takes_empty_batches_and_refuses_what_does_not_fit() -> None:
         recorder.add(np.zeros((3, 1, 2), int))
     with pytest.raises(ValueError, match="expert 8 is not one of 8"):
         recorder.add(np.full((1, 2, 2), 8))
-    recorder.add(np.array([[[1, -1], [2, 3]]]))
+    recorder.add(np.array([[[1, -1], [2, 3]], [[-1, -1], [-1, -1]]]))  # the second is padding
+    assert recorder.tokens_seen == 1
     counts = recorder.snapshot().counts
     assert counts is not None
     assert counts.tolist() == [[0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0]]
