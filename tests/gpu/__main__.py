@@ -36,7 +36,7 @@ FILES: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "tests/gpu/test_nccl.py": (600.0, MESH, ("-k", "not gloo_split")),
 }
 TEST_LIMIT_S = 120.0
-# A machine that is lent for a time ends commands without their children: they have to be over by then.
+# A command that is ended from outside leaves its children behind: with this they are over by then.
 ENDS_S = time.monotonic() + float(os.environ.get("GPU_BUDGET_S", "1e9"))
 SHOWN = ("torch", "triton", "vllm", "ray", "numpy", "numba", "pydantic", "scipy", "safetensors", "hypothesis", "pytest")
 
