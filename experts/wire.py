@@ -29,7 +29,6 @@ STATUS_OK = 0
 STATUS_REJECTED = 1
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-DTYPES: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 @njit(nogil=True, cache=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -66,8 +65,3 @@ def open_shard_channel(
 
         return open_torch_channel(hello, line, bell, device, deadline_s)
     raise ValueError(f"unknown transport {hello.transport!r}, expected shm, gloo or nccl")
-
-
-def deadline_in(seconds: float) -> float:
-    """A deadline on time.monotonic()'s clock."""
-    return time.monotonic() + seconds

@@ -15,10 +15,14 @@ from echo_shard import EchoShard, context, counted_up, echo_shard, hello_for, po
 
 from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
 from experts.membership import ShardEndpoint, host_id
-from experts.transports.connect import connect, deadline_in
+from experts.transports.connect import connect
 from experts.transports.control import choose_transport
 
 LONG_S = 30.0
+
+
+def deadline_in(seconds: float) -> float:
+    return time.monotonic() + seconds
 
 
 @pytest.fixture(scope="module")
