@@ -7,7 +7,8 @@ A shard passes through three states:
 Every change of who serves counts the epoch up, and so does a retry for shards that a router gave up although they live.
 Nothing here is written down: a controller that restarts learns ranks and the highest epoch from shards and routers that
 are still there. Serve gives each replica a rank and hands a dead replica's rank to its successor, so that rank is the
-first choice; a shard that already holds experts keeps the rank that it loaded them for.
+first choice, and tells whose seat the successor may take; a shard that holds or loads experts keeps the rank that they
+are for. With blocks of nodes a shard's rank here may be another than Serve's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from experts.membership import ShardEndpoint
 from placement.tables import Placement
 
+_LONGEST_PAUSE = 16  # between two retries of a shard, in times of the first pause
+
 
 @dataclass
 class Seat:
@@ -30,7 +33,10 @@ class Seat:
     rank: int
     last_beat_s: float
     endpoint: ShardEndpoint | None = None  # None while it loads
+    serve_rank: int | None = None  # Serve's rank of the replica, None where it is not known
     given_up_s: float | None = None  # since when some router goes without it although it serves
+    retried_s: float = float("-inf")
+    retries: int = 0  # of this incarnation, each of which has to wait twice as long as the one before
 
     @property
     def serving(self) -> bool:
@@ -89,27 +95,30 @@ class Roster:
     def join(self, shard_id: str, node_id: str, wanted_rank: int, now_s: float, patience_s: float) -> JoinAnswer:
         """Seat a shard that holds no experts yet.
 
-        `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free, or its holder was silent
-        for `patience_s` (a dead replica whose successor this is), and it suits the blocks of nodes; else the first free
-        rank that suits is.
+        `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free and suits the blocks of
+        nodes; else the first free rank that does is. Where none is, the shard takes the seat of the replica that had
+        its rank of Serve before, once that one was silent for `patience_s`: it is dead, and this is its successor. All
+        others may only be late, so their seats are free no sooner than `expire` says.
         """
         if (seat := self.seat_of(shard_id)) is not None:
             seat.last_beat_s = now_s
             return JoinAnswer(seat.rank)
         choices = [wanted_rank, *(rank for rank in range(self.num_ranks) if rank != wanted_rank)]
         free = [rank for rank in choices if rank not in self._seats and 0 <= rank < self.num_ranks]
-        silent = [rank for rank in choices if self._silent(rank, now_s, patience_s)]
-        suitable = [rank for rank in free if self._suits(rank, node_id)] or [
-            rank for rank in silent if self._suits(rank, node_id)
+        left = [
+            seat.rank
+            for seat in self.seats
+            if seat.serve_rank == wanted_rank and self._silent(seat.rank, now_s, patience_s)
         ]
+        suitable = [rank for rank in (*free, *left) if self._suits(rank, node_id)]
         if not suitable:
-            if not free and not silent:
+            if not free and not left:
                 return JoinAnswer(None, f"all {self.num_ranks} ranks are taken")
-            return JoinAnswer(None, f"the free ranks {sorted(free)} belong to the blocks of other nodes")
+            return JoinAnswer(None, f"the free ranks {sorted(free + left)} belong to the blocks of other nodes")
         rank = suitable[0]
         if rank in self._seats:
             self._vacate(rank)
-        self._seats[rank] = Seat(shard_id, node_id, rank, now_s)
+        self._seats[rank] = Seat(shard_id, node_id, rank, now_s, serve_rank=wanted_rank)
         return JoinAnswer(rank)
 
     def ready(self, shard_id: str, endpoint: ShardEndpoint, now_s: float) -> bool:
@@ -119,7 +128,7 @@ class Roster:
             return False
         seat.last_beat_s = now_s
         if seat.endpoint != endpoint:
-            seat.endpoint, seat.given_up_s = endpoint, None
+            seat.endpoint, seat.given_up_s, seat.retries = endpoint, None, 0
             self.epoch += 1
         return True
 
@@ -158,6 +167,14 @@ class Roster:
             self._vacate(rank)
         return sorted(ranks)
 
+    def forgive(self, lag_s: float, now_s: float) -> None:
+        """Nobody could be heard in the last `lag_s`: what was silence then does not count."""
+        for seat in self._seats.values():
+            # Not into the future: who was heard just now, before the lag was noticed, was not silent at all.
+            seat.last_beat_s = min(seat.last_beat_s + lag_s, now_s)
+            if seat.given_up_s is not None:  # stays after the last beat where it was
+                seat.given_up_s = min(seat.given_up_s + lag_s, now_s)
+
     def given_up(self, rank: int, incarnation: str, now_s: float) -> None:
         """A router goes on without this incarnation of the rank's shard."""
         seat = self._seats.get(rank)
@@ -167,12 +184,21 @@ class Roster:
             seat.given_up_s = now_s
 
     def retry(self, now_s: float, after_s: float) -> list[int]:
-        """Ranks given up at least `after_s` ago whose shards show life since; counts the epoch up if there are any."""
+        """Ranks given up at least `after_s` ago whose shards show life since; counts the epoch up if there are any.
+
+        A shard that is given up again after a retry waits twice as long for the next one, and so on: every retry costs
+        its routers a request that fails.
+        """
         ranks = []
+        longest_s = _LONGEST_PAUSE * after_s
         for seat in self._seats.values():
-            if seat.given_up_s is None or now_s - seat.given_up_s < after_s or seat.last_beat_s <= seat.given_up_s:
+            if seat.given_up_s is None or seat.last_beat_s <= seat.given_up_s:
                 continue
-            seat.given_up_s = None
+            if seat.given_up_s - seat.retried_s > longest_s:  # it served well for so long
+                seat.retries = 0
+            if now_s - seat.given_up_s < min(after_s * 2**seat.retries, longest_s):
+                continue
+            seat.given_up_s, seat.retried_s, seat.retries = None, now_s, seat.retries + 1
             ranks.append(seat.rank)
         if ranks:
             self.epoch += 1

@@ -57,6 +57,56 @@ def test_a_successor_takes_the_rank_of_a_silent_shard_and_not_of_a_living_one() 
     assert not roster.beat("s1", 3.0), "the old holder learns that it lost its seat"
 
 
+def test_a_late_shard_keeps_its_seat_from_all_but_its_own_successor() -> None:
+    roster = full_roster()
+    for shard in ("s0", "s2"):
+        roster.beat(shard, 2.5)
+    assert roster.join("new", "n", 0, 2.5, 2.0).rank is None, "Serve did not give it the rank of the late one"
+    assert roster.beat("s1", 3.0)
+    roster.beat("s0", 7.0)
+    roster.beat("s2", 7.0)
+    assert roster.expire(8.0, 5.0) == [1]
+    assert roster.join("new", "n", 0, 8.0, 2.0).rank == 1
+
+
+def test_a_successor_takes_its_predecessors_seat_where_ranks_are_not_serves() -> None:
+    """Nodes a and b hold blocks of two ranks; Serve counted b1 before a2, so that 1 and 2 are swapped here."""
+    roster = Roster(4, 2)
+    for name, wanted in (("a1", 0), ("b1", 1), ("a2", 2), ("b2", 3)):
+        roster.join(name, name[0], wanted, 0.0, 2.0)
+    assert [seat.shard_id for seat in roster.seats] == ["a1", "a2", "b1", "b2"]
+    assert roster.join("b3", "b", 1, 2.5, 2.0).rank == 2, "not 1, where a2 is as late, but may live"
+    assert roster.beat("a2", 2.6)
+
+
+def test_a_successor_on_another_node_waits_for_a_rank_that_suits() -> None:
+    roster = Roster(4, 2)
+    for name, wanted in (("a1", 0), ("a2", 1), ("b1", 2), ("b2", 3)):
+        roster.join(name, name[0], wanted, 0.0, 2.0)
+    roster.leave("b2")
+    assert roster.join("b3", "b", 1, 2.5, 2.0).rank == 3, "a2 is its predecessor, but of another node"
+
+
+def test_what_nobody_could_hear_is_no_silence() -> None:
+    roster = full_roster()
+    roster.beat("s0", 4.0)
+    roster.beat("s2", 60.9)
+    roster.forgive(56.0, 61.0)
+    assert roster.expire(61.0, 5.0) == [1], "silent for as long before"
+    assert roster.expire(65.9, 5.0) == [0]
+    assert roster.expire(65.95, 5.0) == [], "not forgiven into the future"
+    assert roster.expire(66.0, 5.0) == [2]
+
+
+def test_forgiving_a_shard_that_was_given_up_is_no_sign_of_life() -> None:
+    roster = full_roster()
+    roster.given_up(1, "a", 1.0)
+    roster.forgive(30.0, 31.5)
+    assert roster.retry(45.0, 5.0) == []
+    roster.beat("s1", 46.0)
+    assert roster.retry(46.0, 5.0) == [1]
+
+
 def test_silence_empties_a_rank_once() -> None:
     roster = full_roster()
     roster.beat("s0", 5.0)
@@ -114,6 +164,30 @@ def test_given_up_shards_are_tried_again_only_when_they_live() -> None:
     assert roster.retry(6.0, 5.0) == [1], "rank 2 gave no sign of life since"
     assert roster.epoch == epoch + 1
     assert roster.retry(20.0, 5.0) == []
+
+
+def retry_pauses(roster: Roster, now_s: float, count: int, incarnation: str = "a") -> list[int]:
+    """Whole seconds that rank 1 waits for each retry when it is given up again at once."""
+    pauses = []
+    for _ in range(count):
+        roster.given_up(1, incarnation, now_s)
+        pause_s = 0
+        while pause_s < 1000:
+            pause_s += 1
+            roster.beat("s1", now_s + pause_s)
+            if roster.retry(now_s + pause_s, 5.0):
+                break
+        pauses.append(pause_s)
+        now_s += pause_s
+    return pauses
+
+
+def test_a_shard_that_is_given_up_again_and_again_is_tried_ever_less_often() -> None:
+    roster = full_roster()
+    assert retry_pauses(roster, 1.0, 7) == [5, 10, 20, 40, 80, 80, 80]
+    assert roster.ready("s1", endpoint(1, "b"), 400.0)
+    assert retry_pauses(roster, 400.0, 2, "b") == [5, 10], "another incarnation is another chance"
+    assert retry_pauses(roster, 500.0, 1, "b") == [5], "so is a long time that went well"
 
 
 def test_nodes_fill_blocks_of_ranks() -> None:
