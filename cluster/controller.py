@@ -41,7 +41,9 @@ class PlacementController:
         self._roster = Roster(self._placement.num_ranks, self._placement.num_nodes)
         self._term = uuid.uuid4().hex[:12]
         self._began_s = time.monotonic()
+        self._looked_s = self._began_s
         self._was_complete = False
+        self._served_before = False  # an earlier life of the controller had all shards once
         self._news = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
         self._shard_status: dict[int, dict[str, Any]] = {}
@@ -75,6 +77,9 @@ class PlacementController:
         if digest != self._digest:
             logger.warning("shard %s holds another placement than is planned now; it has to start anew", shard_id)
             return False
+        # An epoch above ours is that of an earlier life, and each shard that came there counted it up.
+        if epoch > self._roster.epoch and epoch >= self._roster.num_ranks:
+            self._served_before = True
         seated = self._roster.rejoin(shard_id, node_id, ShardEndpoint(**endpoint), epoch, time.monotonic())
         self._announce()
         return seated
@@ -106,12 +111,14 @@ class PlacementController:
         """Long poll of a router that is at `epoch` of the controller's life `term` (-1 and "" before its first).
 
         `lost` names the incarnation of each shard that the router has given up. Returns within `timeout_s` with
-        {"term", "membership" or None if nothing changed, "waiting_for": [ranks]}. A first membership is complete; later
-        ones may lack shards.
+        {"term", "membership" or None if nothing changed, "waiting_for": [ranks]}. Nobody gets a membership before all
+        shards have been there once; from then on it may lack shards, for routers that start as well.
         """
         end_s = time.monotonic() + timeout_s
         if term and term != self._term and self._roster.epoch <= epoch:
             self._roster.exceed(epoch)
+        if term and term != self._term:
+            self._served_before = True
         self._routers[router_id] = {"epoch": epoch, "lost": lost, "seen_s": time.monotonic()}
         for rank, incarnation in lost.items():
             self._roster.given_up(int(rank), incarnation, time.monotonic())
@@ -187,11 +194,14 @@ class PlacementController:
         return Membership(self._roster.epoch, self._placement, self._roster.endpoints)
 
     def _may_publish(self, first: bool) -> bool:
-        """A starting router waits for all shards; so does everyone for a while after the controller's restart."""
-        if self._roster.complete:
+        """Routers that start wait until all shards were there once; after a restart everyone waits for those that live.
+
+        Not until all shards are there again: one may be lost for good, and a router does without it.
+        """
+        if self._was_complete:
             return True
         settled = time.monotonic() - self._began_s >= self._config.membership.lost_after_s
-        return not first and (self._was_complete or settled)
+        return settled and (self._served_before or not first)
 
     def _behind(self, epoch: int) -> list[str]:
         horizon_s = time.monotonic() - self._config.membership.lost_after_s
@@ -214,14 +224,21 @@ class PlacementController:
             return
 
     async def _watch_silence(self) -> None:
-        settings = self._config.membership
         while True:
-            await asyncio.sleep(settings.heartbeat_s / 2)
-            now_s = time.monotonic()
-            for rank in self._roster.expire(now_s, settings.lost_after_s):
-                logger.warning("rank %d: no sign of life for %s s, taken out", rank, settings.lost_after_s)
-            for rank in self._roster.retry(now_s, settings.retry_lost_after_s):
-                logger.info("rank %d: a router gave it up, it lives; routers try it again", rank)
-            self._announce()
-            horizon_s = now_s - 10 * settings.lost_after_s
-            self._routers = {name: router for name, router in self._routers.items() if router["seen_s"] > horizon_s}
+            await asyncio.sleep(self._config.membership.heartbeat_s / 2)
+            self._look_for_silence(time.monotonic())
+
+    def _look_for_silence(self, now_s: float) -> None:
+        settings = self._config.membership
+        lag_s, self._looked_s = now_s - self._looked_s, now_s
+        if lag_s > 2 * settings.heartbeat_s:
+            # This process stood still, and signs of life may wait to be read: the silence was its own.
+            logger.warning("the watch over shards stood still for %.1f s; none of them counts as silent", lag_s)
+            self._roster.forgive(lag_s, now_s)
+        for rank in self._roster.expire(now_s, settings.lost_after_s):
+            logger.warning("rank %d: no sign of life for %s s, taken out", rank, settings.lost_after_s)
+        for rank in self._roster.retry(now_s, settings.retry_lost_after_s):
+            logger.info("rank %d: a router gave it up, it lives; routers try it again", rank)
+        self._announce()
+        horizon_s = now_s - 10 * settings.lost_after_s
+        self._routers = {name: router for name, router in self._routers.items() if router["seen_s"] > horizon_s}
