@@ -36,6 +36,7 @@ from experts.wire import (
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.5
+_FAILURES_IN_A_ROW = 3
 
 
 @dataclass
@@ -81,6 +82,8 @@ class ShardLoop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-compute", daemon=True)
         self._hidden_size = self.slots.checkpoint.spec.hidden_size
+        self._failures = 0  # since the last request that was answered
+        self._last_failure = ""
 
     def rehearse(self) -> None:
         """One row through the checks and the kernel before a router comes, whose deadline no compiler may use up."""
@@ -108,6 +111,13 @@ class ShardLoop:
     def alive(self) -> bool:
         """Whether the loop runs."""
         return self._thread.is_alive()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be expected to be answered any more, though the loop runs; None while all is well."""
+        if self._failures < _FAILURES_IN_A_ROW:
+            return None
+        return f"no request has been answered since these failed; the last one: {self._last_failure}"
 
     @property
     def router_ids(self) -> list[str]:
@@ -154,6 +164,10 @@ class ShardLoop:
             except Exception as error:  # one router's broken pair must not end the service of the others
                 logger.exception("lost router %s", channel.router_id)
                 self._count_error(f"router {channel.router_id}: {error}")
+                if isinstance(error, torch.AcceleratorError):
+                    # Not the pair's fault. After most errors of a GPU nothing works on it in this process, not even
+                    # connecting a router, so that no further request would come to tell.
+                    self._failures, self._last_failure = _FAILURES_IN_A_ROW, str(error)
                 channel.close()
         return served
 
@@ -176,11 +190,13 @@ class ShardLoop:
         except Exception as error:
             if not isinstance(error, BadRequestError):
                 logger.exception("a request of router %s failed", channel.router_id)
+                self._failures, self._last_failure = self._failures + 1, f"{type(error).__name__}: {error}"
             self._count_error(str(error))
             seq = int(header_of(channel.recv_buffer)[H_SEQ])
             return error_reply(channel.send_buffer, seq, f"{type(error).__name__}: {error}")
         finally:
             self.slots.end_request()
+        self._failures = 0
         spent_ns = time.perf_counter_ns() - began_ns
         self._write_header(channel.send_buffer, request, spent_ns)
         counters = self.counters

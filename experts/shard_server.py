@@ -117,6 +117,7 @@ class ShardServer:
             "incarnation": endpoint.incarnation,
             "endpoint": asdict(endpoint),
             "alive": loop.alive,
+            "fault": loop.fault,
             "routers": loop.router_ids,
             "kernel": loop.kernel.name,
             "loaded_experts": loop.slots.num_loaded,

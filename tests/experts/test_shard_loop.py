@@ -146,6 +146,42 @@ def test_a_kernel_that_fails_is_reported_to_the_sender_and_not_the_end(gated: tu
     assert (header[H_SEQ], header[H_STATUS]) == (2, STATUS_OK)
 
 
+def test_failures_in_a_row_are_a_fault_until_a_request_succeeds(gated: tuple[ShardLoop, GatedKernel]) -> None:
+    loop, kernel = gated
+    channel = FakeChannel("router")
+    loop.add(channel)
+
+    def ask(experts: list[int], error: Exception | None) -> str | None:
+        kernel.error = error
+        count = len(channel.answers)
+        post(loop, channel, count + 1, experts)
+        await_true(lambda: len(channel.answers) > count, "the answer")
+        return loop.fault
+
+    broken = RuntimeError("CUDA error: an illegal memory access")
+    for _ in range(4):
+        assert ask([5], None) is None, "the sender's mistake, expert 5 is not here"
+    assert [ask([0], broken), ask([0], broken), ask([0], None)] == [None] * 3
+    assert [ask([0], broken), ask([0], broken), ask([5], None)] == [None] * 3
+    fault = ask([0], broken)
+    assert fault is not None
+    assert "RuntimeError: CUDA error: an illegal memory access" in fault
+    assert ask([5], None) == fault
+    assert ask([0], None) is None
+    assert loop.alive
+
+
+def test_a_lost_gpu_is_a_fault_at_once_whichever_call_meets_it(gated: tuple[ShardLoop, GatedKernel]) -> None:
+    loop, _ = gated
+    for error, is_fault in ((OSError("reset"), False), (torch.AcceleratorError("CUDA error: reset"), True)):
+        channel = FakeChannel("router")
+        channel.broken = error
+        loop.add(channel)
+        post(loop, channel, 1, [0])
+        await_true(lambda channel=channel: channel.closed, "the pair's end")  # type: ignore[misc]
+        assert (loop.fault is not None) == is_fault
+
+
 def test_a_broken_pair_ends_its_own_service_alone(gated: tuple[ShardLoop, GatedKernel]) -> None:
     loop, _ = gated
     broken, sound = FakeChannel("broken"), FakeChannel("sound")
