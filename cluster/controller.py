@@ -51,10 +51,13 @@ class PlacementController:
 
     # Called by shards -------------------------------------------------------------------------------------------------
 
-    async def join(self, shard_id: str, node_id: str, wanted_rank: int) -> dict[str, Any]:
-        """A shard without experts asks for a rank: {"rank" or None, "reason", "epoch", "placement"}."""
+    async def join(self, shard_id: str, node_id: str, wanted_rank: int, loading: int | None = None) -> dict[str, Any]:
+        """A shard without experts asks for a rank: {"rank" or None, "reason", "epoch", "placement"}.
+
+        `loading` is the rank that it loads already, where this controller restarted meanwhile: that one or none.
+        """
         patience_s = 2 * self._config.membership.heartbeat_s
-        answer = self._roster.join(shard_id, node_id, wanted_rank, time.monotonic(), patience_s)
+        answer = self._roster.join(shard_id, node_id, wanted_rank, time.monotonic(), patience_s, loading)
         self._announce()
         if answer.rank is None:
             return {"rank": None, "reason": answer.reason, "epoch": self._roster.epoch, "placement": None}
@@ -67,12 +70,14 @@ class PlacementController:
         }
 
     async def ready(self, shard_id: str, endpoint: dict[str, Any]) -> bool:
-        """The shard listens at `endpoint`. False: its seat is gone, it has to start anew."""
+        """The shard listens at `endpoint`. False: it has no seat here, or no more."""
         seated = self._roster.ready(shard_id, ShardEndpoint(**endpoint), time.monotonic())
         self._announce()
         return seated
 
-    async def rejoin(self, shard_id: str, node_id: str, endpoint: dict[str, Any], epoch: int, digest: str) -> bool:
+    async def rejoin(
+        self, shard_id: str, node_id: str, endpoint: dict[str, Any], epoch: int, digest: str, serve_rank: int
+    ) -> bool:
         """A serving shard that this controller does not know. False: it has to start anew."""
         if digest != self._digest:
             logger.warning("shard %s holds another placement than is planned now; it has to start anew", shard_id)
@@ -80,7 +85,7 @@ class PlacementController:
         # An epoch above ours is that of an earlier life, and each shard that came there counted it up.
         if epoch > self._roster.epoch and epoch >= self._roster.num_ranks:
             self._served_before = True
-        seated = self._roster.rejoin(shard_id, node_id, ShardEndpoint(**endpoint), epoch, time.monotonic())
+        seated = self._roster.rejoin(shard_id, node_id, ShardEndpoint(**endpoint), epoch, time.monotonic(), serve_rank)
         self._announce()
         return seated
 

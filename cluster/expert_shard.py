@@ -15,6 +15,7 @@ from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import ExpertsAppConfig, parse
 from cluster.ray_joints import node_address, replica_identity
 from cluster.roster import placement_digest
+from experts.membership import ShardEndpoint
 from placement.tables import Placement
 
 logger = logging.getLogger("ray.serve")
@@ -33,16 +34,18 @@ class ExpertShard:
 
         self._server = ShardServer(self._config.shard_settings(node_address()))
         self._heart: asyncio.Task[None] | None = None
-        placement, rank = await self._join()
+        placement, self._rank = await self._join()
         self._digest = placement_digest(placement)
         self._heart = asyncio.create_task(self._beat_forever())
-        logger.info("rank %d: loading %s", rank, self._config.model.path)
-        endpoint = await asyncio.to_thread(self._server.start, placement, rank, self._epoch)
+        logger.info("rank %d: loading %s", self._rank, self._config.model.path)
+        endpoint = await asyncio.to_thread(self._server.start, placement, self._rank, self._epoch)
+        deadline_s = self._config.membership.join_deadline_s
         seated = await self._controller.insist(
-            "ready", self._identity.replica_id, asdict(endpoint), deadline_s=self._config.membership.join_deadline_s
+            "ready", self._identity.replica_id, asdict(endpoint), deadline_s=deadline_s
         )
-        if not seated:
-            raise RuntimeError(f"rank {rank} was given to another shard while this one loaded")
+        # A controller that restarted a moment ago does not know this shard; that need not mean its rank is another's.
+        if not seated and not await self._rejoin(endpoint, deadline_s):
+            raise RuntimeError(f"rank {self._rank} was given to another shard while this one loaded")
 
     async def status(self) -> dict[str, Any]:
         """The shard's own facts; see `ShardServer.status`."""
@@ -52,8 +55,11 @@ class ExpertShard:
         """Raises when this shard cannot serve any more; Serve then restarts it, and the successor takes the rank."""
         if self._fault is not None:
             raise RuntimeError(self._fault)
-        if not self._server.status()["alive"]:
+        status = self._server.status()
+        if not status["alive"]:
             raise RuntimeError("the shard's compute loop has ended")
+        if status["fault"] is not None:
+            raise RuntimeError(f"the shard computes nothing: {status['fault']}")
 
     async def __del__(self) -> None:
         if self._heart is not None:
@@ -102,21 +108,29 @@ class ExpertShard:
             self._epoch = max(self._epoch, answer["epoch"])
             return
         if endpoint is None:
-            # The controller restarted while this shard loads: a seat again, at the same rank, or a fresh start.
-            answer = await self._controller.call(
-                "join", self._identity.replica_id, self._identity.node_id, self._identity.rank, deadline_s=deadline_s
+            # The controller restarted while this shard loads: a seat again, at the same rank. Where another shard has
+            # it, `ready` or `rejoin` will say so for good.
+            await self._controller.call(
+                "join",
+                self._identity.replica_id,
+                self._identity.node_id,
+                self._identity.rank,
+                self._rank,
+                deadline_s=deadline_s,
             )
-            if answer["rank"] is not None and answer["rank"] != self._identity.rank:
-                self._fault = f"the restarted controller gave rank {answer['rank']}, other experts are loading here"
             return
-        seated = await self._controller.call(
+        if not await self._rejoin(endpoint, deadline_s):
+            self._fault = f"the controller has another shard or placement for rank {endpoint.rank}; starting anew"
+
+    async def _rejoin(self, endpoint: ShardEndpoint, deadline_s: float) -> bool:
+        """Tell a controller that does not know this shard where it serves. False: another shard has the rank."""
+        return await self._controller.insist(
             "rejoin",
             self._identity.replica_id,
             self._identity.node_id,
             asdict(endpoint),
             self._epoch,
             self._digest,
+            self._identity.rank,
             deadline_s=deadline_s,
         )
-        if not seated:
-            self._fault = f"the controller has another shard or placement for rank {endpoint.rank}; starting anew"

@@ -92,17 +92,32 @@ class Roster:
         """The seat of a shard, if it has one."""
         return next((seat for seat in self._seats.values() if seat.shard_id == shard_id), None)
 
-    def join(self, shard_id: str, node_id: str, wanted_rank: int, now_s: float, patience_s: float) -> JoinAnswer:
+    def join(
+        self,
+        shard_id: str,
+        node_id: str,
+        wanted_rank: int,
+        now_s: float,
+        patience_s: float,
+        loading: int | None = None,
+    ) -> JoinAnswer:
         """Seat a shard that holds no experts yet.
 
         `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free and suits the blocks of
         nodes; else the first free rank that does is. Where none is, the shard takes the seat of the replica that had
         its rank of Serve before, once that one was silent for `patience_s`: it is dead, and this is its successor. All
         others may only be late, so their seats are free no sooner than `expire` says.
+
+        A shard that the controller forgot in a restart names the rank whose experts it is `loading`: that one or none.
         """
         if (seat := self.seat_of(shard_id)) is not None:
             seat.last_beat_s = now_s
             return JoinAnswer(seat.rank)
+        if loading is not None:
+            if loading in self._seats or not 0 <= loading < self.num_ranks:
+                return JoinAnswer(None, f"rank {loading} is taken, or there is none")
+            self._seats[loading] = Seat(shard_id, node_id, loading, now_s, serve_rank=wanted_rank)
+            return JoinAnswer(loading)
         choices = [wanted_rank, *(rank for rank in range(self.num_ranks) if rank != wanted_rank)]
         free = [rank for rank in choices if rank not in self._seats and 0 <= rank < self.num_ranks]
         left = [
@@ -132,19 +147,27 @@ class Roster:
             self.epoch += 1
         return True
 
-    def rejoin(self, shard_id: str, node_id: str, endpoint: ShardEndpoint, epoch: int, now_s: float) -> bool:
+    def rejoin(
+        self,
+        shard_id: str,
+        node_id: str,
+        endpoint: ShardEndpoint,
+        epoch: int,
+        now_s: float,
+        serve_rank: int | None = None,
+    ) -> bool:
         """Seat a shard that serves already, as after the controller's restart or after the shard's own long silence.
 
-        Returns False if another shard has its rank by now.
+        Returns False if another shard has its rank by now, or it has a seat at another rank.
         """
         self.exceed(epoch)
         if not 0 <= endpoint.rank < self.num_ranks:
             return False
-        seat = self._seats.get(endpoint.rank)
-        if seat is not None and seat.shard_id != shard_id:
+        own, seat = self.seat_of(shard_id), self._seats.get(endpoint.rank)
+        if own is not seat:
             return False
         if seat is None:
-            self._seats[endpoint.rank] = Seat(shard_id, node_id, endpoint.rank, now_s)
+            self._seats[endpoint.rank] = Seat(shard_id, node_id, endpoint.rank, now_s, serve_rank=serve_rank)
         return self.ready(shard_id, endpoint, now_s)
 
     def beat(self, shard_id: str, now_s: float) -> bool:

@@ -48,7 +48,7 @@ class Scene:
             assert await self.controller.ready(f"s{rank}", endpoint(rank))
 
     async def rejoin(self, rank: int, epoch: int) -> None:
-        assert await self.controller.rejoin(f"s{rank}", "n", endpoint(rank), epoch, DIGEST)
+        assert await self.controller.rejoin(f"s{rank}", "n", endpoint(rank), epoch, DIGEST, rank)
 
     async def seconds(self, count: int, *beating: int) -> None:
         """Time passes, the controller looks twice a second, and these ranks beat once."""

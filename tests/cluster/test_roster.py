@@ -143,6 +143,27 @@ def test_restart_rebuilds_ranks_and_goes_above_every_epoch_seen() -> None:
     assert not after.rejoin("s1", "n", endpoint(1), before.epoch, 0.0), "too late: the rank is taken"
 
 
+def test_a_shard_that_loads_gets_its_rank_again_or_none() -> None:
+    """The controller restarted: rank 2 here is Serve's 1, and its block seems to be free for any node."""
+    roster = Roster(4, 2)
+    assert [roster.join(name, "a", wanted, 0.0, 2.0).rank for name, wanted in (("a1", 0), ("a2", 2))] == [0, 1]
+    assert roster.join("b1", "b", 1, 0.0, 2.0, loading=2).rank == 2
+    assert roster.join("x", "a", 0, 9.0, 2.0, loading=2).rank is None
+    assert roster.join("x", "a", 0, 9.0, 2.0, loading=4).rank is None
+    assert roster.ready("b1", endpoint(2), 9.0)
+    assert roster.join("b2", "b", 1, 11.5, 2.0).rank == 3
+    assert roster.join("b3", "b", 1, 11.5, 2.0).rank == 2, "Serve's rank is remembered, not the one that was loaded"
+
+
+def test_a_shard_that_rejoins_has_one_seat_and_its_successor_is_known() -> None:
+    roster = Roster(2)
+    assert roster.join("a", "n", 0, 0.0, 2.0).rank == 0
+    assert not roster.rejoin("a", "n", endpoint(1), 3, 0.0, 0)
+    assert [(seat.shard_id, seat.rank) for seat in roster.seats] == [("a", 0)]
+    assert roster.rejoin("b", "n", endpoint(1), 3, 0.0, 1)
+    assert roster.join("c", "n", 1, 2.0, 2.0).rank == 1
+
+
 def test_a_router_may_have_seen_a_later_epoch_than_the_shards() -> None:
     roster = Roster(1)
     roster.rejoin("s0", "n", endpoint(0), 3, 0.0)
@@ -246,9 +267,8 @@ class RosterMachine(RuleBasedStateMachine):
 
     @rule(shard=st.integers(0, 4), rank=st.integers(0, 3), epoch=st.integers(0, 30))
     def rejoin(self, shard: int, rank: int, epoch: int) -> None:
-        if (seat := self.roster.seat_of(f"s{shard}")) is None or seat.rank == rank:
-            seated = self.roster.rejoin(f"s{shard}", "n", endpoint(rank), epoch, self.now_s)
-            assert not seated or self.roster.epoch > epoch
+        seated = self.roster.rejoin(f"s{shard}", "n", endpoint(rank), epoch, self.now_s)
+        assert not seated or self.roster.epoch > epoch
 
     @rule(shard=st.integers(0, 4))
     def beat(self, shard: int) -> None:
