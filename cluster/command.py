@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import http.client
 import json
 import logging
 import os
@@ -86,10 +87,10 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
         logging.disable(logging.INFO)
     import ray
 
-    http = dict(config.serve.get("http_options") or {})
+    http_options = dict(config.serve.get("http_options") or {})
     if options.port is not None:
-        http["port"] = options.port
-    url = f"http://{_reachable(http.get('host', '127.0.0.1'))}:{http.get('port', 8000)}"
+        http_options["port"] = options.port
+    url = f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     try:
         _join_ray(options)
         # Ray has put its own handler in place, which aborts the process three seconds later.
@@ -99,12 +100,15 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
         from cluster.ray_joints import deploy_config
 
         say("starting Serve")
-        _start_serve(config.serve.get("proxy_location", "HeadOnly"), http)
+        _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             # Serve builds the applications in tasks; a checkpoint that is not fit is told here, without their frames.
-            checked = pool.submit(_check_checkpoint, config)
+            checked = pool.submit(_check_plan, config)
             say(f"deploying {config.experts_name} ({config.experts.shards.count} shards) and {config.llm_name}")
-            deploy_config({**config.serve, "http_options": http})
+            try:
+                deploy_config({**config.serve, "http_options": http_options})
+            except Exception as error:
+                raise ServeFailedError(f"Serve does not take the config: {_one_line(error)}") from error
             checked.result()
         yield url
     finally:
@@ -113,7 +117,11 @@ def _serving(config: MeshConfig, options: Options) -> Iterator[str]:
 
             say("shutting down")
             for name in (config.llm_name, config.experts_name):
-                serve.delete(name)
+                try:
+                    serve.delete(name)
+                except Exception as error:
+                    # What brought us here is what the user has to hear, and the rest has to go as well.
+                    say(f"{name} was not deleted: {_one_line(error)}")
             ray.shutdown()
 
 
@@ -124,7 +132,10 @@ def _join_ray(options: Options) -> None:
     shown = {"log_to_driver": options.verbose, "logging_level": "INFO" if options.verbose else "WARNING"}
     if options.address is not None:
         say(f"connecting to Ray at {options.address}")
-        ray.init(address=options.address, **shown)
+        try:
+            ray.init(address=options.address, **shown)
+        except Exception as error:
+            raise ServeFailedError(f"no Ray cluster answers at {options.address}: {_one_line(error)}") from error
         return
     for attempt in (1, 2):
         say("starting Ray")
@@ -141,18 +152,21 @@ def _join_ray(options: Options) -> None:
 
 def _start_serve(proxy_location: str, http_options: dict[str, Any]) -> None:
     from ray import serve
-    from ray.exceptions import RayError
 
     try:
         serve.start(proxy_location=proxy_location, http_options=http_options)
-    except (RayError, RuntimeError) as error:
-        raise ServeFailedError(f"Serve does not start with {http_options}: {error}") from error
+    except Exception as error:  # a port that is taken, an option that is not one, a cluster that is too slow
+        raise ServeFailedError(f"Serve does not start with {http_options}: {_one_line(error)}") from error
 
 
-def _check_checkpoint(config: MeshConfig) -> None:
-    from cluster.planning import check_slots, read_spec
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
-    check_slots(config.experts, read_spec(config.experts).num_experts)
+
+def _check_plan(config: MeshConfig) -> None:
+    from cluster.planning import check_plan
+
+    check_plan(config.experts)
 
 
 def _reachable(host: str) -> str:
@@ -178,7 +192,7 @@ def _wait_until_healthy(config: MeshConfig, url: str, deadline_s: float) -> None
 
 
 def _states(config: MeshConfig) -> Iterator[str]:
-    """One line a deployment: how many replicas are up."""
+    """One line a deployment: how many replicas are up. ServeFailedError for what Serve has given up."""
     from ray import serve
 
     applications = serve.status().applications
@@ -189,8 +203,11 @@ def _states(config: MeshConfig) -> Iterator[str]:
         for deployment_name, deployment in application.deployments.items():
             counts = ", ".join(f"{count} {str(state).lower()}" for state, count in deployment.replica_states.items())
             yield f"{name}/{deployment_name}: {counts or 'waiting'}"
-            if deployment.status == "UNHEALTHY" or application.status == "DEPLOY_FAILED":
+            if deployment.status in ("UNHEALTHY", "DEPLOY_FAILED"):
                 raise ServeFailedError(f"{name}/{deployment_name}: {deployment.message or application.message}")
+        # An application that was refused when it was built has no deployments.
+        if application.status == "DEPLOY_FAILED":
+            raise ServeFailedError(f"{name}: {application.message}")
 
 
 def _health(url: str) -> tuple[bool, str]:
@@ -203,8 +220,8 @@ def _health(url: str) -> tuple[bool, str]:
             return False, str(json.loads(body)["reason"])
         except (ValueError, KeyError):
             return False, body.strip() or str(error)
-    except OSError as error:
-        return False, str(error)
+    except (OSError, http.client.HTTPException) as error:
+        return False, str(error) or type(error).__name__
 
 
 def _welcome(config: MeshConfig, url: str) -> None:

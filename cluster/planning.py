@@ -47,6 +47,15 @@ def plan_placement(config: ExpertsAppConfig) -> Placement:
     return placement
 
 
+def check_plan(config: ExpertsAppConfig) -> None:
+    """Raises ConfigError for whatever `plan_placement` refuses, without a search."""
+    section = config.placement
+    if section.policy == "optimized":
+        # Both plan for the same request and trace; the greedy one is at once done with them.
+        section = section.model_copy(update={"policy": "greedy"})
+    plan_placement(config.model_copy(update={"placement": section}))
+
+
 def check_slots(config: ExpertsAppConfig, num_experts: int) -> None:
     """Raises ConfigError unless the shards' slots hold `min_replicas` of every expert of a layer."""
     slots, num_ranks = config.shards.slots_per_rank, config.shards.count

@@ -1,0 +1,146 @@
+"""How the command ends when Ray or Serve refuse: with their reason, in one line. Serve is made up here."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+
+from cluster import command, ray_joints
+from cluster.command import Options, ServeFailedError
+from cluster.config import ConfigError, MeshConfig
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
+
+
+@pytest.fixture
+def config() -> MeshConfig:
+    return MeshConfig.from_file(TINY)
+
+
+def options(address: str | None = None) -> Options:
+    return Options(config=str(TINY), port=None, address=address, deadline_s=5.0, verbose=True)
+
+
+class FakeServe:
+    """Serve and Ray as the command sees them; `fails` says which call raises what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: dict[str, Exception]) -> None:
+        self.calls: list[str] = []
+        self._fails = fails
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        for owner, name in (
+            (ray, "init"),
+            (ray, "shutdown"),
+            (serve, "start"),
+            (serve, "delete"),
+            (ray_joints, "deploy_config"),
+        ):
+            monkeypatch.setattr(owner, name, self._stand_in(name))
+        monkeypatch.setattr(ray, "is_initialized", lambda: "shutdown" not in self.calls)
+        monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+
+    def _stand_in(self, name: str) -> Any:
+        def call(*_: Any, **__: Any) -> None:
+            self.calls.append(name)
+            if name in self._fails:
+                raise self._fails[name]
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "told"),
+    [
+        ("start", TimeoutError("HTTP proxies not available\nafter 60 s."), r"Serve does not start with .*after 60 s"),
+        ("start", ValueError("1 validation error for HTTPOptions"), r"Serve does not start with .*HTTPOptions"),
+        ("deploy_config", ValueError("1 validation error\nfor Schema"), r"does not take the config: 1 .* for Schema"),
+        ("init", ConnectionError("Could not find any running Ray"), r"no Ray cluster answers at 10\.0\.0\.1:6379: C"),
+    ],
+)
+def test_a_start_that_fails_says_why_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, where: str, error: Exception, told: str
+) -> None:
+    FakeServe(monkeypatch, {where: error})
+    with pytest.raises(ServeFailedError, match=told) as caught, command._serving(config, options("10.0.0.1:6379")):
+        pytest.fail("it serves")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_undone_hides_neither_the_reason_nor_the_rest(
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeServe(monkeypatch, {"delete": RayActorError()})
+    with pytest.raises(ServeFailedError, match="the reason"), command._serving(config, options()):
+        raise ServeFailedError("the reason")
+    assert fake.calls[-3:] == ["delete", "delete", "shutdown"]
+    assert "llm was not deleted" in capsys.readouterr().out
+
+
+def test_a_plan_that_cannot_be_is_told_while_serve_begins(monkeypatch: pytest.MonkeyPatch, config: MeshConfig) -> None:
+    section = config.experts.placement.model_copy(update={"num_nodes": 2})
+    experts = config.experts.model_copy(update={"placement": section})
+    FakeServe(monkeypatch, {})
+    with (
+        pytest.raises(ConfigError, match="placement: 3 ranks cannot be dealt evenly to 2 nodes"),
+        command._serving(config.model_copy(update={"experts": experts}), options()),
+    ):
+        pytest.fail("it serves")
+
+
+def application(status: str, message: str = "", **deployments: Any) -> SimpleNamespace:
+    return SimpleNamespace(status=status, message=message, deployments=deployments)
+
+
+@pytest.mark.parametrize(
+    ("experts", "told"),
+    [
+        (application("DEPLOY_FAILED", "placement: it is for 16 experts"), "experts: placement: it is for 16 experts"),
+        (
+            application(
+                "DEPLOY_FAILED",
+                "The deployments ['B'] are DEPLOY_FAILED",
+                A=SimpleNamespace(status="HEALTHY", message="", replica_states={"RUNNING": 1}),
+                B=SimpleNamespace(status="DEPLOY_FAILED", message="no room", replica_states={}),
+            ),
+            "experts/B: no room",
+        ),
+    ],
+)
+def test_an_application_that_serve_gave_up_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, experts: SimpleNamespace, told: str
+) -> None:
+    status = SimpleNamespace(applications={"experts": experts, "llm": application("DEPLOYING")})
+    monkeypatch.setattr(serve, "status", lambda: status)
+    with pytest.raises(ServeFailedError, match=told):
+        command._wait_until_healthy(config, "http://127.0.0.1:1", deadline_s=5.0)
+
+
+@contextmanager
+def talking_nonsense() -> Iterator[str]:
+    """A port that answers, but not in HTTP."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle_one_request(self) -> None:
+            self.connection.settimeout(10)
+            self.connection.recv(4096)
+            self.wfile.write(b"not http\r\n\r\n")
+            self.close_connection = True
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/health"
+
+
+def test_an_answer_that_is_not_http_is_not_healthy() -> None:
+    with talking_nonsense() as url:
+        assert command._health(url) == (False, "not http\r\n")
