@@ -18,7 +18,7 @@ from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import LLMAppConfig
 from cluster.gate import Gate
 from cluster.metrics import render
-from cluster.openai_errors import add_error_handlers, error_response
+from cluster.openai_errors import OpenAIApp, add_error_handlers, error_response
 from cluster.ray_joints import model_card
 from cluster.router import llm_config_of
 
@@ -142,7 +142,7 @@ def build_app(config: LLMAppConfig, routers: DeploymentHandle) -> FastAPI:
     http, model_id = config.http, config.model.id
     card = model_card(llm_config_of(config))
     ingress = ExpertMeshIngress({model_id: routers}, {model_id: card}, mesh=config)
-    app = FastAPI(title="expertmesh")
+    app = OpenAIApp(title="expertmesh")
     add_error_handlers(app, http.retry_after_s)
     app.add_middleware(Gate, keys=http.keys(), max_pending=http.max_pending_requests, retry_after_s=http.retry_after_s)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])

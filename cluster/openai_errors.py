@@ -66,7 +66,20 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
     return error_response(500, "internal error; see the log of the ingress")
 
 
-def add_error_handlers(app: FastAPI, retry_after_s: int) -> None:
+class OpenAIApp(FastAPI):
+    """A FastAPI app that keeps Serve's own handlers out.
+
+    Serve adds them to an app that it is given, for the two exceptions of a router that cannot take a request: plain
+    text. Without a handler those reach `ErrorsStayInside`.
+    """
+
+    def add_exception_handler(self, exc_class_or_status_code: int | type[Exception], handler: Any) -> None:
+        """As FastAPI's; none for what Serve raises."""
+        if exc_class_or_status_code not in (BackPressureError, DeploymentUnavailableError):
+            super().add_exception_handler(exc_class_or_status_code, handler)
+
+
+def add_error_handlers(app: OpenAIApp, retry_after_s: int) -> None:
     """Let `app` answer every exception in OpenAI's format. Call before other middleware is added."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:

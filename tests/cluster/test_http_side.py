@@ -10,13 +10,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.gate import Gate
-from cluster.openai_errors import add_error_handlers, response_for
+from cluster.openai_errors import OpenAIApp, add_error_handlers, response_for
 
 
 class Body(BaseModel):
@@ -24,7 +25,7 @@ class Body(BaseModel):
 
 
 def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[FastAPI, dict[str, asyncio.Event]]:
-    app = FastAPI()
+    app = OpenAIApp()
     events = {"entered": asyncio.Event(), "go_on": asyncio.Event()}
     add_error_handlers(app, retry_after_s=7)
     app.add_middleware(Gate, keys=keys, max_pending=max_pending, retry_after_s=7)
@@ -59,8 +60,12 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
             "not_found": HTTPException(404, "no model x"),
             "ray": RayError("actor died at 10.0.0.1"),
             "queue": BackPressureError(3, 2),
+            "no_router": DeploymentUnavailableError(DeploymentID("Router", "llm")),
         }[kind]
 
+    # What Serve does with an app that it is given.
+    for serves_own in (BackPressureError, DeploymentUnavailableError):
+        app.add_exception_handler(serves_own, lambda *_: PlainTextResponse("overloaded", 503))
     return app, events
 
 
@@ -103,6 +108,7 @@ def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
         ("not_found", 404, "no model x", "Traceback"),
         ("ray", 503, "try again", "10.0.0.1"),
         ("queue", 503, "queued", "Traceback"),
+        ("no_router", 503, "no router is available", "Traceback"),
     ],
 )
 def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, told: str, untold: str) -> None:
