@@ -29,6 +29,11 @@ logger = logging.getLogger("ray.serve")
 LONG_POLL_S = 5.0
 CONNECT_AHEAD_S = 3.0  # how long an epoch is held back for a shard that is slow to connect; nobody else waits for it
 WATCH_S = 1.0
+SILENCES = 3  # readings in a row, of deadlines.apply_s each, after which an engine that does not answer is given up
+
+
+class EngineSilentError(RuntimeError):
+    """The engine's worker did not answer a call; the message says which and how long it was waited."""
 
 
 def llm_config_of(config: LLMAppConfig) -> LLMConfig:
@@ -60,7 +65,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._term, self._epoch = "", -1
         self._incarnations: dict[int, str] = {}
         self._status: dict[str, Any] = {}
-        self._status_s = float("-inf")
+        self._silences = 0
         self._metrics = RouterMetrics(self._identity.replica_id)
         self._probe_lock = asyncio.Lock()
         self._loops: list[asyncio.Task[None]] = []
@@ -76,7 +81,8 @@ class ExpertMeshLLMServer(LLMServer):
         first = asyncio.create_task(self._first_membership(deadlines.membership_s))
         try:
             await super().start()
-            await self._apply(await first, wait_s=None)
+            answer = await first
+            _check_taken(answer["membership"], await self._apply(answer, wait_s=None))
         finally:
             first.cancel()
         self._loops = [
@@ -85,11 +91,16 @@ class ExpertMeshLLMServer(LLMServer):
         ]
 
     async def check_health(self) -> None:
-        """Raises when the engine or one of the loops has ended; Serve then restarts this router."""
+        """Raises when the engine or one of the loops has ended or is stuck; Serve then restarts this router."""
         await super().check_health()
         for task in self._loops:
             if task.done():
                 raise RuntimeError(f"{task.get_name()} of this router ended: {task.exception()!r}")
+        if self._silences >= SILENCES:
+            raise EngineSilentError(
+                f"the engine's worker answered none of {self._silences} readings of its counters, "
+                f"{self._mesh.deadlines.apply_s} s each"
+            )
 
     async def mesh_status(self) -> dict[str, Any]:
         """The worker's counters, fresh, plus what this replica knows; for the ingress."""
@@ -102,12 +113,11 @@ class ExpertMeshLLMServer(LLMServer):
 
     async def mesh_trace(self) -> tuple[str, bytes]:
         """This router's name, and its sampled routing decisions as the bytes of an .npz file (none: no bytes)."""
-        [trace] = await self.collective_rpc("expertmesh_trace", timeout=self._mesh.deadlines.apply_s)
-        return self._identity.replica_id, trace
+        return self._identity.replica_id, await self._ask_worker("expertmesh_trace")
 
     async def mesh_clear_trace(self) -> None:
         """Forget the sampled routing decisions and begin anew."""
-        await self.collective_rpc("expertmesh_clear_trace", timeout=self._mesh.deadlines.apply_s)
+        await self._ask_worker("expertmesh_clear_trace")
 
     async def generation_health(self) -> dict[str, Any]:
         """Whether tokens come out of this router, with their experts on shards: {"ok", "reason", "router_id", ...}.
@@ -188,19 +198,16 @@ class ExpertMeshLLMServer(LLMServer):
         """Connect to new shards while the engine goes on; leave for the next epoch what takes too long."""
         end_s = time.monotonic() + CONNECT_AHEAD_S
         while time.monotonic() < end_s:
-            [missing] = await self.collective_rpc(
-                "expertmesh_connect_ahead", timeout=self._mesh.deadlines.apply_s, args=(membership["endpoints"],)
-            )
+            missing = await self._ask_worker("expertmesh_connect_ahead", membership["endpoints"])
             if not missing:
                 return
             await asyncio.sleep(0.05)
         logger.warning("shards %s are still connecting; this router goes on without them", missing)
 
-    async def _apply(self, answer: dict[str, Any], wait_s: float | None) -> None:
+    async def _apply(self, answer: dict[str, Any], wait_s: float | None) -> dict[str, Any]:
         membership = answer["membership"]
-        [result] = await self.collective_rpc(
-            "expertmesh_apply_membership", timeout=self._mesh.deadlines.apply_s, args=(membership, wait_s)
-        )
+        connecting_s = self._mesh.deadlines.connect_s if wait_s is None else wait_s
+        result = await self._ask_worker("expertmesh_apply_membership", membership, wait_s, and_s=connecting_s)
         self._term, self._epoch = answer["term"], membership["epoch"]
         self._incarnations = {
             rank: endpoint["incarnation"]
@@ -209,6 +216,7 @@ class ExpertMeshLLMServer(LLMServer):
         }
         logger.info("epoch %d: connected to shards %s, without %s", self._epoch, result["connected"], result["lost"])
         self._status = {**self._status, "lost": result["lost"]}
+        return result
 
     async def _follow(self) -> None:
         while True:
@@ -228,14 +236,31 @@ class ExpertMeshLLMServer(LLMServer):
         while True:
             try:
                 self._metrics.export(await self._read_status())
+            except EngineSilentError as error:
+                self._silences += 1
+                logger.warning("%s", error)
             except Exception as error:
                 logger.warning("counters of the worker not read: %r", error)
             await asyncio.sleep(WATCH_S)
 
     async def _read_status(self) -> dict[str, Any]:
-        [status] = await self.collective_rpc("expertmesh_status", timeout=self._mesh.deadlines.apply_s)
-        self._status = status
-        return status
+        self._status = await self._ask_worker("expertmesh_status")
+        self._silences = 0
+        return self._status
+
+    async def _ask_worker(self, method: str, *args: Any, and_s: float = 0.0) -> Any:
+        """What the worker's method answers. Raises EngineSilentError after deadlines.apply_s and `and_s`.
+
+        The deadline is kept here: vLLM takes a timeout too, and its engines in another process, as its executor of
+        one worker, do without it.
+        """
+        within_s = self._mesh.deadlines.apply_s + and_s
+        try:
+            async with asyncio.timeout(within_s):
+                [answer] = await self.collective_rpc(method, args=args)
+        except TimeoutError:
+            raise EngineSilentError(f"the engine's worker did not answer {method} in {within_s} s") from None
+        return answer
 
     async def _generate_one_token(self) -> None:
         request = CompletionRequest(
@@ -244,6 +269,17 @@ class ExpertMeshLLMServer(LLMServer):
         async for answer in await self.completions(request):
             if getattr(answer, "error", None) is not None:
                 raise RuntimeError(answer.error.message)
+
+
+def _check_taken(membership: dict[str, Any], applied: dict[str, Any]) -> None:
+    """Raises where every shard there is refused this router, which would compute all experts by itself, unnoticed.
+
+    Shards that are away or slow do not count: they come back, and a router that starts meanwhile has to serve.
+    """
+    there = [rank for rank, endpoint in enumerate(membership["endpoints"]) if endpoint is not None]
+    if there and sorted(applied["refused"]) == there:
+        reasons = {reason for rank, reason in applied["lost"].items() if int(rank) in there}
+        raise RuntimeError(f"no shard takes this router: {'; '.join(sorted(reasons))}")
 
 
 def _recent(status: dict[str, Any], within_s: float) -> bool:

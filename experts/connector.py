@@ -6,7 +6,7 @@ import concurrent.futures
 import logging
 from collections.abc import Callable, Iterable
 
-from experts.errors import ShardError
+from experts.errors import ShardError, ShardRejectedError
 from experts.link import RouterLink
 from experts.membership import ShardEndpoint
 
@@ -37,15 +37,15 @@ class Connector:
 
     def take(
         self, endpoints: list[ShardEndpoint], wait_s: float | None
-    ) -> tuple[dict[int, RouterLink], dict[int, str]]:
-        """({rank: link}, {rank: the reason why there is none}).
+    ) -> tuple[dict[int, RouterLink], dict[int, str], list[int]]:
+        """({rank: link}, {rank: the reason why there is none}, ranks of the latter that refused this router).
 
         A connection that is not made within `wait_s` (None: as long as its own deadline lasts) goes on in the
         background, for the epoch after.
         """
         self.start(endpoints)
         concurrent.futures.wait(self._under_way.values(), wait_s)
-        links, lost = {}, {}
+        links, lost, refused = {}, {}, []
         for endpoint in endpoints:
             future = self._under_way[endpoint]
             if not future.done():
@@ -57,7 +57,9 @@ class Connector:
             except ShardError as error:
                 logger.error("cannot reach shard %d: %s", endpoint.rank, error.reason)
                 lost[endpoint.rank] = error.reason
-        return links, lost
+                if isinstance(error, ShardRejectedError):
+                    refused.append(endpoint.rank)
+        return links, lost, refused
 
     def close(self) -> None:
         """Close what nobody took; connections under way end by their own deadlines."""

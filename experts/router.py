@@ -87,8 +87,8 @@ class MeshRouter:
 
         Links to shard incarnations that are already connected are kept. A shard that cannot be reached within `wait_s`
         (None: `connect_deadline_s`) is left out and named in the answer: {"epoch", "connected": [ranks],
-        "lost": {rank: reason}}. Raises ValueError for an epoch that is older than the current one, or a placement of
-        another model.
+        "lost": {rank: reason}, "refused": [ranks of the lost that answered, but with a no]}. Raises ValueError for an
+        epoch that is older than the current one, or a placement of another model.
         """
         current = self.dispatcher.membership
         if current is not None and membership.epoch < current.epoch:
@@ -104,7 +104,7 @@ class MeshRouter:
                 links[rank] = self.dispatcher.links[rank]
             else:
                 fresh.append(endpoint)
-        made, missed = self._connector.take(fresh, wait_s)
+        made, missed, refused = self._connector.take(fresh, wait_s)
         links |= made
         lost |= missed
         near_R = None
@@ -114,7 +114,7 @@ class MeshRouter:
         logger.info(
             "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
         )
-        return {"epoch": membership.epoch, "connected": sorted(links), "lost": lost}
+        return {"epoch": membership.epoch, "connected": sorted(links), "lost": lost, "refused": refused}
 
     def _is_connected(self, current: Membership | None, endpoint: ShardEndpoint) -> bool:
         rank = endpoint.rank

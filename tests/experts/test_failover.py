@@ -111,7 +111,8 @@ def test_stopped_then_continued(mesh: Mesh) -> None:
     await_true(lambda: mesh.shards[1].status()["routers"] == [], "the shard's letting go of the router")
     assert mesh.shards[1].status()["requests"] <= answered
     # The next epoch brings it back, alive as it is.
-    assert router.apply_membership(mesh.membership(epoch=2)) == {"epoch": 2, "connected": [0, 1, 2], "lost": {}}
+    applied = router.apply_membership(mesh.membership(epoch=2))
+    assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}, "refused": []}
     fallback = router.status()["fallback_pairs"]
     check_step(mesh, router, 40)
     status = router.status()
@@ -195,7 +196,7 @@ def test_restarted_shard_comes_back_with_the_next_epoch(mesh: Mesh) -> None:
     mesh.restart(1)
     assert mesh.shards[1].endpoint.incarnation != old.incarnation
     applied = router.apply_membership(mesh.membership(epoch=2))
-    assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}}
+    assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}, "refused": []}
     assert {rank: router.dispatcher.links[rank] for rank in kept} == kept
     check_step(mesh, router, 10)
     status = router.status()

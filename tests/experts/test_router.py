@@ -112,7 +112,7 @@ def test_a_rank_without_a_shard_is_served_from_the_checkpoint(mesh: Mesh) -> Non
     router = mesh.router(router_id="half")
     dropped = router.dispatcher.links[1]
     applied = router.apply_membership(mesh.membership(epoch=2, without=(1,)))
-    assert applied == {"epoch": 2, "connected": [0], "lost": {1: "no shard has this rank yet"}}
+    assert applied == {"epoch": 2, "connected": [0], "lost": {1: "no shard has this rank yet"}, "refused": []}
     with pytest.raises(Exception, match="closed"):
         dropped.post(0)
     await_true(lambda: "half" not in mesh.shards[1].status()["routers"], "shard 1's letting go of the router")
@@ -171,6 +171,7 @@ def test_shards_that_cannot_be_reached_are_named_with_their_reasons(
         applied = router.apply_membership(Membership(1, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3), endpoints))
     assert applied["connected"] == []
     assert set(applied["lost"]) == {0, 1, 2}
+    assert applied["refused"] == [2]
     assert "the router wants an-older-one" in applied["lost"][2]
     assert all(applied["lost"].values())
     check(mesh, router)
@@ -203,7 +204,8 @@ def test_a_slow_shard_is_connected_to_in_the_background(model: Path) -> None:
         check(mesh, router)
         mesh.shards[1].signal(signal.SIGCONT)
         await_true(lambda: router.connect_ahead(later.endpoints) == [], "the connections")
-        assert router.apply_membership(later, wait_s=0.0) == {"epoch": 2, "connected": [0, 1, 2], "lost": {}}
+        applied = router.apply_membership(later, wait_s=0.0)
+        assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}, "refused": []}
         check(mesh, router, seed=1)
         assert [shard.status()["routers"] for shard in mesh.shards.values()] == [[router.router_id]] * 3
 
