@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
@@ -18,8 +19,8 @@ from cluster.client import ControllerClient, ControllerLostError
 from cluster.config import LLMAppConfig
 from cluster.gate import Gate
 from cluster.metrics import render
-from cluster.openai_errors import OpenAIApp, add_error_handlers, error_response
-from cluster.ray_joints import model_card
+from cluster.openai_errors import OpenAIApp, UnavailableError, add_error_handlers, error_response
+from cluster.ray_joints import broadcast, model_card
 from cluster.router import llm_config_of
 
 logger = logging.getLogger("ray.serve")
@@ -55,32 +56,26 @@ class ExpertMeshIngress(OpenAiIngress):
 
     async def health(self) -> JSONResponse:
         """200 when every router generates tokens through the shards, else 503 with the reason."""
-        try:
-            routers = await self._ask_routers("generation_health", self._mesh.deadlines.probe_s + 5)
-        except Exception as error:
-            routers, reason = [], f"routers do not answer: {type(error).__name__}: {error}"
-        else:
-            reasons = [f"{router['router_id']}: {router['reason']}" for router in routers if not router["ok"]]
-            reason = "; ".join(reasons) if routers else "there is no router yet"
+        routers, errors = await self._ask_each_router("generation_health", self._mesh.deadlines.probe_s + 5)
+        errors += [f"{router['router_id']}: {router['reason']}" for router in routers if not router["ok"]]
+        reason = "; ".join(errors) if routers or errors else "there is no router yet"
         ok = bool(routers) and not reason
         body = {"status": "ok" if ok else "unavailable", "reason": reason, "routers": routers}
         headers = None if ok else {"Retry-After": str(self._mesh.http.retry_after_s)}
         return JSONResponse(body, status_code=200 if ok else 503, headers=headers)
 
     async def metrics(self) -> Response:
-        """Counters of all routers and shards as Prometheus text."""
-        try:
-            routers = await self._ask_routers("mesh_status", CONTROLLER_DEADLINE_S)
-        except Exception as error:
-            logger.warning("no router's counters: %r", error)
-            routers = []
-        text = render(routers, await self._controller_status())
+        """Counters of all routers that answer, and of the shards, as Prometheus text."""
+        routers, controller, errors = await self._ask_all()
+        for error in errors:
+            logger.warning("counters are missing: %s", error)
+        text = render(routers, controller)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def mesh_status(self) -> JSONResponse:
-        """What the controller and each router know: epochs, shards, lost ranks, counters."""
-        routers = await self._ask_routers("mesh_status", CONTROLLER_DEADLINE_S)
-        return JSONResponse({"controller": await self._controller_status(), "routers": routers})
+        """What the controller and each router know: epochs, shards, lost ranks, counters; and who did not answer."""
+        routers, controller, errors = await self._ask_all()
+        return JSONResponse({"controller": controller, "routers": routers, "errors": errors})
 
     async def mesh_placement(self) -> Response:
         """The placement: slots of every layer, and the experts of each rank."""
@@ -116,8 +111,40 @@ class ExpertMeshIngress(OpenAiIngress):
             return None
         return error_response(404, "routers.trace_tokens is 0, so no trace is recorded")
 
+    async def _get_model_id(self, model: str | None) -> str:
+        """The model that a request means; 404 for one that is not served.
+
+        Ray Serve LLM takes what follows a colon for the name of an adapter, to be loaded and remembered.
+        """
+        if model is not None and model not in self._model_cards:
+            message = f'Got request for model "{model}". Could not find base model with ID "{model}".'
+            raise HTTPException(404, message)
+        return await super()._get_model_id(model)
+
+    async def _ask_all(self) -> tuple[list[Any], dict[str, Any] | None, list[str]]:
+        """Statuses of the routers and of the controller, None if it is away, and one line on each that has none."""
+        (routers, errors), controller = await asyncio.gather(
+            self._ask_each_router("mesh_status", CONTROLLER_DEADLINE_S), self._controller_status()
+        )
+        if controller is None:
+            errors.append("the placement controller does not answer")
+        return routers, controller, errors
+
     async def _ask_routers(self, method: str, deadline_s: float) -> list[Any]:
-        return await asyncio.wait_for(self._routers.broadcast(method).results_async(), deadline_s)
+        """The answers of all routers. Raises UnavailableError where one is missing."""
+        answers, errors = await self._ask_each_router(method, deadline_s)
+        if errors:
+            raise UnavailableError("; ".join(errors))
+        return answers
+
+    async def _ask_each_router(self, method: str, deadline_s: float) -> tuple[list[Any], list[str]]:
+        """The answers of the routers that give one within the deadline, and one line on each that does not."""
+        try:
+            answers = await broadcast(self._routers, method, deadline_s)
+        except Exception as error:
+            return [], [_why(error, "the routers", method, deadline_s)]
+        errors = [_why(a, "a router", method, deadline_s) for a in answers if isinstance(a, BaseException)]
+        return [answer for answer in answers if not isinstance(answer, BaseException)], errors
 
     async def _controller_status(self) -> dict[str, Any] | None:
         try:
@@ -125,6 +152,16 @@ class ExpertMeshIngress(OpenAiIngress):
         except ControllerLostError as error:
             logger.warning("%s", error)
             return None
+
+
+def _why(error: BaseException, who: str, method: str, deadline_s: float) -> str:
+    """One line on a call that has no answer."""
+    cause = getattr(error, "cause", None) or error  # Ray's errors hold what was raised on the other side
+    if isinstance(cause, DeploymentUnavailableError):
+        return "no router is available"
+    if isinstance(cause, TimeoutError):
+        return f"{who} did not answer {method} in {deadline_s:g} s"
+    return f"{who} failed at {method}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
 def _merged(samples: list[bytes]) -> bytes:

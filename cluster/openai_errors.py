@@ -26,6 +26,10 @@ _TYPES = {
 _CODES = {401: "invalid_api_key", 404: "not_found"}
 
 
+class UnavailableError(RuntimeError):
+    """A part of the service that a request needs did not answer; the client is told the message, and to try again."""
+
+
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of one error."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -48,6 +52,10 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
         return error_response(503, "too many requests are queued; try again", retry_after_s=retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
         return error_response(503, "no router is available; try again", retry_after_s=retry_after_s)
+    if isinstance(error, UnavailableError):
+        return error_response(503, str(error), retry_after_s=retry_after_s)
+    if isinstance(error, TimeoutError):
+        return error_response(503, "no answer in time; try again", retry_after_s=retry_after_s)
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail))
     status = getattr(error, "status_code", None)

@@ -6,11 +6,13 @@ functions: they bring in vllm, which takes seconds, and shards and the controlle
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,30 @@ def deploy_config(serve_config: dict[str, Any]) -> None:
 def node_address() -> str:
     """IP address at which other nodes reach this one, 127.0.0.1 on a cluster of one machine without a network."""
     return ray.util.get_node_ip_address()
+
+
+async def broadcast(handle: DeploymentHandle, method: str, deadline_s: float) -> list[Any]:
+    """What each replica answers to a method, in no order: an exception from one that failed or took longer.
+
+    Ray's own collecting of the answers has none of them where one is missing. Raises as Ray does, or TimeoutError,
+    where it is not known which replicas there are.
+    """
+    end_s = asyncio.get_running_loop().time() + deadline_s
+    results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), deadline_s)
+    asked = [asyncio.ensure_future(result.get_async()) for result in results]
+    try:
+        if asked:
+            await asyncio.wait(asked, timeout=max(0.0, end_s - asyncio.get_running_loop().time()))
+        answered = [task.done() and not task.cancelled() for task in asked]
+        return [
+            (task.exception() or task.result()) if there else TimeoutError()
+            for task, there in zip(asked, answered, strict=True)
+        ]
+    finally:
+        for task in asked:
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # no one else looks at it
 
 
 def unfinished_requests(llm_server: Any) -> int:

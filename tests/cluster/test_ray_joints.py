@@ -24,7 +24,8 @@ def test_handles_broadcast() -> None:
     assert callable(DeploymentHandle.broadcast)
     from ray.serve.handle import DeploymentBroadcastResponse
 
-    assert inspect.iscoroutinefunction(DeploymentBroadcastResponse.results_async)
+    assert inspect.iscoroutinefunction(DeploymentBroadcastResponse._fetch_replica_results_async)
+    assert "rr.get_async()" in inspect.getsource(DeploymentBroadcastResponse.results_async)
 
 
 def test_a_config_can_be_handed_to_a_running_serve() -> None:
@@ -87,3 +88,5 @@ def test_ingress_takes_our_app_and_handles_by_model() -> None:
     assert {"endpoint_map", "app"} <= set(inspect.signature(make_fastapi_ingress).parameters)
     assert {"llm_deployments", "model_cards"} <= set(inspect.signature(OpenAiIngress.__init__).parameters)
     assert callable(joints.model_card)
+    assert "await self._get_model_id(body.model)" in inspect.getsource(OpenAiIngress._get_response)
+    assert "_model_cards" in inspect.getsource(OpenAiIngress._get_model_id)
