@@ -38,6 +38,12 @@ ROW_BYTES = 64
 CAPACITY = 1 << 16
 SPAWN_S = 60.0
 
+
+def deadline_in(seconds: float) -> float:
+    """On time.monotonic()'s clock."""
+    return time.monotonic() + seconds
+
+
 atomics.warm_up()  # once in the fork server rather than in every shard
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from echo_shard import EchoShard, context, counted_up, echo_shard, hello_for, post_body, reply_body
+from echo_shard import EchoShard, context, counted_up, deadline_in, echo_shard, hello_for, post_body, reply_body
 
 from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
 from experts.membership import ShardEndpoint, host_id
@@ -19,10 +19,6 @@ from experts.transports.connect import connect
 from experts.transports.control import choose_transport
 
 LONG_S = 30.0
-
-
-def deadline_in(seconds: float) -> float:
-    return time.monotonic() + seconds
 
 
 @pytest.fixture(scope="module")

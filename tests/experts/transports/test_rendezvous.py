@@ -7,8 +7,8 @@ import threading
 from typing import Any
 
 import pytest
+from echo_shard import deadline_in
 
-from experts.transports.connect import deadline_in
 from experts.transports.rendezvous import Meeting, PairStore, come_to
 
 LONG_S = 30.0
