@@ -33,6 +33,7 @@ from experts.settings import RouterSettings, ShardSettings, StrictModel
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 EXPERTS_BUILDER = "serve_app:build_experts"
 LLM_BUILDER = "serve_app:build_llm"
+UNNAMED = "default"  # what Serve calls an application that has no name
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -150,8 +151,8 @@ class MeshConfig(StrictModel):
         mesh = cls(
             experts=apps[EXPERTS_BUILDER],
             llm=apps[LLM_BUILDER],
-            experts_name=experts_app.get("name", "experts"),
-            llm_name=llm_app.get("name", "llm"),
+            experts_name=experts_app.get("name", UNNAMED),
+            llm_name=llm_app.get("name", UNNAMED),
             llm_route_prefix=llm_app.get("route_prefix") or "/",
             serve=serve,
         )
@@ -172,6 +173,13 @@ class MeshConfig(StrictModel):
             )
         if self.llm.experts_app != self.experts_name:
             yield f"experts_app is {self.llm.experts_app!r}, the application of shards is named {self.experts_name!r}"
+        if self.llm_name == self.experts_name:
+            yield f"both applications are named {self.llm_name!r}"
+        if self.experts.placement.near_replicas_first and not self.llm.transport.near_replicas_first:
+            yield (
+                "placement.near_replicas_first is true, so the plan is for routers that take near replicas first, and "
+                "transport.near_replicas_first is not"
+            )
         if self.llm.transport.name == "nccl" and self.experts.shards.device != "cuda":
             yield f"transport.name is nccl and shards.device {self.experts.shards.device!r}, expected cuda"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import ConfigError, ExpertsAppConfig
+from cluster.sections import PlacementSection
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.spec import ExpertSpec
 from placement.policy import build_placement
@@ -30,6 +31,7 @@ def plan_placement(config: ExpertsAppConfig) -> Placement:
     check_slots(config, spec.num_experts)
     if config.placement.file is not None:
         placement = _from_file(config.placement.file)
+        _check_file(config.placement, placement)
     else:
         placement = _by_policy(config, spec)
     for what, found, expected in (
@@ -72,6 +74,21 @@ def _from_file(path: str) -> Placement:
         return Placement.load(path)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"placement.file: {path}: {error}") from None
+
+
+def _check_file(section: PlacementSection, placement: Placement) -> None:
+    """Raises ConfigError where the section says other than the placement in its file."""
+    if "num_nodes" in section.model_fields_set and section.num_nodes != placement.num_nodes:
+        raise ConfigError(
+            f"placement.num_nodes is {section.num_nodes}, the placement in {section.file} is for "
+            f"{placement.num_nodes}; leave it out"
+        )
+    fewest = int(placement.logical_replica_count.min())
+    if fewest < section.min_replicas:
+        raise ConfigError(
+            f"placement.min_replicas is {section.min_replicas}, the placement in {section.file} has experts of "
+            f"{fewest} {'replica' if fewest == 1 else 'replicas'}"
+        )
 
 
 def _by_policy(config: ExpertsAppConfig, spec: ExpertSpec) -> Placement:

@@ -15,6 +15,12 @@ from pydantic import Field, field_validator, model_validator
 from experts.settings import DTypeName, RouterSettings, ShardSettings, StrictModel, TransportName
 
 PlacementPolicy = Literal["linear", "greedy", "optimized"]
+# The keys of the placement's section that have an effect, where not all have: by policy, or for a file.
+READ_BY = {
+    "linear": {"policy", "num_nodes", "min_replicas"},
+    "greedy": {"policy", "num_nodes", "min_replicas", "trace", "seed"},
+    "file": {"file", "num_nodes", "min_replicas"},
+}
 
 
 def _router_default(name: str) -> Any:
@@ -28,7 +34,7 @@ def _shard_default(name: str) -> Any:
 class ModelSection(StrictModel):
     """Which model; both applications read it, so write it once and refer to it (`&model`, `*model`)."""
 
-    id: str = Field(min_length=1, description="Name of the model in the OpenAI API.")
+    id: str = Field(min_length=1, description="Name of the model in the OpenAI API; without a colon.")
     path: str = Field(
         min_length=1,
         description="Folder of the Hugging Face checkpoint, the same on every node. A relative path is sought beside "
@@ -37,6 +43,16 @@ class ModelSection(StrictModel):
     dtype: DTypeName = Field(
         default="bfloat16", description="What weights are held and computed in, on routers and shards alike."
     )
+
+    @field_validator("id")
+    @classmethod
+    def _no_adapter(cls, value: str) -> str:
+        if ":" in value:
+            raise ValueError(
+                f"{value!r} has a colon, behind which Ray Serve LLM reads the name of an adapter: no request for the "
+                f"model would find it; take {value.replace(':', '-')!r}, say"
+            )
+        return value
 
 
 class ShardsSection(StrictModel):
@@ -102,7 +118,9 @@ class PlacementSection(StrictModel):
     )
     file: str | None = Field(default=None, description="A placement saved as JSON, used as it is; no policy is run.")
     trace: str | None = Field(default=None, description="Routing trace (.npz) that the policy plans for.")
-    num_nodes: int = Field(default=1, ge=1, description="Nodes that the shards stand on in equal blocks.")
+    num_nodes: int = Field(
+        default=1, ge=1, description="Nodes that the shards stand on in equal blocks; with a file, the file's."
+    )
     min_replicas: int = Field(default=1, ge=1, description="Replicas of every expert at least, on different shards.")
     load_cap: float = Field(
         default=1.05, ge=1, description="How much more than its even share a shard may get, for fewer shards a token."
@@ -121,8 +139,10 @@ class PlacementSection(StrictModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> PlacementSection:
-        if self.file is not None and (self.trace is not None or "policy" in self.model_fields_set):
-            raise ValueError("file is given, so policy and trace have no meaning; give one or the other")
+        source, read = ("file is given", "file") if self.file is not None else (f"policy is {self.policy}", self.policy)
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        if idle := sorted(given - READ_BY.get(read, given)):
+            raise ValueError(f"{source}, so {', '.join(idle)} would have no effect; leave out")
         if self.file is None and self.policy != "linear" and self.trace is None:
             raise ValueError(
                 f"policy is {self.policy!r}, which plans for a trace; give one (GET /expertmesh/trace of a running "
@@ -181,7 +201,7 @@ class RoutersSection(StrictModel):
     )
     llm_config: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further fields of Ray Serve LLM's LLMConfig: lora_config, experimental_configs, callback_config.",
+        description="Further fields of Ray Serve LLM's LLMConfig: experimental_configs, callback_config.",
     )
     env_vars: dict[str, str] = Field(default_factory=dict, description="Environment of the routers and their engines.")
     trace_tokens: int = Field(
@@ -228,6 +248,8 @@ class RoutersSection(StrictModel):
         for key in own_place.split():
             if key in value:
                 raise ValueError(f"{key} has a place of its own in this config, or is set by the project")
+        if value.get("lora_config") is not None:
+            raise ValueError("lora_config is given, and LoRA adapters are not served: the engine would refuse them")
         return value
 
     @model_validator(mode="after")

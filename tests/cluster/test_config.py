@@ -120,6 +120,32 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
             9999,
             r"is 9999, more than shards.max_rows_per_dispatch",
         ),
+        ("applications.0.args.model.id", "qwen3:30b", r"model\.id: 'qwen3:30b' has a colon, .*; take 'qwen3-30b', say"),
+        (
+            "applications.1.args.routers.llm_config",
+            {"lora_config": {"dynamic_lora_loading_path": "s3://a"}},
+            r"llm_config: lora_config is given, and LoRA adapters are not served",
+        ),
+        (
+            "applications.0.args.placement",
+            {"trace": str(TINY)},
+            r"args\.placement: policy is linear, so trace would have no effect; leave out",
+        ),
+        (
+            "applications.0.args.placement",
+            {"policy": "greedy", "trace": str(TINY), "seed": 1, "load_cap": 1.1, "max_seconds": 5},
+            r"policy is greedy, so load_cap, max_seconds would have no effect",
+        ),
+        (
+            "applications.0.args.placement",
+            {"file": str(TINY), "seed": 0, "load_cap": 1.1, "near_replicas_first": True, "min_replicas": 2},
+            r"file is given, so load_cap, near_replicas_first, seed would have no effect",
+        ),
+        (
+            "applications.0.args.placement",
+            {"policy": "optimized", "trace": str(TINY), "num_nodes": 3, "near_replicas_first": True},
+            r"placement.near_replicas_first is true, .*, and transport.near_replicas_first is not",
+        ),
         ("applications.1.import_path", "x:y", r"no application has import_path serve_app:build_llm"),
         ("applications", 3, r"expected a Serve config with a list of applications"),
     ],
@@ -131,6 +157,18 @@ def test_what_is_wrong_is_named(tmp_path: Path, place: str, value: Any, expected
     with pytest.raises(ConfigError, match=expected) as caught:
         MeshConfig.from_file(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_an_application_without_a_name_is_the_one_that_serve_calls_default() -> None:
+    data = tiny()
+    del data["applications"][1]["name"]
+    assert MeshConfig.from_serve_config(data).llm_name == "default"
+    del data["applications"][0]["name"]
+    with pytest.raises(ConfigError, match="experts_app is 'experts', the application of shards is named 'default'"):
+        MeshConfig.from_serve_config(data)
+    data["applications"][1]["args"]["experts_app"] = "default"
+    with pytest.raises(ConfigError, match="both applications are named 'default'"):
+        MeshConfig.from_serve_config(data)
 
 
 def test_every_mistake_of_an_application_is_listed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.config import ConfigError, ExpertsAppConfig, MeshConfig, parse
-from cluster.planning import plan_placement
+from cluster.planning import check_plan, plan_placement
 from cluster.roster import placement_digest
+from placement import policy
 from placement.evaluate import evaluate
 from placement.recorder import TraceRecorder
 from placement.tables import Placement
@@ -68,9 +70,9 @@ def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path) -
     assert near.far_fan_out.mean() < plain.far_fan_out.mean()
 
 
-@pytest.mark.parametrize("policy", ["greedy", "optimized"])
-def test_policies_plan_for_the_trace(tmp_path: Path, policy: str) -> None:
-    section = {"policy": policy, "trace": str(trace_file(tmp_path)), "max_seconds": 2.0, "load_cap": 1.2}
+@pytest.mark.parametrize("search", [{"policy": "greedy"}, {"policy": "optimized", "max_seconds": 2.0, "load_cap": 1.2}])
+def test_policies_plan_for_the_trace(tmp_path: Path, search: dict[str, Any]) -> None:
+    section = {**search, "trace": str(trace_file(tmp_path))}
     planned = plan_placement(config({"count": 4}, section))
     assert (planned.num_ranks, planned.slots_per_rank) == (4, 8)
     assert (planned.logical_replica_count == 1).all()
@@ -117,13 +119,46 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_starts(tmp
     [
         ({"slots_per_rank": 10}, {}, "slots_per_rank is 10, so 3 shards have 30 slots .* 32 experts .*; expected 11"),
         ({}, {"num_nodes": 2}, "placement: .*3 ranks"),
-        ({}, {"near_replicas_first": True}, "placement: near replicas come first on 1 node: expected at least 2"),
+        (
+            {},
+            {"policy": "optimized", "near_replicas_first": True},
+            "placement: near replicas come first on 1 node: expected at least 2",
+        ),
         ({}, {"min_replicas": 4}, "placement: .*4 ranks, there are 3"),
     ],
 )
-def test_what_does_not_fit_is_named(shards: dict[str, Any], section: dict[str, Any], expected: str) -> None:
+@pytest.mark.parametrize("plan", [plan_placement, check_plan])
+def test_what_does_not_fit_is_named(
+    tmp_path: Path,
+    shards: dict[str, Any],
+    section: dict[str, Any],
+    expected: str,
+    plan: Callable[[ExpertsAppConfig], object],
+) -> None:
+    if "policy" in section:
+        section = {**section, "trace": str(trace_file(tmp_path))}
     with pytest.raises(ConfigError, match=expected):
-        plan_placement(config(shards, section))
+        plan(config(shards, section))
+
+
+def test_a_file_that_says_other_than_its_section_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "placement.json"
+    Placement.linear(4, 32, 4, num_nodes=2).save(path)
+    with pytest.raises(ConfigError, match=r"placement\.num_nodes is 1, the placement in .* is for 2; leave it out"):
+        plan_placement(config({"count": 4}, {"file": str(path), "num_nodes": 1}))
+    with pytest.raises(ConfigError, match=r"placement\.min_replicas is 2, the placement in .* experts of 1 replica"):
+        plan_placement(config({"count": 4}, {"file": str(path), "min_replicas": 2}))
+    assert plan_placement(config({"count": 4}, {"file": str(path), "num_nodes": 2})).num_nodes == 2
+
+
+def test_a_plan_is_checked_without_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+    monkeypatch.setattr(policy, "optimize", lambda *args, **options: searches.append(args))
+    check_plan(config({"count": 4}, {"policy": "optimized", "trace": str(trace_file(tmp_path)), "load_cap": 1.2}))
+    other = str(trace_file(tmp_path, num_experts=16))
+    with pytest.raises(ConfigError, match="the trace has 4 layers of 16 experts"):
+        check_plan(config({"count": 4}, {"policy": "optimized", "trace": other}))
+    assert searches == []
 
 
 def test_files_of_another_model_or_none_are_refused(tmp_path: Path) -> None:
