@@ -294,7 +294,7 @@ class DeadlinesSection(StrictModel):
         default=_router_default("connect_deadline_s"), gt=0, description="Connecting a router to one shard."
     )
     membership_s: float = Field(
-        default=600.0, gt=0, description="A starting router's wait for every shard to have loaded its experts."
+        default=600.0, gt=0, description="A starting router's wait for the shards: on a cold start for all of them."
     )
     apply_s: float = Field(default=120.0, gt=0, description="Handing one epoch to an engine's workers.")
     probe_s: float = Field(default=10.0, gt=0, description="The one token that /health generates on demand.")
