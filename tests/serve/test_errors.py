@@ -34,6 +34,7 @@ def post(service: Service, body: bytes, path: str = "/v1/completions") -> tuple[
         ({"temperature": -1}, 400, "temperature must be non-negative"),
         ({"max_tokens": "many"}, 400, "max_tokens: Input should be a valid integer"),
         ({"model": "other"}, 404, 'Could not find base model with ID "other"'),
+        ({"model": "tiny-moe:x"}, 404, 'Could not find base model with ID "tiny-moe:x"'),
         ({"n": 0}, 400, ""),
         ({"temperature": -1, "stream": True}, 400, "temperature must be non-negative"),
     ],
