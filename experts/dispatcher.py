@@ -269,10 +269,18 @@ class Dispatcher:
             if not pending.failed:
                 return
             self.stats.failovers += 1
+            self._uncount(pending.failed)
             # Only what failed goes out again; every later look at this round has to see the same narrowed ids.
             ids_TK = np.where(np.isin(rank_TK, pending.failed), ids_TK, np.int32(-1))
             self._plan_and_post(pending, ids_TK, weights_TK)
             accumulate = True
+
+    def _uncount(self, failed: list[int]) -> None:
+        """Take back the rows of the messages that failed: they count where they are computed in the end."""
+        stats = self.stats
+        stats.shard_rows[failed] -= self._rows_R[failed]
+        stats.shard_pairs[failed] -= self._pairs_R[failed]
+        stats.fan_out_sum -= int(self._rows_R[failed].sum())
 
     def _receive(self, rank: int, deadline_s: float) -> int:
         """Wait for one shard's reply and check that it is the answer to what was sent."""

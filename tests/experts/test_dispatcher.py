@@ -31,6 +31,7 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.dispatcher import Dispatcher
 from experts.layer_shape import LayerShape
 from experts.membership import Membership
+from experts.wire import H_PAIRS, header_of
 from placement.tables import Placement
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 2, 6, 3, 24
@@ -198,12 +199,27 @@ def test_one_shard_fails(model: Path, kind: str, replicas: int) -> None:
 
 def test_a_failed_shard_costs_its_own_rows_alone(model: Path) -> None:
     mesh, batch = fake_mesh(model, replicated(NUM_LAYERS, NUM_EXPERTS, 3, 2)), random_batch(40)
+    sound = fake_mesh(model, replicated(NUM_LAYERS, NUM_EXPERTS, 3, 2))
+    sound.forward(batch)
     mesh.links[1].wait_faults = [lost]
     mesh.forward(batch)
+    repeated = sum(int(header_of(link.send_buffer)[H_PAIRS]) for rank, link in mesh.links.items() if rank != 1)
+    assert repeated == sound.dispatcher.stats.shard_pairs[1] > 0
+    assert [len(link.posted) for link in mesh.links.values()] == [2, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["post", "lost", "refused"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_rows_count_for_the_shard_that_computes_them(model: Path, kind: str, replicas: int) -> None:
+    """Not for the one that failed too: each pair once, at a shard or on the router itself."""
+    mesh, batch = fake_mesh(model, replicated(NUM_LAYERS, NUM_EXPERTS, 3, replicas)), random_batch(40)
+    faults = mesh.links[1].post_faults if kind == "post" else mesh.links[1].wait_faults
+    faults.append(lost if kind == "post" else WAIT_FAULTS[kind][0])
+    mesh.forward(batch)
     stats = mesh.dispatcher.stats
-    again = stats.shard_pairs.sum() - 40 * TOP_K
-    assert 0 < again < 40 * TOP_K
-    assert stats.shard_pairs[1] == again
+    assert (stats.shard_rows[1], stats.shard_pairs[1]) == (0, 0)
+    assert stats.shard_pairs.sum() + stats.fallback_pairs == 40 * TOP_K
+    assert stats.shard_rows.sum() == stats.fan_out_sum
 
 
 def test_a_post_that_fails_is_repeated_elsewhere(model: Path) -> None:
