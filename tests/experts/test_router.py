@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import signal
 import socket
@@ -28,6 +29,7 @@ from small_mesh import (
 from experts.checkpoint import ExpertCheckpoint
 from experts.errors import UnsupportedModelError
 from experts.layer_shape import LayerShape
+from experts.link import RouterLink
 from experts.membership import Membership, ShardEndpoint
 from experts.recorder import StepRecorder
 from experts.router import MeshRouter
@@ -177,6 +179,25 @@ def test_shards_that_cannot_be_reached_are_named_with_their_reasons(
     check(mesh, router)
     assert router.attached
     assert router.status()["lost"] == applied["lost"]
+
+
+def test_a_connection_that_fails_in_the_router_itself_costs_no_other_one(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of descriptors, say, long after the engine started: the epoch is taken with the links that there are."""
+    router = mesh.router(apply=False)
+    open_link = router._connector._open_link
+
+    def short_of_descriptors(endpoint: ShardEndpoint) -> RouterLink:
+        if endpoint.rank == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_link(endpoint)
+
+    monkeypatch.setattr(router._connector, "_open_link", short_of_descriptors)
+    applied = router.apply_membership(mesh.membership())
+    assert (applied["connected"], applied["refused"]) == ([0], [])
+    assert "Too many open files" in applied["lost"][1]
+    check(mesh, router)
 
 
 def test_a_stopped_shard_is_not_waited_for_longer_than_the_deadline(model: Path) -> None:
