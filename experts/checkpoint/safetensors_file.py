@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 import sys
 import threading
@@ -62,23 +63,26 @@ class TensorEntry:
 
 
 class SafetensorsFile:
-    """One file. Opening it reads the header; the data is mapped at the first read. Safe to use from several threads."""
+    """One file. Opening it reads the header and maps the rest, untouched. Safe to use from several threads.
+
+    A router may come to read only after days, when a shard is lost: the mapping keeps what the header describes, even
+    if the file was deleted or another one took its name meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._map: mmap.mmap | None = None
         self.entries = self._read_header()
 
     def _read_header(self) -> dict[str, TensorEntry]:
         try:
-            size = self.path.stat().st_size
             with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
                 prefix = file.read(8)
                 length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
                 if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                     raise CheckpointError(f"{self.path}: header length {length} in a file of {size} bytes")
                 header: dict[str, Any] = json.loads(file.read(length))
+                self._map = mmap.mmap(file.fileno(), size, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: the file is missing") from None
         except OSError as error:
@@ -87,6 +91,8 @@ class SafetensorsFile:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{self.path}: the header is not JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path}: the header is no JSON object but a {type(header).__name__}")
         header.pop("__metadata__", None)
         return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
 
@@ -112,10 +118,6 @@ class SafetensorsFile:
         """The bytes `[start, start + nbytes)` as a tensor; shares the mapping where aligned, else a copy."""
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
-        with self._lock:
-            if self._map is None:
-                with self.path.open("rb") as file:
-                    self._map = mmap.mmap(file.fileno(), 0, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         page = start - start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
         if start % dtype.itemsize == 0:

@@ -95,6 +95,24 @@ def test_a_view_outlives_its_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(weights.w2_DI, made.experts[0, 1][2])
 
 
+@pytest.mark.parametrize("fate", ["deleted", "replaced"])
+def test_a_checked_checkpoint_outlives_its_files(tmp_path: Path, fate: str) -> None:
+    """A router reads its first expert when the last shard that held it is lost, which may be days after the start."""
+    made = MAKERS["olmoe"]()
+    folder = write(tmp_path, made.config, made.tensors, num_files=2)
+    checkpoint = ExpertCheckpoint.open(folder)
+    checkpoint.check()
+    for path in folder.glob("*.safetensors"):
+        if fate == "replaced":
+            other = path.with_suffix(".new")
+            other.write_bytes(bytes(path.stat().st_size))
+            other.rename(path)
+        else:
+            path.unlink()
+    weights = checkpoint.read_expert(0, 1, torch.float32)
+    assert torch.equal(weights.w2_DI, made.experts[0, 1][2])
+
+
 @pytest.mark.parametrize("shift", [1, 2, 4])
 def test_unaligned_tensors_are_read(tmp_path: Path, shift: int) -> None:
     """A header of any length puts the data at any offset; older writers did not pad."""
@@ -210,6 +228,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (b"", "header length -1 in a file of 0 bytes"),
         (struct.pack("<Q", 1 << 60) + whole[8:], "header length 1152921504606846976 in a file of"),
         (whole[:8] + b"x" + whole[9:], "the header is not JSON"),
+        (struct.pack("<Q", 2) + b"[]", "the header is no JSON object but a list"),
         (whole.replace(b'"F32"', b'"F16"', 1), "bytes, expected .* of F16"),
         (whole.replace(b"data_offsets", b"data_0ffsets", 1), "header entry of .* is malformed"),
     ):
