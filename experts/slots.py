@@ -131,6 +131,7 @@ class SlotTable:
             self.slot_of_expert_LE = table_LE.copy()
             self._digests.pop((layer, old), None)
             self._await_request()
+            self._expert_in_slot_Ls[layer, slot] = -1  # free, should what follows fail
         self._kernel.set_slot(layer, slot, weights)
         self._expert_in_slot_Ls[layer, slot] = expert
         table_LE[layer, expert] = slot

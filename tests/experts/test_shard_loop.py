@@ -203,6 +203,29 @@ def test_slots_that_do_not_suffice_are_named(gated: tuple[ShardLoop, GatedKernel
         loop.slots.load(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1), 0)
 
 
+def test_a_slot_whose_refill_failed_is_free_again(
+    gated: tuple[ShardLoop, GatedKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory while an expert is packed, say: what stood there before can be loaded again."""
+    loop, kernel = gated
+    slots, placement = loop.slots, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_pack", out_of_memory)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            slots.load(placement, 1)
+    assert (slots.num_loaded, slots.load(placement, 0)) == (5, 1)
+    assert (slots.slot_of_expert_LE >= 0).tolist() == [[True] * 3 + [False] * 3] * NUM_LAYERS
+    channel = FakeChannel("router")
+    loop.add(channel)
+    post(loop, channel, 1, [0])
+    await_true(lambda: channel.answers, "the answer")
+    assert header_of(channel.send_buffer)[H_STATUS] == STATUS_OK
+
+
+def out_of_memory(layer: int, slot: int, weights: Any) -> None:
+    raise RuntimeError("not enough memory")
+
+
 def test_the_digest_tells_other_weights_apart(model: Path, tmp_path: Path) -> None:
     def digest_of(folder: Path, rank: int = 0) -> str:
         placement = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
