@@ -28,7 +28,7 @@ ROUTER_GAUGES = (
     ("balancedness", "balancedness", "Mean over max of the shards' load in pairs of row and expert"),
 )
 SHARD_COUNTERS = (
-    ("shard_rows", "shard_rows", "Token rows sent to the shard"),
+    ("shard_rows", "shard_rows", "Token rows that the shard computed"),
     ("shard_pairs", "shard_pairs", "Pairs of row and expert computed by the shard"),
 )
 PREFIX = "expertmesh_"

@@ -65,6 +65,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._term, self._epoch = "", -1
         self._incarnations: dict[int, str] = {}
         self._status: dict[str, Any] = {}
+        self._reading: asyncio.Task[dict[str, Any]] | None = None
         self._silences = 0
         self._metrics = RouterMetrics(self._identity.replica_id)
         self._probe_lock = asyncio.Lock()
@@ -103,9 +104,11 @@ class ExpertMeshLLMServer(LLMServer):
             )
 
     async def mesh_status(self) -> dict[str, Any]:
-        """The worker's counters, fresh, plus what this replica knows; for the ingress."""
+        """The worker's counters plus what this replica knows; for the ingress. Callers at one time share a reading."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_status())
         return {
-            **await self._read_status(),
+            **await asyncio.shield(self._reading),
             "term": self._term,
             "pid": os.getpid(),
             "unfinished_requests": unfinished_requests(self),

@@ -59,9 +59,7 @@ class Connector:
                 lost[endpoint.rank] = error.reason
                 if isinstance(error, ShardRejectedError):
                     refused.append(endpoint.rank)
-            except (
-                Exception
-            ) as error:  # this router's own trouble, too few descriptors say: the other links still count
+            except Exception as error:  # this router's own trouble, say too few descriptors: the other links count
                 logger.exception("cannot connect to shard %d", endpoint.rank)
                 lost[endpoint.rank] = f"{type(error).__name__}: {error}"
         return links, lost, refused

@@ -22,6 +22,8 @@ class Server(router.ExpertMeshLLMServer):
         self._identity = SimpleNamespace(replica_id="r1")
         self._metrics = SimpleNamespace(export=lambda _: None)
         self._status: dict[str, Any] = {}
+        self._reading = None
+        self._term = "t"
         self._silences = 0
         self._loops = []
         self.answers = answers
@@ -72,6 +74,21 @@ def run(coroutine: Any) -> Any:
 def test_a_worker_that_does_not_answer_is_not_waited_for(call: Any, named: str) -> None:
     with pytest.raises(router.EngineSilentError, match=named):
         run(call(Server({}, apply_s=0.05)))
+
+
+def test_any_number_of_callers_at_one_time_cost_the_engine_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/metrics and the status are asked for without limit, and each reading comes between two steps."""
+    monkeypatch.setattr(router, "unfinished_requests", lambda server: 0)
+    server = Server({"expertmesh_status": {"epoch": 3}})
+
+    async def ask() -> None:
+        answers = await asyncio.gather(*(server.mesh_status() for _ in range(50)))
+        assert [answer["epoch"] for answer in answers] == [3] * 50
+        assert server.calls == 1
+        server.answers = {"expertmesh_status": {"epoch": 4}}
+        assert (await server.mesh_status())["epoch"] == 4, "an answer is not kept for later"
+
+    run(ask())
 
 
 def test_a_router_whose_engine_stays_silent_is_unhealthy_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:

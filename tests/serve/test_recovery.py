@@ -6,7 +6,9 @@ import json
 import os
 import signal
 
+import openai
 import psutil
+import pytest
 from conftest import Service, wait_for
 
 
@@ -101,3 +103,27 @@ def test_with_every_shard_gone_requests_are_served_and_health_says_503(service: 
         rank: shard["weights_digest"] for rank, shard in before.items()
     }
     assert service.greedy(64) == expected
+
+
+def test_a_killed_router_ends_its_requests_with_an_error_and_leaves_the_shards_alone(service: Service) -> None:
+    """What a router holds of a request, its KV cache, dies with it; nothing hangs, and no engine is left behind."""
+    expected = service.greedy(64)
+    shards = service.shards()
+    [router] = service.status()["routers"]
+    process = psutil.Process(router["pid"])
+    engine = [process, *process.children(recursive=True)]
+    assert len(engine) > 1, "vLLM's engine is a process of its own"
+    with pytest.raises(openai.APIError):
+        service.greedy(160, kill_at(router["pid"], 10))
+    wait_for(lambda: not any(psutil.pid_exists(p.pid) and p.is_running() for p in engine), 60, "its engine to end")
+    wait_for(lambda: service.status()["routers"] and whole(service), 150, "another router")
+    [successor] = service.status()["routers"]
+    assert successor["router_id"] != router["router_id"]
+    after = service.shards()
+    assert {rank: shard["pid"] for rank, shard in after.items()} == {
+        rank: shard["pid"] for rank, shard in shards.items()
+    }
+    assert service.greedy(64) == expected
+    assert service.get("/health")[0] == 200
+    only = lambda: all(s["routers"] == [successor["router_id"]] for s in service.shards().values())  # noqa: E731
+    wait_for(only, 60, "the shards to forget the killed router")
