@@ -66,7 +66,8 @@ def run_optimize(args: argparse.Namespace) -> int:
         trace = trace.of_domain(args.domain)
     slots = args.slots_per_rank
     if slots is None:
-        slots = -(-trace.num_experts * args.min_replicas // args.ranks)
+        # Where one of them is below 1, the request says so.
+        slots = -(-trace.num_experts * max(args.min_replicas, 1) // max(args.ranks, 1))
     request = PlanRequest(
         num_ranks=args.ranks,
         num_nodes=args.nodes,
@@ -143,7 +144,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
             }
             bar.update(done, len(args.placement))
     if args.json:
-        print(json.dumps(rows))
+        unknown_is_null = {
+            path: {name: None if value != value else value for name, value in row.items()} for path, row in rows.items()
+        }
+        print(json.dumps(unknown_is_null, allow_nan=False))
         return 0
     if not trace.has_sets:
         print("note: the trace holds counts alone: balancedness of an even split, fan-out unknown", file=sys.stderr)
@@ -176,6 +180,8 @@ def run_export(args: argparse.Namespace) -> int:
 
     placement = Placement.load(args.placement)
     if args.format == "vllm":
+        if args.layers is not None or args.num_hidden_layers is not None:
+            raise ValueError("--layers and --num-hidden-layers are for SGLang; vLLM counts MoE layers alone")
         data = export_vllm(placement, fill_empty=args.fill_empty)
     else:
         data = export_sglang(

@@ -50,6 +50,12 @@ class Evaluation:
         }
 
 
+def balancedness_of(load_LR: np.ndarray) -> np.ndarray:
+    """float64 [L]: mean over max of the rank loads; 1 for a layer that nobody wanted."""
+    most_L = load_LR.max(1)
+    return np.where(most_L > 0, load_LR.mean(1) / np.where(most_L > 0, most_L, 1.0), 1.0)
+
+
 def even_split_loads(placement: Placement, load_LE: np.ndarray) -> np.ndarray:
     """float64 [L, R]: rank loads when replicas share their expert's load evenly."""
     map_LS = placement.physical_to_logical_map
@@ -84,7 +90,7 @@ def evaluate(placement: Placement, trace: ActivationTrace, near_first: bool = Fa
     check_trace_fits(trace.num_layers, trace.num_experts, placement)
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     even_LR = even_split_loads(placement, trace.load("sets" if trace.has_sets else "counts"))
-    even_balance = even_LR.mean(1) / np.maximum(even_LR.max(1), 1e-12)
+    even_balance = balancedness_of(even_LR)
     top_k = trace.topk_ids.shape[2]
     if not trace.has_sets:
         unknown = np.full(num_layers, np.nan)
@@ -110,7 +116,7 @@ def evaluate(placement: Placement, trace: ActivationTrace, near_first: bool = Fa
         node_TK = np.where(rank_TK >= 0, placement.node_of_rank_R[rank_TK], -1)
         node_fan_out[layer] = count_visits(node_TK) / len(rank_TK)
         far_fan_out[layer] = count_visits(np.where(node_TK != home_T[:, None], rank_TK, -1)) / len(rank_TK)
-    balance = load_LR.mean(1) / np.maximum(load_LR.max(1), 1e-12)
+    balance = balancedness_of(load_LR)
     return Evaluation(
         fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens
     )

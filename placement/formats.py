@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.importers import FORMATS, from_sglang, from_vllm, load_trace
+from placement.importers import FORMATS, UNREADABLE, from_sglang, from_vllm, load_trace, unusable
 from placement.tables import EMPTY, Placement
 from placement.trace import ActivationTrace, TraceError, merge_traces
 
@@ -105,7 +105,8 @@ def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None =
     - `expertmesh`: this project's .npz. `auto` tells them apart by content.
 
     A folder stands for all such files in it, merged, as SGLang writes one for each rank. Layers in which no token
-    picked an expert (dense ones) are left out; the trace's `layers` are those kept. Raises TraceError in one line.
+    picked an expert (dense ones) are left out; the trace's `layers` are those kept. Raises TraceError in one line,
+    where a file says another number of experts than `num_experts` too.
     """
     path = Path(path)
     if kind not in FORMATS:
@@ -114,8 +115,12 @@ def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None =
         files = sorted(each for each in path.iterdir() if each.suffix in TRACE_SUFFIXES)
         if not files:
             raise TraceError(f"{path}: no traces in the folder; they end in {', '.join(TRACE_SUFFIXES)}")
-        return without_idle_layers(merge_traces([_read(each, kind, num_experts) for each in files]))
-    return without_idle_layers(_read(path, kind, num_experts))
+        trace = merge_traces([_read(each, kind, num_experts) for each in files])
+    else:
+        trace = _read(path, kind, num_experts)
+    if num_experts is not None and trace.num_experts != num_experts:
+        raise TraceError(f"{path}: the trace is of {trace.num_experts} experts, num_experts is {num_experts}")
+    return without_idle_layers(trace)
 
 
 def without_idle_layers(trace: ActivationTrace) -> ActivationTrace:
@@ -152,10 +157,10 @@ def _read(path: Path, kind: str, num_experts: int | None) -> ActivationTrace:
         if not found:
             raise TraceError("no `routed_experts` and no expert-distribution dump in it")
         return from_vllm(found, num_experts, str(path))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise TraceError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise TraceError(f"{path}: not a usable trace: {error}") from None
+    except UNREADABLE as error:
+        raise unusable(path, error) from None
 
 
 def _routed_experts(data: Any) -> Iterator[np.ndarray]:

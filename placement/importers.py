@@ -5,15 +5,22 @@ T tokens, L layers, K experts of one token, E experts, S physical experts.
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from placement.torch_file import read_torch_file
-from placement.trace import ActivationTrace, TraceError
+from placement.trace import ActivationTrace, TraceError, whole_number
 
+# What numpy's, zipfile's and json's readers, and ours, raise at bytes that are not what they seem to be.
+UNREADABLE = (
+    *(OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 FORMATS = ("auto", "expertmesh", "olmoe", "vllm", "sglang")
 
 
@@ -41,9 +48,14 @@ def load_trace(path: str | Path, format: str = "auto", num_experts: int | None =
             if not names:
                 raise TraceError(f"no array of [tokens, layers, k]; the file has {sorted(data.files)}")
             return from_vllm([data[name] for name in names], num_experts, str(path))
-    except (TraceError, OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise TraceError(f"{path}: not a usable trace: {reason}") from None
+    except UNREADABLE as error:
+        raise unusable(path, error) from None
+
+
+def unusable(path: Path, error: BaseException) -> TraceError:
+    """The one line on a file that cannot be read as a trace."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return TraceError(f"{path}: not a usable trace: {reason.partition(chr(10))[0]}")
 
 
 def _from_olmoe(data: Any, num_experts: int | None, source: str) -> ActivationTrace:
@@ -52,7 +64,7 @@ def _from_olmoe(data: Any, num_experts: int | None, source: str) -> ActivationTr
     if ids.ndim != 3:
         raise TraceError(f"topk_ids must be [tokens, layers, k], got {list(ids.shape)}")
     if num_experts is None:
-        num_experts = int(data["num_experts"]) if "num_experts" in data else int(ids.max()) + 1
+        num_experts = whole_number("num_experts", data["num_experts"]) if "num_experts" in data else int(ids.max()) + 1
     counts = data.get("expert_load")
     if counts is not None and counts.ndim == 3:
         counts = counts.sum(0)
@@ -60,7 +72,7 @@ def _from_olmoe(data: Any, num_experts: int | None, source: str) -> ActivationTr
     return ActivationTrace(
         ids,
         num_experts,
-        tuple(data["layers"].tolist()) if "layers" in data else (),
+        tuple(data["layers"]) if "layers" in data else (),
         data["domain"] if has_domains else None,
         tuple(data["domains"].tolist()) if has_domains else (),
         counts,
@@ -77,7 +89,7 @@ def from_vllm(requests: list[np.ndarray], num_experts: int | None = None, source
         raise TraceError("routed_experts must be one or more arrays [tokens, layers, k]")
     if len({np.asarray(one).shape[1:] for one in requests}) > 1:
         raise TraceError(f"requests differ in layers or k: {sorted({np.asarray(one).shape[1:] for one in requests})}")
-    ids = np.concatenate([np.asarray(one).astype(np.int64) for one in requests])
+    ids = np.concatenate([_ids("routed_experts", one) for one in requests])
     if not ids.size:
         raise TraceError("routed_experts holds no tokens")
     kept = [layer for layer in range(ids.shape[1]) if ids.shape[2] == 1 or (ids[:, layer] != 0).any()]
@@ -98,17 +110,23 @@ def from_sglang(dump: Any, num_experts: int | None = None, source: str = "") -> 
     if "logical_count" in dump:
         counts = np.asarray(dump["logical_count"])
         counts = counts.sum(0) if counts.ndim == 3 else counts
-        return _counts_only(np.rint(counts).astype(np.int64), source)
+        if counts.ndim != 2 or counts.dtype.kind not in "iuf":
+            raise TraceError(f"logical_count must be numbers [layers, experts], got {counts.dtype} {counts.shape}")
+        return _counts_only(np.rint(counts), source)
     if "records" not in dump or "last_physical_to_logical_map" not in dump:
         raise TraceError(f"neither logical_count nor records with a map; the dump has {sorted(map(str, dump))}")
-    map_LS = np.asarray(dump["last_physical_to_logical_map"]).astype(np.int64)
+    map_LS = _ids("last_physical_to_logical_map", dump["last_physical_to_logical_map"])
     if map_LS.ndim != 2:
         raise TraceError(f"last_physical_to_logical_map must be [layers, slots], got {list(map_LS.shape)}")
     num_layers, num_slots = map_LS.shape
     num_experts = num_experts or int(map_LS.max()) + 1
-    sets = [np.asarray(r["topk_ids_of_layer"]).astype(np.int64) for r in dump["records"] if "topk_ids_of_layer" in r]
+    if map_LS.min(initial=0) < 0:
+        raise TraceError(f"last_physical_to_logical_map holds {map_LS.min()}, expected an expert in each slot")
+    sets = [_ids("topk_ids_of_layer", r["topk_ids_of_layer"]) for r in dump["records"] if "topk_ids_of_layer" in r]
     if sets:
         ids_LTK = np.concatenate(sets, axis=1)
+        if ids_LTK.min(initial=-1) < -1:
+            raise TraceError(f"topk_ids_of_layer holds {ids_LTK.min()}, expected -1 (padding) to {num_slots - 1}")
         if len(ids_LTK) != num_layers or ids_LTK.max(initial=-1) >= num_slots:
             raise TraceError(
                 f"records of {len(ids_LTK)} layers do not fit a map of {num_layers} layers, {num_slots} slots"
@@ -122,11 +140,24 @@ def from_sglang(dump: Any, num_experts: int | None = None, source: str = "") -> 
     passes = [np.asarray(r["global_physical_count"]) for r in dump["records"] if "global_physical_count" in r]
     if not passes:
         raise TraceError("the records hold neither topk_ids_of_layer nor global_physical_count")
-    physical_LS = np.sum(passes, axis=0)
-    counts_LE = np.zeros((num_layers, num_experts), np.int64)
+    for one in passes:
+        if one.shape != map_LS.shape or one.dtype.kind not in "iuf":
+            raise TraceError(
+                f"global_physical_count must be numbers {list(map_LS.shape)}, got {one.dtype} {list(one.shape)}"
+            )
+    physical_LS = np.rint(np.sum(passes, axis=0))
+    counts_LE = np.zeros((num_layers, num_experts), physical_LS.dtype)
     for layer in range(num_layers):
-        np.add.at(counts_LE[layer], map_LS[layer], physical_LS[layer].astype(np.int64))
+        np.add.at(counts_LE[layer], map_LS[layer], physical_LS[layer])
     return _counts_only(counts_LE, source)
+
+
+def _ids(name: str, values: Any) -> np.ndarray:
+    """int64, or TraceError where they are no integers; an empty list, which has no type, passes."""
+    given = np.asarray(values)
+    if given.size and not np.issubdtype(given.dtype, np.integer):
+        raise TraceError(f"{name} must be integers, got {given.dtype} {list(given.shape)}")
+    return given.astype(np.int64)
 
 
 def _counts_only(counts_LE: np.ndarray, source: str) -> ActivationTrace:

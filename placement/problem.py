@@ -5,6 +5,7 @@ T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,12 +81,18 @@ class PlanRequest:
             raise ValueError(f"near replicas come first on {self.num_nodes} node: expected at least 2 nodes")
         if not self.node_weight >= 0:
             raise ValueError(f"node_weight is {self.node_weight}, expected 0 or more")
-        if self.speeds is not None and (len(self.speeds) != self.num_ranks or not min(self.speeds) > 0):
+        if self.speeds is not None and (
+            len(self.speeds) != self.num_ranks or not all(0 < speed < math.inf for speed in self.speeds)
+        ):
             raise ValueError(f"speeds must be {self.num_ranks} numbers above 0, got {self.speeds}")
+        if self.max_moves is not None and self.max_moves < 0:
+            raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds}, expected more than 0")
-        if self.effort is not None and not self.effort >= 0:
-            raise ValueError(f"effort is {self.effort}, expected 0 or more")
+        if self.effort is not None and not 0 <= self.effort < math.inf:
+            raise ValueError(f"effort is {self.effort}, expected 0 or more, and a bound")
 
     @property
     def open_slots_R(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -89,8 +90,15 @@ class Server:
 
     def __init__(self, url: str, timeout_s: float = 120.0, api_key: str | None = None) -> None:
         self.base = url.rstrip("/")
-        if not self.base.startswith(("http://", "https://")):
+        try:
+            parts = urllib.parse.urlsplit(self.base)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, a bracket that is not closed
+            usable = False
+        if not usable:
             raise ServerError(f"{url}: expected a URL like http://127.0.0.1:8000")
+        if not timeout_s > 0:
+            raise ServerError(f"timeout_s is {timeout_s}, expected more than 0")
         self._timeout_s = timeout_s
         self._key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
 

@@ -114,7 +114,7 @@ def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
         fan_out=ranks / problem.num_tokens,
         node_fan_out=nodes / problem.num_tokens,
         far_fan_out=far_fan_out,
-        balancedness=float(1 / max((load_R / problem.target).max(), 1e-12)),
+        balancedness=float(1 / (load_R / problem.target).max()) if load_R.any() else 1.0,
         load_R=load_R,
     )
     return Scored(experts_Rs, rank_TK, layer_score)

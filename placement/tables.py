@@ -38,6 +38,11 @@ class Placement:
             raise ValueError(
                 f"physical_to_logical_map must be integers [layers, slots], got {given.dtype} {list(given.shape)}"
             )
+        # Before they are cast: 2**32 would become expert 0.
+        if given.size and max(-int(given.min()), int(given.max())) >= 2**31:
+            raise ValueError(
+                f"physical_to_logical_map holds {given.min()} to {given.max()}, expected -1 to {self.num_experts - 1}"
+            )
         copy = np.ascontiguousarray(given, dtype=np.int32).copy()
         copy.setflags(write=False)
         object.__setattr__(self, "physical_to_logical_map", copy)
@@ -54,6 +59,8 @@ class Placement:
             raise ValueError(
                 f"{self.num_slots} slots cannot be dealt evenly to {self.num_ranks} ranks; pad short ranks with -1"
             )
+        if self.num_slots < self.num_experts:
+            raise ValueError(f"{self.num_slots} slots cannot hold {self.num_experts} experts")
         map_LS = self.physical_to_logical_map
         wrong = np.argwhere((map_LS < EMPTY) | (map_LS >= self.num_experts))
         if wrong.size:
@@ -163,10 +170,12 @@ class Placement:
                 raise ValueError(f"the placement has no {key!r}; it has {sorted(data)}")
         try:
             map_LS = np.array(data["physical_to_logical_map"])
-        except ValueError as error:
-            raise ValueError(f"physical_to_logical_map is ragged: every layer needs the same slots ({error})") from None
+        except ValueError:
+            raise ValueError("physical_to_logical_map is ragged: every layer needs the same slots") from None
         if map_LS.size == 0:
             raise ValueError("physical_to_logical_map is empty")
+        if not np.issubdtype(map_LS.dtype, np.integer):
+            raise ValueError(f"physical_to_logical_map must be integers [layers, slots], got {map_LS.dtype}")
         counts = {
             "num_ranks": data["num_ranks"],
             "num_nodes": data.get("num_nodes", 1),
@@ -186,7 +195,7 @@ class Placement:
         """Read a JSON file; raises ValueError naming the file if it holds no valid placement."""
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: JSON that is nested without end
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod

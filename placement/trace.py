@@ -15,6 +15,7 @@ import numpy as np
 SCHEMA_VERSION = 1
 # Sampled sets and counts are taken to be of one population if they differ by no more than sampling would.
 FREQUENCY_TRUE_DISTANCE = 3.0
+MAX_COUNT = 2**47
 
 
 class TraceError(ValueError):
@@ -47,6 +48,7 @@ class ActivationTrace:
         ids = np.asarray(self.topk_ids)
         if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
             raise TraceError(f"topk_ids must be integers [tokens, layers, k], got {ids.dtype} {list(ids.shape)}")
+        object.__setattr__(self, "num_experts", whole_number("num_experts", self.num_experts))
         if not 0 < self.num_experts <= np.iinfo(np.int16).max:
             raise TraceError(f"num_experts is {self.num_experts}, expected 1 to {np.iinfo(np.int16).max}")
         if ids.size and (ids.max() >= self.num_experts or ids.min() < -1):
@@ -55,23 +57,36 @@ class ActivationTrace:
                 f"token {wrong[0]}, layer {wrong[1]}: expert {ids[tuple(wrong)]} is not one of {self.num_experts}"
             )
         object.__setattr__(self, "topk_ids", np.ascontiguousarray(ids, dtype=np.int16))
-        layers = tuple(int(layer) for layer in self.layers) or tuple(range(ids.shape[1]))
+        layers = tuple(whole_number("a layer", layer) for layer in self.layers) or tuple(range(ids.shape[1]))
         if len(layers) != ids.shape[1]:
             raise TraceError(f"topk_ids has {ids.shape[1]} layers, {len(layers)} are named")
+        if len(set(layers)) != len(layers):
+            raise TraceError(f"layers are {list(layers)}, expected each once")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "domains", tuple(str(name) for name in self.domains))
         if self.domain is not None:
-            domain = np.asarray(self.domain, dtype=np.int8)
-            if domain.shape != (len(ids),) or (
-                domain.size and not 0 <= domain.min() <= domain.max() < len(self.domains)
+            domain = np.asarray(self.domain)
+            if (
+                domain.shape != (len(ids),)
+                or not np.issubdtype(domain.dtype, np.integer)
+                or (domain.size and not 0 <= domain.min() <= domain.max() < len(self.domains))
             ):
                 raise TraceError(f"domain must be [{len(ids)}] with indices into {len(self.domains)} domains")
-            object.__setattr__(self, "domain", domain)
+            object.__setattr__(self, "domain", domain.astype(np.int8))
         if self.counts is not None:
             counts = np.asarray(self.counts)
-            if counts.shape != (ids.shape[1], self.num_experts) or (counts < 0).any():
+            if counts.shape != (ids.shape[1], self.num_experts) or counts.dtype.kind not in "iuf":
                 raise TraceError(
-                    f"counts must be [{ids.shape[1]}, {self.num_experts}] and not negative, got {list(counts.shape)}"
+                    f"counts must be numbers [{ids.shape[1]}, {self.num_experts}], "
+                    f"got {counts.dtype} {list(counts.shape)}"
+                )
+            # A sum over all experts has to fit in int64.
+            wrong = ~((counts >= 0) & (counts <= MAX_COUNT) & (counts == np.rint(counts)))
+            if wrong.any():
+                layer, expert = np.argwhere(wrong)[0]
+                raise TraceError(
+                    f"layer {layer}: the count of expert {expert} is {counts[layer, expert]}, "
+                    f"expected a whole number from 0 to {MAX_COUNT}"
                 )
             object.__setattr__(self, "counts", counts.astype(np.int64))
         if not len(ids) and self.counts is None:
@@ -184,18 +199,25 @@ class ActivationTrace:
         with np.load(file, allow_pickle=False) as data:
             if "schema_version" not in data:
                 raise TraceError(f"no schema_version; the file has {sorted(data)}")
-            version = int(data["schema_version"])
+            version = whole_number("schema_version", data["schema_version"])
             if version != SCHEMA_VERSION:
                 raise TraceError(f"schema version {version}, this program reads {SCHEMA_VERSION}")
             return cls(
                 data["topk_ids"],
-                int(data["num_experts"]),
-                tuple(data["layers"].tolist()),
+                data["num_experts"],
+                tuple(data["layers"]),
                 data.get("domain"),
                 tuple(data["domains"].tolist()) if "domains" in data else (),
                 data.get("counts"),
                 source=str(file),
             )
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An integer or a numpy scalar that is one; TraceError names anything else."""
+    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.integer):
+        raise TraceError(f"{name} is {value!r}, expected an integer")
+    return int(value)
 
 
 def distinct_rows(ids_TK: np.ndarray) -> np.ndarray:

@@ -47,6 +47,33 @@ def test_planned_and_evaluated_for_near_replicas_first(files, capsys) -> None:
     assert "near replicas come first on 1 node: expected at least 2 nodes" in capsys.readouterr().err
 
 
+def test_a_trace_of_counts_is_evaluated_in_json_that_others_can_read(files, capsys) -> None:
+    counts = np.array([[3, 1, 0, 0], [0, 0, 0, 4]])
+    ActivationTrace(np.zeros((0, 2, 1), int), 4, counts=counts).save(files / "counts.npz")
+    Placement.linear(2, 4, 2).save(files / "linear.json")
+    assert main(["evaluate", "--trace", str(files / "counts.npz"), "--placement", str(files / "linear.json"),
+                 "--json"]) == 0  # fmt: skip
+    row = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[str(files / "linear.json")]
+    assert row["fan_out"] is None
+    assert row["balancedness"] == 0.5
+
+
+def test_a_layer_that_a_domain_never_reached_is_in_balance(files, capsys) -> None:
+    ids = np.array([[[0, 1], [2, 3]], [[1, 2], [-1, -1]]])
+    trace = ActivationTrace(ids, 4, domain=np.array([0, 1]), domains=("a", "b"))
+    trace.save(files / "trace.npz")
+    assert optimize(files, "--ranks", "2", "--domain", "b", "--effort", "0.01") == 0
+    assert json.loads((files / "plan.json").read_text())["planned"]["balancedness"][1] == 1
+    assert evaluate(Placement.load(files / "plan.json"), trace.of_domain("b")).balancedness[1] == 1
+
+
+def test_export_for_vllm_takes_no_decoder_layers(files, capsys) -> None:
+    Placement.linear(2, 16, 4).save(files / "linear.json")
+    assert main(["export", "--placement", str(files / "linear.json"), "--format", "vllm", "--layers", "1,2",
+                 "--out", str(files / "out.json")]) == 2  # fmt: skip
+    assert "--layers and --num-hidden-layers are for SGLang" in capsys.readouterr().err
+
+
 def test_evaluate_prints_a_table_and_json(files, capsys) -> None:
     Placement.linear(2, 16, 4).save(files / "linear.json")
     arguments = ["evaluate", "--trace", str(files / "trace.npz"), "--placement", str(files / "linear.json")]
@@ -81,6 +108,13 @@ def test_export(files) -> None:
         (["--nodes", "2", "--min-replicas", "3"], "error: 3 replicas on different nodes need 3 nodes, there are 2"),
         (["--nodes", "3"], "error: 4 ranks cannot be dealt evenly to 3 nodes"),
         (["--domain", "law"], "error: no domain 'law'"),
+        (["--ranks", "0"], "error: 0 ranks on 1 nodes: each must be at least 1"),
+        (["--min-replicas", "0"], "error: min_replicas is 0, expected at least 1"),
+        (["--effort", "inf"], "error: effort is inf, expected 0 or more"),
+        (["--speeds", "1,nan,1,1"], "error: speeds must be 4 numbers above 0, got (1.0, nan"),
+        (["--speeds", "1,1,1,inf"], "error: speeds must be 4 numbers above 0"),
+        (["--seed", "-1"], "error: seed is -1, expected 0 or more"),
+        (["--max-moves", "-3"], "error: max_moves is -3, expected 0 or more"),
         (["--current", "nowhere.json"], "error: nowhere.json: No such file or directory"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from placement import Placement
 from placement.formats import export_sglang, export_vllm, import_trace
-from placement.trace import TraceError
+from placement.trace import ActivationTrace, TraceError
 
 PLACEMENT = Placement(2, 1, 3, np.array([[0, 1, 2, 0], [2, 1, 0, 2]]))
 
@@ -172,6 +172,22 @@ def test_olmoe(tmp_path):
         ("a.pt", "no archive", "sglang", "not a usable trace"),
         ("a.npz", "no archive", "olmoe", "not a usable trace"),
         ("a.json", "{}", "deepspeed", "trace format is 'deepspeed'"),
+        ("a.json", "[" * 100_000, "auto", "not a usable trace"),
+        ("a.json", '{"routed_experts": [[[0, 1.7]]]}', "vllm", "routed_experts must be integers, got float64"),
+        ("a.json", '{"logical_count": [[NaN, 1]]}', "auto", "layer 0: the count of expert 0 is nan"),
+        ("a.json", '{"logical_count": "abc"}', "auto", "logical_count must be numbers"),
+        (
+            "a.json",
+            '{"records": [{"global_physical_count": 5}], "last_physical_to_logical_map": [[0, 1]]}',
+            "auto",
+            r"global_physical_count must be numbers \[1, 2\]",
+        ),
+        (
+            "a.json",
+            '{"records": [{"topk_ids_of_layer": [[[0, -7]]]}], "last_physical_to_logical_map": [[0, 1]]}',
+            "auto",
+            r"topk_ids_of_layer holds -7, expected -1 \(padding\) to 1",
+        ),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, kind, message):
@@ -179,6 +195,31 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, kind, messag
     with pytest.raises(TraceError, match=message) as caught:
         import_trace(tmp_path / name, kind)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_archive_is_refused_or_read_and_nothing_else(tmp_path, save):
+    path, rng = tmp_path / "trace.npz", np.random.default_rng(0)
+    ids = rng.integers(0, 8, (200, 2, 2))
+    save(path, topk_ids=ids, num_experts=8, layers=[3, 5], schema_version=1)
+    sound, refused = path.read_bytes(), []
+    for _ in range(300):
+        damaged = np.frombuffer(sound, np.uint8).copy()
+        damaged[rng.integers(len(damaged), size=3)] = rng.integers(256, size=3)
+        path.write_bytes(damaged.tobytes())
+        try:
+            import_trace(path)
+        except TraceError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert not [message for message in refused if "\n" in message]
+
+
+def test_another_number_of_experts_than_the_file_says_is_refused(tmp_path):
+    ActivationTrace(np.zeros((4, 1, 2), int), 8).save(tmp_path / "trace.npz")
+    assert import_trace(tmp_path / "trace.npz", num_experts=8).num_experts == 8
+    with pytest.raises(TraceError, match="the trace is of 8 experts, num_experts is 4"):
+        import_trace(tmp_path / "trace.npz", num_experts=4)
 
 
 def test_a_missing_file(tmp_path):

@@ -183,3 +183,14 @@ def test_bad_prompts_are_named(tmp_path, name, text, message) -> None:
 def test_a_line_of_text_is_a_chat(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("Hello!\n\nWho are you?\n")
     assert [prompt.request()[0] for prompt in read_prompts(tmp_path / "a.txt")] == ["/v1/chat/completions"] * 2
+
+
+@pytest.mark.parametrize("url", ["foo", "http://", "http://127.0.0.1:abc", "http://[::1", "ftp://127.0.0.1"])
+def test_what_is_no_address_is_refused_before_anything_is_sent(url: str) -> None:
+    with pytest.raises(ServerError, match="expected a URL like"):
+        profile_server(url, [Prompt(text="hi")])
+
+
+def test_a_bound_that_nothing_can_keep_is_refused() -> None:
+    with pytest.raises(ServerError, match="timeout_s is 0, expected more than 0"):
+        profile_server("http://127.0.0.1:9", [Prompt(text="hi")], timeout_s=0)

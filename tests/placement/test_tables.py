@@ -46,6 +46,8 @@ def test_round_trip(tmp_path):
         (2, 3, 4, [[0, 1, 2, 3]], "2 ranks cannot be dealt evenly to 3 nodes"),
         (0, 1, 4, [[0, 1, 2, 3]], "num_ranks is 0"),
         (1, 1, 1, [[0.0]], "must be integers"),
+        (2, 1, 3, [[2**32, 1, 2, 0]], "holds 0 to 4294967296, expected -1 to 2"),
+        (2, 1, 10**12, [[0, 1]], "2 slots cannot hold 1000000000000 experts"),
     ],
 )
 def test_a_bad_table_is_refused_by_name(ranks, nodes, experts, rows, message):
@@ -61,6 +63,10 @@ def test_a_bad_table_is_refused_by_name(ranks, nodes, experts, rows, message):
         ({"num_ranks": 2.0, "physical_to_logical_map": [[0, 1]]}, "num_ranks is 2.0, expected an integer"),
         ({"num_ranks": 2, "physical_to_logical_map": [[0, 1], [0]]}, "ragged"),
         ({"num_ranks": 2, "physical_to_logical_map": []}, "empty"),
+        ({"num_ranks": 2, "physical_to_logical_map": [[None, 1]]}, "must be integers"),
+        ({"num_ranks": 2, "physical_to_logical_map": [["a", "b"]]}, "must be integers"),
+        ({"num_ranks": 2, "physical_to_logical_map": {"a": 1}}, "must be integers"),
+        ({"num_ranks": 2, "physical_to_logical_map": [[2**32, 1]]}, "holds 1 to 4294967296"),
     ],
 )
 def test_bad_json_is_refused(data, message):
