@@ -234,10 +234,7 @@ class Dispatcher:
             else:
                 pending.posted.append(rank)
                 self.stats.bytes_sent += nbytes
-        stats = self.stats
-        stats.shard_rows[: stats.num_ranks] += self._rows_R
-        stats.shard_pairs[: stats.num_ranks] += self._pairs_R
-        stats.fan_out_sum += int(self._rows_R.sum())
+        self.stats.add_rows(self._rows_R, self._pairs_R)
 
     def _collect(self, pending: Pending) -> None:
         """Wait for what was posted, combine it, and repeat elsewhere what failed."""
@@ -269,18 +266,11 @@ class Dispatcher:
             if not pending.failed:
                 return
             self.stats.failovers += 1
-            self._uncount(pending.failed)
+            self.stats.take_back_rows(pending.failed, self._rows_R, self._pairs_R)
             # Only what failed goes out again; every later look at this round has to see the same narrowed ids.
             ids_TK = np.where(np.isin(rank_TK, pending.failed), ids_TK, np.int32(-1))
             self._plan_and_post(pending, ids_TK, weights_TK)
             accumulate = True
-
-    def _uncount(self, failed: list[int]) -> None:
-        """Take back the rows of the messages that failed: they count where they are computed in the end."""
-        stats = self.stats
-        stats.shard_rows[failed] -= self._rows_R[failed]
-        stats.shard_pairs[failed] -= self._pairs_R[failed]
-        stats.fan_out_sum -= int(self._rows_R[failed].sum())
 
     def _receive(self, rank: int, deadline_s: float) -> int:
         """Wait for one shard's reply and check that it is the answer to what was sent."""

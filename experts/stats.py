@@ -64,6 +64,18 @@ class RouterStats:
             self.shard_pairs = np.concatenate([self.shard_pairs, np.zeros(missing, np.int64)])
         self.num_ranks = num_ranks
 
+    def add_rows(self, rows_R: np.ndarray, pairs_R: np.ndarray) -> None:
+        """Count one message to each rank: its rows and its pairs of row and expert."""
+        self.shard_rows[: self.num_ranks] += rows_R
+        self.shard_pairs[: self.num_ranks] += pairs_R
+        self.fan_out_sum += int(rows_R.sum())
+
+    def take_back_rows(self, failed: list[int], rows_R: np.ndarray, pairs_R: np.ndarray) -> None:
+        """Uncount the messages to the ranks `failed`: their rows count where they are computed in the end."""
+        self.shard_rows[failed] -= rows_R[failed]
+        self.shard_pairs[failed] -= pairs_R[failed]
+        self.fan_out_sum -= int(rows_R[failed].sum())
+
     @property
     def balancedness(self) -> float:
         """Mean rank load over max rank load in pairs, over everything counted so far; 1.0 when nothing was."""

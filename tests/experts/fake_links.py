@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from small_mesh import Batch, local
 
+from experts.dispatcher import Dispatcher
 from experts.errors import ShardLostError, ShardTimeoutError
 from experts.layer_shape import LayerShape
 from experts.link import RouterLink
 from experts.local_experts import LocalExperts
+from experts.membership import Membership
 from experts.request import read_request
 from experts.wire import (
     DTYPE_CODES,
@@ -158,3 +163,33 @@ WAIT_FAULTS: dict[str, tuple[Fault, str]] = {
     "no_magic": (no_magic, "reply to message"),
     "garbage": (garbage, "reply to message"),
 }
+
+
+@dataclass
+class FakeMesh:
+    """A dispatcher over links that compute in place."""
+
+    dispatcher: Dispatcher
+    links: dict[int, FakeLink]
+
+    def forward(self, batch: Batch, layer: int = 0) -> torch.Tensor:
+        return self.dispatcher.forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
+
+
+def fake_mesh(
+    model: Path,
+    placement: Placement,
+    *,
+    max_rows: int = 64,
+    dtype: torch.dtype = torch.float32,
+    ranks: list[int] | None = None,
+    apart: bool = False,
+) -> FakeMesh:
+    shape = LayerShape(2, 6, 3, 24, dtype)  # what small_mesh writes
+    experts = local(model, dtype)
+    wanted = list(range(placement.num_ranks)) if ranks is None else ranks
+    links = {rank: FakeLink(rank, placement, shape, max_rows, experts, apart) for rank in wanted}
+    dispatcher = Dispatcher(shape, max_rows, 1.0, local(model, dtype))
+    missing = {rank: "no shard has this rank yet" for rank in range(placement.num_ranks) if rank not in links}
+    dispatcher.apply(Membership(1, placement, (None,) * placement.num_ranks), dict(links), missing)
+    return FakeMesh(dispatcher, links)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from fake_links import WAIT_FAULTS, FakeLink, lost
+from fake_links import WAIT_FAULTS, FakeLink, fake_mesh, lost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_mesh import (
@@ -41,36 +40,6 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@dataclass
-class FakeMesh:
-    """A dispatcher over links that compute in place."""
-
-    dispatcher: Dispatcher
-    links: dict[int, FakeLink]
-
-    def forward(self, batch: Batch, layer: int = 0) -> torch.Tensor:
-        return self.dispatcher.forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
-
-
-def fake_mesh(
-    model: Path,
-    placement: Placement,
-    *,
-    max_rows: int = 64,
-    dtype: torch.dtype = FLOAT32,
-    ranks: list[int] | None = None,
-    apart: bool = False,
-) -> FakeMesh:
-    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, dtype)
-    experts = local(model, dtype)
-    wanted = list(range(placement.num_ranks)) if ranks is None else ranks
-    links = {rank: FakeLink(rank, placement, shape, max_rows, experts, apart) for rank in wanted}
-    dispatcher = Dispatcher(shape, max_rows, 1.0, local(model, dtype))
-    missing = {rank: "no shard has this rank yet" for rank in range(placement.num_ranks) if rank not in links}
-    dispatcher.apply(Membership(1, placement, (None,) * placement.num_ranks), dict(links), missing)
-    return FakeMesh(dispatcher, links)
 
 
 def expected(model: Path, batch: Batch, layer: int = 0) -> torch.Tensor:
