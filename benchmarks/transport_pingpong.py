@@ -23,7 +23,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from benchmarks.common import median, print_table, save
 from experts.membership import ShardEndpoint, host_id
@@ -33,6 +32,7 @@ from experts.transports.control import ControlListener, Hello
 from experts.transports.rendezvous import Meeting, come_to
 from experts.transports.shm import SharedRegion, ShmDoorbell
 from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup
+from placement.compiled import compiled
 
 GOAL = 1.5
 CAPACITY = 1 << 21
@@ -43,7 +43,7 @@ _PAGE = 4096
 _PING, _PONG, _PEER_SLEEPS, _OWN_SLEEPS = 0, 64, 128, 192
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _shm_peer(address: int, spin_ns: int) -> None:
     """Answer pings 1, 2, 3, ... until one of 0xFFFFFFFF comes."""
     seen = 0
@@ -56,7 +56,7 @@ def _shm_peer(address: int, spin_ns: int) -> None:
             atomics.publish(address + _PONG, seen, address + _OWN_SLEEPS)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _shm_turn(address: int, seq: int, spin_ns: int) -> None:
     """One ping and its pong."""
     atomics.publish(address + _PING, seq, address + _PEER_SLEEPS)

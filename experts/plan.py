@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -33,6 +33,7 @@ from experts.wire import (
     MAGIC,
     request_layout,
 )
+from placement.compiled import compiled
 from placement.replica_choice import choose_replicas
 
 FLOAT32, BFLOAT16 = 1, 2  # wire.DTYPE_CODES, as compile-time constants of the kernels below
@@ -60,7 +61,7 @@ _u16_at = _pointer_to(types.uint16)
 _f32_at = _pointer_to(types.float32)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def plan_and_pack(
     x_address: int,
     row_bytes: int,
@@ -161,7 +162,7 @@ def plan_and_pack(
     return unserved
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def combine(
     rank_TK: np.ndarray,
     row_TK: np.ndarray,

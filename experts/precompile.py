@@ -1,7 +1,7 @@
 """Compile what is compiled on first use, so that the first start is as quick as the next: `-m experts.precompile`.
 
-Numba keeps its results beside the sources (or in the user's cache where those are read-only), the C++ kernel in the
-user's cache; both notice when source or machine change.
+Numba's results and the C++ kernel are kept in the user's cache (`placement.compiled`), each in a folder named after its
+sources.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from experts.wire import (
     H_DTYPE,
@@ -25,6 +24,7 @@ from experts.wire import (
     header_of,
     request_layout,
 )
+from placement.compiled import compiled
 
 
 class BadRequestError(ValueError):
@@ -45,7 +45,7 @@ class Request:
     num_rows: int
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _find_slots(
     row_offsets_M1: np.ndarray, experts_N: np.ndarray, slot_of_expert_E: np.ndarray, slots_N: np.ndarray
 ) -> int:

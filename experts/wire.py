@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
+
+from placement.compiled import compiled
 
 MAGIC = 0x45584D31  # "EXM1"
 HEADER_WORDS = 16
@@ -31,13 +32,13 @@ STATUS_REJECTED = 1
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up to the next section boundary."""
     return (nbytes + ALIGN - 1) // ALIGN * ALIGN
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def request_layout(num_rows: int, num_pairs: int, row_bytes: int) -> tuple[int, int, int, int, int]:
     """Byte offsets of (row_offsets, experts, weights, rows) and the length of the whole request."""
     offsets_at = HEADER_BYTES

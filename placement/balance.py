@@ -7,9 +7,9 @@ load counts alone allow one to assume). Slots are int32 [R, s]: -1 is an empty s
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import random_below, random_state, random_unit
+from placement.compiled import compiled
 from placement.holders import CLOSED, EMPTY, add_holder, has_holder, node_spread, remove_holder
 
 NORM = 16  # power of the mean that stands in for the maximum, smooth enough to search on
@@ -107,7 +107,7 @@ def _round_robin(
     return slots_Rs
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _power(x: float) -> float:
     x *= x
     x *= x
@@ -115,7 +115,7 @@ def _power(x: float) -> float:
     return x * x
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def search_balance(
     load_E: np.ndarray,
     experts_Rs: np.ndarray,

@@ -7,12 +7,12 @@ no other expert of this rank" is then a handful of and, not and popcount over W 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from placement.compiled import compiled
 from placement.replica_choice import popcount
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def token_bits(topk_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
     """uint64 [E, W]: bit t of row e says that token t wants expert e; ids that are no expert are left out."""
     num_tokens, top_k = topk_ids_TK.shape
@@ -26,7 +26,7 @@ def token_bits(topk_ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
     return bits_EW
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def assigned_token_bits(
     topk_ids_TK: np.ndarray, rank_TK: np.ndarray, item_ER: np.ndarray, num_items: int
 ) -> np.ndarray:
@@ -41,7 +41,7 @@ def assigned_token_bits(
     return bits_IW
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def count_bits(bits_W: np.ndarray) -> int:
     """Number of set bits in a row of words."""
     total = np.int64(0)
@@ -50,7 +50,7 @@ def count_bits(bits_W: np.ndarray) -> int:
     return int(total)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def next_random(state_1: np.ndarray) -> np.uint64:
     """The next 64 random bits of xorshift64* (Vigna 2016); `state_1` uint64 [1], not 0, is advanced."""
     x = state_1[0]
@@ -61,14 +61,14 @@ def next_random(state_1: np.ndarray) -> np.uint64:
     return x * np.uint64(2685821657736338717)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def random_below(state_1: np.ndarray, bound: int) -> int:
     """A random integer from 0 to bound - 1."""
     # int() would stay unsigned when compiled
     return np.int64(((next_random(state_1) >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))  # type: ignore[return-value]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def random_unit(state_1: np.ndarray) -> float:
     """A random number from above 0 up to 1, safe to take the logarithm of."""
     return (np.float64(next_random(state_1) >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)

@@ -8,19 +8,19 @@ another copy in the place of one that is spare.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import random_below
+from placement.compiled import compiled
 from placement.holders import CLOSED, add_holder, has_holder, node_spread, remove_holder
 from placement.swap_search import _collect, _holds, _parent_holds, _swap_delta
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _excess_of(load: float, allowed: float) -> float:
     return max(0.0, load / allowed - 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def repair_replicas(
     load_E: np.ndarray,
     experts_Rs: np.ndarray,
@@ -116,7 +116,7 @@ def repair_replicas(
     return moves
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def descend_swaps(
     bits_IW: np.ndarray,
     load_I: np.ndarray,

@@ -7,18 +7,18 @@ tokens are those of the swap search; the energy also counts the items that stand
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import random_below, random_unit
+from placement.compiled import compiled
 from placement.swap_search import CLOSED, _collect, _holds, _parent_holds, _swap_delta
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _excess(load: float, allowed: float) -> float:
     return max(0.0, load / allowed - 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def anneal_few_moves(
     bits_IW: np.ndarray,
     load_I: np.ndarray,

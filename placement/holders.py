@@ -6,13 +6,14 @@ E experts, R ranks, N nodes, V views. `holders_ER[e, :num_holders_E[e]]` are the
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from placement.compiled import compiled
 
 EMPTY = -1
 CLOSED = -2  # a slot that the rank does not have
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def remove_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> None:
     for j in range(num_holders_E[expert]):
         if holders_ER[expert, j] == rank:
@@ -21,13 +22,13 @@ def remove_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int
             return
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def add_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> None:
     holders_ER[expert, num_holders_E[expert]] = rank
     num_holders_E[expert] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def has_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> bool:
     for j in range(num_holders_E[expert]):  # noqa: SIM110
         if holders_ER[expert, j] == rank:
@@ -35,7 +36,7 @@ def has_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, r
     return False
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def node_spread(
     holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, node_of_rank_R: np.ndarray, num_nodes: int
 ) -> int:
@@ -53,7 +54,7 @@ def node_spread(
     return distinct
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def see_holders(holders_VER: np.ndarray, num_holders_VE: np.ndarray, expert: int, node_of_rank_R: np.ndarray) -> None:
     """Bring the views of one expert up to date with view 0, which holds all of its ranks.
 
@@ -73,7 +74,7 @@ def see_holders(holders_VER: np.ndarray, num_holders_VE: np.ndarray, expert: int
         num_holders_VE[v, expert] = count
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def count_far(
     wanted_K: np.ndarray, num_wanted: int, chosen_E: np.ndarray, node_of_rank_R: np.ndarray, home: int
 ) -> int:

@@ -6,15 +6,15 @@ T tokens of a batch, L layers, K experts of one token, E experts.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import next_random, random_below, random_state, random_unit
+from placement.compiled import compiled
 from placement.trace import ActivationTrace
 
 
 # Compiled: between the layers of a step none of numpy's code is in the processor's caches, and its dozen small
 # operations took ten times as long there as in a loop.
-@njit(nogil=True, cache=True)
+@compiled()
 def _record(
     ids_TLK: np.ndarray,
     counts_LE: np.ndarray,

@@ -9,9 +9,9 @@ T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, L la
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import assigned_token_bits, random_state, token_bits
+from placement.compiled import compiled
 from placement.descent import descend_swaps, repair_replicas
 from placement.few_moves import anneal_few_moves
 from placement.holders import CLOSED, EMPTY
@@ -93,7 +93,7 @@ def _refresh_slots(
     return keep_slots(given_Rs, flat_I[items_Rs])
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def keep_slots(old_Rs: np.ndarray, new_Rs: np.ndarray) -> np.ndarray:
     """`new_Rs` with every expert that stays on its rank back in its old slot; int32 [R, s] all."""
     num_ranks, num_slots = old_Rs.shape

@@ -14,8 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from placement.compiled import compiled
 
 MAX_TOP_K = 63  # the experts that a token still wants are bits of an int64
 
@@ -40,7 +42,7 @@ def lowest_bit(typing_context: Any, bits: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def block_of_nodes(node_of_rank_R: np.ndarray, num_nodes: int) -> int:
     """Ranks of a node if ranks are dealt to nodes in order, equally many each; else 0."""
     per_node = len(node_of_rank_R) // num_nodes
@@ -50,7 +52,7 @@ def block_of_nodes(node_of_rank_R: np.ndarray, num_nodes: int) -> int:
     return per_node
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _least_load_of_node(node: int, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray) -> int:
     least = np.int64(-1)
     first, last = 0, len(rank_load_R)
@@ -62,7 +64,7 @@ def _least_load_of_node(node: int, per_node: int, node_of_rank_R: np.ndarray, ra
     return int(least)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _best_node(
     held_N: np.ndarray,
     touched_J: np.ndarray,
@@ -94,7 +96,7 @@ def _best_node(
     return best
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _best_holder(
     holders_J: np.ndarray, visited_N: np.ndarray, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray
 ) -> int:
@@ -118,7 +120,7 @@ def _best_holder(
     return int(best)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def cover_token(
     wanted_K: np.ndarray,
     num_wanted: int,
@@ -242,7 +244,7 @@ def cover_token(
     return ranks_visited, nodes_visited
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def choose_replicas(
     topk_ids_TK: np.ndarray,
     slots_ER: np.ndarray,

@@ -14,9 +14,9 @@ Where near replicas come first, a token's router sees the holders of its own vie
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import random_below, random_unit
+from placement.compiled import compiled
 from placement.holders import CLOSED, EMPTY, add_holder, count_far, has_holder, node_spread, remove_holder, see_holders
 from placement.replica_choice import block_of_nodes, cover_token
 
@@ -24,7 +24,7 @@ from placement.replica_choice import block_of_nodes, cover_token
 EXCESS_TOLERANCE = 0.002
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def tokens_by_expert(topk_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that want each expert, ascending: int32 [pairs], and where each expert's begin: int64 [E + 1]."""
     num_tokens, top_k = topk_ids_TK.shape
@@ -46,7 +46,7 @@ def tokens_by_expert(topk_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndar
     return token_N, start_E
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _excess(load_R: np.ndarray, allowed_R: np.ndarray) -> float:
     total = 0.0
     for r in range(len(load_R)):
@@ -55,7 +55,7 @@ def _excess(load_R: np.ndarray, allowed_R: np.ndarray) -> float:
     return total
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def anneal_replicas(
     topk_ids_TK: np.ndarray,
     token_N: np.ndarray,

@@ -12,15 +12,15 @@ popcounts a word, and nothing is approximated. Energy, in tokens:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from placement.bitsets import count_bits, next_random, random_below, random_unit
+from placement.compiled import compiled
 from placement.replica_choice import popcount
 
 CLOSED = -2  # the expert of an item that stands for a slot that its group does not have
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _collect(bits_IW: np.ndarray, items_s: np.ndarray, any_W: np.ndarray, one_W: np.ndarray) -> None:
     """Write the tokens that have any, and exactly one, of the items."""
     for w in range(bits_IW.shape[1]):
@@ -34,7 +34,7 @@ def _collect(bits_IW: np.ndarray, items_s: np.ndarray, any_W: np.ndarray, one_W:
         one_W[w] = any_w & ~two_w
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _swap_delta(
     a_W: np.ndarray, b_W: np.ndarray, any_p_W: np.ndarray, one_p_W: np.ndarray, any_q_W: np.ndarray, one_q_W: np.ndarray
 ) -> int:
@@ -48,7 +48,7 @@ def _swap_delta(
     return int(delta)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _holds(items_s: np.ndarray, expert_I: np.ndarray, expert: int, other_than: int) -> bool:
     for i in items_s:  # noqa: SIM110
         if i != other_than and expert_I[i] == expert:
@@ -56,7 +56,7 @@ def _holds(items_s: np.ndarray, expert_I: np.ndarray, expert: int, other_than: i
     return False
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _parent_holds(
     items_Gs: np.ndarray, parent_G: np.ndarray, expert_I: np.ndarray, parent: int, expert: int, other_than: int
 ) -> bool:
@@ -66,7 +66,7 @@ def _parent_holds(
     return False
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def anneal_swaps(
     bits_IW: np.ndarray,
     load_I: np.ndarray,

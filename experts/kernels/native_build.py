@@ -11,9 +11,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
+
+from placement.compiled import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ class NativeBuildError(RuntimeError):
 def load_library() -> ctypes.CDLL:
     """The compiled kernel with its signatures set; compiled on first use and kept in the user's cache.
 
-    The cache folder is `$EXPERTMESH_CACHE`, else `$XDG_CACHE_HOME/expertmesh`, else `~/.cache/expertmesh`. Raises
-    NativeBuildError, also on every later call.
+    The cache folder is that of `placement.compiled`. Raises NativeBuildError, also on every later call.
     """
     library, error = _try_load()
     if library is None:
@@ -73,7 +73,7 @@ def _build() -> Path:
     key = hashlib.sha256()
     for text in (*((folder / name).read_text() for name in SOURCES), *FLAGS, compiler, _version(compiler), _machine()):
         key.update(text.encode() + b"\0")
-    cache = _cache_folder()
+    cache = cache_folder()
     target = cache / f"expert-mlp-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -125,15 +125,3 @@ def _machine() -> str:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "|".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("EXPERTMESH_CACHE")
-    home = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(home, os.W_OK):
-            return home
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="expertmesh-"))

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from placement.compiled import compiled
 
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)
 _FUTEX_WAIT = 0  # not the _PRIVATE forms: the waker is another process
@@ -110,19 +112,19 @@ def _futex_wait(typingctx: Any, address: Any, expected: Any, timeout_ns: Any) ->
     return types.int64(types.int64, types.uint32, types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def now_ns() -> int:
     """CLOCK_MONOTONIC in nanoseconds, the clock of time.monotonic_ns()."""
     return _timespec_ns()
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def wake(address: int) -> None:
     """Wake one sleeper on the word at `address`."""
     _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, 1, 0, 0, 0)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def wait_while_equal(address: int, sleeping: int, seen: int, spin_ns: int, timeout_ns: int) -> int:
     """Wait until the word at `address` differs from `seen`; returns its value, which is `seen` after a timeout.
 
@@ -152,7 +154,7 @@ def wait_while_equal(address: int, sleeping: int, seen: int, spin_ns: int, timeo
     return value
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def publish(address: int, value: int, sleeping: int) -> None:
     """Set the word at `address` and wake the other side if it sleeps."""
     store_release(address, types.uint32(value))
@@ -161,7 +163,7 @@ def publish(address: int, value: int, sleeping: int) -> None:
         wake(address)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def ring(address: int, sleeping: int) -> None:
     """Count the word at `address` up and wake its sleeper."""
     fetch_add(address, types.uint32(1))
@@ -170,7 +172,7 @@ def ring(address: int, sleeping: int) -> None:
         wake(address)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def load_word(address: int) -> int:
     """The uint32 at `address`, with acquire order, for Python callers."""
     return load_acquire(address)

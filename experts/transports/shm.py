@@ -26,12 +26,13 @@ import struct
 import time
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from experts.errors import ShardLostError, ShardTimeoutError
 from experts.link import Doorbell, RouterLink, ShardChannel
 from experts.transports import atomics
 from experts.transports.control import LifeLine
+from placement.compiled import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ _SLICE_NS = 20_000_000  # how often a sleeping router looks whether the shard's 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _post(base: int, bell: int, seq: int, nbytes: int) -> None:
     """Write the request's length and number, and ring."""
     atomics.store_release(base + _REQUEST_BYTES * _LINE, types.uint32(nbytes))
@@ -50,7 +51,7 @@ def _post(base: int, bell: int, seq: int, nbytes: int) -> None:
     atomics.ring(bell, bell + _LINE)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _await_reply(base: int, seq: int, spin_ns: int, timeout_ns: int) -> int:
     """Length of the reply to request `seq`, or -1 when it has not come within `timeout_ns`."""
     before = (seq - 1) & 0xFFFFFFFF
@@ -58,7 +59,7 @@ def _await_reply(base: int, seq: int, spin_ns: int, timeout_ns: int) -> int:
     return int(atomics.load_acquire(base + _REPLY_BYTES * _LINE)) if seen == seq else -1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _poll(base: int, answered: int) -> int:
     """Length of a request that is not answered yet, or -1."""
     if atomics.load_acquire(base + _REQUEST * _LINE) == answered:
@@ -66,7 +67,7 @@ def _poll(base: int, answered: int) -> int:
     return int(atomics.load_acquire(base + _REQUEST_BYTES * _LINE))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _reply(base: int, nbytes: int) -> int:
     """Write the reply's length and number, and wake the router if it sleeps; returns the request's number."""
     seq = int(atomics.load_acquire(base + _REQUEST * _LINE))

@@ -1,0 +1,107 @@
+"""Numba functions whose cache follows the source: `@compiled()` in place of `@njit(cache=True)`.
+
+Numba keys a cached function on its own file alone. A changed callee in another file then goes unnoticed, and a router
+would run yesterday's rule for choosing replicas after an upgrade. Here the cache folder is named after the content of
+every source that may be compiled together, so a changed source starts an empty folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import config
+
+# Top-level packages with compiled functions. Each calls those of the packages before it.
+_PACKAGES = ("placement", "experts", "benchmarks")
+_IMPORT = re.compile(rf"^(?:from|import) ((?:{'|'.join(_PACKAGES)})(?:\.\w+)*)\b", re.MULTILINE)
+_STALE_AFTER_S = 30 * 86_400.0
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: `numba.njit(nogil=True, **options)`, cached until a source that it may call changes."""
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(nogil=True, **options)(function)
+        if config.DISABLE_JIT:
+            return dispatcher
+        # Numba reads the folder once, while it sets up the function's cache.
+        before, config.CACHE_DIR = config.CACHE_DIR, str(_compiled_folder(function.__module__.partition(".")[0]))
+        try:
+            dispatcher.enable_caching()
+        finally:
+            config.CACHE_DIR = before
+        return dispatcher
+
+    return wrap
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept: `$EXPERTMESH_CACHE`, else `$XDG_CACHE_HOME/expertmesh`, else `~/.cache/expertmesh`.
+
+    A folder of this process alone where that cannot be written.
+    """
+    base = os.environ.get("EXPERTMESH_CACHE")
+    folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="expertmesh-"))
+
+
+def compiled_sources(root: Path, package: str) -> list[Path]:
+    """The files under `root` that decide what a compiled function of `package` does.
+
+    Those with compiled functions, in the package and in those it may call, and the project's modules that they import
+    constants from. A package that is not listed may call all of them.
+    """
+    index = _PACKAGES.index(package) if package in _PACKAGES else len(_PACKAGES) - 1
+    texts = {
+        path: text
+        for name in _PACKAGES[: index + 1]
+        for path in (root / name).rglob("*.py")
+        if "@compiled(" in (text := path.read_text())
+    }
+    modules = {module for text in texts.values() for module in _IMPORT.findall(text)}
+    imported = (root.joinpath(*module.split(".")).with_suffix(".py") for module in modules)
+    return sorted({*texts, *(path for path in imported if path.exists())})
+
+
+@functools.cache
+def _compiled_folder(package: str) -> Path:
+    root = Path(__file__).parents[1]
+    key = hashlib.sha256()
+    for path in compiled_sources(root, package):
+        key.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = cache_folder() / f"numba-{package}-{key.hexdigest()[:16]}"
+    if not folder.exists():
+        _drop_stale(folder.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    return folder
+
+
+def _drop_stale(cache: Path) -> None:
+    """Remove folders of sources that no process has used for a month."""
+    for folder in cache.glob("numba-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process cleans up as well
+            if time.time() - folder.stat().st_mtime > _STALE_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)

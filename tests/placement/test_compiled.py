@@ -1,0 +1,84 @@
+"""The cache of compiled functions follows every source that they may call."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from placement.compiled import compiled_sources
+
+ROOT = Path(__file__).parents[2]
+
+CALLEE = """
+from placement.compiled import compiled
+from placement.constants import STEP
+
+@compiled()
+def callee(x):
+    return x + STEP
+"""
+CALLER = """
+from placement.callee import callee
+from placement.compiled import compiled
+
+@compiled()
+def caller(x):
+    return 10 * callee(x)
+"""
+
+
+def call(root: Path) -> tuple[int, bool]:
+    """(caller(1), whether it came out of the cache), in a process of its own."""
+    code = "from placement.caller import caller\nprint(caller(1), int(sum(caller.stats.cache_hits.values()) > 0))"
+    environment = {**os.environ, "PYTHONPATH": str(root), "EXPERTMESH_CACHE": str(root / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    value, cached = done.stdout.split()
+    return int(value), cached == "1"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "placement"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "constants.py").write_text("STEP = 1\n")
+    (folder / "callee.py").write_text(CALLEE)
+    (folder / "caller.py").write_text(CALLER)
+    shutil.copy(ROOT / "placement" / "compiled.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [("callee.py", "x + STEP", "x - STEP", 0), ("constants.py", "STEP = 1", "STEP = 4", 50)],
+    ids=["a changed callee", "a changed constant"],
+)
+def test_a_change_in_another_file_is_compiled_anew(package, file, old, new, expected):
+    assert call(package.parent) == (20, False)
+    assert call(package.parent) == (20, True)
+    # Same size and the caller untouched: numba's own check sees no difference.
+    source = package / file
+    source.write_text(source.read_text().replace(old, new))
+    assert call(package.parent) == (expected, False)
+    assert call(package.parent) == (expected, True)
+
+
+def test_planning_is_not_compiled_anew_for_a_change_in_the_data_plane():
+    planner, data_plane = (compiled_sources(ROOT, name) for name in ("placement", "experts"))
+    assert planner
+    assert set(planner) < set(data_plane)
+    assert {path.relative_to(ROOT).parts[0] for path in planner} == {"placement"}
+
+
+def test_every_cached_function_of_numba_is_cached_by_content():
+    own = [path for room in ("placement", "experts", "cluster") for path in (ROOT / room).rglob("*.py")]
+    wrong = [str(path) for path in own if "cache=True" in path.read_text() and path.name != "compiled.py"]
+    assert wrong == []
