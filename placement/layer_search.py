@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from placement.arrival_repair import repair_load
 from placement.balance import greedy_balance
 from placement.bitsets import random_state
 from placement.problem import LayerProblem, closed_slots
@@ -28,7 +27,6 @@ SWAP_TOKENS = 4096  # what swaps look at in layers that are too large for more
 SWAP_SEARCHES = 4
 NODE_SEARCHES = 3
 RANK_HEATS = ((1.0, 0.05), (0.2, 0.02))
-REPAIR_TRIES = 1500
 PARTS = (6, 48)  # of a replica search, at least and at most: after each the rule proper is asked
 SCORE_SECONDS = 3.0e-6  # nominal cost of scoring one token of a layer anew
 
@@ -174,12 +172,6 @@ def search_layer(
             found.append(by_rank)
         found.append(search_replicas(problem, by_rank, 0.55 * seconds, (0.1, 0.01), (seed, 7), clock))
         found += settle_loads(problem, found[-1], SETTLE_ROUNDS)[1:]
-    # Sized beforehand like every search: what the clock happens to leave must not decide the result.
-    tries = min(REPAIR_TRIES, int(0.1 * seconds / (SCORE_SECONDS * problem.num_tokens)))
-    if problem.has_replicas and tries:
-        # What balance alone starts from keeps to the cap already; it is what the searches found that needs the repair.
-        best = min(found, key=guarded)
-        found.append(repair_load(problem, best, tries, (seed, 8), clock))
     best = min([*given, *found], key=guarded)
     # Whatever a guard is worth, none of the starts may be better on the tokens that were given.
     best = min([best, *given], key=plain)

@@ -1,7 +1,7 @@
 """Compile the planner, so that the first `--seconds` all go into planning: `python -m placement.precompile`.
 
-Numba's results are kept in the user's cache, in a folder named after the sources (`placement.compiled`). Compiling takes
-half a minute; a planner that has to do it first has that much less time.
+Numba's results are kept in the user's cache, in a folder named after the sources (`placement.compiled`). Compiling
+takes half a minute; a planner that has to do it first has that much less time.
 """
 
 from __future__ import annotations
