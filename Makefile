@@ -48,13 +48,13 @@ test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespace
 # Triton in a folder of its own, so that vllm does not see it: its interpreter and its compiler need no GPU.
 rehearse-gpu: $(READY) ## what of the GPU code can be tested without a GPU (fetches triton, 190 MB)
 	@test -d $(VENV)/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu tests/experts/kernels
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest tests/gpu/test_compiles.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest tests/experts/kernels tests/experts/dispatch/rows tests/experts/dispatch/captured tests/experts/transports tests/benchmarks
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest tests/experts/kernels/test_compiles.py
 	$(PY) -m benchmarks.gpu --device cpu
 
 # With the machine's own Python: the environment above has torch's CPU build.
 test-gpu: ## what needs a CUDA device, with GPU_PYTHON=python3 (which has torch for CUDA)
-	$(GPU_PYTHON) tests/gpu $(GPU_ARGS)
+	$(GPU_PYTHON) tests/run_gpu.py $(GPU_ARGS)
 
 bench-gpu: ## every GPU benchmark, likewise; GPU_ARGS="--quick" or "--only kernels,router"
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import ExpertsAppConfig, LLMAppConfig, parse
+from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.parse import parse
 
 if TYPE_CHECKING:
     from ray.serve.deployment import Application
@@ -35,6 +36,6 @@ def build_llm(args: dict[str, Any]) -> Application:
 
 
 if __name__ == "__main__":
-    from cluster.command import main
+    from cluster.cli import main
 
     main()

@@ -1,1 +1,2 @@
-"""What `make bench` runs: each module prints a table and writes JSON under bench-results/."""
+"""What `make bench` runs: each module prints a table and writes JSON under bench-results/. Checks that must hold are
+tests."""

@@ -10,15 +10,15 @@ import sys
 from benchmarks.common import ROOT, hardware, versions
 
 MODULES = (
-    "benchmarks.router_overhead",
-    "benchmarks.round_trip",
-    "benchmarks.transport_pingpong",
-    "benchmarks.shard_kernel",
-    "benchmarks.failover",
+    "benchmarks.data_plane.router_overhead",
+    "benchmarks.data_plane.round_trip",
+    "benchmarks.data_plane.transport_pingpong",
+    "benchmarks.data_plane.shard_kernel",
+    "benchmarks.data_plane.failover",
     "benchmarks.placement",
-    "benchmarks.placement_end_to_end",
-    "benchmarks.recorder_cost",
-    "benchmarks.decode_throughput",
+    "benchmarks.serving.placement_end_to_end",
+    "benchmarks.data_plane.recorder_cost",
+    "benchmarks.serving.decode_throughput",
 )
 
 

@@ -1,1 +1,3 @@
-"""The Ray side: config schema, Serve deployments, membership and epochs, HTTP, metrics, the command that serves."""
+"""The Ray side: config, Serve deployments, membership and epochs, HTTP, metrics, the command that serves. Rows, weights
+and kernels are `experts`; finding placements is `placement`.
+"""

@@ -7,12 +7,13 @@ from typing import Any
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.client import CONTROLLER, ROUTER, SHARD
-from cluster.config import ExpertsAppConfig, LLMAppConfig
-from cluster.controller import PlacementController
-from cluster.expert_shard import ExpertShard
-from cluster.replicas import Ingress, Router
-from cluster.router_options import router_options
+from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.controller.client import CONTROLLER, ROUTER, SHARD
+from cluster.controller.deployment import PlacementController
+from cluster.http.deployment import Ingress
+from cluster.router.deployment import Router
+from cluster.router.options import router_options
+from cluster.shard.deployment import ExpertShard
 
 # Many long polls and beats run at once, none of them costs anything.
 CONTROLLER_OPTIONS = {
@@ -37,7 +38,9 @@ INGRESS_OPTIONS: dict[str, Any] = {
 
 def experts_application(config: ExpertsAppConfig) -> Application:
     """Shards and their controller. Raises ConfigError before anything is deployed if the model or slots do not fit."""
-    from cluster.planning import plan_placement  # torch, which the other application's builder does without
+    from cluster.controller.initial_placement import (
+        plan_placement,  # torch, which the other application's builder does without
+    )
 
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)

@@ -49,14 +49,14 @@ def node_address() -> str:
     return ray.util.get_node_ip_address()
 
 
-async def broadcast(handle: DeploymentHandle, method: str, deadline_s: float) -> list[Any]:
+async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> list[Any]:
     """What each replica answers to a method, in no order: an exception from one that failed or took longer.
 
     Ray's own collecting of the answers has none of them where one is missing. Raises as Ray does, or TimeoutError,
     where it is not known which replicas there are.
     """
-    end_s = asyncio.get_running_loop().time() + deadline_s
-    results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), deadline_s)
+    end_s = asyncio.get_running_loop().time() + timeout_s
+    results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), timeout_s)
     asked = [asyncio.ensure_future(result.get_async()) for result in results]
     try:
         if asked:

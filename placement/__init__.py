@@ -1,6 +1,3 @@
-"""Pure planning of expert placement: traces, topology, objective, optimizer, migration plans, reports."""
-
-from placement.replica_choice import choose_replicas
-from placement.tables import Placement, live_slots
-
-__all__ = ["Placement", "choose_replicas", "live_slots"]
+"""Planning where experts stand: what a placement is, how it is judged, found and changed; pure, without ray, vllm or
+torch. Whatever moves weights, opens a socket or watches a clock for the service belongs to `experts` or `cluster`.
+"""

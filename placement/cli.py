@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from placement.placement import Placement
 from placement.progress import ProgressBar
-from placement.tables import Placement
 
 
 def layers_argument(text: str) -> tuple[int, ...]:
@@ -57,9 +57,9 @@ def speeds_argument(text: str) -> tuple[float, ...]:
 
 def run_optimize(args: argparse.Namespace) -> int:
     """Plan, write JSON, print what it is worth."""
-    from placement.formats import import_trace
-    from placement.optimizer import optimize
-    from placement.problem import PlanRequest
+    from placement.search.optimizer import optimize
+    from placement.search.problem import PlanRequest
+    from placement.traces.importers import import_trace
 
     trace = import_trace(args.trace, args.format, args.num_experts)
     if args.domain:
@@ -76,7 +76,7 @@ def run_optimize(args: argparse.Namespace) -> int:
         min_replicas=args.min_replicas,
         objective=args.objective,
         node_weight=args.node_weight,
-        near_first=args.near_first,
+        prefer_local_replicas=args.prefer_local_replicas,
         replica_budget=args.replica_budget,
         speeds=args.speeds,
         max_moves=args.max_moves,
@@ -87,7 +87,7 @@ def run_optimize(args: argparse.Namespace) -> int:
     )
     current = Placement.load(args.current) if args.current else None
     with ProgressBar("layers planned") as bar:
-        result = optimize(trace, request, current, progress=bar.update, begun=args.begun)
+        result = optimize(trace, request, current, progress=bar.update, start_s=args.start_s)
     data = result.placement.to_json()
     data["planned"] = {
         "fan_out": _numbers(result.fan_out),
@@ -98,14 +98,14 @@ def run_optimize(args: argparse.Namespace) -> int:
         "cut_short": result.cut,
         "seed": args.seed,
         "load_cap": args.load_cap,
-        "near_first": args.near_first,
+        "prefer_local_replicas": args.prefer_local_replicas,
         "layers": list(trace.layers),
     }
     Path(args.out).write_text(json.dumps(data) + "\n")
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     figures = f"balancedness {result.balancedness.mean():.4f}"
-    if args.near_first and trace.has_sets:
+    if args.prefer_local_replicas and trace.has_sets:
         figures = f"far fan-out {result.far_fan_out.mean():.4f}, {figures}"
     if trace.has_sets:
         figures = f"fan-out {result.fan_out.mean():.4f}, node fan-out {result.node_fan_out.mean():.4f}, {figures}"
@@ -119,8 +119,8 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """One row a placement."""
-    from placement.evaluate import evaluate
-    from placement.formats import import_trace
+    from placement.rule.evaluate import evaluate
+    from placement.traces.importers import import_trace
 
     trace = import_trace(args.trace, args.format, args.num_experts)
     if args.domain:
@@ -128,7 +128,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = {}
     with ProgressBar("placements scored") as bar:
         for done, path in enumerate(args.placement, 1):
-            evaluation = evaluate(Placement.load(path), trace, args.near_first)
+            evaluation = evaluate(Placement.load(path), trace, args.prefer_local_replicas)
             rows[str(path)] = evaluation.summary() | {
                 "layers": [
                     {"layer": layer, "fan_out": fan, "node_fan_out": node, "far_fan_out": far, "balancedness": even}
@@ -162,8 +162,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """HTML report and PNGs."""
-    from placement.formats import import_trace
-    from placement.report import write_report
+    from placement.report.page import write_report
+    from placement.traces.importers import import_trace
 
     trace = import_trace(args.trace, args.format, args.num_experts)
     before = Placement.load(args.before) if args.before else None
@@ -176,7 +176,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """The placement as another engine reads it."""
-    from placement.formats import export_sglang, export_vllm
+    from placement.exports import export_sglang, export_vllm
 
     placement = Placement.load(args.placement)
     if args.format == "vllm":
@@ -194,7 +194,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_profile(args: argparse.Namespace) -> int:
     """Drive a server with prompts, then fetch what it recorded."""
-    from placement.profile import profile_server, read_prompts
+    from placement.traces.profile import profile_server, read_prompts
 
     prompts = read_prompts(args.prompts)
     with ProgressBar("prompts answered") as bar:
@@ -239,9 +239,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--objective", default="fan_out", help="fan_out, or balance for balance alone")
     command.add_argument("--node-weight", type=float, default=4.0, help="cost of a visited node, in visited ranks")
     command.add_argument(
-        "--near-first",
+        "--prefer-local-replicas",
         action="store_true",
-        help="for routers on every node that take replicas on their own node first (transport.near_replicas_first); "
+        help="for routers on every node that take replicas on their own node first (transport.prefer_local_replicas); "
         "--node-weight is then the cost of a rank visited on another node",
     )
     command.add_argument("--replica-budget", type=int, help="further copies in all layers together; default: fill")
@@ -260,7 +260,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--domain", help="only the tokens of this domain")
     command.add_argument("--placement", nargs="+", required=True, help="placement files")
     command.add_argument("--json", action="store_true", help="JSON, layer by layer")
-    command.add_argument("--near-first", action="store_true", help="routers take replicas on their own node first")
+    command.add_argument(
+        "--prefer-local-replicas", action="store_true", help="routers take replicas on their own node first"
+    )
     command.set_defaults(run=run_evaluate)
 
     command = commands.add_parser("explain", help="a self-contained HTML report, and its pictures as PNGs")
@@ -298,9 +300,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Called from a program (argv given), the call begins now; as a command, with the process.
-    begun = time.perf_counter() - (process_age_s() if argv is None else 0.0)
+    start_s = time.perf_counter() - (process_age_s() if argv is None else 0.0)
     args = build_parser().parse_args(argv)
-    args.begun = begun
+    args.start_s = start_s
     try:
         return int(args.run(args))
     except (ValueError, OSError) as error:

@@ -8,12 +8,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from placement.holders import EMPTY
-from placement.optimizer import NOMINAL_SECONDS_A_LAYER, optimize, search_seconds
-from placement.problem import PlanRequest, canonical_order, greedy_slots
-from placement.replica_budget import spread_replicas
-from placement.tables import Placement
-from placement.trace import ActivationTrace
+from placement.placement import EMPTY, Placement
+from placement.search.optimizer import NOMINAL_SECONDS_A_LAYER, optimize, search_seconds
+from placement.search.problem import PlanRequest, canonical_order, greedy_slots
+from placement.search.replica_budget import spread_replicas
+from placement.traces.trace import ActivationTrace
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +33,28 @@ def build_placement(
     seed: int = 0,
     time_budget_s: float = 20.0,
     load_cap: float = 1.05,
-    near_first: bool = False,
+    prefer_local_replicas: bool = False,
 ) -> Placement:
     """A placement by policy.
 
     `linear` and `random` need no trace; `greedy` balances loads; `optimized` plans fan-out under `load_cap` within
     `time_budget_s`, by a search that is sized for a part of that: same arguments, same placement, however busy the
-    machine, or else a warning in the log; `near_first` as of `PlanRequest`. `slots_per_rank` None gives as many as the
-    experts and `min_replicas` need; only `linear` leaves the slots beyond that empty. Raises ValueError if the policy
-    is unknown, lacks its trace, the trace is of another model, or the slots do not suffice.
+    machine, or else a warning in the log; `prefer_local_replicas` as of `PlanRequest`. `slots_per_rank` None gives as
+    many as the experts and `min_replicas` need; only `linear` leaves the slots beyond that empty. Raises ValueError if
+    the policy is unknown, lacks its trace, the trace is of another model, or the slots do not suffice.
     """
     if policy not in get_args(PolicyName):
         raise ValueError(f"placement policy is {policy!r}, expected one of {', '.join(get_args(PolicyName))}")
     linear = Placement.linear(num_layers, num_experts, num_ranks, num_nodes, min_replicas)
     slots = linear.slots_per_rank if slots_per_rank is None else slots_per_rank
     request = PlanRequest(
-        num_ranks, num_nodes, slots, load_cap=load_cap, min_replicas=min_replicas, near_first=near_first, seed=seed
+        num_ranks,
+        num_nodes,
+        slots,
+        load_cap=load_cap,
+        min_replicas=min_replicas,
+        prefer_local_replicas=prefer_local_replicas,
+        seed=seed,
     )
     request.check_experts(num_experts)
     if policy == "linear":

@@ -10,23 +10,23 @@ import time
 
 import numpy as np
 
-from placement.evaluate import evaluate
-from placement.optimizer import optimize
-from placement.problem import PlanRequest
-from placement.refresh import refresh
-from placement.trace import ActivationTrace
+from placement.rule.evaluate import evaluate
+from placement.search.optimizer import optimize
+from placement.search.problem import PlanRequest
+from placement.search.refresh import refresh
+from placement.traces.trace import ActivationTrace
 
 
 def main() -> None:
     """Run every compiled function once on a made-up trace of eight experts."""
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(8)[:2] for _ in range(64)])[:, None]
     trace = ActivationTrace(ids, 8)
     for nodes, slots in ((1, 2), (1, 3), (2, 2), (2, 3)):
         placement = optimize(trace, PlanRequest(4, nodes, slots, effort=0.001)).placement
         evaluate(refresh(placement, trace), trace)
-    print(f"planner compiled in {time.perf_counter() - begun:.0f} s")
+    print(f"planner compiled in {time.perf_counter() - start_s:.0f} s")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experts.checkpoint.config import ModelConfig
 from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.layout import Family, Layout, Part
-from experts.spec import ActivationSpec
+from experts.model.spec import ActivationSpec
 
 ACTIVATIONS = {
     "silu": ActivationSpec("silu"),

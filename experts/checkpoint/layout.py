@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from experts.checkpoint.config import ModelConfig
-from experts.spec import ActivationSpec
+from experts.checkpoint.hf_config import ModelConfig
+from experts.model.spec import ActivationSpec
 
 # What a stored tensor holds of one expert. Rows x columns as kernels want them: gate and up [I, D], gate_up [2I, D],
 # down [D, I]; the biases [2I] and [D].

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from experts.checkpoint.config import ModelConfig
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import activation_of, family_of
+from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.layout import Part, Role
-from experts.checkpoint.quantized import QuantizedExpert, WeightFormat
 from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
-from experts.spec import ExpertSpec, ExpertWeights
+from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
+from experts.model.spec import ExpertSpec, ExpertWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,8 +13,8 @@ import torch
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.layout import Layout, Part
-from experts.checkpoint.quantized import WeightFormat
 from experts.checkpoint.safetensors_file import TensorEntry, TensorStore
+from experts.checkpoint.weight_format import WeightFormat
 
 _SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # in whose presence a part is quantized
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from experts.checkpoint.quantized import QuantizedExpert
-from experts.spec import ActivationSpec, ExpertWeights
+from experts.checkpoint.weight_format import QuantizedExpert
+from experts.model.spec import ActivationSpec, ExpertWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")

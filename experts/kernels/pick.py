@@ -11,18 +11,19 @@ from dataclasses import fields, replace
 
 import torch
 
-from experts.checkpoint.quantized import QuantizedExpert, WeightFormat
+from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
 from experts.kernels.base import ExpertKernel, KernelShape
-from experts.kernels.grouped_mm import GroupedMMKernel
-from experts.kernels.native import NativeKernel
-from experts.kernels.quantized import QuantizedKernel, QuantizedShape, TorchDequantKernel, random_quantized
-from experts.kernels.torch_loop import TorchLoopKernel
-from experts.kernels.triton_mlp import TritonMlpKernel
-from experts.kernels.triton_quantized import TritonQuantizedKernel
-from experts.kernels.vllm_cpu import VllmCpuKernel
-from experts.kernels.vllm_quantized import VllmFp8Kernel, VllmInt4Kernel, VllmMxfp4Kernel
-from experts.kernels.vllm_triton import VllmTritonKernel
-from experts.spec import ExpertWeights
+from experts.kernels.native.kernel import NativeKernel
+from experts.kernels.quantized import QuantizedKernel, QuantizedShape, random_quantized
+from experts.kernels.torch.dequant import TorchDequantKernel
+from experts.kernels.torch.grouped_mm import GroupedMMKernel
+from experts.kernels.torch.loop import TorchLoopKernel
+from experts.kernels.triton.mlp import TritonMlpKernel
+from experts.kernels.triton.quantized import TritonQuantizedKernel
+from experts.kernels.vllm.cpu import VllmCpuKernel
+from experts.kernels.vllm.quantized import VllmFp8Kernel, VllmInt4Kernel, VllmMxfp4Kernel
+from experts.kernels.vllm.triton import VllmTritonKernel
+from experts.model.spec import ExpertWeights
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
-from experts.spec import ExpertWeights
+from experts.model.spec import ExpertWeights
 
 
 class StackedWeights:

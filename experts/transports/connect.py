@@ -6,11 +6,11 @@ import socket
 from dataclasses import replace
 from typing import Any
 
-from experts.errors import ShardRejectedError
-from experts.link import Doorbell, RouterLink, ShardChannel
-from experts.membership import ShardEndpoint
+from experts.protocol.errors import ShardRejectedError
+from experts.protocol.membership import ShardEndpoint
+from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import Hello, LifeLine, choose_transport, open_control, shake_hands
-from experts.transports.shm import HandOver, ShmDoorbell, ShmRouterLink, ShmShardChannel
+from experts.transports.shm import FdMailbox, ShmDoorbell, ShmRouterLink, ShmShardChannel
 
 
 def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float) -> RouterLink:
@@ -26,7 +26,7 @@ def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, 
     try:
         if transport == "shm":
             return _connect_shm(endpoint, hello, line, connection, spin_us, deadline_s)
-        from experts.transports.torch_distributed import connect_torch
+        from experts.transports.torch_pair import connect_torch
 
         return connect_torch(endpoint, hello, line, connection, device, deadline_s)
     except BaseException:
@@ -38,7 +38,7 @@ def _connect_shm(
     endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, spin_us: float, deadline_s: float
 ) -> RouterLink:
     rank = endpoint.rank
-    mailbox = HandOver()
+    mailbox = FdMailbox()
     try:
         shake_hands(connection, rank, replace(hello, details={"mailbox": mailbox.name}), deadline_s)
         return ShmRouterLink.attach(
@@ -61,7 +61,7 @@ def open_shard_channel(
         channel = ShmShardChannel(hello.router_id, mailbox, bell, hello.request_capacity, hello.reply_capacity, line)
         return channel, {}
     if hello.transport in ("gloo", "nccl", "gloo_split"):
-        from experts.transports.torch_distributed import open_torch_channel
+        from experts.transports.torch_pair import open_torch_channel
 
         return open_torch_channel(hello, line, bell, device, deadline_s)
     raise ValueError(f"unknown transport {hello.transport!r}, expected shm, gloo or nccl")

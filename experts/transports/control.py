@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
-from experts.link import RouterLink, ShardChannel
-from experts.membership import ShardEndpoint, host_id
+from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
+from experts.protocol.membership import ShardEndpoint, host_id
+from experts.transports.base import RouterLink, ShardChannel
 
 logger = logging.getLogger(__name__)
 
@@ -194,12 +194,12 @@ class ControlListener:
         open_channel: ChannelOpener,
         on_open: Callable[[ShardChannel], None],
         on_close: Callable[[ShardChannel], None],
-        handshake_deadline_s: float,
+        handshake_timeout_s: float,
     ) -> None:
         self._open_channel = open_channel
         self._on_open = on_open
         self._on_close = on_close
-        self._handshake_deadline_s = handshake_deadline_s
+        self._handshake_timeout_s = handshake_timeout_s
         self._server = socket.create_server((bind_host, 0), backlog=64)
         self.port: int = self._server.getsockname()[1]
         self._lines: set[LifeLine] = set()
@@ -225,7 +225,7 @@ class ControlListener:
         line = LifeLine(connection)
         try:
             _prepare(connection)
-            deadline_s = time.monotonic() + self._handshake_deadline_s
+            deadline_s = time.monotonic() + self._handshake_timeout_s
             try:
                 hello = Hello(**_receive_line(connection, deadline_s))
                 if hello.version != PROTOCOL_VERSION:
@@ -233,7 +233,7 @@ class ControlListener:
                 channel, answer = self._open_channel(hello, line)
             except (TypeError, ValueError, OSError, RuntimeError) as error:
                 logger.warning("refused a router: %s", error)
-                connection.settimeout(self._handshake_deadline_s)
+                connection.settimeout(self._handshake_timeout_s)
                 _send_line(connection, {"ok": False, "error": str(error)})
                 return
             with self._lock:

@@ -113,7 +113,7 @@ class Meeting:
         self._listener.close()
 
 
-def come_to(host: str, details: dict[str, Any], deadline_s: float) -> PairStore:
+def connect_to_meeting(host: str, details: dict[str, Any], deadline_s: float) -> PairStore:
     """The router's side of a `Meeting`, from what the shard said of it. OSError, KeyError or ValueError."""
     left_s = max(deadline_s - time.monotonic(), 0.001)
     connection = socket.create_connection((host, int(details["meeting_port"])), timeout=left_s)

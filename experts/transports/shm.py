@@ -28,9 +28,9 @@ import time
 import numpy as np
 from numba import types
 
-from experts.errors import ShardLostError, ShardTimeoutError
-from experts.link import Doorbell, RouterLink, ShardChannel
+from experts.protocol.errors import ShardLostError, ShardTimeoutError
 from experts.transports import atomics
+from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import LifeLine
 from placement.compiled import compiled
 
@@ -125,7 +125,7 @@ class SharedRegion:
             os.close(descriptor)
 
 
-class HandOver:
+class FdMailbox:
     """The router's mailbox for the shard's descriptors: a Unix socket in the abstract namespace, so no file either."""
 
     def __init__(self) -> None:
@@ -283,7 +283,7 @@ class ShmShardChannel(ShardChannel):
         size = _CONTROL_BYTES + request_capacity + reply_capacity
         self.region = SharedRegion.create(size, "pair")
         try:
-            HandOver.send(mailbox, [bell.region.descriptor, self.region.descriptor], timeout_s=5.0)
+            FdMailbox.send(mailbox, [bell.region.descriptor, self.region.descriptor], timeout_s=5.0)
         finally:
             self.region.drop_descriptor()
         self.recv_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + request_capacity]

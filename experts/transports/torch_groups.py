@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store
 
-from experts.transports.torch_nccl import prepare
+from experts.transports.nccl_sharing import prepare
 
 ROUTER, SHARD = 0, 1
 _DATA_TAG, _BREAK_TAG = 0, 1
@@ -163,7 +163,7 @@ class NcclGroup(PairGroup):
 
     def wait(self, work: Any, deadline_s: float | None) -> None:
         # Ask, do not block: a kernel that waits for a dead peer never ends by itself.
-        began_s = time.monotonic()
+        start_s = time.monotonic()
         while True:
             try:
                 if work.is_completed():
@@ -177,7 +177,7 @@ class NcclGroup(PairGroup):
             now_s = time.monotonic()
             if deadline_s is not None and now_s >= deadline_s:
                 raise TimeoutError("no rows over NCCL before the deadline")
-            if now_s - began_s < _EAGER_S:
+            if now_s - start_s < _EAGER_S:
                 os.sched_yield()
             else:
                 time.sleep(_POLL_S)

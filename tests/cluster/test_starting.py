@@ -15,9 +15,11 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from cluster import command, ray_joints
-from cluster.command import Options, ServeFailedError
-from cluster.config import ConfigError, MeshConfig
+from cluster import cli as command
+from cluster import ray_joints
+from cluster.cli import Options, ServeFailedError
+from cluster.config.parse import ConfigError
+from cluster.config.serve_file import MeshConfig
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 
@@ -28,7 +30,7 @@ def config() -> MeshConfig:
 
 
 def options(address: str | None = None) -> Options:
-    return Options(config=str(TINY), port=None, address=address, deadline_s=5.0, verbose=True)
+    return Options(config=str(TINY), port=None, address=address, timeout_s=5.0, verbose=True)
 
 
 class FakeServe:
@@ -122,7 +124,7 @@ def test_an_application_that_serve_gave_up_ends_the_wait(
     status = SimpleNamespace(applications={"experts": experts, "llm": application("DEPLOYING")})
     monkeypatch.setattr(serve, "status", lambda: status)
     with pytest.raises(ServeFailedError, match=told):
-        command._wait_until_healthy(config, "http://127.0.0.1:1", deadline_s=5.0)
+        command._wait_until_healthy(config, "http://127.0.0.1:1", timeout_s=5.0)
 
 
 @contextmanager

@@ -1,11 +1,18 @@
-"""One process that has imported vllm, from which the tests of the plug-in fork theirs."""
+"""What tests of the data plane share: a process that has imported vllm, and where Triton programs can run."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
-from engine_zygote import Zygote
+import torch
+
+from experts.transports.nccl_sharing import SHARE_GPUS
+from tests.support.zygote.engine_zygote import Zygote
+
+os.environ[SHARE_GPUS] = "1"  # in this process and all that it starts
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +21,15 @@ def vllm_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("vllm") / "zygote", "engine", "plugin_jobs")
     yield zygote
     zygote.close()
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton programs can run here; skips, saying why, where they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.skip("torch sees no CUDA device; TRITON_INTERPRET=1 runs Triton's programs on the CPU")

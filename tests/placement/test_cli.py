@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from placement import Placement
 from placement.cli import main
-from placement.evaluate import evaluate
-from placement.trace import ActivationTrace
-from tests.placement.made_up_traces import clique_trace
+from placement.placement import Placement
+from placement.rule.evaluate import evaluate
+from placement.traces.trace import ActivationTrace
+from tests.support.made_up_traces import clique_trace
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def test_optimize_writes_what_it_promises(files, capsys) -> None:
 
 
 def test_planned_and_evaluated_for_near_replicas_first(files, capsys) -> None:
-    assert optimize(files, "--slots-per-rank", "5", "--nodes", "2", "--near-first") == 0
+    assert optimize(files, "--slots-per-rank", "5", "--nodes", "2", "--prefer-local-replicas") == 0
     assert "far fan-out" in capsys.readouterr().out
     planned = json.loads((files / "plan.json").read_text())["planned"]["far_fan_out"]
     assert main(["evaluate", "--trace", str(files / "trace.npz"), "--placement", str(files / "plan.json"),
-                 "--near-first", "--json"]) == 0  # fmt: skip
+                 "--prefer-local-replicas", "--json"]) == 0  # fmt: skip
     row = json.loads(capsys.readouterr().out)[str(files / "plan.json")]
     assert [layer["far_fan_out"] for layer in row["layers"]] == pytest.approx(planned, abs=1e-6)
-    assert optimize(files, "--slots-per-rank", "5", "--near-first") == 2
+    assert optimize(files, "--slots-per-rank", "5", "--prefer-local-replicas") == 2
     assert "near replicas come first on 1 node: expected at least 2 nodes" in capsys.readouterr().err
 
 

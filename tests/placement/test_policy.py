@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from placement import Placement
-from placement.evaluate import evaluate, even_split_loads
+from placement.placement import Placement
 from placement.policy import build_placement
-from placement.trace import ActivationTrace
+from placement.rule.evaluate import evaluate, even_split_loads
+from placement.traces.trace import ActivationTrace
 
 SHAPE = {"num_layers": 2, "num_experts": 8}
 

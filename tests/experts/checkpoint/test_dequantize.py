@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_names import write
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.dequantize import dequantize_fp8_block, dequantize_mxfp4
+from tests.support.hub_names import write
 
 FP8 = torch.float8_e4m3fn
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

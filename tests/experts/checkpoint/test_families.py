@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_names import MAKERS, D, E, Expected, I, write
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.families import FAMILIES
-from experts.spec import ActivationSpec
+from experts.model.spec import ActivationSpec
+from tests.support.hub_names import MAKERS, D, E, Expected, I, write
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

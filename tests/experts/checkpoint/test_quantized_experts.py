@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hub_names import write
-from test_dequantize import FP8_CONFIG, deepseek_fp8
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
-from experts.checkpoint.quantized import WeightFormat
+from experts.checkpoint.weight_format import WeightFormat
+from tests.experts.checkpoint.test_dequantize import FP8_CONFIG, deepseek_fp8
+from tests.support.hub_names import write
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
 D, I, E = 96, 64, 3

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_names import MAKERS, D, E, I, write
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.safetensors_file import SafetensorsFile, TensorStore
+from tests.support.hub_names import MAKERS, D, E, I, write
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "dbrx", "llama4"])

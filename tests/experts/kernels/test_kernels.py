@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experts.kernels import KERNELS, ExpertKernel, KernelShape
 from experts.kernels.pick import random_pairs, random_weights
-from experts.spec import ActivationSpec, ExpertWeights
+from experts.model.spec import ActivationSpec, ExpertWeights
 
 ACTIVATIONS = {
     "silu": ActivationSpec("silu"),

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from test_kernels import ACTIVATIONS, BASE, run_case
 
 from experts.kernels import KERNELS
+from tests.experts.kernels.test_kernels import ACTIVATIONS, BASE, run_case
 
 pytestmark = [
     pytest.mark.gpu,

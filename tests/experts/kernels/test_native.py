@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import ACTIVATIONS, BASE, build, run_case
 
-from experts.kernels import native, native_build
-from experts.kernels.native import NativeKernel
+from experts.kernels.native import build as native_build
+from experts.kernels.native import kernel as native
+from experts.kernels.native.kernel import NativeKernel
 from experts.kernels.pick import random_pairs
+from tests.experts.kernels.test_kernels import ACTIVATIONS, BASE, build, run_case
 
 pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experts.kernels import KERNELS, KernelShape, pick, pick_kernel
-from experts.kernels.torch_loop import TorchLoopKernel
-from experts.spec import ActivationSpec
+from experts.kernels.torch.loop import TorchLoopKernel
+from experts.model.spec import ActivationSpec
 
 SHAPE = KernelShape(2, 4, 64, 32, ActivationSpec("silu"))
 

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from test_kernels import ACTIVATIONS, TOLERANCE, oracle
 
-from experts.checkpoint.quantized import WeightFormat
+from experts.checkpoint.weight_format import WeightFormat
 from experts.kernels import KERNELS, KernelShape, keep_quantized, pick
 from experts.kernels.pick import QUANTIZED_KERNELS, pick_kernel, random_pairs, random_weights
 from experts.kernels.quantized import QuantizedShape
-from experts.kernels.vllm_quantized import for_marlin
+from experts.kernels.vllm.quantized import for_marlin
+from tests.experts.kernels.test_kernels import ACTIVATIONS, TOLERANCE, oracle
 
 FORMATS = {
     "fp8_block": WeightFormat("fp8_block", 128),

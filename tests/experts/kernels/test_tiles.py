@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experts.kernels.triton_mlp import choose_block, cut_tiles
+from experts.kernels.triton.tiles import choose_block, cut_tiles
 
 
 def test_worked_example():

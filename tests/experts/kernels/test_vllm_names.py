@@ -1,7 +1,7 @@
 """What our kernels take from vLLM for GPUs is there, with the parameters that we name; read from the installed source.
 
 vLLM's CPU build has the source, though it cannot run these. A failure means that this version of vLLM moved something:
-experts/kernels/vllm_triton.py or vllm_quantized.py is the file to change.
+experts/kernels/vllm/triton.py or vllm_quantized.py is the file to change.
 """
 
 from __future__ import annotations

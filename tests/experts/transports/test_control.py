@@ -11,12 +11,21 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from echo_shard import EchoShard, context, counted_up, deadline_in, echo_shard, hello_for, post_body, reply_body
 
-from experts.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
-from experts.membership import ShardEndpoint, host_id
+from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
+from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports.connect import connect
 from experts.transports.control import choose_transport
+from tests.support.echo_shard import (
+    EchoShard,
+    context,
+    counted_up,
+    deadline_in,
+    echo_shard,
+    hello_for,
+    post_body,
+    reply_body,
+)
 
 LONG_S = 30.0
 
@@ -146,7 +155,7 @@ def test_killed_routers_leave_nothing_behind(transport: str) -> None:
 
 
 def _route_until_killed(endpoint: ShardEndpoint, transport: str, pipe: Any) -> None:
-    from echo_shard import HOLD
+    from tests.support.echo_shard import HOLD
 
     link = connect(endpoint, hello_for(transport, f"router{os.getpid()}"), "cpu", 20.0, deadline_in(LONG_S))
     post_body(link, b"abc", HOLD)

@@ -12,7 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from echo_shard import (
+
+from experts.protocol.errors import ShardLostError, ShardTimeoutError
+from experts.protocol.wire import HEADER_BYTES
+from tests.support.echo_shard import (
     CAPACITY,
     DROP,
     HOLD,
@@ -23,9 +26,6 @@ from echo_shard import (
     post_body,
     reply_body,
 )
-
-from experts.errors import ShardLostError, ShardTimeoutError
-from experts.wire import HEADER_BYTES
 
 TRANSPORTS = ["shm", "gloo", "gloo_split"]
 LONG_S = 30.0

@@ -7,9 +7,9 @@ import threading
 from typing import Any
 
 import pytest
-from echo_shard import deadline_in
 
-from experts.transports.rendezvous import Meeting, PairStore, come_to
+from experts.transports.rendezvous import Meeting, PairStore, connect_to_meeting
+from tests.support.echo_shard import deadline_in
 
 LONG_S = 30.0
 
@@ -55,10 +55,10 @@ def test_strangers_are_passed_over() -> None:
     accepting = threading.Thread(target=lambda: stores.append(meeting.accept(deadline_in(LONG_S))))
     accepting.start()
     socket.create_connection(("127.0.0.1", details["meeting_port"])).close()
-    stranger = come_to("127.0.0.1", {**details, "meeting_token": "0" * 32}, deadline_in(LONG_S))
+    stranger = connect_to_meeting("127.0.0.1", {**details, "meeting_token": "0" * 32}, deadline_in(LONG_S))
     with pytest.raises(ConnectionError):
         stranger.get("anything")
-    router = come_to("127.0.0.1", details, deadline_in(LONG_S))
+    router = connect_to_meeting("127.0.0.1", details, deadline_in(LONG_S))
     accepting.join(LONG_S)
     router.set("a", b"1")
     assert stores[0].get("a") == b"1"

@@ -1,0 +1,324 @@
+"""One pair's round trip against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
+
+    python -m benchmarks.transport_pingpong [--quick] [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
+
+Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer unseen.
+bare: for shm, two compiled loops on a shared page and a futex; for gloo, isend and irecv of a two-rank group, each side
+in one thread, lengths known beforehand. link: `RouterLink.post` and `wait` against a doorbell, poll and reply, with the
+length in the message. tcp: a blocking socket, for scale. Turns are interleaved; medians over all round trips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+import torch
+from experts.membership import ShardEndpoint, host_id
+
+from benchmarks.common import median, print_table, save
+from experts.transports import atomics
+from experts.transports.connect import connect, open_shard_channel
+from experts.transports.control import ControlListener, Hello
+from experts.transports.rendezvous import Meeting, connect_to_meeting
+from experts.transports.shm import SharedRegion, ShmDoorbell
+from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup
+from placement.compiled import compiled
+
+GOAL = 1.5
+CAPACITY = 1 << 21
+SIZES = (128, 8 << 10, 64 << 10, 256 << 10, 1 << 20)
+_LIMIT_S = 60.0
+_SPIN_US = 50.0
+_PAGE = 4096
+_PING, _PONG, _PEER_SLEEPS, _OWN_SLEEPS = 0, 64, 128, 192
+
+
+@compiled()
+def _shm_peer(address: int, spin_ns: int) -> None:
+    """Answer pings 1, 2, 3, ... until one of 0xFFFFFFFF comes."""
+    seen = 0
+    while True:
+        value = atomics.wait_while_equal(address + _PING, address + _PEER_SLEEPS, seen, spin_ns, 10_000_000_000)
+        if value == 0xFFFFFFFF:
+            return
+        if value != seen:
+            seen = value
+            atomics.publish(address + _PONG, seen, address + _OWN_SLEEPS)
+
+
+@compiled()
+def _shm_turn(address: int, seq: int, spin_ns: int) -> None:
+    """One ping and its pong."""
+    atomics.publish(address + _PING, seq, address + _PEER_SLEEPS)
+    atomics.wait_while_equal(address + _PONG, address + _OWN_SLEEPS, seq - 1, spin_ns, 60_000_000_000)
+
+
+def _hello(transport: str) -> Hello:
+    return Hello("bench", transport, "1", "float32", 16, 1, 1, CAPACITY, CAPACITY)
+
+
+def serve(mode: str, host: str, argument: int) -> None:
+    """A peer process; prints what the other side has to know as one JSON line, and ends with its standard input."""
+    if mode == "link":
+        _serve_links(host)
+    elif mode == "shm":
+        _tell({})
+        _shm_peer(SharedRegion(argument, _PAGE + 2 * CAPACITY).address, int(_SPIN_US * 1000))
+    elif mode == "gloo":
+        _serve_gloo(host)
+    else:
+        _serve_tcp(host)
+
+
+def _tell(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def _serve_links(host: str) -> None:
+    bell = ShmDoorbell(_SPIN_US)
+    channels: list[Any] = []
+    listener = ControlListener(
+        host,
+        lambda hello, line: open_shard_channel(hello, line, bell, "cpu", time.monotonic() + _LIMIT_S),
+        channels.append,
+        channels.remove,
+        _LIMIT_S,
+    )
+    _tell({"port": listener.port, "host_id": host_id()})
+    start_s = time.monotonic()
+    while channels or time.monotonic() < start_s + _LIMIT_S:
+        bell.wait(0.2)
+        for channel in list(channels):
+            nbytes = channel.poll()
+            if nbytes >= 0:
+                channel.reply(nbytes)
+
+
+def _serve_gloo(host: str) -> None:
+    meeting = Meeting(host)
+    _tell(meeting.details())
+    group = GlooGroup(meeting.accept(time.monotonic() + _LIMIT_S), SHARD, host, _LIMIT_S)
+    data = torch.zeros(CAPACITY, dtype=torch.uint8)
+    while True:
+        length = int(sys.stdin.readline() or 0)
+        if not length:
+            return
+        arriving = group.recv(data[:length])
+        _tell({"ready": length})
+        while True:
+            group.wait(arriving, None)
+            last = bool(data[0])
+            arriving = None if last else group.recv(data[:length])
+            group.send(data[:length])
+            if last:
+                break
+
+
+def _serve_tcp(host: str) -> None:
+    with socket.create_server((host, 0)) as server:
+        _tell({"port": server.getsockname()[1]})
+        connection, _ = server.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    view = memoryview(bytearray(CAPACITY))
+    while head := connection.recv(8, socket.MSG_WAITALL):
+        length = struct.unpack("q", head)[0]
+        connection.recv_into(view[:length], length, socket.MSG_WAITALL)
+        connection.sendall(view[:length])
+
+
+class Peer:
+    """A peer's process and what it told."""
+
+    def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
+        command = [sys.executable, "-m", "benchmarks.transport_pingpong", "--serve", mode, "--peer-host", host]
+        self.process = subprocess.Popen(
+            [*prefix, *command, "--argument", str(argument)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=[argument] if argument else [],
+        )
+        self.facts = self.told()
+
+    def told(self) -> dict[str, Any]:
+        """The next line from the peer."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a peer process ended early")
+        return json.loads(line)
+
+    def say(self, text: str) -> None:
+        """Send the peer a line."""
+        stdin: IO[str] | None = self.process.stdin
+        assert stdin is not None
+        stdin.write(text + "\n")
+        stdin.flush()
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.communicate()
+
+
+Turn = Callable[[int, int], list[float]]
+"""(message bytes, round trips) -> microseconds of each round trip, copies in and out included."""
+
+
+def _timed(round_trip: Callable[[bool], None], count: int) -> list[float]:
+    times = []
+    for turn in range(count):
+        start = time.perf_counter()
+        round_trip(turn == count - 1)
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def link_turns(transport: str, prefix: list[str], host: str) -> tuple[Turn, Peer]:
+    """Our link."""
+    peer = Peer("link", prefix, host)
+    endpoint = ShardEndpoint(0, "1", host, peer.facts["port"], peer.facts["host_id"], 0)
+    link = connect(endpoint, _hello(transport), "cpu", _SPIN_US, time.monotonic() + _LIMIT_S)
+    payload, landing = np.ones(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
+
+    def turn(nbytes: int, count: int) -> list[float]:
+        def round_trip(last: bool) -> None:
+            link.send_buffer[:nbytes] = payload[:nbytes]
+            link.post(nbytes)
+            link.wait(time.monotonic() + _LIMIT_S)
+            landing[:nbytes] = link.recv_buffer[:nbytes]
+
+        return _timed(round_trip, count)
+
+    return turn, peer
+
+
+def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
+    """Two compiled loops."""
+    region = SharedRegion.create(_PAGE + 2 * CAPACITY, "bench")
+    peer = Peer("shm", prefix, host, region.descriptor)
+    out, back = region.bytes[_PAGE:][:CAPACITY], region.bytes[_PAGE + CAPACITY :]
+    payload, landing = np.ones(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
+    seq = 0
+
+    def turn(nbytes: int, count: int) -> list[float]:
+        def round_trip(last: bool) -> None:
+            nonlocal seq
+            seq += 1
+            out[:nbytes] = payload[:nbytes]
+            _shm_turn(region.address, seq, int(_SPIN_US * 1000))
+            landing[:nbytes] = back[:nbytes]
+
+        return _timed(round_trip, count)
+
+    return turn, peer
+
+
+def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
+    """isend and irecv of a two-rank group."""
+    peer = Peer("gloo", prefix, host)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))
+        own_address = probe.getsockname()[0]
+    store = connect_to_meeting(host, peer.facts, time.monotonic() + _LIMIT_S)
+    group = GlooGroup(store, ROUTER, own_address, _LIMIT_S)
+    out, back = torch.zeros(CAPACITY, dtype=torch.uint8), torch.zeros(CAPACITY, dtype=torch.uint8)
+    payload, landing = torch.zeros(CAPACITY, dtype=torch.uint8), torch.zeros(CAPACITY, dtype=torch.uint8)
+
+    def turn(nbytes: int, count: int) -> list[float]:
+        def round_trip(last: bool) -> None:
+            payload[0] = last
+            out[:nbytes] = payload[:nbytes]
+            arriving = group.recv(back[:nbytes])
+            sending = group.send(out[:nbytes])
+            group.wait(arriving, time.monotonic() + _LIMIT_S)
+            del sending
+            landing[:nbytes] = back[:nbytes]
+
+        peer.say(str(nbytes))
+        assert peer.told() == {"ready": nbytes}
+        return _timed(round_trip, count)
+
+    return turn, peer
+
+
+def tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
+    """A blocking socket."""
+    peer = Peer("tcp", prefix, host)
+    connection = socket.create_connection((host, peer.facts["port"]))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    out, landing = bytearray(CAPACITY + 8), memoryview(bytearray(CAPACITY))
+
+    def turn(nbytes: int, count: int) -> list[float]:
+        def round_trip(last: bool) -> None:
+            out[:8] = struct.pack("q", nbytes)
+            connection.sendall(memoryview(out)[: nbytes + 8])
+            connection.recv_into(landing[:nbytes], nbytes, socket.MSG_WAITALL)
+
+        return _timed(round_trip, count)
+
+    return turn, peer
+
+
+def measure(transport: str, sizes: tuple[int, ...], turns: int, count: int, prefix: list[str], host: str) -> list[Any]:
+    """Rows of the table for one transport."""
+    sides: dict[str, tuple[Turn, Peer]] = {"link": link_turns(transport, prefix, host)}
+    if transport == "shm":
+        sides["bare"] = bare_shm_turns(prefix, host)
+    else:
+        sides["bare"] = bare_gloo_turns(prefix, host)
+        sides["tcp"] = tcp_turns(prefix, host)
+    rows = []
+    try:
+        for nbytes in sizes:
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            for number in range(turns + 1):
+                for name, (turn, _) in sides.items():
+                    measured = turn(nbytes, count)
+                    if number:  # the first turn warms up
+                        times[name] += measured
+            link_us, bare_us = median(times["link"]), median(times["bare"])
+            row = {"transport": transport, "bytes": nbytes, "link_us": link_us, "bare_us": bare_us}
+            row |= {"tcp_us": median(times["tcp"]) if "tcp" in times else "-"}
+            rows.append(row | {"ratio": link_us / bare_us, "goal": GOAL})
+    finally:
+        for _, peer in sides.values():
+            peer.end()
+    return rows
+
+
+def main() -> None:
+    """Print the table and write bench-results/transport_pingpong.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few sizes and turns")
+    parser.add_argument("--peer-prefix", default="", help="command that starts peers elsewhere on this machine")
+    parser.add_argument("--peer-host", default="127.0.0.1", help="address of the peers there")
+    parser.add_argument("--serve", choices=["link", "shm", "gloo", "tcp"], help=argparse.SUPPRESS)
+    parser.add_argument("--argument", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.serve:
+        serve(args.serve, args.peer_host, args.argument)
+        return
+    turns, count = (5, 100) if args.quick else (11, 400)
+    sizes = (128, 64 << 10) if args.quick else SIZES
+    prefix = shlex.split(args.peer_prefix)
+    transports = ["gloo"] if prefix else ["shm", "gloo"]
+    rows = [row for name in transports for row in measure(name, sizes, turns, count, prefix, args.peer_host)]
+    print_table("A pair's round trip against a bare ping-pong", list(rows[0]), [list(row.values()) for row in rows])
+    suffix = "_across_hosts" if prefix else ""
+    save(f"transport_pingpong{suffix}", {"rows": rows, "turns": turns, "round_trips_a_turn": count})
+
+
+if __name__ == "__main__":
+    main()

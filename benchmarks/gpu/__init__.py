@@ -1,0 +1,1 @@
+"""Benchmarks that need a CUDA device. Each has a rehearsal without one: `--device cpu`."""

@@ -1,0 +1,121 @@
+"""`python -m benchmarks.gpu [--quick] [--only NAME,...] [--device cpu]`: every GPU benchmark, one table each.
+
+It says first what the machine has, runs each benchmark as a process of its own with a limit of time, and says last what
+was left out and why. The exit status counts the benchmarks that did not run to their end; a missed goal is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from benchmarks.common import ROOT, hardware, versions
+from benchmarks.gpu.common import absent
+
+ENDS_S = time.monotonic() + float(os.environ.get("GPU_BUDGET_S", "1e9"))  # see tests/run_gpu.py
+# name: (limit in seconds, packages without which it cannot run)
+BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "kernels": (900.0, ("numba", "safetensors")),
+    "router": (300.0, ("numba", "safetensors")),
+    "round_trip": (600.0, ("numba", "safetensors")),
+    "copy": (300.0, ("numba", "safetensors")),
+    "engine": (3600.0, ("numba", "safetensors", "pydantic")),
+}
+
+
+def facts() -> dict[str, object]:
+    """The machine and its software, as the figures' heading needs them."""
+    import torch
+
+    found: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "hardware": hardware()}
+    found["versions"] = versions() | {"triton": _version_of("triton"), "cuda": str(torch.version.cuda)}
+    if torch.cuda.is_available():
+        from experts.transports.nccl_sharing import how_ranks_share
+
+        found["gpus"] = torch.cuda.device_count()
+        found["nccl"] = how_ranks_share()
+    return found
+
+
+def _version_of(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run(name: str, more: list[str], limit_s: float) -> tuple[str, list[str]]:
+    """(how it ended, what it left out); its output goes to standard output as it comes."""
+    limit_s = min(limit_s, max(ENDS_S - time.monotonic(), 5.0))
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", f"benchmarks.gpu.{name}", *more],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    start_s = time.monotonic()
+    timer = _end_at(process, limit_s)
+    left_out: list[str] = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("left out: ") and line.strip() not in left_out:
+            left_out.append(line.strip())
+    status = process.wait()
+    timer.cancel()
+    seconds = time.monotonic() - start_s
+    if seconds >= limit_s:
+        return f"was ended after {limit_s:.0f} s", left_out
+    return ("done" if status == 0 else f"failed with status {status}") + f" in {seconds:.0f} s", left_out
+
+
+def _end_at(process: subprocess.Popen[str], limit_s: float):  # type: ignore[no-untyped-def]
+    import threading
+
+    def end() -> None:
+        os.killpg(process.pid, signal.SIGKILL)  # its shards too
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def main() -> int:
+    """Run all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few sizes and turns: does it work, not how fast")
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="names, separated by commas")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal with tiny sizes")
+    args = parser.parse_args()
+    names = args.only.split(",")
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(BENCHMARKS)}")
+    missing = absent("torch", "numpy")
+    if missing is not None:
+        parser.error(missing)
+    print(json.dumps(facts(), indent=1), flush=True)
+    more = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    ends: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}
+    for name in names:
+        limit_s, needs = BENCHMARKS[name]
+        print(f"\n=== benchmarks.gpu.{name}", flush=True)
+        lacking = absent(*needs)
+        if lacking is None:
+            ends[name], left_out[name] = run(name, more, limit_s)
+        else:
+            ends[name] = f"was not run: {lacking}"
+            print(ends[name])
+    print("\n=== in short")
+    for name, end in ends.items():
+        print(f"  {name}: {end}")
+        for line in left_out.get(name, []):
+            print(f"    {line}")
+    return sum(not end.startswith("done") for end in ends.values())

@@ -1,0 +1,138 @@
+"""Output tokens/s, time to first token and between tokens: plain vLLM, vLLM TP=2, and one router with two shards.
+
+    python -m benchmarks.serving.decode_throughput [--quick] [--model bench|tiny|both]
+
+Every side gets the same cores, the same prompts (distinct, from the standard library's source) and the same engine
+settings; runs are interleaved, medians of at least five, and a side whose turn it is not is stopped: vLLM's idle
+workers would take the cores. Goal: at least 0.95 times the better vLLM at batch 64, 1.0
+times at 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, TINY_MODEL, bench_model, median, percentile, print_table, save
+
+SIDES = ("vllm", "tp2", "mesh")
+NAMES = {"vllm": "vLLM, one process", "tp2": "vLLM, TP=2", "mesh": "expertmesh, 1 router + 2 shards"}
+GOALS = {64: 0.95, 256: 1.0}
+
+
+class Side:
+    """An engine_side process and its children; stopped but while it runs."""
+
+    def __init__(self, name: str, model: Path, dtype: str) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serving.engine_side", name, str(model), dtype],
+            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        self._read()
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"side {self.name} ended, exit code {self._process.wait(10)}")
+        return dict(json.loads(line))
+
+    def run(self, batch: int, new_tokens: int, prompt_tokens: int, status: bool = False) -> dict[str, Any]:
+        """One run; see engine_side.run."""
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        order = {"batch": batch, "new_tokens": new_tokens, "prompt_tokens": prompt_tokens, "status": status}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        outcome = self._read()
+        self._signal(signal.SIGSTOP)
+        return outcome
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._signal(signal.SIGCONT)
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self._process.wait(10)
+
+
+def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens: int, sides: list[str]) -> list[Any]:
+    """Rows of {model, batch, side, tokens_per_s, ratio, ttft/gap percentiles}."""
+    running = [Side(name, model, dtype) for name in sides]
+    rows: list[dict[str, Any]] = []
+    try:
+        for side in running:
+            side.run(4, 8, 32)
+        for batch in batches:
+            found: dict[str, list[dict[str, Any]]] = {side.name: [] for side in running}
+            for turn in range(turns + 1):
+                for side in running:
+                    outcome = side.run(batch, new_tokens, 32)
+                    if turn:  # the first turn warms up
+                        found[side.name].append(outcome)
+            speed = {name: median(o["tokens_per_s"] for o in found[name]) for name in found}
+            best_vllm = max((speed[name] for name in speed if name != "mesh"), default=float("nan"))
+            for name in sides:
+                ttft = [t for o in found[name] for t in o["ttft_s"]]
+                gaps = [g for o in found[name] for g in o["gap_s"]]
+                rows.append(
+                    {
+                        "model": model.name,
+                        "batch": batch,
+                        "side": NAMES[name],
+                        "tokens_per_s": speed[name],
+                        "of_better_vllm": speed[name] / best_vllm,
+                        "goal": GOALS.get(batch, "") if name == "mesh" else "",
+                        "ttft_p50_ms": percentile(ttft, 0.5) * 1e3,
+                        "ttft_p99_ms": percentile(ttft, 0.99) * 1e3,
+                        "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
+                        "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
+                    }
+                )
+    finally:
+        for side in running:
+            side.close()
+    return rows
+
+
+def main() -> None:
+    """Print the tables and write bench-results/decode_throughput.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", choices=["bench", "tiny", "both"], default="both")
+    parser.add_argument("--batches", default="1,16,64,256")
+    parser.add_argument("--turns", type=int)
+    parser.add_argument("--sides", default=",".join(SIDES))
+    args = parser.parse_args()
+    turns = args.turns or (1 if args.quick else 5)
+    new_tokens = 16 if args.quick else 64
+    batches = [int(b) for b in args.batches.split(",")]
+    rows = []
+    if args.model in ("bench", "both"):
+        rows += compare(bench_model(), "bfloat16", batches, turns, new_tokens, args.sides.split(","))
+    if args.model in ("tiny", "both"):
+        rows += compare(TINY_MODEL, "float32", batches, turns, new_tokens, args.sides.split(","))
+    print_table(f"Decode, {new_tokens} new tokens, prompts of 32", list(rows[0]), [list(r.values()) for r in rows])
+    save("decode_throughput", {"turns": turns, "new_tokens": new_tokens, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The arguments of the two applications."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from cluster.config.experts_sections import MembershipSection, PlacementSection, ShardsSection
+from cluster.config.llm_sections import DeadlinesSection, HttpSection, RoutersSection, TransportSection
+from cluster.config.model_section import ModelSection
+from experts.protocol.settings import RouterSettings, ShardSettings, StrictModel
+from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
+
+
+class ExpertsAppConfig(StrictModel):
+    """Arguments of `serve_app:build_experts`: the shards and their controller."""
+
+    model: ModelSection = Field(description="Which model; the same in both applications.")
+    shards: ShardsSection = Field(description="The expert shards.")
+    placement: PlacementSection = Field(default=PlacementSection(), description="Which expert stands where.")
+    membership: MembershipSection = Field(default=MembershipSection(), description="How shards are followed.")
+
+    def shard_settings(self, bind_host: str) -> ShardSettings:
+        """What one shard of this application is told; `bind_host` is the address that routers reach it at."""
+        return ShardSettings(
+            model_path=self.model.path,
+            dtype=self.model.dtype,
+            device=self.shards.device,
+            kernel=self.shards.kernel,
+            num_threads=self.shards.num_threads,
+            bind_host=bind_host,
+            max_rows_per_dispatch=self.shards.max_rows_per_dispatch,
+            slots_per_rank=self.shards.slots_per_rank,
+            spin_us=self.shards.spin_us,
+            connect_timeout_s=self.shards.connect_s,
+        )
+
+
+class LLMAppConfig(StrictModel):
+    """Arguments of `serve_app:build_llm`: the routers and the HTTP side."""
+
+    model: ModelSection = Field(description="Which model; the same in both applications.")
+    routers: RoutersSection = Field(default=RoutersSection(), description="The vLLM engines.")
+    transport: TransportSection = Field(default=TransportSection(), description="How rows travel.")
+    deadlines: DeadlinesSection = Field(default=DeadlinesSection(), description="Bounds on waits.")
+    http: HttpSection = Field(default=HttpSection(), description="API keys, queue limit, health.")
+    experts_app: str = Field(
+        default="experts", min_length=1, description="Name of the application that holds the shards."
+    )
+
+    def router_settings(self) -> RouterSettings:
+        """What one router's vLLM worker is told."""
+        return RouterSettings(
+            model_path=self.model.path,
+            transport=self.transport.name,
+            dispatch_timeout_ms=self.deadlines.dispatch_ms,
+            connect_timeout_s=self.deadlines.connect_s,
+            max_rows_per_dispatch=self.transport.max_rows_per_dispatch,
+            spin_us=self.transport.spin_us,
+            prefer_local_replicas=self.transport.prefer_local_replicas,
+            trace_tokens=self.routers.trace_tokens,
+            fallback_cache_bytes=self.routers.fallback_cache_bytes,
+            membership_by_rpc=True,
+        )
+
+    def engine_kwargs(self) -> dict[str, Any]:
+        """The user's engine options with the project's own: dtype, worker extension, settings."""
+        device = "cuda" if self.routers.accelerator == "gpu" else "cpu"
+        return router_engine_kwargs(
+            self.router_settings(), {**self.routers.engine_kwargs, "dtype": self.model.dtype}, device
+        )

@@ -1,0 +1,176 @@
+"""Sections of the application `llm`: routers, transport, deadlines, HTTP."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from experts.protocol.settings import RouterSettings, StrictModel, TransportName
+
+
+def _router_default(name: str) -> Any:
+    return RouterSettings.model_fields[name].default
+
+
+class RoutersSection(StrictModel):
+    """The routers: replicas of Ray Serve LLM, each with a vLLM engine that holds no expert weights."""
+
+    count: int | None = Field(
+        default=None, ge=1, description="Routers; 1 if neither this nor deployment_config says how many."
+    )
+    accelerator: Literal["cpu", "gpu"] = Field(default="cpu", description="What the engines run on.")
+    accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU, such as H100.")
+    engine_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Any of vLLM's engine options, as Ray Serve LLM takes them."
+    )
+    deployment_config: dict[str, Any] = Field(
+        default_factory=dict, description="Any of Ray Serve's options of the deployment, autoscaling_config included."
+    )
+    placement_group_config: dict[str, Any] | None = Field(
+        default=None, description="Ray Serve LLM's bundles of an engine's workers: bundle_per_worker or bundles."
+    )
+    llm_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of Ray Serve LLM's LLMConfig: experimental_configs, callback_config.",
+    )
+    env_vars: dict[str, str] = Field(default_factory=dict, description="Environment of the routers and their engines.")
+    trace_tokens: int = Field(
+        default=_router_default("trace_tokens"),
+        ge=0,
+        description="Tokens of which a router keeps its routing decisions, as a uniform sample, for planning; 0: none.",
+    )
+    fallback_cache_bytes: int = Field(
+        default=_router_default("fallback_cache_bytes"),
+        ge=0,
+        description="A router computes experts that no live shard holds; this many bytes of them stay converted.",
+    )
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _owned_engine_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        owned = {
+            "worker_extension_cls": "it names the plug-in that replaces the routed experts",
+            "load_format": "the loader leaves the experts' tensors out",
+            "model": "use model.path instead",
+            "served_model_name": "use model.id instead",
+            "dtype": "use model.dtype instead, which the shards follow too",
+        }
+        for key, why in owned.items():
+            if key in value:
+                raise ValueError(f"{key} is set by the project: {why}")
+        extra = value.get("additional_config")
+        if isinstance(extra, dict) and "expertmesh" in extra:
+            raise ValueError("additional_config.expertmesh is set by the project: use transport and deadlines instead")
+        for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if value.get(key, 1) != 1:
+                raise ValueError(f"{key} is {value[key]!r}, expected 1: run more routers instead, see routers.count")
+        if value.get("enable_expert_parallel"):
+            raise ValueError("enable_expert_parallel has no meaning here: the experts stand on the shards")
+        return value
+
+    @field_validator("llm_config")
+    @classmethod
+    def _owned_llm_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own_place = (
+            "model_loading_config engine_kwargs deployment_config placement_group_config accelerator_type server_cls "
+            "accelerator_config runtime_env"
+        )
+        for key in own_place.split():
+            if key in value:
+                raise ValueError(f"{key} has a place of its own in this config, or is set by the project")
+        if value.get("lora_config") is not None:
+            raise ValueError("lora_config is given, and LoRA adapters are not served: the engine would refuse them")
+        return value
+
+    @model_validator(mode="after")
+    def _one_count(self) -> RoutersSection:
+        given = [key for key in ("num_replicas", "autoscaling_config") if key in self.deployment_config]
+        if self.count is not None and given:
+            raise ValueError(f"count and deployment_config.{given[0]} are both given; give one")
+        return self
+
+
+class TransportSection(StrictModel):
+    """How rows travel between routers and shards."""
+
+    name: TransportName = Field(
+        default=_router_default("transport"),
+        description="auto: NCCL between GPUs, shared memory within a host, gloo across hosts.",
+    )
+    max_rows_per_dispatch: int = Field(
+        default=_router_default("max_rows_per_dispatch"),
+        ge=1,
+        description="Rows of one message at most; a larger step goes out in several rounds.",
+    )
+    spin_us: float = Field(
+        default=_router_default("spin_us"), ge=0, description="How long a wait yields the core before it sleeps."
+    )
+    prefer_local_replicas: bool = Field(
+        default=_router_default("prefer_local_replicas"),
+        description="Fetch experts from replicas on the router's own host where there are any, whatever their load: "
+        "for hosts that each have a router and their share of the requests.",
+    )
+
+
+class DeadlinesSection(StrictModel):
+    """Bounds on everything that a router waits for."""
+
+    dispatch_ms: float = Field(
+        default=_router_default("dispatch_timeout_ms"),
+        gt=0,
+        description="A shard that has not answered a dispatch by then is given up for this epoch.",
+    )
+    connect_s: float = Field(
+        default=_router_default("connect_timeout_s"), gt=0, description="Connecting a router to one shard."
+    )
+    membership_s: float = Field(
+        default=600.0, gt=0, description="A starting router's wait for the shards: on a cold start for all of them."
+    )
+    apply_s: float = Field(default=120.0, gt=0, description="Handing one epoch to an engine's workers.")
+    probe_s: float = Field(default=10.0, gt=0, description="The one token that /health generates on demand.")
+
+
+class HttpSection(StrictModel):
+    """The HTTP side, besides Serve's own http_options."""
+
+    api_keys: list[str] = Field(
+        default_factory=list, description="Keys that clients may use; none: everyone may. Prefer api_keys_env."
+    )
+    api_keys_env: str | None = Field(
+        default=None, description="Environment variable with more keys, separated by commas; has to be set if named."
+    )
+    max_pending_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Generation requests that one ingress holds, running or queued; a further one gets 503.",
+    )
+    retry_after_s: int = Field(default=1, ge=0, description="What the Retry-After header of such a 503 says.")
+    healthy_within_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="/health counts tokens generated through the shards so recently; else it generates one.",
+    )
+    deployment_config: dict[str, Any] = Field(
+        default_factory=dict, description="Ray Serve's options of the ingress deployment, ray_actor_options included."
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if any(not key.strip() for key in value):
+            raise ValueError("an API key is empty")
+        return value
+
+    def keys(self) -> frozenset[str]:
+        """Every key that is accepted; empty means that everyone may. Raises ValueError if api_keys_env is not set."""
+        keys = set(self.api_keys)
+        if self.api_keys_env is not None:
+            named = [key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip()]
+            if not named:
+                raise ValueError(
+                    f"http.api_keys_env names {self.api_keys_env}, which holds no key where the application is built"
+                )
+            keys.update(named)
+        return frozenset(keys)

@@ -1,0 +1,61 @@
+"""What stands before the OpenAI API: keys and the queue limit, as one ASGI middleware that leaves streams alone."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.http.errors import error_response
+
+OPEN_PATHS = frozenset({"/health", "/metrics", "/docs", "/openapi.json"})
+GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+
+
+class Gate:
+    """401 for a request without a key (where keys are set), 503 for a generation over the limit."""
+
+    def __init__(self, app: ASGIApp, keys: frozenset[str], max_pending: int, retry_after_s: int) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+        self._max_pending = max_pending
+        self._retry_after_s = retry_after_s
+        self._pending = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection; anything but HTTP passes."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._digests and path not in OPEN_PATHS and not self._admits(scope):
+            response = error_response(401, "no valid API key: send one as 'Authorization: Bearer KEY'")
+            await response(scope, receive, send)
+            return
+        if path not in GENERATION_PATHS:
+            await self._app(scope, receive, send)
+            return
+        if self._pending >= self._max_pending:
+            message = f"{self._pending} requests are pending, which is the limit; try again"
+            response = error_response(503, message, code="queue_full", retry_after_s=self._retry_after_s)
+            await response(scope, receive, send)
+            return
+        self._pending += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._pending -= 1
+
+    def _admits(self, scope: Scope) -> bool:
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                scheme, _, key = value.decode("latin-1").partition(" ")
+                digest = _digest(key.strip())
+                matches = [hmac.compare_digest(digest, known) for known in self._digests]
+                return scheme.lower() == "bearer" and any(matches)
+        return False
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

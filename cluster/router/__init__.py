@@ -1,0 +1,1 @@
+"""The router deployment and its life: epochs, health, Serve options. Dispatch itself is `experts.dispatch`."""

@@ -1,0 +1,64 @@
+"""Serve's options of the router deployment, as Ray Serve LLM's builder would compute them, without importing it.
+
+`tests/cluster/router/test_options.py` holds them against that builder's own for every config that ships.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from cluster.config.llm_sections import RoutersSection
+from experts.vllm_plugin.engine_kwargs import CPU_ROUTER_ENV
+
+SETUP_HOOK = "ray.llm._internal.serve._worker_process_setup_hook"
+DEFAULTS: dict[str, Any] = {
+    "max_ongoing_requests": 1_000_000_000,
+    "health_check_period_s": 10,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_wait_loop_s": 0.2,
+}
+
+
+def runtime_env_of(routers: RoutersSection) -> dict[str, Any]:
+    """Environment of routers and their engines; the checkpoint is a folder, so nothing is asked of the hub."""
+    own = CPU_ROUTER_ENV if routers.accelerator == "cpu" else {}
+    return {"env_vars": {"HF_HUB_OFFLINE": "1", **own, **routers.env_vars}}
+
+
+def router_options(routers: RoutersSection) -> dict[str, Any]:
+    """Replicas, actor options and the placement group that one engine and its workers run in."""
+    options = {**DEFAULTS, **copy.deepcopy(routers.deployment_config)}
+    if options.get("autoscaling_config") is None:
+        options.setdefault("num_replicas", routers.count or 1)
+    actor = dict(options.get("ray_actor_options") or {})
+    group = routers.placement_group_config or {}
+    options["placement_group_bundles"] = _with_replica(_engine_bundles(routers, group), actor)
+    options["placement_group_strategy"] = group.get("strategy", "PACK")
+    user_env = dict(actor.get("runtime_env") or {})
+    actor["runtime_env"] = {"worker_process_setup_hook": SETUP_HOOK, **user_env, **runtime_env_of(routers)}
+    options["ray_actor_options"] = actor
+    return options
+
+
+def _engine_bundles(routers: RoutersSection, group: dict[str, Any]) -> list[dict[str, float]]:
+    """Resources of the engine's one worker, or as the user lists them."""
+    if "bundle_per_worker" in group:
+        bundles = [dict(group["bundle_per_worker"])]
+    elif "bundles" in group:
+        bundles = [dict(bundle) for bundle in group["bundles"]]
+    else:
+        bundles = [{"GPU": 1} if routers.accelerator == "gpu" else {"CPU": 1}]
+    if routers.accelerator_type is not None:
+        for bundle in bundles:
+            bundle.setdefault(f"accelerator_type:{routers.accelerator_type}", 0.001)
+    return bundles
+
+
+def _with_replica(bundles: list[dict[str, float]], actor: dict[str, Any]) -> list[dict[str, float]]:
+    """The replica's own resources on top of the first bundle, in which it runs."""
+    own = {"CPU": actor.get("num_cpus", 1), "GPU": actor.get("num_gpus", 0), **(actor.get("resources") or {})}
+    if "memory" in actor:
+        own["memory"] = actor["memory"]
+    first = {key: bundles[0].get(key, 0) + own.get(key, 0) for key in {*bundles[0], *own}}
+    return [first, *bundles[1:]]

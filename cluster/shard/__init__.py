@@ -1,0 +1,1 @@
+"""The shard deployment: its way into the cluster and out of it. What a shard does is `experts.shard`."""

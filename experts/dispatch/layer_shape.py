@@ -1,0 +1,51 @@
+"""What every MoE layer of the served model has in common on the router's side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from placement.placement import Placement
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What every MoE layer of the served model has in common on the router's side."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one activation row on the wire."""
+        return self.hidden_size * self.dtype.itemsize
+
+    def check_placement(self, placement: Placement) -> None:
+        """ValueError for a placement of another model."""
+        if (placement.num_layers, placement.num_experts) != (self.num_layers, self.num_experts):
+            raise ValueError(
+                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
+                f"the model has {self.num_layers} of {self.num_experts}"
+            )
+
+    def check_call(
+        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> None:
+        """ValueError for what does not fit this shape: the packing works on addresses and would read past the end."""
+        num_tokens = x_TD.shape[0]
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer {layer}, expected 0 to {self.num_layers - 1}")
+        if x_TD.shape != (num_tokens, self.hidden_size) or x_TD.dtype != self.dtype:
+            raise ValueError(
+                f"activations are {x_TD.dtype} {list(x_TD.shape)}, expected {self.dtype} [T, {self.hidden_size}]"
+            )
+        expected = (num_tokens, self.top_k)
+        if topk_ids_TK.shape != expected or topk_weights_TK.shape != expected:
+            raise ValueError(
+                f"top-k ids {list(topk_ids_TK.shape)} and weights {list(topk_weights_TK.shape)}, "
+                f"expected both {list(expected)}"
+            )

@@ -1,0 +1,55 @@
+"""Links whose shard is absent: what a dispatcher costs by itself, for benchmarks and for compiling ahead."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experts.dispatch.dispatcher import Dispatcher
+from experts.dispatch.layer_shape import LayerShape
+from experts.protocol.membership import Membership
+from experts.protocol.wire import (
+    H_MAGIC,
+    H_ROWS,
+    H_SEQ,
+    HEADER_BYTES,
+    MAGIC,
+    header_of,
+    reply_capacity,
+    request_capacity,
+)
+from experts.transports.base import RouterLink
+from placement.placement import Placement
+
+
+class LoopbackLink(RouterLink):
+    """A pair whose shard is absent: every post is answered at once with the rows that lie in the receive buffer."""
+
+    transport = "loopback"
+
+    def __init__(self, rank: int, shape: LayerShape, max_rows: int) -> None:
+        self.rank = rank
+        self._row_bytes = shape.row_bytes
+        self.send_buffer = np.zeros(request_capacity(max_rows, shape.top_k, shape.row_bytes), np.uint8)
+        self.recv_buffer = np.zeros(reply_capacity(max_rows, shape.row_bytes), np.uint8)
+        header_of(self.recv_buffer)[H_MAGIC] = MAGIC
+        self.posted_bytes = 0
+
+    def post(self, nbytes: int) -> None:
+        self.posted_bytes = nbytes
+        sent, answer = header_of(self.send_buffer), header_of(self.recv_buffer)
+        answer[H_SEQ], answer[H_ROWS] = sent[H_SEQ], sent[H_ROWS]
+
+    def wait(self, deadline_s: float) -> int:
+        return HEADER_BYTES + int(header_of(self.recv_buffer)[H_ROWS]) * self._row_bytes
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def loopback_dispatcher(shape: LayerShape, num_ranks: int, max_rows: int) -> Dispatcher:
+    """A dispatcher over a linear placement whose shards are loopback links."""
+    links: dict[int, RouterLink] = {rank: LoopbackLink(rank, shape, max_rows) for rank in range(num_ranks)}
+    dispatcher = Dispatcher(shape, max_rows, 5.0, fallback=None)
+    placement = Placement.linear(shape.num_layers, shape.num_experts, num_ranks)
+    dispatcher.apply(Membership(1, placement, (None,) * num_ranks), links, {})
+    return dispatcher

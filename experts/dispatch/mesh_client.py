@@ -1,0 +1,197 @@
+"""The router's half of the mesh, as the vLLM plug-in drives it: connects to shards, dispatches, reports.
+
+Legend: T tokens, K top-k, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.dispatch.connector import Connector
+from experts.dispatch.dispatcher import Dispatcher, Pending
+from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.step_recorder import StepRecorder
+from experts.protocol.errors import UnsupportedModelError
+from experts.protocol.membership import Membership, ShardEndpoint, host_id
+from experts.protocol.settings import RouterSettings
+from experts.protocol.wire import DTYPE_CODES, reply_capacity, request_capacity
+from experts.transports.base import RouterLink
+from experts.transports.connect import connect
+from experts.transports.control import Hello
+
+logger = logging.getLogger(__name__)
+
+
+class MeshClient:
+    """Everything of one router but vLLM itself. Driven by the worker's one thread."""
+
+    def __init__(self, settings: RouterSettings, checkpoint: ExpertCheckpoint, shape: LayerShape, device: str) -> None:
+        if shape.dtype not in DTYPE_CODES:
+            raise UnsupportedModelError(f"dtype {shape.dtype} is not served, expected one of {list(DTYPE_CODES)}")
+        spec = checkpoint.spec
+        for name, served, stored in (
+            ("experts", shape.num_experts, spec.num_experts),
+            ("hidden size", shape.hidden_size, spec.hidden_size),
+        ):
+            if served != stored:
+                raise UnsupportedModelError(
+                    f"the engine's {name} is {served}, the checkpoint {settings.model_path} says {stored}"
+                )
+        self.settings = settings
+        self.shape = shape
+        self.device = device
+        self.router_id = settings.router_id or f"router-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.dispatcher = Dispatcher(
+            shape,
+            settings.max_rows_per_dispatch,
+            settings.dispatch_timeout_ms / 1000,
+            LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
+        )
+        self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
+        self._connector = Connector(self._connect)
+        self._static = settings.membership
+
+    @property
+    def attached(self) -> bool:
+        """Whether an epoch was applied; before that the layers answer zeros (profiling and warm-up only)."""
+        return self.dispatcher.membership is not None
+
+    def attach_static(self) -> None:
+        """Apply the membership that came with the settings, for engines that run without a controller."""
+        if self._static is not None and not self.attached:
+            self.apply_membership(Membership.from_dict(self._static))
+
+    def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
+        """Begin to connect to those of an epoch's shards that are new, in the background; the ranks not done yet.
+
+        Asked again until nothing is left, it keeps the engine from waiting inside `apply_membership`.
+        """
+        return self._connector.start(
+            endpoint
+            for endpoint in endpoints
+            if endpoint is not None and not self._is_connected(self.dispatcher.membership, endpoint)
+        )
+
+    def apply_membership(self, membership: Membership, wait_s: float | None = None) -> dict[str, Any]:
+        """Connect to the shards of a new epoch and switch to it. Called between steps.
+
+        Links to shard incarnations that are already connected are kept. A shard that cannot be reached within `wait_s`
+        (None: `connect_timeout_s`) is left out and named in the answer: {"epoch", "connected": [ranks],
+        "lost": {rank: reason}, "refused": [ranks of the lost that answered, but with a no]}. Raises ValueError for an
+        epoch that is older than the current one, or a placement of another model.
+        """
+        current = self.dispatcher.membership
+        if current is not None and membership.epoch < current.epoch:
+            raise ValueError(f"epoch {membership.epoch} is older than the current epoch {current.epoch}")
+        self.shape.check_placement(membership.placement)
+        links: dict[int, RouterLink] = {}
+        lost: dict[int, str] = {}
+        fresh: list[ShardEndpoint] = []
+        for rank, endpoint in enumerate(membership.endpoints):
+            if endpoint is None:
+                lost[rank] = "no shard has this rank yet"
+            elif self._is_connected(current, endpoint):
+                links[rank] = self.dispatcher.links[rank]
+            else:
+                fresh.append(endpoint)
+        made, missed, refused = self._connector.take(fresh, wait_s)
+        links |= made
+        lost |= missed
+        local_R = None
+        if self.settings.prefer_local_replicas:
+            local_R = np.array([e is not None and e.host_id == host_id() for e in membership.endpoints])
+        self.dispatcher.apply(membership, links, lost, local_R)
+        logger.info(
+            "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
+        )
+        return {"epoch": membership.epoch, "connected": sorted(links), "lost": lost, "refused": refused}
+
+    def _is_connected(self, current: Membership | None, endpoint: ShardEndpoint) -> bool:
+        rank = endpoint.rank
+        if current is None or rank not in self.dispatcher.links or rank >= len(current.endpoints):
+            return False
+        known = current.endpoints[rank]
+        return known is not None and known.incarnation == endpoint.incarnation
+
+    def _connect(self, endpoint: ShardEndpoint) -> RouterLink:
+        settings, shape = self.settings, self.shape
+        hello = Hello(
+            router_id=self.router_id,
+            transport=settings.transport,
+            incarnation=endpoint.incarnation,
+            dtype=str(shape.dtype).removeprefix("torch."),
+            hidden_size=shape.hidden_size,
+            top_k=shape.top_k,
+            num_layers=shape.num_layers,
+            request_capacity=request_capacity(settings.max_rows_per_dispatch, shape.top_k, shape.row_bytes),
+            reply_capacity=reply_capacity(settings.max_rows_per_dispatch, shape.row_bytes),
+        )
+        deadline_s = time.monotonic() + settings.connect_timeout_s
+        return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)
+
+    def begin(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        record: bool = True,
+    ) -> Pending:
+        """Send a layer's rows out, see `Dispatcher.begin`; `record` is False for steps that are no one's request."""
+        pending = self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
+        if record:
+            # The rows are on their way: this costs no one's time but the router's own.
+            self.recorder.add(layer, pending.topk_ids_TK)
+        return pending
+
+    def finish(self, pending: Pending) -> torch.Tensor:
+        """The layer's weighted sums [T, D]; see `Dispatcher.finish`."""
+        return self.dispatcher.finish(pending)
+
+    def status(self) -> dict[str, Any]:
+        """Counters and membership as plain data, for health checks and metrics."""
+        dispatcher = self.dispatcher
+        stats = dispatcher.stats
+        membership = dispatcher.membership
+        age_s = None if stats.last_success_s is None else time.monotonic() - stats.last_success_s
+        return {
+            "router_id": self.router_id,
+            "epoch": -1 if membership is None else membership.epoch,
+            "num_ranks": stats.num_ranks,
+            "connected": sorted(dispatcher.links),
+            "transports": {rank: link.transport for rank, link in sorted(dispatcher.links.items())},
+            "lost": dict(dispatcher.lost),
+            "layers": self.shape.num_layers,
+            "steps": stats.steps,
+            "dispatches": stats.dispatches,
+            "rows": stats.rows,
+            "fan_out_sum": stats.fan_out_sum,
+            "failovers": stats.failovers,
+            "fallback_pairs": stats.fallback_pairs,
+            "bytes_sent": stats.bytes_sent,
+            "bytes_received": stats.bytes_received,
+            "balancedness": stats.balancedness,
+            "shard_rows": stats.shard_rows[: stats.num_ranks].tolist(),
+            "shard_pairs": stats.shard_pairs[: stats.num_ranks].tolist(),
+            "last_success_age_s": age_s,
+            "stage_us": {
+                "plan_pack": stats.plan_pack.to_dict(),
+                "wait": stats.wait.to_dict(),
+                "combine": stats.combine.to_dict(),
+            },
+        }
+
+    def close(self) -> None:
+        """Close every link."""
+        self._connector.close()
+        self.dispatcher.close()

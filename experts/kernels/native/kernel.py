@@ -1,0 +1,121 @@
+"""Our own CPU kernel (native_mlp.cpp): gather, both matrices, activation and weighted sum in one call.
+
+It runs the bf16 dot product of AVX512_BF16 where the processor has it. Legend as in base.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import weakref
+
+import numpy as np
+import torch
+
+from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.native.build import NativeBuildError, load_library
+from experts.model.spec import ExpertWeights
+
+ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "swigluoai": 3}
+BAD_PAIRS = 1
+
+
+class NativeKernel(ExpertKernel):
+    """Packed weights in huge pages where the system gives them; float32 and bfloat16."""
+
+    name = "native"
+
+    def __init__(self, shape: KernelShape) -> None:
+        super().__init__(shape)
+        self._library = load_library()
+        self._is_bf16 = int(shape.dtype == torch.bfloat16)
+        self._slot_bytes = self._library.em_slot_bytes(self._is_bf16, shape.hidden_size, shape.intermediate_size)
+        size = shape.num_layers * shape.num_slots * self._slot_bytes
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._packed = np.frombuffer(memory, dtype=np.uint8)
+        activation = shape.activation
+        handle = self._library.em_create(
+            self._is_bf16,
+            shape.num_layers,
+            shape.num_slots,
+            shape.hidden_size,
+            shape.intermediate_size,
+            ACTIVATION_IDS[activation.kind],
+            activation.alpha,
+            math.inf if activation.limit is None else activation.limit,
+            int(shape.weight_on_input),
+            self._packed.ctypes.data,
+            self._loaded_LS.ctypes.data,
+        )
+        if not handle:
+            raise MemoryError("no memory for the native kernel")
+        self._handle = ctypes.c_void_p(handle)
+        weakref.finalize(self, self._library.em_destroy, self._handle)
+
+    @classmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """float32 and bfloat16 on the CPU, all activations and sizes, where there is a C++ compiler."""
+        if shape.device_type != "cpu":
+            return f"it runs on the CPU, not on {shape.device}"
+        if shape.dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes float32 and bfloat16, not {shape.dtype}"
+        try:
+            load_library()
+        except NativeBuildError as error:
+            return str(error)
+        return None
+
+    def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        shape = self.shape
+        w13 = weights.w13_2ID.to("cpu", shape.dtype).contiguous()
+        w2 = weights.w2_DI.to("cpu", shape.dtype).contiguous()
+        # biases are rounded to the model's dtype like all else, then added in float32
+        b13 = None if weights.b13_2I is None else weights.b13_2I.to("cpu", shape.dtype).float().contiguous()
+        b2 = None if weights.b2_D is None else weights.b2_D.to("cpu", shape.dtype).float().contiguous()
+        self._library.em_pack(
+            self._is_bf16,
+            shape.hidden_size,
+            shape.intermediate_size,
+            w13.data_ptr(),
+            None if b13 is None else b13.data_ptr(),
+            w2.data_ptr(),
+            None if b2 is None else b2.data_ptr(),
+            self._packed.ctypes.data + (layer * shape.num_slots + slot) * self._slot_bytes,
+        )
+
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        return [torch.from_numpy(self._packed)]
+
+    def forward(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """See `ExpertKernel.forward`. Uses as many threads as torch does; the result does not depend on how many."""
+        self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        status = self._library.em_forward(
+            self._handle,
+            layer,
+            rows_MD.shape[0],
+            slots_N.shape[0],
+            rows_MD.data_ptr(),
+            rows_MD.stride(0),
+            row_offsets_M1.data_ptr(),
+            slots_N.data_ptr(),
+            weights_N.data_ptr(),
+            out_MD.data_ptr(),
+            out_MD.stride(0),
+            torch.get_num_threads(),
+        )
+        if status == BAD_PAIRS:
+            self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+            raise AssertionError("the kernel refused pairs that are in order")
+        if status:
+            raise MemoryError(f"no memory for a call of {rows_MD.shape[0]} rows and {slots_N.shape[0]} pairs")

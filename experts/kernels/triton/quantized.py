@@ -1,0 +1,76 @@
+"""Our own grouped MLP in Triton over quantized weights: bytes are widened in registers, rows keep their dtype.
+
+Never run on a GPU by its authors: none was at hand. Its programs were checked against the float64 oracle in Triton's
+interpreter on the CPU (TRITON_INTERPRET=1); tile sizes are reasoned, not measured. Legend as in base.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from experts.kernels.base import KernelShape
+from experts.kernels.quantized import QuantizedShape, QuantizedStackKernel
+from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precision, triton_misfit
+
+
+def step_for(block: int) -> int:
+    """Values of a weight row that one step takes: long where few pairs share it, since there bytes in flight count.
+
+    Divides 128, so that no step crosses an FP8 block.
+    """
+    return 128 if block <= 32 else 64
+
+
+class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
+    """As `TritonMlpKernel`; decode then reads a half or a quarter of bfloat16's bytes."""
+
+    name = "triton_quantized"
+
+    @classmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """Wherever Triton's programs run; router weights on the output only."""
+        if not isinstance(shape, QuantizedShape):
+            return "it takes quantized weights"
+        if shape.weight_on_input:
+            return "router weights on the input are not supported"
+        if shape.format.name == "mxfp4" and shape.dtype == torch.float16:
+            return "MXFP4's powers of two do not fit into float16"
+        return triton_misfit(shape)
+
+    def _matmuls(
+        self,
+        run: Callable[..., None],
+        layer: int,
+        rows_MD: torch.Tensor,
+        pairs: TiledPairs,
+        h_PI: torch.Tensor,
+        y_ND: torch.Tensor,
+    ) -> None:
+        from experts.kernels.triton import quantized_programs as triton_quantized_jit
+
+        shape, stack = self.shape, self._weights
+        D, I = shape.hidden_size, shape.intermediate_size
+        w13, s13 = stack.w13_LS2IB[layer], stack.w13_scale_LS[layer]
+        w2, s2 = stack.w2_LSDB[layer], stack.w2_scale_LS[layer]
+        b13 = h_PI if stack.b13_LS2I is None else stack.b13_LS2I[layer]
+        b2 = h_PI if stack.b2_LSD is None else stack.b2_LSD[layer]
+        common = {
+            "HAS_BIAS": shape.has_bias, "PRECISION": dot_precision(shape.dtype), "FORMAT": shape.format.name,
+            "GROUP": shape.format.group, "BLOCK_P": pairs.block, **pairs.options,
+        }  # fmt: skip
+        step = step_for(pairs.block)
+        narrow = 64  # two accumulators, and weights that pass through registers
+        run(
+            triton_quantized_jit.gate_up, (-(-I // narrow), pairs.num_tiles),
+            rows_MD, w13, s13, b13, pairs.row_P, pairs.tiles, h_PI,
+            rows_MD.stride(0), D, I, w13.shape[2], s13.shape[1] // 2, s13.shape[2], shape.activation.alpha, self._limit,
+            KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common,
+        )  # fmt: skip
+        run(
+            triton_quantized_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
+            h_PI, w2, s2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
+            D, I, w2.shape[2], s2.shape[1], s2.shape[2],
+            BLOCK_D=pairs.wide, BLOCK_I=step, **common,
+        )  # fmt: skip

@@ -1,0 +1,234 @@
+"""The compute loop of a shard: wait for the bell, take a request, compute, reply. One thread, all routers.
+
+Legend: M rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from experts.kernels import ExpertKernel
+from experts.protocol.wire import (
+    DTYPE_CODES,
+    H_COMPUTE_NS,
+    H_LAYER,
+    H_MAGIC,
+    H_ROWS,
+    H_SEQ,
+    H_STATUS,
+    HEADER_BYTES,
+    MAGIC,
+    STATUS_OK,
+    error_reply,
+    header_of,
+)
+from experts.shard.request import BadRequestError, Request, read_request, warm_up
+from experts.shard.slots import SlotTable
+from experts.transports.base import Doorbell, ShardChannel
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.5
+_FAILURES_IN_A_ROW = 3
+
+
+@dataclass
+class ShardCounters:
+    """What a shard has done since it started."""
+
+    requests: int = 0
+    rows: int = 0
+    pairs: int = 0
+    errors: int = 0
+    compute_ns: int = 0
+    last_error: str | None = None
+    last_epoch: int = -1
+
+
+@dataclass
+class _Views:
+    """Torch views of one channel's buffers, made once."""
+
+    recv: torch.Tensor
+    send: torch.Tensor
+
+    @classmethod
+    def of(cls, channel: ShardChannel) -> _Views:
+        """Views of the host buffers."""
+        return cls(torch.from_numpy(channel.recv_buffer), torch.from_numpy(channel.send_buffer))
+
+
+@dataclass
+class ShardLoop:
+    """Answers every channel that has a request, in turn, until it is stopped."""
+
+    slots: SlotTable
+    kernel: ExpertKernel
+    bell: Doorbell
+    dtype: torch.dtype
+    num_threads: int
+    counters: ShardCounters = field(default_factory=ShardCounters)
+
+    def __post_init__(self) -> None:
+        self._channels: dict[ShardChannel, _Views] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shard-compute", daemon=True)
+        self._hidden_size = self.slots.checkpoint.spec.hidden_size
+        self._failures = 0  # since the last request that was answered
+        self._last_failure = ""
+
+    def warm_up(self) -> None:
+        """One row through the checks and the kernel before a router comes, whose deadline no compiler may use up."""
+        warm_up()
+        rows_MD = torch.zeros(1, self._hidden_size, dtype=self.dtype, device=self.kernel.shape.device)
+        slots_E = self.slots.slot_of_expert_LE[0]
+        slots_N = torch.from_numpy(slots_E[slots_E >= 0][:1].copy())
+        offsets_M1 = torch.tensor([0, len(slots_N)], dtype=torch.int32)
+        self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(len(slots_N)), torch.empty_like(rows_MD))
+
+    def start(self) -> None:
+        """Run the loop in its own thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop after the request at hand. TimeoutError if that takes longer than `timeout_s`."""
+        self._stopping.set()
+        self.bell.ring()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise TimeoutError(f"the compute loop did not end within {timeout_s} s")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no request can be expected to be answered any more, though the loop runs; None while all is well."""
+        if self._failures < _FAILURES_IN_A_ROW:
+            return None
+        return f"no request has been answered since these failed; the last one: {self._last_failure}"
+
+    @property
+    def router_ids(self) -> list[str]:
+        """Names of the connected routers."""
+        with self._lock:
+            return sorted(channel.router_id for channel in self._channels)
+
+    def add(self, channel: ShardChannel) -> None:
+        """Serve one more router."""
+        views = _Views.of(channel)
+        with self._lock:
+            self._channels = {**self._channels, channel: views}
+        logger.info("router %s connected", channel.router_id)
+        self.bell.ring()
+
+    def remove(self, channel: ShardChannel) -> None:
+        """Forget a router that left."""
+        with self._lock:
+            self._channels = {c: v for c, v in self._channels.items() if c is not channel}
+        logger.info("router %s left", channel.router_id)
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.num_threads)
+        # The loop shares its process with control threads; it must get the interpreter back quickly.
+        sys.setswitchinterval(0.0005)
+        with torch.inference_mode():
+            while not self._stopping.is_set():
+                self.bell.wait(_IDLE_WAIT_S)
+                while self._serve_all():
+                    continue
+
+    def _serve_all(self) -> int:
+        """Answer each channel that has a request once; returns how many had."""
+        served = 0
+        for channel, views in self._channels.items():
+            if channel.closed:
+                continue
+            try:
+                nbytes = channel.poll()
+                if nbytes < 0:
+                    continue
+                served += 1
+                channel.reply(self._answer(channel, views, nbytes))
+            except Exception as error:  # one router's broken pair must not end the service of the others
+                logger.exception("lost router %s", channel.router_id)
+                self._count_error(f"router {channel.router_id}: {error}")
+                if isinstance(error, torch.AcceleratorError):
+                    # Not the pair's fault. After most errors of a GPU nothing works on it in this process, not even
+                    # connecting a router, so that no further request would come to tell.
+                    self._failures, self._last_failure = _FAILURES_IN_A_ROW, str(error)
+                channel.close()
+        return served
+
+    def _answer(self, channel: ShardChannel, views: _Views, nbytes: int) -> int:
+        """Compute the reply into the channel's send buffer; returns its length in bytes."""
+        start_ns = time.perf_counter_ns()
+        self.slots.begin_request()
+        try:
+            request = read_request(
+                channel.recv_buffer,
+                nbytes,
+                self.slots.slot_of_expert_LE,
+                DTYPE_CODES[self.dtype],
+                self._hidden_size,
+            )
+            length = HEADER_BYTES + request.num_rows * self._hidden_size * self.dtype.itemsize
+            if length > len(channel.send_buffer):
+                raise BadRequestError(f"{request.num_rows} rows do not fit the reply buffer")
+            self._compute(request, channel, views)
+        except Exception as error:
+            if not isinstance(error, BadRequestError):
+                logger.exception("a request of router %s failed", channel.router_id)
+                self._failures, self._last_failure = self._failures + 1, f"{type(error).__name__}: {error}"
+            self._count_error(str(error))
+            seq = int(header_of(channel.recv_buffer)[H_SEQ])
+            return error_reply(channel.send_buffer, seq, f"{type(error).__name__}: {error}")
+        finally:
+            self.slots.end_request()
+        self._failures = 0
+        spent_ns = time.perf_counter_ns() - start_ns
+        self._write_header(channel.send_buffer, request, spent_ns)
+        counters = self.counters
+        counters.requests += 1
+        counters.rows += request.num_rows
+        counters.pairs += len(request.slots_N)
+        counters.compute_ns += spent_ns
+        counters.last_epoch = request.epoch
+        return length
+
+    def _compute(self, request: Request, channel: ShardChannel, views: _Views) -> None:
+        recv, recv_at, send, send_at = views.recv, request.rows_at, views.send, HEADER_BYTES
+        if channel.recv_tensor is not None and channel.send_tensor is not None:
+            recv, recv_at, send, send_at = channel.recv_tensor, 0, channel.send_tensor, 0
+        nbytes = request.num_rows * self._hidden_size * self.dtype.itemsize
+        rows_MD = recv[recv_at : recv_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
+        out_MD = send[send_at : send_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
+        self.kernel.forward(
+            request.layer,
+            rows_MD,
+            torch.from_numpy(request.row_offsets_M1),
+            torch.from_numpy(request.slots_N),
+            torch.from_numpy(request.weights_N),
+            out_MD,
+        )
+
+    @staticmethod
+    def _write_header(buffer: np.ndarray, request: Request, spent_ns: int) -> None:
+        header = header_of(buffer)
+        header[H_MAGIC], header[H_SEQ], header[H_LAYER] = MAGIC, request.seq, request.layer
+        header[H_ROWS], header[H_STATUS], header[H_COMPUTE_NS] = request.num_rows, STATUS_OK, spent_ns
+
+    def _count_error(self, text: str) -> None:
+        self.counters.errors += 1
+        self.counters.last_error = text

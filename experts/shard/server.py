@@ -1,0 +1,202 @@
+"""One expert shard: loads the experts of its rank, listens for routers, computes what they send. Needs no Ray, no vllm.
+
+`python -m experts.shard.server --settings JSON --placement FILE --rank R` runs one and prints its endpoint as one JSON
+line when it is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.kernels import KernelShape, keep_quantized, pick_kernel
+from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.settings import ShardSettings
+from experts.protocol.wire import reply_capacity, request_capacity
+from experts.shard.loop import ShardLoop
+from experts.shard.slots import SlotTable
+from experts.transports.base import ShardChannel
+from experts.transports.connect import open_shard_channel
+from experts.transports.control import ControlListener, Hello, LifeLine
+from experts.transports.shm import ShmDoorbell
+from placement.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+
+class ShardServer:
+    """A shard's life: start, apply further placements, stop."""
+
+    def __init__(self, settings: ShardSettings) -> None:
+        self.settings = settings
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.endpoint: ShardEndpoint | None = None
+        self.epoch = -1
+        self.placement: Placement | None = None
+        self._load_lock = threading.Lock()
+        self._loop: ShardLoop | None = None
+        self._listener: ControlListener | None = None
+        self._bell: ShmDoorbell | None = None
+
+    def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
+        """Load the experts of `rank`, then listen; returns where. ValueError or CheckpointError if it cannot serve."""
+        if self.endpoint is not None:
+            raise RuntimeError(f"this shard was started before, as rank {self.endpoint.rank}")
+        if not 0 <= rank < placement.num_ranks:
+            raise ValueError(f"rank {rank} is not among the placement's ranks 0 to {placement.num_ranks - 1}")
+        settings = self.settings
+        torch.set_num_threads(settings.num_threads)
+        checkpoint = ExpertCheckpoint.open(settings.model_path)
+        spec = checkpoint.spec
+        num_slots = settings.slots_per_rank or placement.slots_per_rank
+        if num_slots < placement.slots_per_rank:
+            raise ValueError(f"slots_per_rank is {num_slots}, the placement needs {placement.slots_per_rank}")
+        shape = KernelShape(
+            num_layers=spec.num_layers,
+            num_slots=num_slots,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            activation=spec.activation,
+            has_bias=spec.has_bias,
+            weight_on_input=spec.weight_on_input,
+            dtype=self.dtype,
+            device=settings.device,
+        )
+        kernel = pick_kernel(keep_quantized(shape, checkpoint.weight_format, settings.kernel), settings.kernel)
+        slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
+        start_s = time.monotonic()
+        count = slots.load(placement, rank)
+        logger.info(
+            "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
+        )
+        self._bell = ShmDoorbell(settings.spin_us)
+        self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads)
+        self._loop.warm_up()
+        self._loop.start()
+        self.placement, self.epoch = placement, epoch
+        incarnation = uuid.uuid4().hex
+        self._incarnation = incarnation
+        self._listener = ControlListener(
+            settings.bind_host, self._open_channel, self._loop.add, self._loop.remove, settings.connect_timeout_s
+        )
+        self.endpoint = ShardEndpoint(
+            rank, incarnation, settings.bind_host, self._listener.port, host_id(), os.getpid()
+        )
+        logger.info("rank %d: listening on %s:%d", rank, settings.bind_host, self._listener.port)
+        return self.endpoint
+
+    def apply_placement(self, placement: Placement, epoch: int) -> dict[str, Any]:
+        """Load what a later placement gives to this rank, while serving. Returns {"loaded", "epoch"}."""
+        loop, endpoint = self._running()
+        with self._load_lock:
+            if epoch < self.epoch:
+                raise ValueError(f"epoch {epoch} is older than this shard's {self.epoch}")
+            loaded = loop.slots.load(placement, endpoint.rank)
+            self.placement, self.epoch = placement, epoch
+        return {"loaded": loaded, "epoch": epoch}
+
+    def status(self) -> dict[str, Any]:
+        """Plain facts for health checks and metrics."""
+        loop, endpoint = self._running()
+        return {
+            "rank": endpoint.rank,
+            "epoch": self.epoch,
+            "pid": endpoint.pid,
+            "incarnation": endpoint.incarnation,
+            "endpoint": asdict(endpoint),
+            "alive": loop.alive,
+            "fault": loop.fault,
+            "routers": loop.router_ids,
+            "kernel": loop.kernel.name,
+            "loaded_experts": loop.slots.num_loaded,
+            "loaded_bytes": loop.slots.loaded_bytes,
+            "weights_digest": loop.slots.digest(),
+            **asdict(loop.counters),
+        }
+
+    def stop(self) -> None:
+        """Drop the routers and end the loop. Idempotent."""
+        if self._listener is not None:
+            self._listener.stop()
+        if self._loop is not None:
+            self._loop.stop()
+        if self._bell is not None:
+            self._bell.close()
+        self._listener = None
+
+    def _running(self) -> tuple[ShardLoop, ShardEndpoint]:
+        if self._loop is None or self.endpoint is None:
+            raise RuntimeError("this shard was not started yet")
+        return self._loop, self.endpoint
+
+    def _open_channel(self, hello: Hello, line: LifeLine) -> tuple[ShardChannel, dict[str, Any]]:
+        """Refuse a router that would send what this shard cannot compute; else open its channel."""
+        loop, _ = self._running()
+        spec = loop.slots.checkpoint.spec
+        if hello.incarnation != self._incarnation:
+            # Knowing it is what tells this mesh's routers from strangers, so the refusal does not give it away.
+            raise ValueError(f"this is another incarnation of the shard, the router wants {hello.incarnation}")
+        for name, theirs, ours in (
+            ("dtype", hello.dtype, self.settings.dtype),
+            ("hidden size", hello.hidden_size, spec.hidden_size),
+            ("number of MoE layers", hello.num_layers, spec.num_layers),
+        ):
+            if theirs != ours:
+                raise ValueError(f"router {hello.router_id} has {name} {theirs}, this shard has {ours}")
+        row_bytes = spec.hidden_size * self.dtype.itemsize
+        largest = request_capacity(self.settings.max_rows_per_dispatch, max(hello.top_k, 1), row_bytes)
+        if hello.request_capacity > largest or hello.reply_capacity > max(
+            largest, reply_capacity(self.settings.max_rows_per_dispatch, row_bytes)
+        ):
+            raise ValueError(
+                f"router {hello.router_id} wants messages of {hello.request_capacity} bytes, this shard takes up to "
+                f"{largest} (max_rows_per_dispatch {self.settings.max_rows_per_dispatch})"
+            )
+        assert self._bell is not None
+        deadline_s = time.monotonic() + self.settings.connect_timeout_s
+        return open_shard_channel(hello, line, self._bell, self.settings.device, deadline_s)
+
+
+def main() -> None:
+    """Run one shard until SIGTERM, SIGINT, or (with --until-stdin-closes) the end of standard input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", required=True, help="ShardSettings as JSON")
+    parser.add_argument("--placement", required=True, help="placement file (JSON)")
+    parser.add_argument("--rank", required=True, type=int)
+    parser.add_argument("--epoch", default=0, type=int)
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started this one")
+    args = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s shard {args.rank} %(levelname)s %(message)s"
+    )
+    server = ShardServer(ShardSettings.model_validate_json(args.settings))
+    endpoint = server.start(Placement.load(args.placement), args.rank, args.epoch)
+    print(json.dumps(asdict(endpoint)), flush=True)
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
+    if args.until_stdin_closes:
+
+        def follow_stdin() -> None:
+            sys.stdin.read()
+            done.set()
+
+        threading.Thread(target=follow_stdin, daemon=True).start()
+    done.wait()
+    server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The slots of one shard: which experts they hold, and filling them from the checkpoint.
+
+Legend: L MoE layers, E logical experts, s slots of this shard in a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+
+import numpy as np
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint.weight_format import QuantizedExpert
+from experts.kernels import ExpertKernel
+from experts.model.spec import ExpertWeights
+from placement.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 2.0
+_REQUEST_LIMIT_S = 60.0  # a request that computes longer than this has lost its router long ago
+
+
+class SlotTable:
+    """Fills a kernel's slots with the experts that a placement gives to a rank, and finds an expert's slot."""
+
+    def __init__(self, checkpoint: ExpertCheckpoint, kernel: ExpertKernel, num_slots: int, dtype: torch.dtype) -> None:
+        spec = checkpoint.spec
+        self.checkpoint = checkpoint
+        self.num_slots = num_slots
+        self.slot_of_expert_LE = np.full((spec.num_layers, spec.num_experts), -1, np.int32)
+        """int32, -1 where this shard has no slot for the expert. Replaced as a whole, so that readers see one state."""
+        self._expert_in_slot_Ls = np.full((spec.num_layers, num_slots), -1, np.int32)
+        self._digests: dict[tuple[int, int], bytes] = {}
+        self._kernel = kernel
+        self._dtype = dtype
+        self._in_request = False
+        self._requests_ended = 0
+
+    def begin_request(self) -> None:
+        """The compute loop's word that it is about to look slots up; their weights stay as they are until the end."""
+        self._in_request = True
+
+    def end_request(self) -> None:
+        """The compute loop's word that it is done with the slots it looked up."""
+        self._in_request = False
+        self._requests_ended += 1
+
+    def _await_request(self) -> None:
+        """Wait for the request at hand, which may use a slot that was just taken out of the table."""
+        seen, limit_s = self._requests_ended, time.monotonic() + _REQUEST_LIMIT_S
+        while self._in_request and self._requests_ended == seen:
+            if time.monotonic() > limit_s:
+                raise TimeoutError(f"a request has computed for {_REQUEST_LIMIT_S} s, so no slot can be refilled")
+            time.sleep(0.0002)
+
+    @property
+    def num_loaded(self) -> int:
+        """Experts held, over all layers."""
+        return int((self.slot_of_expert_LE >= 0).sum())
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the experts held, in the form that the kernel keeps."""
+        return self.num_loaded * self._kernel.shape.expert_bytes
+
+    def digest(self) -> str:
+        """Changes when a slot holds other weights; samples of each expert, so that it costs nothing at scale."""
+        total = hashlib.sha256()
+        for _, digest in sorted(self._digests.items()):  # one look, since another thread may be loading
+            total.update(digest)
+        return total.hexdigest()[:16]
+
+    def load(self, placement: Placement, rank: int) -> int:
+        """Bring in every expert that `placement` gives to `rank` and that is not here yet; returns how many those were.
+
+        Experts that the placement no longer gives to this rank stay as long as their slots are not needed, so that
+        routers of the epoch before are still answered. Raises ValueError if the slots do not suffice.
+        """
+        spec = self.checkpoint.spec
+        if (placement.num_layers, placement.num_experts) != (spec.num_layers, spec.num_experts):
+            raise ValueError(
+                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
+                f"the checkpoint has {spec.num_layers} of {spec.num_experts}"
+            )
+        wanted_Ls = np.asarray(placement.experts_of_rank(rank))
+        missing = [
+            (layer, int(expert))
+            for layer in range(spec.num_layers)
+            for expert in np.unique(wanted_Ls[layer])
+            if expert >= 0 and self.slot_of_expert_LE[layer, expert] < 0
+        ]
+        start_s = logged_s = time.monotonic()
+        for count, (layer, expert) in enumerate(missing):
+            slot = self._free_slot(layer, wanted_Ls[layer])
+            self._install(layer, slot, expert, self._read(layer, expert))
+            now_s = time.monotonic()
+            if now_s - logged_s > _LOG_EVERY_S or count + 1 == len(missing):
+                logged_s = now_s
+                done = (count + 1) * self._kernel.shape.expert_bytes
+                rate = done / max(now_s - start_s, 1e-6) / 1e6
+                logger.info(
+                    "rank %d: %d of %d experts loaded, %.1f MB, %.0f MB/s",
+                    rank, count + 1, len(missing), done / 1e6, rate,
+                )  # fmt: skip
+        return len(missing)
+
+    def _read(self, layer: int, expert: int) -> ExpertWeights | QuantizedExpert:
+        if self._kernel.takes_quantized:
+            return self.checkpoint.read_quantized(layer, expert)
+        return self.checkpoint.read_expert(layer, expert, self._dtype)
+
+    def _free_slot(self, layer: int, wanted_s: np.ndarray) -> int:
+        held_s = self._expert_in_slot_Ls[layer]
+        empty = np.flatnonzero(held_s < 0)
+        if empty.size:
+            return int(empty[0])
+        spare = np.flatnonzero(~np.isin(held_s, wanted_s))
+        if not spare.size:
+            raise ValueError(f"layer {layer} wants more experts than the {self.num_slots} slots of this shard")
+        return int(spare[0])
+
+    def _install(self, layer: int, slot: int, expert: int, weights: ExpertWeights | QuantizedExpert) -> None:
+        old = int(self._expert_in_slot_Ls[layer, slot])
+        table_LE = self.slot_of_expert_LE.copy()
+        if old >= 0:
+            table_LE[layer, old] = -1
+            self.slot_of_expert_LE = table_LE.copy()
+            self._digests.pop((layer, old), None)
+            self._await_request()
+            self._expert_in_slot_Ls[layer, slot] = -1  # free, should what follows fail
+        self._kernel.set_slot(layer, slot, weights)
+        self._expert_in_slot_Ls[layer, slot] = expert
+        table_LE[layer, expert] = slot
+        self.slot_of_expert_LE = table_LE
+        if isinstance(weights, QuantizedExpert):
+            first, last = weights.w13_2IB, weights.w2_DB
+        else:
+            first, last = weights.w13_2ID, weights.w2_DI
+        sample = torch.cat([first.flatten()[:16], last.flatten()[-16:]]).float().numpy().tobytes()
+        self._digests[(layer, expert)] = hashlib.sha256(f"{layer}.{expert}.".encode() + sample).digest()

@@ -1,0 +1,281 @@
+"""Pairs over torch.distributed: gloo between hosts, NCCL between GPUs.
+
+One message each way:
+
+    frame (over gloo): int64 host bytes | int64 device bytes | pad to 64 | host part
+    rows (over NCCL, only where activations live on GPUs): device part
+
+With gloo everything is in the host part. With NCCL the rows, which end a message (`experts.protocol.wire`), travel as a
+CUDA tensor and the rest of the message, which both hosts read anyway, over gloo: `send_buffer` and `recv_buffer` hold
+the host part, `send_tensor` and `recv_tensor` the rows.
+
+On the shard a thread for each pair blocks in the receive and rings the doorbell. The protocol of NCCL pairs runs
+without a GPU as transport "gloo_split", in the tests: gloo's tensors stand where NCCL's would. NCCL itself was not run
+yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import Store
+
+from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
+from experts.protocol.membership import ShardEndpoint
+from experts.protocol.wire import H_ROWS, header_of
+from experts.transports.base import Doorbell, RouterLink, ShardChannel
+from experts.transports.control import Hello, LifeLine, shake_hands
+from experts.transports.rendezvous import Meeting, connect_to_meeting
+from experts.transports.torch_groups import (
+    ROUTER,
+    SHARD,
+    GlooGroup,
+    NcclGroup,
+    PairGroup,
+    meet,
+    seconds_left,
+)
+
+logger = logging.getLogger(__name__)
+
+_FRAME_BYTES = 64
+_HOST, _DEVICE = 0, 1
+
+
+class _Frame:
+    """A buffer with its frame words in front: one gloo message."""
+
+    def __init__(self, capacity: int) -> None:
+        self.tensor = torch.zeros(_FRAME_BYTES + capacity, dtype=torch.uint8)
+        everything = self.tensor.numpy()
+        self.words: np.ndarray = everything[:_FRAME_BYTES].view(np.int64)
+        self.buffer: np.ndarray = everything[_FRAME_BYTES:]
+
+    def seal(self, host_bytes: int, device_bytes: int) -> torch.Tensor:
+        """What to send for so many bytes."""
+        self.words[_HOST], self.words[_DEVICE] = host_bytes, device_bytes
+        return self.tensor[: _FRAME_BYTES + host_bytes]
+
+
+class _Pair:
+    """What both ends do alike: frame, send, receive."""
+
+    def __init__(self, hello: Hello, device: str, send_capacity: int, recv_capacity: int) -> None:
+        self.out, self.into = _Frame(send_capacity), _Frame(recv_capacity)
+        self._row_bytes = hello.hidden_size * getattr(torch, hello.dtype).itemsize
+        self.send_tensor: torch.Tensor | None = None
+        self.recv_tensor: torch.Tensor | None = None
+        if hello.transport != "gloo":
+            where = device if hello.transport == "nccl" else "cpu"
+            self.send_tensor = torch.zeros(send_capacity, dtype=torch.uint8, device=where)
+            self.recv_tensor = torch.zeros(recv_capacity, dtype=torch.uint8, device=where)
+        self._frames: PairGroup | None = None
+        self._rows: PairGroup | None = None
+        self._arriving: Any = None
+        self._sending: list[Any] = []
+
+    def open(self, store: Store, rank: int, hello: Hello, device: str, line: LifeLine, deadline_s: float) -> None:
+        """Build the groups. RuntimeError or OSError when the other end does not come before the deadline."""
+        address = line.local_address()
+        frames = GlooGroup(meet(store, "frames"), rank, address, seconds_left(deadline_s))
+        rows = meet(store, "rows")
+        if hello.transport == "nccl":
+            self._rows = NcclGroup(rows, rank, device, seconds_left(deadline_s), line.gone)
+        elif hello.transport == "gloo_split":
+            self._rows = GlooGroup(rows, rank, address, seconds_left(deadline_s))
+        self._frames = frames
+
+    def expect(self) -> None:
+        """Begin to receive the next message."""
+        assert self._frames is not None
+        self._arriving = self._frames.recv(self.into.tensor)
+
+    def send(self, nbytes: int) -> None:
+        """Send a message of `nbytes`, and begin to receive the next one; does not wait for either."""
+        if nbytes > len(self.out.buffer):
+            raise ValueError(f"a message of {nbytes} bytes does not fit into {len(self.out.buffer)}")
+        assert self._frames is not None
+        on_device = 0
+        if self._rows is not None:
+            on_device = int(header_of(self.out.buffer)[H_ROWS]) * self._row_bytes
+            if not 0 <= on_device <= nbytes:
+                raise ValueError(f"the header tells of {on_device} bytes of rows in a message of {nbytes} bytes")
+        self.expect()  # first: gloo sends at once to whoever waits already, and asks beforehand otherwise
+        # The works are kept until the next message: by then the peer has all of this one.
+        self._sending = [self._frames.send(self.out.seal(nbytes - on_device, on_device))]
+        if on_device:
+            assert self._rows is not None
+            assert self.send_tensor is not None
+            self._sending.append(self._rows.send(self.send_tensor[:on_device]))
+
+    def receive(self, deadline_s: float | None, rows_limit_s: float = 0.0) -> int:
+        """Wait for the message that `expect` announced; returns its length. TimeoutError, ConnectionError.
+
+        Without a deadline (a shard at rest) rows that a frame announced have `rows_limit_s` to follow it.
+        """
+        assert self._frames is not None
+        self._frames.wait(self._arriving, deadline_s)
+        host_bytes, device_bytes = int(self.into.words[_HOST]), int(self.into.words[_DEVICE])
+        if not 0 <= host_bytes <= len(self.into.buffer) or not 0 <= device_bytes <= self._rows_capacity:
+            raise ConnectionError(f"the peer announced {host_bytes} bytes and {device_bytes} bytes of rows")
+        if device_bytes:
+            assert self._rows is not None
+            assert self.recv_tensor is not None
+            rows_deadline_s = time.monotonic() + rows_limit_s if deadline_s is None else deadline_s
+            self._rows.wait(self._rows.recv(self.recv_tensor[:device_bytes]), rows_deadline_s)
+        return host_bytes + device_bytes
+
+    @property
+    def _rows_capacity(self) -> int:
+        return 0 if self.recv_tensor is None else len(self.recv_tensor)
+
+    def abort(self) -> None:
+        """Break the pair; whoever waits on it fails now."""
+        for group in (self._frames, self._rows):
+            if group is not None:
+                group.abort()
+
+
+class TorchRouterLink(RouterLink):
+    """The router's end. `send_tensor` and `recv_tensor` (uint8) hold the rows where they travel apart, else None."""
+
+    def __init__(self, rank: int, transport: str, pair: _Pair, line: LifeLine) -> None:
+        self.rank = rank
+        self.transport = transport
+        self.send_buffer, self.recv_buffer = pair.out.buffer, pair.into.buffer
+        self.send_tensor, self.recv_tensor = pair.send_tensor, pair.recv_tensor
+        self._pair = pair
+        self._line = line
+        self._closed = False
+
+    def post(self, nbytes: int) -> None:
+        if self._closed:
+            raise ShardLostError(self.rank, "the link is closed")
+        try:
+            self._pair.send(nbytes)
+        except ConnectionError as error:
+            raise ShardLostError(self.rank, self._line.gone() or str(error)) from error
+
+    def wait(self, deadline_s: float) -> int:
+        try:
+            return self._pair.receive(deadline_s)
+        except TimeoutError as error:
+            raise ShardTimeoutError(
+                self.rank, f"no reply over {self.transport} before the dispatch deadline"
+            ) from error
+        except ConnectionError as error:
+            raise ShardLostError(self.rank, self._line.gone() or str(error)) from error
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._line.close()
+            self._pair.abort()
+
+
+class TorchShardChannel(ShardChannel):
+    """The shard's end: a thread builds the groups, then blocks in receives; poll() and reply() never block."""
+
+    def __init__(
+        self, hello: Hello, line: LifeLine, bell: Doorbell, device: str, meeting: Meeting, deadline_s: float
+    ) -> None:
+        self.router_id = hello.router_id
+        self._pair = _Pair(hello, device, hello.reply_capacity, hello.request_capacity)
+        self.recv_buffer, self.send_buffer = self._pair.into.buffer, self._pair.out.buffer
+        self._line = line
+        self._bell = bell
+        self._meeting = meeting
+        self._rows_limit_s = seconds_left(deadline_s)
+        self._ready = -1
+        self._expecting = threading.Semaphore(0)
+        threading.Thread(
+            target=self._run, args=(hello, device, deadline_s), name=f"pair-{hello.router_id}", daemon=True
+        ).start()
+
+    @property
+    def send_tensor(self) -> torch.Tensor | None:
+        return self._pair.send_tensor
+
+    @property
+    def recv_tensor(self) -> torch.Tensor | None:
+        return self._pair.recv_tensor
+
+    def _run(self, hello: Hello, device: str, deadline_s: float) -> None:
+        try:
+            with contextlib.closing(self._meeting.accept(deadline_s)) as store:
+                self._pair.open(store, SHARD, hello, device, self._line, deadline_s)
+            self._pair.expect()
+            while not self.closed:
+                self._ready = self._pair.receive(None, self._rows_limit_s)
+                self._bell.ring()
+                self._expecting.acquire()
+        except (RuntimeError, OSError) as error:
+            if not self.closed:
+                logger.info("pair with router %s ended: %s", self.router_id, self._line.gone() or error)
+        finally:
+            self.close()
+
+    def poll(self) -> int:
+        return -1 if self.closed else self._ready
+
+    def reply(self, nbytes: int) -> None:
+        self._ready = -1
+        try:
+            self._pair.send(nbytes)
+        except ConnectionError:
+            self.close()
+        else:
+            self._expecting.release()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._line.close()
+            self._meeting.close()
+            self._pair.abort()
+            self._expecting.release()
+
+
+def connect_torch(
+    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, device: str, deadline_s: float
+) -> RouterLink:
+    """The router's end of a gloo or NCCL pair, ready to post. Raises ShardError."""
+    rank = endpoint.rank
+    try:
+        _check_device(hello.transport, device)
+    except ValueError as error:
+        raise ShardRejectedError(rank, str(error)) from error
+    answer = shake_hands(connection, rank, hello, deadline_s)
+    pair = _Pair(hello, device, hello.request_capacity, hello.reply_capacity)
+    try:
+        with contextlib.closing(connect_to_meeting(endpoint.host, answer, deadline_s)) as store:
+            pair.open(store, ROUTER, hello, device, line, deadline_s)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        pair.abort()
+        if time.monotonic() >= deadline_s:
+            raise ShardTimeoutError(rank, f"no {hello.transport} pair before the connect deadline") from error
+        raise ShardLostError(rank, line.gone() or f"no {hello.transport} pair: {error}") from error
+    return TorchRouterLink(rank, hello.transport, pair, line)
+
+
+def open_torch_channel(
+    hello: Hello, line: LifeLine, bell: Doorbell, device: str, deadline_s: float
+) -> tuple[ShardChannel, dict[str, Any]]:
+    """The shard's end of a gloo or NCCL pair, which goes on opening behind the answer. ValueError refuses it."""
+    _check_device(hello.transport, device)
+    meeting = Meeting(line.local_address())
+    return TorchShardChannel(hello, line, bell, device, meeting, deadline_s), meeting.details()
+
+
+def _check_device(transport: str, device: str) -> None:
+    if transport == "nccl" and not device.startswith("cuda"):
+        raise ValueError(f"transport nccl joins GPUs, this end computes on {device!r}")
+    if transport == "nccl" and not torch.distributed.is_nccl_available():
+        raise ValueError("transport nccl: this build of torch has no NCCL")

@@ -1,0 +1,110 @@
+"""Everything of vLLM's internals that the project touches, in one place.
+
+Written for vllm 0.25.1 to 0.32; `tests/experts/vllm_plugin/test_joints.py` fails clearly when a version moves one. All
+joints stand at the same place with the same parameters in 0.25.1 and 0.32.0. What differs is met here: 0.25.1 has no
+expert class of gpt-oss's own, and its loader tells less of a checkpoint's files. Engines were run with 0.32.0 only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op
+
+logger = logging.getLogger(__name__)
+
+# Models whose experts are a class of their own: the plug point looks classes up by exact name, so each is named here.
+_EXPERT_SUBCLASSES = (
+    ("vllm.model_executor.models.gpt_oss", "GptOssRoutedExperts"),
+    ("vllm.model_executor.models.dbrx", "DbrxExperts"),
+)
+
+
+def routed_expert_classes() -> list[type[RoutedExperts]]:
+    """RoutedExperts and the subclasses that can be replaced; one that this version lacks is left out."""
+    classes: list[type[RoutedExperts]] = [RoutedExperts]
+    for module_name, class_name in _EXPERT_SUBCLASSES:
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ImportError as error:
+            logger.debug("%s is not in this vllm: %s", module_name, error)
+            continue
+        if inspect.isclass(found) and issubclass(found, RoutedExperts):
+            classes.append(found)
+    return classes
+
+
+def expertmesh_settings(config: VllmConfig) -> dict[str, Any] | None:
+    """The `expertmesh` part of additional_config, None when this engine has none."""
+    extra = config.additional_config
+    if not isinstance(extra, dict):
+        return None
+    found = extra.get("expertmesh")
+    return dict(found) if found is not None else None
+
+
+def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
+    """The files of a source of weights. vllm 0.25.1 tells (folder, files, kind), later ones more."""
+    found = loader._prepare_weights(
+        source.model_or_path,
+        source.subfolder,
+        source.revision,
+        source.fall_back_to_pt,
+        source.allow_patterns_overrides,
+    )
+    return list(found[1])
+
+
+def step_in_progress() -> tuple[bool, torch.Tensor | None]:
+    """Whether the forward pass that runs is of requests, and which of its rows are padding (bool [rows], None if none).
+
+    vLLM hands attention's metadata to steps of requests alone, not to profiling and warm-up; and it pads a step only
+    to the size of a CUDA graph. A version that does not tell its padding rows apart has them counted as real ones.
+    """
+    if not is_forward_context_available():
+        return True, None
+    context = get_forward_context()
+    padded = context.cudagraph_runtime_mode != CUDAGraphMode.NONE
+    return context.attn_metadata is not None, getattr(context, "is_padding", None) if padded else None
+
+
+_MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+
+
+def split_graphs_at_moe(config: VllmConfig) -> None:
+    """Add the ops that hide a MoE layer on GPUs to those where vLLM splits its graphs. Before the model is compiled."""
+    compilation = config.compilation_config
+    present = list(compilation.splitting_ops or [])
+    compilation.splitting_ops = present + [name for name in _MOE_OPS if name not in present]
+
+
+__all__ = [
+    "DefaultModelLoader",
+    "FusedMoEMethodBase",
+    "RoutedExperts",
+    "SharedExpertsOrder",
+    "VllmConfig",
+    "direct_register_custom_op",
+    "expertmesh_settings",
+    "extract_layer_index",
+    "get_current_vllm_config",
+    "op_registry_oot",
+    "register_model_loader",
+    "routed_expert_classes",
+    "split_graphs_at_moe",
+    "step_in_progress",
+    "weight_files",
+]

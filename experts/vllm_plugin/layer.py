@@ -1,0 +1,206 @@
+"""The plug-in: vLLM's routed experts, replaced out of tree by a layer that holds no weights and asks the shards.
+
+Legend: T tokens, K top-k, D hidden size.
+
+    router (attention, gate, top-k) -> forward_modular -> begin: rows go out to the shards
+                                                          shared experts run here meanwhile
+                                                       -> finish: weighted sums come back
+
+`begin` and `finish` are opaque ops for torch.compile; on GPUs vLLM wraps the whole layer in an op of its own, at which
+CUDA graphs have to split.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from experts.checkpoint import CheckpointError, ExpertCheckpoint
+from experts.dispatch.dispatcher import Pending
+from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.mesh_client import MeshClient
+from experts.protocol.errors import UnsupportedModelError
+from experts.protocol.settings import RouterSettings
+from experts.vllm_plugin.joints import (
+    FusedMoEMethodBase,
+    RoutedExperts,
+    SharedExpertsOrder,
+    direct_register_custom_op,
+    extract_layer_index,
+    get_current_vllm_config,
+    op_registry_oot,
+    routed_expert_classes,
+    step_in_progress,
+)
+from experts.vllm_plugin.refusals import check_engine, split_graphs
+
+logger = logging.getLogger(__name__)
+
+_router: MeshClient | None = None
+_checkpoint: ExpertCheckpoint | None = None
+_settings: RouterSettings | None = None
+_pending: Pending | None = None
+
+
+def current_router() -> MeshClient:
+    """The router of this process' engine. RuntimeError when no MoE layer was built."""
+    if _router is None:
+        raise RuntimeError("this engine has no MoE layer that expertmesh replaced")
+    return _router
+
+
+def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
+    """The experts' checkpoint, opened once. UnsupportedModelError with the reader's reason, or for a second engine."""
+    global _checkpoint, _settings
+    if _checkpoint is None:
+        try:
+            checkpoint = ExpertCheckpoint.open(settings.model_path)
+            checkpoint.check()
+        except CheckpointError as error:
+            raise UnsupportedModelError(f"the experts of this model cannot be served apart: {error}") from error
+        _checkpoint, _settings = checkpoint, settings
+    if settings != _settings:
+        raise UnsupportedModelError(
+            f"this process has an engine for the experts of {_settings and _settings.model_path} already; "
+            f"one with other settings ({settings.model_path}) needs a process of its own"
+        )
+    return _checkpoint
+
+
+class NoLocalWeights(FusedMoEMethodBase):
+    """A MoE method without parameters, so that the loader has nothing to fill."""
+
+    def create_weights(self, layer: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Nothing: the weights live on shards."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Nothing to pack."""
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """Whatever the quantization, it is the shards' business."""
+        return None
+
+    def maybe_roundup_sizes(self, hidden_size: int, intermediate_size: int, *args: Any, **kwargs: Any) -> Any:
+        """No local kernel, so no padding for one."""
+        return hidden_size, intermediate_size
+
+    @property
+    def mk_can_overlap_shared_experts(self) -> bool:
+        """Shared experts are run inside forward_modular, between sending and receiving."""
+        return True
+
+    def apply(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Never called: forward_modular is replaced."""
+        raise AssertionError("routed experts are computed by shards")
+
+
+class MeshExpertsMixin:
+    """What a replaced expert layer does: hold nothing, dispatch, combine."""
+
+    layer_name: str
+    top_k: int
+    global_num_experts: int
+    mesh_layer: int
+
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
+        """Called by RoutedExperts.__init__: the place to refuse, and to join the process' router."""
+        global _router
+        config = get_current_vllm_config()
+        settings = check_engine(config)
+        checkpoint = current_checkpoint(settings)
+        layer_id = extract_layer_index(prefix)
+        if layer_id not in checkpoint.spec.layer_ids:
+            raise UnsupportedModelError(
+                f"{prefix} is a MoE layer that the checkpoint's list of MoE layers {checkpoint.spec.layer_ids} lacks"
+            )
+        self.mesh_layer = checkpoint.spec.layer_ids.index(layer_id)
+        if _router is None:
+            device = str(config.device_config.device_type)
+            split_graphs(config, device)
+            shape = LayerShape(
+                num_layers=checkpoint.spec.num_layers,
+                num_experts=moe_config.num_experts,
+                top_k=moe_config.experts_per_token,
+                hidden_size=moe_config.hidden_dim,
+                dtype=moe_config.in_dtype,
+            )
+            _router = MeshClient(settings, checkpoint, shape, device)
+        return NoLocalWeights(moe_config)
+
+    def load_weights(self, weights: Any) -> Any:
+        """Take note of expert tensors without reading them; with our loader none arrives."""
+        for name, _ in weights:
+            yield name
+
+    def weight_loader(self, *args: Any, **kwargs: Any) -> bool:
+        """Nothing to load."""
+        return True
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [T, D], topk_* [T, K] -> weighted sum over each token's experts [T, D]."""
+        y = torch.ops.expertmesh.begin(x, topk_weights, topk_ids, self.mesh_layer)
+        if shared_experts is not None and shared_experts_input is not None:
+            shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+        torch.ops.expertmesh.finish(y)
+        return y
+
+
+def _begin(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
+    global _pending
+    router = current_router()
+    if not router.attached:
+        router.attach_static()
+        if not router.attached:
+            # Profiling and warm-up before the first epoch; requests are let in only after it.
+            _pending = None
+            return torch.zeros_like(x)
+    of_requests, padding_T = step_in_progress()
+    if padding_T is not None:
+        # A row that wants no expert is neither sent nor recorded.
+        topk_ids = topk_ids.masked_fill(padding_T[: len(topk_ids), None], -1)
+    _pending = router.begin(layer, x, topk_weights, topk_ids, record=of_requests)
+    return _pending.y_TD if _pending.y_TD.device == x.device else torch.empty_like(x)
+
+
+def _begin_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _finish(y: torch.Tensor) -> None:
+    global _pending
+    pending, _pending = _pending, None
+    if pending is None:
+        return
+    current_router().finish(pending)
+    if pending.y_TD.data_ptr() != y.data_ptr():
+        # torch.compile may hand a copy of what begin returned; y may be on a device and the rows in host memory
+        y.copy_(pending.y_TD)
+
+
+def _finish_fake(y: torch.Tensor) -> None:
+    return None
+
+
+def register() -> None:
+    """Replace vLLM's routed experts in this process, through its out-of-tree registry. Idempotent."""
+    if not hasattr(torch.ops.expertmesh, "begin"):
+        direct_register_custom_op(op_name="begin", op_func=_begin, fake_impl=_begin_fake, target_lib=_LIBRARY)
+        direct_register_custom_op(
+            op_name="finish", op_func=_finish, mutates_args=["y"], fake_impl=_finish_fake, target_lib=_LIBRARY
+        )
+    for base in routed_expert_classes():
+        if base.__name__ not in op_registry_oot:
+            replacement = type(f"Mesh{base.__name__}", (MeshExpertsMixin, base), {})
+            RoutedExperts.register_oot(replacement, name=base.__name__)
+
+
+_LIBRARY = torch.library.Library("expertmesh", "FRAGMENT")

@@ -1,0 +1,253 @@
+"""A placement: which logical expert stands in which slot of which rank, in each layer.
+
+L layers, E logical experts, S slots (physical experts), R ranks, s slots of one rank (S // R), M most replicas of
+an expert. Slots are dealt to ranks in order, `S // R` each; ranks to nodes likewise. An empty slot is -1, so a rank
+with fewer slots than the others is padded with -1.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Slots of every layer and the ranks and nodes that hold them.
+
+    `physical_to_logical_map` int32 [L, S]; with 2 ranks, `[[0, 1, 2, 0]]` puts experts 0 and 1 on rank 0, and
+    expert 2 and a second replica of expert 0 on rank 1. Raises ValueError, naming layer, expert and rank, if an
+    expert has no slot, an id is out of range, or the slots, ranks and nodes do not divide.
+    """
+
+    num_ranks: int
+    num_nodes: int
+    num_experts: int
+    physical_to_logical_map: np.ndarray
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.physical_to_logical_map)
+        if given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(
+                f"physical_to_logical_map must be integers [layers, slots], got {given.dtype} {list(given.shape)}"
+            )
+        # Before they are cast: 2**32 would become expert 0.
+        if given.size and max(-int(given.min()), int(given.max())) >= 2**31:
+            raise ValueError(
+                f"physical_to_logical_map holds {given.min()} to {given.max()}, expected -1 to {self.num_experts - 1}"
+            )
+        copy = np.ascontiguousarray(given, dtype=np.int32).copy()
+        copy.setflags(write=False)
+        object.__setattr__(self, "physical_to_logical_map", copy)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError unless every expert has a slot in every layer and the shape is consistent."""
+        for name in ("num_ranks", "num_nodes", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_ranks % self.num_nodes:
+            raise ValueError(f"{self.num_ranks} ranks cannot be dealt evenly to {self.num_nodes} nodes")
+        if self.num_slots % self.num_ranks:
+            raise ValueError(
+                f"{self.num_slots} slots cannot be dealt evenly to {self.num_ranks} ranks; pad short ranks with -1"
+            )
+        if self.num_slots < self.num_experts:
+            raise ValueError(f"{self.num_slots} slots cannot hold {self.num_experts} experts")
+        map_LS = self.physical_to_logical_map
+        wrong = np.argwhere((map_LS < EMPTY) | (map_LS >= self.num_experts))
+        if wrong.size:
+            layer, slot = wrong[0]
+            raise ValueError(
+                f"layer {layer}, rank {slot // self.slots_per_rank}: slot {slot} holds expert {map_LS[layer, slot]}, "
+                f"expected -1 to {self.num_experts - 1}"
+            )
+        missing = np.argwhere(self.logical_replica_count == 0)
+        if missing.size:
+            layer, expert = missing[0]
+            raise ValueError(
+                f"layer {layer}: expert {expert} has no slot on any of {self.num_ranks} ranks "
+                f"({len(missing)} such experts in all layers)"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return self.physical_to_logical_map.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self.physical_to_logical_map.shape[1]
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.num_slots // self.num_ranks
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks // self.num_nodes
+
+    @property
+    def node_of_rank_R(self) -> np.ndarray:
+        """int32 [R]: the node that each rank stands on."""
+        return (np.arange(self.num_ranks) // self.ranks_per_node).astype(np.int32)
+
+    @cached_property
+    def logical_replica_count(self) -> np.ndarray:
+        """int32 [L, E]: slots that hold each expert."""
+        count_LE = np.zeros((self.num_layers, self.num_experts), np.int32)
+        layer_N, slot_N = np.nonzero(self.physical_to_logical_map >= 0)
+        np.add.at(count_LE, (layer_N, self.physical_to_logical_map[layer_N, slot_N]), 1)
+        return count_LE
+
+    @cached_property
+    def logical_to_physical_map(self) -> np.ndarray:
+        """int32 [L, E, M]: the slots that hold each expert in ascending order, padded with -1."""
+        table_LEM = np.full((self.num_layers, self.num_experts, int(self.logical_replica_count.max())), EMPTY, np.int32)
+        filled_LE = np.zeros((self.num_layers, self.num_experts), np.int32)
+        every_layer = np.arange(self.num_layers)
+        for slot in range(self.num_slots):
+            expert_L = self.physical_to_logical_map[:, slot]
+            layer_N = every_layer[expert_L >= 0]
+            expert_N = expert_L[layer_N]
+            table_LEM[layer_N, expert_N, filled_LE[layer_N, expert_N]] = slot
+            filled_LE[layer_N, expert_N] += 1
+        return table_LEM
+
+    @cached_property
+    def slots_LER(self) -> np.ndarray:
+        """int32 [L, E, R]: the slot of each expert on each rank, its first if it has several there, -1 if none."""
+        table_LER = np.full((self.num_layers, self.num_experts, self.num_ranks), EMPTY, np.int32)
+        every_layer = np.arange(self.num_layers)
+        for slot in reversed(range(self.num_slots)):
+            expert_L = self.physical_to_logical_map[:, slot]
+            layer_N = every_layer[expert_L >= 0]
+            table_LER[layer_N, expert_L[layer_N], slot // self.slots_per_rank] = slot
+        return table_LER
+
+    def experts_of_rank(self, rank: int) -> np.ndarray:
+        """int32 [L, s]: the logical expert in each local slot of a rank, -1 for an empty slot."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} is out of range, expected 0 to {self.num_ranks - 1}")
+        return self.physical_to_logical_map[:, rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        mine = (self.num_ranks, self.num_nodes, self.num_experts)
+        return mine == (other.num_ranks, other.num_nodes, other.num_experts) and np.array_equal(
+            self.physical_to_logical_map, other.physical_to_logical_map
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_json(self) -> dict[str, Any]:
+        """The placement as plain JSON values, as `from_json` reads them."""
+        return {
+            "num_ranks": self.num_ranks,
+            "num_nodes": self.num_nodes,
+            "num_experts": self.num_experts,
+            "physical_to_logical_map": self.physical_to_logical_map.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Placement:
+        """The placement in what `to_json` wrote; keys beside the four are left to their readers.
+
+        `num_nodes` defaults to 1 and `num_experts` to the largest id plus one. Raises ValueError on a missing or
+        malformed key.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"a placement is a JSON object, got {type(data).__name__}")
+        for key in ("num_ranks", "physical_to_logical_map"):
+            if key not in data:
+                raise ValueError(f"the placement has no {key!r}; it has {sorted(data)}")
+        try:
+            map_LS = np.array(data["physical_to_logical_map"])
+        except ValueError:
+            raise ValueError("physical_to_logical_map is ragged: every layer needs the same slots") from None
+        if map_LS.size == 0:
+            raise ValueError("physical_to_logical_map is empty")
+        if not np.issubdtype(map_LS.dtype, np.integer):
+            raise ValueError(f"physical_to_logical_map must be integers [layers, slots], got {map_LS.dtype}")
+        counts = {
+            "num_ranks": data["num_ranks"],
+            "num_nodes": data.get("num_nodes", 1),
+            "num_experts": data.get("num_experts", int(map_LS.max()) + 1),
+        }
+        for key, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{key} is {value!r}, expected an integer")
+        return cls(**counts, physical_to_logical_map=map_LS)
+
+    def save(self, path: str | Path) -> None:
+        """Write the placement as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Placement:
+        """Read a JSON file; raises ValueError naming the file if it holds no valid placement."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except (ValueError, RecursionError) as error:  # the latter: JSON that is nested without end
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def linear(
+        cls, num_layers: int, num_experts: int, num_ranks: int, num_nodes: int = 1, min_replicas: int = 1
+    ) -> Placement:
+        """Contiguous blocks of experts on ranks, the same in every layer; no trace needed.
+
+        With `min_replicas` above 1 the further copies of an expert stand on other ranks, and on other nodes where
+        there are several. The experts of one rank have their copies on as many different ranks as possible, so that
+        a lost rank's load spreads over them. Raises ValueError if there are not enough ranks or nodes for that.
+        """
+        if min(num_layers, num_experts, num_ranks, num_nodes, min_replicas) < 1:
+            raise ValueError(
+                f"{num_layers} layers, {num_experts} experts, {num_ranks} ranks, {num_nodes} nodes, "
+                f"{min_replicas} replicas: each must be at least 1"
+            )
+        check_replicas_fit(min_replicas, num_ranks, num_nodes)
+        if num_ranks % num_nodes:
+            raise ValueError(f"{num_ranks} ranks cannot be dealt evenly to {num_nodes} nodes")
+        blocks = np.array_split(np.arange(num_experts), num_ranks)
+        held: list[list[int]] = [block.tolist() for block in blocks]
+        per_node = num_ranks // num_nodes
+        for rank, block in enumerate(blocks):
+            node, local = divmod(rank, per_node)
+            for index, expert in enumerate(block.tolist()):
+                for copy in range(min_replicas - 1):
+                    # Rotations of the ranks: each gives every rank as many copies as it gives away.
+                    turn = index * (min_replicas - 1) + copy
+                    if num_nodes > 1:
+                        other_node = (node + 1 + turn % (num_nodes - 1)) % num_nodes
+                        target = other_node * per_node + (local + turn // (num_nodes - 1)) % per_node
+                    else:
+                        target = (rank + 1 + turn % (num_ranks - 1)) % num_ranks
+                    held[target].append(expert)
+        slots_per_rank = max(len(experts) for experts in held)
+        row = [expert for experts in held for expert in experts + [EMPTY] * (slots_per_rank - len(experts))]
+        return cls(num_ranks, num_nodes, num_experts, np.tile(np.array(row, np.int32), (num_layers, 1)))
+
+
+def check_replicas_fit(min_replicas: int, num_ranks: int, num_nodes: int) -> None:
+    """Raise ValueError unless `min_replicas` copies can stand on different ranks, and nodes if there are several."""
+    if min_replicas > num_ranks:
+        raise ValueError(f"{min_replicas} replicas on different ranks need {min_replicas} ranks, there are {num_ranks}")
+    if num_nodes > 1 and min_replicas > num_nodes:
+        raise ValueError(f"{min_replicas} replicas on different nodes need {min_replicas} nodes, there are {num_nodes}")
+
+
+def check_trace_fits(num_layers: int, num_experts: int, placement: Placement) -> None:
+    """Raise ValueError if a placement is of another model than the trace."""
+    if (placement.num_layers, placement.num_experts) != (num_layers, num_experts):
+        raise ValueError(
+            f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
+            f"the trace {num_layers} of {num_experts}"
+        )

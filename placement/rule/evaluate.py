@@ -1,0 +1,129 @@
+"""How placements fare on a trace, by the rule that dispatch uses: fan-out, node fan-out, load, bytes.
+
+T tokens, L layers, K experts of one token, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.placement import Placement, check_trace_fits
+from placement.rule.local_replicas import choose_local_first
+from placement.rule.replica_choice import check_top_k, choose_replicas
+from placement.traces.trace import ActivationTrace
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Figures of each layer: float64 [L], and float64 [L, R] loads in (token, expert) pairs.
+
+    `far_fan_out`: ranks visited on other nodes than that of a token's router, with a router on every node and tokens
+    shared evenly among them. `fan_out_histogram` int64 [L, K + 1]: tokens that visit so many ranks. `rows_LR` int64:
+    rows sent to each rank (a token's row once however many of its experts stand there). Without sampled sets fan-outs,
+    rows and histogram are NaN or 0 and loads are those of an even split.
+    """
+
+    fan_out: np.ndarray
+    node_fan_out: np.ndarray
+    far_fan_out: np.ndarray
+    balancedness: np.ndarray
+    balancedness_even_split: np.ndarray
+    load_LR: np.ndarray
+    rows_LR: np.ndarray
+    fan_out_histogram: np.ndarray
+    tokens: int
+
+    def summary(self) -> dict[str, float]:
+        """Means over layers, and the worst layer's balancedness."""
+        return {
+            "fan_out": float(self.fan_out.mean()),
+            "node_fan_out": float(self.node_fan_out.mean()),
+            "far_fan_out": float(self.far_fan_out.mean()),
+            "balancedness": float(self.balancedness.mean()),
+            "balancedness_even_split": float(self.balancedness_even_split.mean()),
+            "worst_balancedness": float(self.balancedness.min()),
+            "tokens": self.tokens,
+        }
+
+
+def balancedness_of(load_LR: np.ndarray) -> np.ndarray:
+    """float64 [L]: mean over max of the rank loads; 1 for a layer that nobody wanted."""
+    most_L = load_LR.max(1)
+    return np.where(most_L > 0, load_LR.mean(1) / np.where(most_L > 0, most_L, 1.0), 1.0)
+
+
+def even_split_loads(placement: Placement, load_LE: np.ndarray) -> np.ndarray:
+    """float64 [L, R]: rank loads when replicas share their expert's load evenly."""
+    map_LS = placement.physical_to_logical_map
+    share_LE = load_LE / placement.logical_replica_count
+    held_LS = np.where(map_LS >= 0, np.take_along_axis(share_LE, np.maximum(map_LS, 0), axis=1), 0.0)
+    return held_LS.reshape(placement.num_layers, placement.num_ranks, -1).sum(2)
+
+
+def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray, prefer_local_replicas: bool = False) -> np.ndarray:
+    """int32 [L, T, K]: the rank that dispatch fetches each expert from, tokens taken in order from zero load.
+
+    With `prefer_local_replicas` as by a router on every node that takes near replicas first, see `choose_local_first`.
+    """
+    rank_LTK = np.full((placement.num_layers, topk_ids_TLK.shape[0], topk_ids_TLK.shape[2]), -1, np.int32)
+    node_of_rank_R = placement.node_of_rank_R
+    for layer in range(placement.num_layers):
+        ids_TK = np.ascontiguousarray(topk_ids_TLK[:, layer], dtype=np.int32)
+        slots_ER = placement.slots_LER[layer]
+        if prefer_local_replicas:
+            rank_LTK[layer] = choose_local_first(ids_TK, slots_ER, node_of_rank_R, placement.num_nodes)
+        else:
+            loads_R = np.zeros(placement.num_ranks, np.int64)
+            choose_replicas(ids_TK, slots_ER, node_of_rank_R, placement.num_nodes, loads_R, rank_LTK[layer])
+    return rank_LTK
+
+
+def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas: bool = False) -> Evaluation:
+    """Apply the dispatch rule to every token of the trace, with `prefer_local_replicas` as routers do that have that
+    set.
+
+    Raises ValueError if the trace is of another model; a token that wants an expert twice counts it once.
+    """
+    check_trace_fits(trace.num_layers, trace.num_experts, placement)
+    num_layers, num_ranks = placement.num_layers, placement.num_ranks
+    even_LR = even_split_loads(placement, trace.load("sets" if trace.has_sets else "counts"))
+    even_balance = balancedness_of(even_LR)
+    top_k = trace.topk_ids.shape[2]
+    if not trace.has_sets:
+        unknown = np.full(num_layers, np.nan)
+        nothing = np.zeros((num_layers, num_ranks), np.int64)
+        histogram = np.zeros((num_layers, top_k + 1), np.int64)
+        return Evaluation(unknown, unknown, unknown, even_balance, even_balance, even_LR, nothing, histogram, 0)
+    check_top_k(top_k)
+    fan_out, node_fan_out, far_fan_out = np.zeros((3, num_layers))
+    load_LR = np.zeros((num_layers, num_ranks))
+    rows_LR = np.zeros((num_layers, num_ranks), np.int64)
+    histogram = np.zeros((num_layers, top_k + 1), np.int64)
+    ids_TLK = np.stack([trace.ids_of_layer(layer) for layer in range(num_layers)], axis=1)
+    home_T = np.arange(len(ids_TLK)) % placement.num_nodes
+    for layer, rank_TK in enumerate(dispatch_trace(placement, ids_TLK, prefer_local_replicas)):
+        load_LR[layer] = np.bincount(rank_TK[rank_TK >= 0], minlength=num_ranks)
+        ordered = np.sort(rank_TK, axis=1)
+        first = np.ones(ordered.shape, bool)
+        first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        first &= ordered >= 0
+        rows_LR[layer] = np.bincount(ordered[first], minlength=num_ranks)
+        histogram[layer] = np.bincount(first.sum(1), minlength=top_k + 1)
+        fan_out[layer] = first.sum() / len(rank_TK)
+        node_TK = np.where(rank_TK >= 0, placement.node_of_rank_R[rank_TK], -1)
+        node_fan_out[layer] = count_visits(node_TK) / len(rank_TK)
+        far_fan_out[layer] = count_visits(np.where(node_TK != home_T[:, None], rank_TK, -1)) / len(rank_TK)
+    balance = balancedness_of(load_LR)
+    return Evaluation(
+        fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens
+    )
+
+
+def count_visits(group_TK: np.ndarray) -> int:
+    """Distinct groups that tokens visit, summed over tokens; -1 counts as none."""
+    ordered = np.sort(group_TK, axis=1)
+    new = np.ones(ordered.shape, bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return int((new & (ordered >= 0)).sum())

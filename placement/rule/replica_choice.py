@@ -1,0 +1,341 @@
+"""The rule by which a token's experts are fetched from replicas: once, for the router and for the planner.
+
+T tokens, K experts of a token, E logical experts, R ranks, N nodes.
+
+Token by token, in order: among the ranks that hold experts still wanted, the one that holds most of them; on a tie
+the one with less load so far, then the lower index. With several nodes the node is chosen first: the one that holds
+most, on a tie one that the token visits already, then the one whose least loaded rank has less, then the lower index.
+Load is counted in (token, expert) pairs. Greedy set cover: within ln K + 1 of the least fan-out, and in practice equal
+to it nearly always.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from placement.compiled import compiled
+
+MAX_TOP_K = 63  # the experts that a token still wants are bits of an int64
+
+
+@intrinsic
+def popcount(typing_context: Any, bits: Any) -> Any:
+    """Number of set bits of an int64, as one machine instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def lowest_bit(typing_context: Any, bits: Any) -> Any:
+    """Index of the lowest set bit of an int64 that is not 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], context.get_constant(types.boolean, True))
+
+    return types.int64(types.int64), generate
+
+
+@compiled()
+def block_of_nodes(node_of_rank_R: np.ndarray, num_nodes: int) -> int:
+    """Ranks of a node if ranks are dealt to nodes in order, equally many each; else 0."""
+    per_node = len(node_of_rank_R) // num_nodes
+    for r in range(len(node_of_rank_R)):
+        if per_node == 0 or node_of_rank_R[r] != r // per_node:
+            return 0
+    return per_node
+
+
+@compiled()
+def _least_load_of_node(node: int, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray) -> int:
+    least = np.int64(-1)
+    first, last = 0, len(rank_load_R)
+    if per_node > 0:
+        first, last = node * per_node, (node + 1) * per_node
+    for r in range(first, last):
+        if node_of_rank_R[r] == node and (least < 0 or rank_load_R[r] < least):
+            least = rank_load_R[r]
+    return int(least)
+
+
+@compiled()
+def _best_node(
+    held_N: np.ndarray,
+    touched_J: np.ndarray,
+    left: int,
+    visited_N: np.ndarray,
+    per_node: int,
+    node_of_rank_R: np.ndarray,
+    rank_load_R: np.ndarray,
+) -> int:
+    """The node to visit next, among `touched_J`; `visited_N[n]` is 1 where the token visits n already."""
+    best = -1
+    best_key = np.int64(0)
+    best_load = np.int64(-1)  # looked up on ties alone
+    for n in touched_J:
+        cover = popcount(held_N[n] & left)
+        if cover == 0:
+            continue
+        key = 2 * cover + visited_N[n]
+        if key < best_key:
+            continue
+        load = np.int64(-1)
+        if key == best_key:
+            if best_load < 0:
+                best_load = _least_load_of_node(best, per_node, node_of_rank_R, rank_load_R)
+            load = _least_load_of_node(n, per_node, node_of_rank_R, rank_load_R)
+            if load > best_load or (load == best_load and n > best):
+                continue
+        best, best_key, best_load = n, key, load
+    return best
+
+
+@compiled()
+def _best_holder(
+    holders_J: np.ndarray, visited_N: np.ndarray, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray
+) -> int:
+    """The rank to fetch one expert from, on its own: node first, as `_best_node`, then the least loaded rank there."""
+    best = -1
+    best_node_load = np.int64(-1)
+    for r in holders_J:
+        node = node_of_rank_R[r]
+        load = _least_load_of_node(node, per_node, node_of_rank_R, rank_load_R)
+        if best >= 0:
+            other = node_of_rank_R[best]
+            if node == other:
+                if rank_load_R[r] > rank_load_R[best] or (rank_load_R[r] == rank_load_R[best] and r > best):
+                    continue
+            elif visited_N[node] != visited_N[other]:
+                if visited_N[node] == 0:
+                    continue
+            elif load > best_node_load or (load == best_node_load and node > other):
+                continue
+        best, best_node_load = r, load
+    return int(best)
+
+
+@compiled(inline="always")
+def cover_token(
+    wanted_K: np.ndarray,
+    num_wanted: int,
+    num_holders_E: np.ndarray,
+    holders_ER: np.ndarray,
+    node_of_rank_R: np.ndarray,
+    num_nodes: int,
+    per_node: int,
+    rank_load_R: np.ndarray,
+    chosen_E: np.ndarray,
+    held_R: np.ndarray,
+    held_N: np.ndarray,
+    touched_R: np.ndarray,
+    touched_N: np.ndarray,
+    visited_N: np.ndarray,
+) -> tuple[int, int]:
+    """Choose for one token; returns the ranks and the nodes that it visits (1 node where there is but one).
+
+    `wanted_K[:num_wanted]` are distinct experts with at least one holder; `holders_ER[e, :num_holders_E[e]]` the
+    ranks that hold e. `per_node` is what `block_of_nodes` returns.
+    Writes `chosen_E` for them and adds to `rank_load_R`. `held_R`, `held_N` and `visited_N`
+    (int64) are scratch, 0 before and after; `touched_R`, `touched_N` (int32) are scratch.
+    """
+    # Bit i of held_R[r]: rank r holds the token's i-th wanted expert.
+    num_touched = 0
+    num_touched_nodes = 0
+    for i in range(num_wanted):
+        expert = wanted_K[i]
+        bit = np.int64(1) << i
+        for j in range(num_holders_E[expert]):
+            r = holders_ER[expert, j]
+            if held_R[r] == 0:
+                touched_R[num_touched] = r
+                num_touched += 1
+            held_R[r] |= bit
+            if num_nodes > 1:
+                n = node_of_rank_R[r]
+                if held_N[n] == 0:
+                    touched_N[num_touched_nodes] = n
+                    num_touched_nodes += 1
+                held_N[n] |= bit
+    left = (np.int64(1) << num_wanted) - 1
+    ranks_visited = 0
+    nodes_visited = 1
+    if num_nodes > 1:
+        nodes_visited = 0
+    while left:
+        node = -1
+        if num_nodes > 1:
+            most = np.int64(0)
+            for j in range(num_touched_nodes):
+                most = max(most, popcount(held_N[touched_N[j]] & left))
+            if most == 1:
+                # Every node holds at most one of those left: no choice touches another, so each is made on its own.
+                while left:
+                    expert = wanted_K[lowest_bit(left)]
+                    left &= left - 1
+                    best = holders_ER[expert, 0]
+                    if num_holders_E[expert] > 1:
+                        best = _best_holder(
+                            holders_ER[expert, : num_holders_E[expert]],
+                            visited_N,
+                            per_node,
+                            node_of_rank_R,
+                            rank_load_R,
+                        )
+                    node = node_of_rank_R[best]
+                    nodes_visited += 1 - visited_N[node]
+                    visited_N[node] = 1
+                    chosen_E[expert] = best
+                    rank_load_R[best] += 1
+                    ranks_visited += 1
+                break
+            node = _best_node(
+                held_N, touched_N[:num_touched_nodes], left, visited_N, per_node, node_of_rank_R, rank_load_R
+            )
+            nodes_visited += 1 - visited_N[node]
+            visited_N[node] = 1
+        best = -1
+        best_cover = np.int64(0)
+        in_block = node >= 0 and per_node > 0
+        for j in range(per_node if in_block else num_touched):
+            r = node * per_node + j if in_block else touched_R[j]
+            if node >= 0 and not in_block and node_of_rank_R[r] != node:
+                continue
+            cover = popcount(held_R[r] & left)
+            if cover > best_cover:
+                best = r
+                best_cover = cover
+            elif cover == best_cover and cover > 0:
+                load = rank_load_R[r]
+                if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
+                    best = r
+        if best_cover == 1 and num_nodes == 1:
+            # Every rank holds at most one of those left: no choice touches another, so each is made on its own.
+            while left:
+                expert = wanted_K[lowest_bit(left)]
+                left &= left - 1
+                best = holders_ER[expert, 0]
+                for j in range(1, num_holders_E[expert]):
+                    r = holders_ER[expert, j]
+                    load = rank_load_R[r]
+                    if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
+                        best = r
+                chosen_E[expert] = best
+                rank_load_R[best] += 1
+                ranks_visited += 1
+            break
+        taken = held_R[best] & left
+        left &= ~taken
+        rank_load_R[best] += best_cover
+        ranks_visited += 1
+        while taken:
+            chosen_E[wanted_K[lowest_bit(taken)]] = best
+            taken &= taken - 1
+    for j in range(num_touched):
+        held_R[touched_R[j]] = 0
+    for j in range(num_touched_nodes):
+        held_N[touched_N[j]] = 0
+        visited_N[touched_N[j]] = 0
+    return ranks_visited, nodes_visited
+
+
+@compiled()
+def choose_replicas(
+    topk_ids_TK: np.ndarray,
+    slots_ER: np.ndarray,
+    node_of_rank_R: np.ndarray,
+    num_nodes: int,
+    rank_load_R: np.ndarray,
+    rank_TK: np.ndarray,
+) -> None:
+    """Choose the rank that each token fetches each of its experts from.
+
+    Args:
+        topk_ids_TK: int32 [T, K], logical experts; negative ids are padding. An expert that occurs twice in a row
+            counts once and gets one rank.
+        slots_ER: int32 [E, R], slot of each expert on each rank, -1 where it has none that is alive.
+        node_of_rank_R: int32 [R], 0 to num_nodes - 1.
+        num_nodes: nodes; 1 leaves them out of the choice.
+        rank_load_R: int64 [R], pairs that each rank has got so far; added to.
+        rank_TK: int32 [T, K], written: the rank chosen, -1 where the id is no expert or has no live slot.
+
+    Raises ValueError if K is above 63. Single-threaded, releases the GIL, callable from other numba functions.
+    """
+    num_tokens, top_k = topk_ids_TK.shape
+    num_experts, num_ranks = slots_ER.shape
+    if top_k > 63:
+        raise ValueError("top-k above 63")
+    # Which ranks hold an expert is looked up when it is first met: -1 not yet, else the number of holders.
+    num_holders_E = np.full(num_experts, -1, np.int32)
+    holders_ER = np.empty((num_experts, num_ranks), np.int32)
+    seen_in_E = np.full(num_experts, -1, np.int32)
+    chosen_E = np.empty(num_experts, np.int32)
+    wanted_K = np.empty(top_k, np.int32)
+    # Bit i of held_R[r]: rank r holds the token's i-th wanted expert. Zero between tokens.
+    held_R = np.zeros(num_ranks, np.int64)
+    held_N = np.zeros(num_nodes, np.int64)
+    touched_R = np.empty(num_ranks, np.int32)
+    touched_N = np.empty(num_nodes, np.int32)
+    visited_N = np.zeros(num_nodes, np.int64)
+    per_node = block_of_nodes(node_of_rank_R, num_nodes)
+
+    for t in range(num_tokens):
+        num_wanted = 0
+        several = False
+        for k in range(top_k):
+            expert = topk_ids_TK[t, k]
+            if expert < 0 or expert >= num_experts or seen_in_E[expert] == t:
+                continue
+            seen_in_E[expert] = t
+            count = num_holders_E[expert]
+            if count < 0:
+                count = 0
+                for r in range(num_ranks):
+                    if slots_ER[expert, r] >= 0:
+                        holders_ER[expert, count] = r
+                        count += 1
+                num_holders_E[expert] = count
+            if count == 0:
+                chosen_E[expert] = -1
+                continue
+            if count > 1:
+                several = True
+            chosen_E[expert] = holders_ER[expert, 0]
+            wanted_K[num_wanted] = expert
+            num_wanted += 1
+
+        if not several:
+            for i in range(num_wanted):
+                rank_load_R[chosen_E[wanted_K[i]]] += 1
+        else:
+            cover_token(
+                wanted_K,
+                num_wanted,
+                num_holders_E,
+                holders_ER,
+                node_of_rank_R,
+                num_nodes,
+                per_node,
+                rank_load_R,
+                chosen_E,
+                held_R,
+                held_N,
+                touched_R,
+                touched_N,
+                visited_N,
+            )
+
+        for k in range(top_k):
+            expert = topk_ids_TK[t, k]
+            rank_TK[t, k] = chosen_E[expert] if 0 <= expert < num_experts else -1
+
+
+def check_top_k(top_k: int) -> None:
+    """Raise ValueError beyond what the rule for choosing replicas takes."""
+    if top_k > MAX_TOP_K:
+        raise ValueError(f"top-k is {top_k}, at most {MAX_TOP_K} is supported")

@@ -1,0 +1,280 @@
+"""From a trace and a request to a placement: the planner.
+
+T tokens, L layers, K experts of one token, E experts, R ranks, s slots of a rank.
+
+Every layer is planned on its own, with experts relabelled in an order that follows from the data alone, so that the
+plan does not depend on how experts are numbered. A layer's candidates are greedy balancing, the current placement and
+what the searches find from them; the best by the rule that dispatch uses is returned, so the plan is never worse than
+what it started from. No ray, vllm or torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.placement import EMPTY, Placement, check_trace_fits
+from placement.rule.replica_choice import check_top_k
+from placement.search.balance import best_balance, even_split_load
+from placement.search.eplb import packed_slots
+from placement.search.layer_search import search_layer
+from placement.search.problem import LayerProblem, PlanRequest, canonical_order, greedy_slots, load_guard, rank_targets
+from placement.search.refresh import bounded_moves
+from placement.search.replica_budget import spread_replicas
+from placement.search.replicas.holders import CLOSED
+from placement.search.scoring import score_slots
+from placement.search.search_clock import SearchClock
+from placement.traces.trace import ActivationTrace
+
+NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
+START_SECONDS = 0.6  # reading, loading compiled code: kept out of the searches' share
+TOKEN_SECONDS = 4.5e-6  # for each token of a layer, likewise: greedy starts, scoring by the rule
+BALANCE_ITERATIONS = 40_000
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A placement and how it fares on the tokens that it was planned on.
+
+    `fan_out`, `node_fan_out`, `far_fan_out` (see `Evaluation`; NaN unless near replicas come first) and `balancedness`
+    float64 [L]; without sampled sets the first three are NaN and the last is that of an even split. `cut`: time ran
+    out or the search was stopped, so what was found depends on the machine's speed. `notes` are lines for a person.
+    """
+
+    placement: Placement
+    fan_out: np.ndarray
+    node_fan_out: np.ndarray
+    far_fan_out: np.ndarray
+    balancedness: np.ndarray
+    seconds: float
+    cut: bool
+    notes: tuple[str, ...]
+
+
+def build_problem(
+    ids_TK: np.ndarray, load_E: np.ndarray, request: PlanRequest, max_filled: int, iterations: int
+) -> tuple[LayerProblem, np.ndarray, np.ndarray]:
+    """The layer's problem and two starts by balance, slots int32 [R, s]; experts as numbered in the arguments.
+
+    Where no placement can keep to the cap, because one expert alone is hotter than that or the slots are too few, the
+    limit is the least that the search for balance reaches.
+    """
+    order_T = np.random.default_rng(request.seed + 1).permutation(len(ids_TK))
+    ids_TK = np.ascontiguousarray(ids_TK[order_T])
+    sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=len(load_E)).astype(float)
+    target_R = rank_targets(load_E, request)
+    guard = 0.0
+    has_replicas = max_filled > len(load_E)
+    if len(ids_TK):
+        guard = load_guard(request.load_cap, len(ids_TK), ids_TK.shape[1], request.num_ranks, has_replicas)
+    problem = LayerProblem(
+        ids=ids_TK,
+        load=load_E,
+        pair_weight=np.where(sets_E > 0, load_E / np.maximum(sets_E, 1), 1.0),
+        open_slots=request.open_slots_R,
+        node_of_rank=request.node_of_rank_R,
+        num_nodes=request.num_nodes,
+        # A single copy is equally far from all routers together, wherever it stands: only visited ranks count.
+        node_weight=0.0 if request.prefer_local_replicas and not has_replicas else request.node_weight,
+        min_replicas=request.min_replicas,
+        max_filled=max_filled,
+        target=target_R,
+        allowed=target_R * (request.load_cap - guard),
+        load_cap=request.load_cap,
+        arrival=np.argsort(order_T),
+        prefer_local_replicas=request.prefer_local_replicas,
+    )
+    greedy_Rs = greedy_slots(load_E, request, max_filled)
+    balanced_Rs, _ = best_balance(
+        load_E, greedy_Rs, problem.node_of_rank, problem.num_nodes, target_R, problem.min_replicas, max_filled,
+        iterations, request.seed,
+    )  # fmt: skip
+    least = float((even_split_load(balanced_Rs, load_E) / target_R).max())
+    if least > request.load_cap - guard:
+        # Replicas let the rule do a little better than an even split, single copies do not.
+        problem = LayerProblem(**{**problem.__dict__, "allowed": target_R * least})
+    return problem, greedy_Rs, balanced_Rs
+
+
+def _relabel(slots_Rs: np.ndarray, new_of_old_E: np.ndarray) -> np.ndarray:
+    held = slots_Rs >= 0
+    return np.where(held, new_of_old_E[np.where(held, slots_Rs, 0)], slots_Rs).astype(np.int32)
+
+
+def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
+    """Slots int32 [R, s] of the current placement in the shape of the request; raises ValueError if it has none."""
+    slots_Rs = np.full((request.num_ranks, int(request.open_slots_R.max())), EMPTY, np.int32)
+    for rank in range(request.num_ranks):
+        held = current.experts_of_rank(rank)[layer]
+        unique = list(dict.fromkeys(held[held >= 0].tolist()))[: int(request.open_slots_R[rank])]
+        if len(held) == slots_Rs.shape[1] and len(unique) == int((held >= 0).sum()):
+            slots_Rs[rank] = held
+        else:
+            slots_Rs[rank, : len(unique)] = unique
+    slots_Rs[np.arange(slots_Rs.shape[1])[None, :] >= request.open_slots_R[:, None]] = CLOSED
+    return slots_Rs
+
+
+def is_legal(slots_Rs: np.ndarray, request: PlanRequest, num_experts: int, max_filled: int) -> bool:
+    """Whether slots hold every expert in enough copies on different nodes (ranks, if there is one node)."""
+    on_ER = np.zeros((num_experts, request.num_ranks), bool)
+    rank_N, slot_N = np.nonzero(slots_Rs >= 0)
+    on_ER[slots_Rs[rank_N, slot_N], rank_N] = True
+    on_ED = on_ER if request.num_nodes == 1 else on_ER.reshape(num_experts, request.num_nodes, -1).any(2)
+    return bool((on_ED.sum(1) >= request.min_replicas).all()) and len(rank_N) <= max_filled
+
+
+def optimize(
+    trace: ActivationTrace,
+    request: PlanRequest,
+    current: Placement | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
+    start_s: float | None = None,
+) -> PlanResult:
+    """Plan a placement.
+
+    Args:
+        trace: sets to plan fan-out on; of counts alone only balance can be planned, which a note says.
+        current: the placement in use; among the candidates, and what `max_moves` counts from.
+        progress: called with layers done and layers in all.
+        stopped: asked now and then; once true, the best so far is returned for what is left.
+        start_s: `time.perf_counter()` when the call began, if earlier than now; `seconds` count from there.
+
+    Raises ValueError if the request cannot be met: fewer slots than experts, a placement of another model.
+    """
+    start_s = time.perf_counter() if start_s is None else start_s
+    request.check_experts(trace.num_experts)
+    check_top_k(trace.topk_ids.shape[2])
+    if current is not None:
+        check_trace_fits(trace.num_layers, trace.num_experts, current)
+        if current.num_ranks != request.num_ranks:
+            raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
+    if request.max_moves is not None and current is None:
+        raise ValueError("max_moves needs the current placement")
+    seconds = search_seconds(request, trace.num_layers, trace.num_tokens)
+    deadline = None if request.seconds is None else start_s + request.seconds - max(0.3, 0.05 * request.seconds)
+    clock = SearchClock(deadline, stopped, seconds * trace.num_layers, trace.num_layers)
+    load_LE = trace.load(request.load_source)
+    notes = []
+    if not trace.has_sets:
+        notes.append("the trace holds counts alone: load was balanced, fan-out could not be optimized")
+    elif trace.counts is not None and request.load_source == "auto" and not trace.frequency_true():
+        notes.append("the trace's sets are no uniform sample of what it counted: load was taken from the sets")
+    max_filled_L = spread_replicas(trace, load_LE, request)
+
+    rows, figures = [], []
+    for layer in range(trace.num_layers):
+        slots_Rs, figure = _plan_layer(
+            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, seconds, clock, notes
+        )
+        clock.layer_done()
+        rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
+        figures.append(figure)
+        if progress is not None:
+            progress(layer + 1, trace.num_layers)
+    placement = Placement(request.num_ranks, request.num_nodes, trace.num_experts, np.stack(rows))
+    if clock.cut:
+        notes.append(
+            "the search was cut short: other machines, or this one when busier, may find another placement; "
+            "allow more seconds, or less effort"
+        )
+    table = np.array(figures)
+    return PlanResult(
+        placement, table[:, 0], table[:, 1], table[:, 2], table[:, 3], time.perf_counter() - start_s, clock.cut,
+        tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+def search_seconds(request: PlanRequest, num_layers: int, num_tokens: int) -> float:
+    """Size of the search in each layer, in nominal seconds."""
+    if request.effort is not None or request.seconds is None:
+        return NOMINAL_SECONDS_A_LAYER * (1.0 if request.effort is None else request.effort)
+    return 0.7 * max(0.0, (request.seconds - START_SECONDS) / num_layers - TOKEN_SECONDS * num_tokens)
+
+
+def _plan_layer(
+    trace: ActivationTrace,
+    layer: int,
+    load_E: np.ndarray,
+    request: PlanRequest,
+    max_filled: int,
+    current: Placement | None,
+    seconds: float,
+    clock: SearchClock,
+    notes: list[str],
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Slots int32 [R, s] of one layer, and its fan-out, node fan-out, far fan-out and balancedness."""
+    ids_TK = trace.ids_of_layer(layer)
+    order_E = canonical_order(ids_TK, load_E, request.seed)
+    new_of_old_E = np.argsort(order_E).astype(np.int32)
+    canonical_ids = np.where(ids_TK >= 0, new_of_old_E[np.maximum(ids_TK, 0)], -1).astype(np.int32)
+    iterations = BALANCE_ITERATIONS if request.objective == "balance" or not trace.has_sets else BALANCE_ITERATIONS // 4
+    if trace.has_sets:
+        iterations = min(iterations, max(500, int(seconds * 20_000)))
+    problem, greedy_Rs, balanced_Rs = build_problem(
+        np.sort(canonical_ids, axis=1)[:, ::-1], load_E[order_E], request, max_filled, iterations
+    )
+    starts = [greedy_Rs]
+    given = None
+    if current is not None:
+        given = _relabel(_current_slots(current, layer, request), new_of_old_E)
+        if is_legal(given, request, trace.num_experts, max_filled):
+            starts.append(given)
+        elif request.max_moves is not None:
+            raise ValueError(
+                f"layer {layer}: the current placement does not meet the request, bounded moves cannot start from it"
+            )
+    bounded: list[np.ndarray] = []
+    if request.max_moves is not None and given is not None:
+        bounded = [given, bounded_moves(problem, given, request.max_moves)]
+    if request.objective == "balance" or not trace.has_sets:
+        if bounded:
+            slots_Rs = min(bounded, key=lambda slots: _worst(problem, slots))
+        else:
+            slots_Rs = _balance_layer(problem, [greedy_Rs, balanced_Rs, *starts[1:]], request)
+        unknown = float("nan")
+        figure = (unknown, unknown, unknown, 1 / max(_worst(problem, slots_Rs), 1e-12))
+        if trace.has_sets:
+            found = score_slots(problem, slots_Rs).score
+            figure = (found.fan_out, found.node_fan_out, found.far_fan_out, figure[3])
+    else:
+        if bounded:
+            scored = [score_slots(problem, slots) for slots in bounded]
+            limit = max(request.load_cap, 1 / scored[0].score.balancedness)
+            best = min(scored, key=lambda one: one.score.plain_key(limit))
+        else:
+            best = search_layer(problem, starts, balanced_Rs, seconds, request.seed, clock)
+        slots_Rs, found = best.slots, best.score
+        figure = (found.fan_out, found.node_fan_out, found.far_fan_out, found.balancedness)
+        if found.balancedness < 1 / request.load_cap - 0.002:
+            notes.append(
+                f"layer {trace.layers[layer]}: largest rank load over the mean is {1 / found.balancedness:.3f}; "
+                f"no better than {float((problem.allowed / problem.target).max()):.3f} was found possible"
+            )
+    return _relabel(slots_Rs, order_E.astype(np.int32)), figure
+
+
+def _worst(problem: LayerProblem, slots_Rs: np.ndarray) -> float:
+    """The largest rank load over its target, under an even split."""
+    return float((even_split_load(slots_Rs, problem.load) / problem.target).max())
+
+
+def _balance_layer(problem: LayerProblem, starts: list[np.ndarray], request: PlanRequest) -> np.ndarray:
+    found = [
+        best_balance(
+            problem.load, start, problem.node_of_rank, problem.num_nodes, problem.target, problem.min_replicas,
+            problem.max_filled, BALANCE_ITERATIONS if n == 1 else 0, request.seed + n, restarts=1,
+        )[0]
+        for n, start in enumerate(starts)
+    ]  # fmt: skip
+    slots_R = request.open_slots_R
+    if request.min_replicas == 1 and (slots_R == slots_R[0]).all() and slots_R.sum() <= problem.max_filled:
+        found.append(packed_slots(problem.load, problem.num_ranks, int(slots_R[0])))
+    return min(found, key=lambda slots: _worst(problem, slots))
+
+
+__all__ = ["NOMINAL_SECONDS_A_LAYER", "PlanResult", "build_problem", "is_legal", "optimize", "search_seconds"]

@@ -1,0 +1,231 @@
+"""What is to be planned: the request for a model, and the problem of one layer that follows from it.
+
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placement.placement import EMPTY, check_replicas_fit
+from placement.search.balance import greedy_balance
+from placement.search.replicas.holders import CLOSED
+
+EXCESS_WEIGHT = 40.0  # visits a token that a rank's load above what is planned for is worth, in mean loads
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a placement must keep to, and what it shall be good at.
+
+    Attributes:
+        num_ranks, num_nodes: ranks are dealt to nodes in order, equally many each. slots_per_rank: slots of every rank,
+        or of each; 0 for a rank that is lost or shall be drained. load_cap: largest rank load over the mean (by speed)
+        that is allowed, on tokens like those of the trace. min_replicas: copies of every expert, on different nodes
+        (ranks, if there is one node). objective: `fan_out`, or `balance` for balance alone. node_weight: what a visited
+        node costs, in visited ranks. prefer_local_replicas: plan for a router on every node, each with an equal share
+        of the tokens, that takes replicas on
+            its own node first. `node_weight` is then what a rank visited on another node costs beside itself.
+        replica_budget: copies beyond the first `min_replicas` in all layers together, spread over layers by what
+            they gain; None fills every slot.
+        speeds: relative speed of each rank, None: all equal.
+        max_moves: with a current placement, how many slots may change in each layer; None: any number.
+        load_source: `auto`, `sets` or `counts`, see `ActivationTrace.load`.
+        seed: same request, trace and seed give the same placement, unless `seconds` cut the search short.
+        effort: size of the search; 1 is a few seconds for each layer of 64 experts. None: what suits `seconds` at a
+            nominal speed, about half that of a 2023 server core; 1 if those are None too.
+        seconds: bound on the whole call. A stop for safety: the result depends on the clock only where it came to
+            that, which `PlanResult.cut` and a note say.
+    """
+
+    num_ranks: int
+    num_nodes: int
+    slots_per_rank: int | tuple[int, ...]
+    load_cap: float = 1.05
+    min_replicas: int = 1
+    objective: str = "fan_out"
+    node_weight: float = 4.0
+    prefer_local_replicas: bool = False
+    replica_budget: int | None = None
+    speeds: tuple[float, ...] | None = None
+    max_moves: int | None = None
+    load_source: str = "auto"
+    seed: int = 0
+    effort: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1 or self.num_nodes < 1:
+            raise ValueError(f"{self.num_ranks} ranks on {self.num_nodes} nodes: each must be at least 1")
+        if self.num_ranks % self.num_nodes:
+            raise ValueError(f"{self.num_ranks} ranks cannot be dealt evenly to {self.num_nodes} nodes")
+        if not isinstance(self.slots_per_rank, int) and len(self.slots_per_rank) != self.num_ranks:
+            raise ValueError(f"slots are given for {len(self.slots_per_rank)} ranks, there are {self.num_ranks}")
+        if min(self.open_slots_R) < 0 or max(self.open_slots_R) < 1:
+            raise ValueError(
+                f"slots per rank are {self.slots_per_rank}, expected at least 1 on some rank and none below 0"
+            )
+        if not self.load_cap >= 1:
+            raise ValueError(f"load cap is {self.load_cap}, expected at least 1 (largest rank load over the mean)")
+        if self.min_replicas < 1:
+            raise ValueError(f"min_replicas is {self.min_replicas}, expected at least 1")
+        check_replicas_fit(self.min_replicas, self.num_ranks, self.num_nodes)
+        if self.objective not in ("fan_out", "balance"):
+            raise ValueError(f"objective is {self.objective!r}, expected fan_out or balance")
+        if self.prefer_local_replicas and self.num_nodes < 2:
+            raise ValueError(f"near replicas come first on {self.num_nodes} node: expected at least 2 nodes")
+        if not self.node_weight >= 0:
+            raise ValueError(f"node_weight is {self.node_weight}, expected 0 or more")
+        if self.speeds is not None and (
+            len(self.speeds) != self.num_ranks or not all(0 < speed < math.inf for speed in self.speeds)
+        ):
+            raise ValueError(f"speeds must be {self.num_ranks} numbers above 0, got {self.speeds}")
+        if self.max_moves is not None and self.max_moves < 0:
+            raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds}, expected more than 0")
+        if self.effort is not None and not 0 <= self.effort < math.inf:
+            raise ValueError(f"effort is {self.effort}, expected 0 or more, and a bound")
+
+    @property
+    def open_slots_R(self) -> np.ndarray:
+        """int64 [R]: slots of each rank."""
+        return np.broadcast_to(np.asarray(self.slots_per_rank, np.int64), (self.num_ranks,))
+
+    @property
+    def node_of_rank_R(self) -> np.ndarray:
+        """int32 [R]."""
+        return (np.arange(self.num_ranks) // (self.num_ranks // self.num_nodes)).astype(np.int32)
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raise ValueError, in one line, if the experts of a layer cannot be placed."""
+        slots, needed = int(self.open_slots_R.sum()), num_experts * self.min_replicas
+        if slots < needed:
+            copies = f" in {self.min_replicas} copies" if self.min_replicas > 1 else ""
+            raise ValueError(f"{slots} slots cannot hold {num_experts} experts{copies}: at least {needed} are needed")
+        if self.num_nodes == 1:
+            fits = np.minimum(self.open_slots_R, num_experts)
+        else:
+            fits = np.minimum(self.open_slots_R.reshape(self.num_nodes, -1).sum(1), num_experts)
+        # Copies of one expert stand on different nodes: each can take every expert once at most.
+        if int(fits.sum()) < needed:
+            where = "nodes" if self.num_nodes > 1 else "ranks"
+            raise ValueError(
+                f"the slots of the {where} cannot hold {self.min_replicas} copies of {num_experts} experts apart"
+            )
+
+
+def canonical_order(ids_TK: np.ndarray, load_E: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [E]: experts by load, heaviest first, ties by which tokens want them; not by their numbers."""
+    mark_T = np.random.default_rng(seed).random(len(ids_TK))
+    used = ids_TK >= 0
+    mark_E = np.bincount(
+        np.where(used, ids_TK, 0).ravel(), weights=(mark_T[:, None] * used).ravel(), minlength=len(load_E)
+    )
+    return np.lexsort((mark_E, -load_E))
+
+
+def rank_targets(load_E: np.ndarray, request: PlanRequest) -> np.ndarray:
+    """float64 [R]: the load of each rank in perfect balance, by speed; next to nothing for a rank without slots."""
+    usable_R = np.where(request.open_slots_R > 0, np.asarray(request.speeds or (1.0,) * request.num_ranks), 0.0)
+    return np.maximum(load_E.sum() * usable_R / usable_R.sum(), 1e-9)
+
+
+def greedy_slots(load_E: np.ndarray, request: PlanRequest, max_filled: int) -> np.ndarray:
+    """Slots int32 [R, s] by greedy balancing alone; ties go by the order of `load_E`."""
+    target_R = rank_targets(load_E, request)
+    return greedy_balance(
+        load_E, request.open_slots_R, request.node_of_rank_R, request.num_nodes, target_R / target_R.max(),
+        request.min_replicas, max_filled,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One layer: tokens in random order, experts in canonical order, and the limits that hold.
+
+    `ids` int32 [T, K]; `load` float64 [E]; `pair_weight` float64 [E], load of one pair; `open_slots` int64 [R];
+    `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R], what is planned for, somewhat
+    below `load_cap` times that; `arrival` int64 [T], where
+    the token that came first, second, ... stands in `ids`, None if as they stand: it decides ties between replicas, and
+    with `prefer_local_replicas`, which node's router a token is of: they take turns.
+    """
+
+    ids: np.ndarray
+    load: np.ndarray
+    pair_weight: np.ndarray
+    open_slots: np.ndarray
+    node_of_rank: np.ndarray
+    num_nodes: int
+    node_weight: float
+    min_replicas: int
+    max_filled: int
+    target: np.ndarray
+    allowed: np.ndarray
+    load_cap: float
+    arrival: np.ndarray | None = None
+    prefer_local_replicas: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.load)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.open_slots)
+
+    @property
+    def has_replicas(self) -> bool:
+        return self.max_filled > self.num_experts
+
+    @property
+    def home_T(self) -> np.ndarray:
+        """int32 [T]: the node of each token's router where near replicas come first."""
+        turn_T = np.arange(self.num_tokens, dtype=np.int32) % self.num_nodes
+        if self.arrival is None:
+            return turn_T
+        home_T = np.empty_like(turn_T)
+        home_T[self.arrival] = turn_T
+        return home_T
+
+    @property
+    def weight_of_node(self) -> float:
+        """Weight of a visited node in the energy; with a single node it decides nothing."""
+        return self.node_weight if self.num_nodes > 1 else 0.0
+
+
+def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
+    """The same layer seen through its first tokens, which are a fair sample; loads stay those of all tokens."""
+    if num_tokens >= problem.num_tokens:
+        return problem
+    ids_TK = problem.ids[:num_tokens]
+    sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=problem.num_experts)
+    return replace(problem, ids=ids_TK, pair_weight=problem.load / np.maximum(sets_E, 1), arrival=None)
+
+
+def closed_slots(open_slots_R: np.ndarray) -> np.ndarray:
+    """int32 [R, s]: empty slots, and -2 for those that a rank does not have."""
+    slots_Rs = np.full((len(open_slots_R), int(open_slots_R.max())), EMPTY, np.int32)
+    slots_Rs[np.arange(slots_Rs.shape[1])[None, :] >= open_slots_R[:, None]] = CLOSED
+    return slots_Rs
+
+
+def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has_replicas: bool) -> float:
+    """How much below the cap to plan, so that tokens that were not seen keep to it.
+
+    The load of a rank in a sample of n pairs is off by about 1 / sqrt(n), in the planning tokens and in others alike,
+    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, the guard takes
+    less of what the cap leaves.
+    """
+    pairs_of_rank = max(num_tokens * top_k / num_ranks, 1.0)
+    share, errors = (0.75, 1.6) if has_replicas else (0.65, 0.9)
+    return float(min(share * (load_cap - 1), errors / np.sqrt(pairs_of_rank)))

@@ -1,0 +1,176 @@
+"""Small repairs of a placement in use: few moves, fast enough to run all the time.
+
+A hot expert gets a copy in the place of one that is spare; annealing then evens out loads by the fewest moves that do
+it; moves that are left go where they save most visits.
+
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, L layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from placement.compiled import compiled
+from placement.placement import EMPTY, Placement
+from placement.rule.replica_choice import choose_replicas
+from placement.search.problem import LayerProblem, load_guard
+from placement.search.replicas.holders import CLOSED
+from placement.search.scoring import slot_table
+from placement.search.swaps.bitsets import assigned_token_bits, token_bits
+from placement.search.swaps.descent import descend_swaps, repair_replicas
+from placement.search.swaps.few_moves import anneal_few_moves
+from placement.traces.trace import ActivationTrace
+from placement.xorshift import random_state
+
+EXCESS_WEIGHT = 30.0  # of a unit of load above the limit, in visits a token
+WINDOW_TOKENS = 750  # sampled tokens that a refresh looks at: enough to see loads, few enough to be fast
+MIN_GAIN = 0.04  # visits a token that a swap must save to be worth two copies of an expert
+HEAT = (0.1, 0.01)  # from and to, in visits a token
+# Proposals of the annealing: of a layer at most, and of all layers of a refresh.
+LAYER_PROPOSALS, ALL_PROPOSALS = 24_000, 350_000
+RULE_SHARE = 0.5
+
+
+def bounded_moves(problem: LayerProblem, given_Rs: np.ndarray, max_moves: int, proposals: int = 20_000) -> np.ndarray:
+    """Slots int32 [R, s] that differ from `given_Rs` by at most `max_moves` experts on ranks that lacked them."""
+    return _refresh_slots(problem, given_Rs, max_moves, proposals, random_state(len(problem.load), max_moves))
+
+
+def _refresh_slots(
+    problem: LayerProblem,
+    given_Rs: np.ndarray,
+    max_moves: int,
+    proposals: int,
+    state_1: np.ndarray,
+    annealing: int = LAYER_PROPOSALS,
+) -> np.ndarray:
+    slots_Rs = np.ascontiguousarray(given_Rs, dtype=np.int32).copy()
+    moves = 0
+    if (slots_Rs >= 0).sum() > problem.num_experts or (slots_Rs == -1).any():
+        moves = repair_replicas(
+            problem.load, slots_Rs, problem.node_of_rank, problem.num_nodes, problem.allowed, problem.min_replicas,
+            max_moves,
+        )  # fmt: skip
+    flat_I = slots_Rs.ravel()
+    items_Rs = np.arange(slots_Rs.size, dtype=np.int32).reshape(slots_Rs.shape)
+    held = flat_I >= 0
+    load_I = np.zeros(slots_Rs.size)
+    single = int(held.sum()) == problem.num_experts
+    if single or not problem.num_tokens:
+        bits_IW = np.zeros((slots_Rs.size, (problem.num_tokens + 63) // 64), np.uint64)
+        bits_IW[held] = token_bits(problem.ids, problem.num_experts)[flat_I[held]]
+    else:
+        rank_TK = np.empty(problem.ids.shape, np.int32)
+        table_ER = slot_table(slots_Rs, problem.num_experts)
+        choose_replicas(
+            problem.ids,
+            table_ER,
+            problem.node_of_rank,
+            problem.num_nodes,
+            np.zeros(problem.num_ranks, np.int64),
+            rank_TK,
+        )
+        bits_IW = assigned_token_bits(problem.ids, rank_TK, table_ER, slots_Rs.size)
+    if single:
+        load_I[held] = problem.load[flat_I[held]]
+    else:
+        # Between an even share and what the rule makes of the window: ties make up for small differences, not for all.
+        count_E = np.bincount(flat_I[held], minlength=problem.num_experts)
+        even_I = (1 / np.maximum(count_E, 1))[flat_I[held]]
+        served_I = np.bitwise_count(bits_IW[held]).sum(1)
+        served_E = np.bincount(flat_I[held], served_I, minlength=problem.num_experts)
+        share_I = np.where(served_E[flat_I[held]] > 0, served_I / np.maximum(served_E[flat_I[held]], 1), even_I)
+        load_I[held] = problem.load[flat_I[held]] * (RULE_SHARE * share_I + (1 - RULE_SHARE) * even_I)
+    tokens = max(problem.num_tokens, 1)
+    moves += anneal_few_moves(
+        bits_IW, load_I, flat_I.copy(), items_Rs, problem.node_of_rank, problem.allowed, problem.weight_of_node,
+        EXCESS_WEIGHT * tokens, MIN_GAIN / 2 * tokens, problem.min_replicas > 1, max_moves - moves, HEAT[0] * tokens,
+        HEAT[1] * tokens, annealing, state_1,
+    )  # fmt: skip
+    descend_swaps(
+        bits_IW, load_I, flat_I.copy(), items_Rs, problem.node_of_rank, problem.allowed, problem.weight_of_node,
+        EXCESS_WEIGHT * tokens, problem.min_replicas > 1, max_moves - moves, proposals, MIN_GAIN * tokens, state_1,
+    )  # fmt: skip
+    return keep_slots(given_Rs, flat_I[items_Rs])
+
+
+@compiled()
+def keep_slots(old_Rs: np.ndarray, new_Rs: np.ndarray) -> np.ndarray:
+    """`new_Rs` with every expert that stays on its rank back in its old slot; int32 [R, s] all."""
+    num_ranks, num_slots = old_Rs.shape
+    result_Rs = np.full_like(new_Rs, EMPTY)
+    for r in range(num_ranks):
+        settled = np.zeros(num_slots, np.bool_)
+        for i in range(num_slots):
+            if old_Rs[r, i] == CLOSED:
+                result_Rs[r, i] = CLOSED
+        for j in range(num_slots):
+            if new_Rs[r, j] < 0:
+                settled[j] = True
+                continue
+            for i in range(num_slots):
+                if old_Rs[r, i] == new_Rs[r, j] and result_Rs[r, i] == EMPTY:
+                    result_Rs[r, i] = new_Rs[r, j]
+                    settled[j] = True
+                    break
+        i = 0
+        for j in range(num_slots):
+            if not settled[j]:
+                while result_Rs[r, i] != EMPTY:
+                    i += 1
+                result_Rs[r, i] = new_Rs[r, j]
+    return result_Rs
+
+
+def refresh(
+    placement: Placement,
+    window: ActivationTrace,
+    load_cap: float = 1.05,
+    max_moves: int = 20,
+    min_replicas: int = 1,
+    node_weight: float = 4.0,
+    proposals: int = 500,
+    speeds: tuple[float, ...] | None = None,
+    seed: int = 0,
+) -> Placement:
+    """A placement that suits a window of recent tokens, at most `max_moves` expert copies a layer away from this one.
+
+    Meant to run all the time: some 100 ms for 58 layers of 256 experts on 64 ranks, on one core. Looks at
+    `WINDOW_TOKENS` tokens at most; loads come from the window's counts where they are of the same tokens. Slots that
+    are empty in every layer of a rank stay so. Raises ValueError if the window is of another model.
+    """
+    if (window.num_layers, window.num_experts) != (placement.num_layers, placement.num_experts):
+        raise ValueError(
+            f"the window has {window.num_layers} layers of {window.num_experts} experts, the placement "
+            f"{placement.num_layers} of {placement.num_experts}"
+        )
+    load_LE = window.load()
+    ids_LTK = np.ascontiguousarray(window.topk_ids[:WINDOW_TOKENS].transpose(1, 0, 2), dtype=np.int32)
+    map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
+    usable_R = (map_LRs >= 0).any((0, 2)).astype(float) * np.asarray(speeds or (1.0,) * placement.num_ranks)
+    pairs = max(float(load_LE[0].sum()), 1.0)
+    has_replicas = bool((placement.logical_replica_count > 1).any())
+    cap = load_cap - load_guard(load_cap, int(pairs), 1, placement.num_ranks, has_replicas)
+    state_1 = random_state(seed)
+    annealing = min(LAYER_PROPOSALS, ALL_PROPOSALS // placement.num_layers)
+    rows = []
+    for layer in range(placement.num_layers):
+        target_R = np.maximum(load_LE[layer].sum() * usable_R / usable_R.sum(), 1e-9)
+        given_Rs = np.where(usable_R[:, None] > 0, map_LRs[layer], CLOSED)
+        problem = LayerProblem(
+            ids=ids_LTK[layer],
+            load=load_LE[layer],
+            pair_weight=np.ones(placement.num_experts),
+            open_slots=np.full(placement.num_ranks, placement.slots_per_rank),
+            node_of_rank=placement.node_of_rank_R,
+            num_nodes=placement.num_nodes,
+            node_weight=node_weight,
+            min_replicas=min_replicas,
+            max_filled=placement.num_slots,
+            target=target_R,
+            allowed=target_R * cap,
+            load_cap=load_cap,
+        )
+        slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, state_1, annealing)
+        rows.append(np.where(slots_Rs >= 0, slots_Rs, -1).ravel())
+    return Placement(placement.num_ranks, placement.num_nodes, placement.num_experts, np.stack(rows))

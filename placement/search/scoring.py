@@ -1,0 +1,113 @@
+"""What a layer's slots are worth on its planning tokens, by the rule that dispatch uses.
+
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from placement.rule.evaluate import count_visits
+from placement.rule.local_replicas import choose_local_first
+from placement.rule.replica_choice import choose_replicas
+from placement.search.problem import EXCESS_WEIGHT, LayerProblem
+from placement.search.replicas.replica_search import EXCESS_TOLERANCE
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """How a layer fares on its planning tokens, by the rule that the router dispatches by.
+
+    `excess` sums over ranks what is above the allowed load, `over` is that of the rank furthest above it.
+    `far_fan_out`: ranks visited on other nodes than that of the token's router; NaN unless near replicas come first.
+    """
+
+    excess: float
+    over: float
+    energy: float
+    fan_out: float
+    node_fan_out: float
+    far_fan_out: float
+    balancedness: float
+    load_R: np.ndarray
+
+    @property
+    def key(self) -> tuple[float, float]:
+        """Less is better: first the load above what is allowed, then the visits."""
+        return (max(0.0, self.over - EXCESS_TOLERANCE), self.energy)
+
+    def plain_key(self, limit: float) -> tuple[float, float]:
+        """Less is better: first what the largest rank load over its target is above the limit, then the visits."""
+        return (max(0.0, 1 / self.balancedness - limit - 1e-9), self.energy)
+
+    def guarded_key(self, limit: float, num_tokens: int) -> tuple[float, float]:
+        """As `plain_key`, but what is below the limit and above what was planned for costs visits as well."""
+        above = max(0.0, self.over - EXCESS_TOLERANCE)
+        return (self.plain_key(limit)[0], self.energy / max(num_tokens, 1) + EXCESS_WEIGHT * above)
+
+
+class Scored(NamedTuple):
+    """Slots int32 [R, s] of a layer, the rank int32 [T, K] that each expert is fetched from, and what that is worth."""
+
+    slots: np.ndarray
+    rank_TK: np.ndarray
+    score: LayerScore
+
+
+def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
+    """int32 [E, R]: the slot of each expert on each rank, -1 if none, as the rule for choosing replicas wants it."""
+    num_ranks, num_slots = experts_Rs.shape
+    table_ER = np.full((num_experts, num_ranks), -1, np.int32)
+    rank_N, slot_N = np.nonzero(experts_Rs >= 0)
+    table_ER[experts_Rs[rank_N, slot_N], rank_N] = rank_N * num_slots + slot_N
+    return table_ER
+
+
+def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
+    """int32 [T, K]: the rank that the rule fetches each expert from."""
+    in_order = problem.arrival is None or not problem.has_replicas
+    ids_TK = problem.ids if in_order else np.ascontiguousarray(problem.ids[problem.arrival])
+    table_ER = slot_table(experts_Rs, problem.num_experts)
+    if problem.prefer_local_replicas:
+        rank_TK = choose_local_first(ids_TK, table_ER, problem.node_of_rank, problem.num_nodes)
+    else:
+        rank_TK = np.empty(ids_TK.shape, np.int32)
+        loads_R = np.zeros(problem.num_ranks, np.int64)
+        choose_replicas(ids_TK, table_ER, problem.node_of_rank, problem.num_nodes, loads_R, rank_TK)
+    if in_order:
+        return rank_TK
+    shuffled_TK = np.empty_like(rank_TK)
+    shuffled_TK[problem.arrival] = rank_TK
+    return shuffled_TK
+
+
+def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
+    """Apply the rule to the planning tokens."""
+    rank_TK = assign(problem, experts_Rs)
+    used = rank_TK >= 0
+    weight = problem.pair_weight[np.where(used, problem.ids, 0)] * used
+    load_R = np.bincount(np.where(used, rank_TK, 0).ravel(), weights=weight.ravel(), minlength=problem.num_ranks)
+    ranks = count_visits(rank_TK)
+    nodes = problem.num_tokens
+    if problem.num_nodes > 1:
+        nodes = count_visits(np.where(used, problem.node_of_rank[rank_TK], -1))
+    dear, far_fan_out = nodes, float("nan")
+    if problem.prefer_local_replicas:
+        is_far = used & (problem.node_of_rank[rank_TK] != problem.home_T[:, None])
+        dear = count_visits(np.where(is_far, rank_TK, -1))
+        far_fan_out = dear / problem.num_tokens
+    above_R = np.maximum(load_R / problem.allowed - 1, 0)
+    layer_score = LayerScore(
+        excess=float(above_R.sum()),
+        over=float(above_R.max()),
+        energy=ranks + problem.weight_of_node * dear,
+        fan_out=ranks / problem.num_tokens,
+        node_fan_out=nodes / problem.num_tokens,
+        far_fan_out=far_fan_out,
+        balancedness=float(1 / (load_R / problem.target).max()) if load_R.any() else 1.0,
+        load_R=load_R,
+    )
+    return Scored(experts_Rs, rank_TK, layer_score)

@@ -1,0 +1,210 @@
+"""Recording of a trace from a running server: begin anew, send prompts, then fetch what its routers sampled."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placement.traces.trace import ActivationTrace, TraceError, merge_traces
+
+TRACE_PATH = "/expertmesh/trace"
+KEY_VARIABLE = "EXPERTMESH_API_KEY"
+_HINTS = {401: f"; give a key that the server accepts: --api-key, or the environment variable {KEY_VARIABLE}"}
+
+
+class ServerError(ValueError):
+    """The server did not answer as it should; the message is one line for a person."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one request asks: an OpenAI chat, or a text to be continued; and the domain of text that it stands for."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    domain: str = ""
+
+    def request(self) -> tuple[str, dict[str, Any]]:
+        """Path and body, without the model."""
+        if self.messages:
+            return "/v1/chat/completions", {"messages": list(self.messages)}
+        return "/v1/completions", {"prompt": self.text}
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a file. ValueError, naming the line, if there are none or one is not as it should be.
+
+    A text file holds a chat of one message a line; JSON lines hold `messages` (an OpenAI chat) or `prompt` (a text to
+    be continued), and perhaps `domain`: all of them or none.
+    """
+    path = Path(path)
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append(Prompt(({"role": "user", "content": line},)))
+            continue
+        try:
+            prompts.append(_prompt_of(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if bool(prompts[-1].domain) != bool(prompts[0].domain):
+            raise ValueError(f"{path}:{number}: some prompts have a domain and some have none")
+    if not prompts:
+        raise ValueError(f"{path}: no prompts")
+    return prompts
+
+
+def _prompt_of(entry: Any) -> Prompt:
+    if not isinstance(entry, dict):
+        raise ValueError("expected an object with prompt or messages")
+    domain = entry.get("domain", "")
+    if not isinstance(domain, str):
+        raise ValueError(f"domain is {domain!r}, expected a name")
+    messages, text = entry.get("messages"), entry.get("prompt")
+    if isinstance(messages, list) and messages:
+        return Prompt(tuple(messages), domain=domain)
+    if isinstance(text, str) and text:
+        return Prompt(text=text, domain=domain)
+    raise ValueError("expected an object with prompt or messages")
+
+
+class Server:
+    """A running server's HTTP side. Every call raises ServerError naming the URL and the reason.
+
+    `api_key` None takes the environment variable EXPERTMESH_API_KEY, if it is set.
+    """
+
+    def __init__(self, url: str, timeout_s: float = 120.0, api_key: str | None = None) -> None:
+        self.base = url.rstrip("/")
+        try:
+            parts = urllib.parse.urlsplit(self.base)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, a bracket that is not closed
+            usable = False
+        if not usable:
+            raise ServerError(f"{url}: expected a URL like http://127.0.0.1:8000")
+        if not timeout_s > 0:
+            raise ServerError(f"timeout_s is {timeout_s}, expected more than 0")
+        self._timeout_s = timeout_s
+        self._key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """The body of the answer to a request with JSON or nothing."""
+        url = self.base + path
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        try:
+            request = urllib.request.Request(url, data=data, headers=headers, method=method)
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            hint = _HINTS.get(error.code, "")
+            raise ServerError(f"{method} {url}: status {error.code}: {_reason(error.read(4000))}{hint}") from None
+        except TimeoutError:
+            raise ServerError(f"{method} {url}: no answer within {self._timeout_s:g} s") from None
+        except (OSError, ValueError) as error:
+            raise ServerError(f"{method} {url}: {getattr(error, 'reason', error)}; is the server up?") from None
+
+    def model(self) -> str:
+        """The first model that the server lists."""
+        try:
+            return str(json.loads(self.call("GET", "/v1/models"))["data"][0]["id"])
+        except (ValueError, LookupError, TypeError) as error:
+            if isinstance(error, ServerError):
+                raise
+            raise ServerError(f"{self.base}/v1/models: lists no model: {error!r}") from None
+
+    def trace(self) -> ActivationTrace:
+        """What all its routers have sampled so far, as one trace."""
+        data = self.call("GET", TRACE_PATH)
+        try:
+            return ActivationTrace.load_npz(io.BytesIO(data))
+        except TraceError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise ServerError(f"{self.base}{TRACE_PATH}: not a trace: {error}") from None
+
+    def clear_trace(self) -> None:
+        """Let its routers forget what they sampled."""
+        self.call("DELETE", TRACE_PATH)
+
+
+def _reason(body: bytes) -> str:
+    """The message of an error in OpenAI's format, else the beginning of what came, in one line."""
+    text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300]
+
+
+def profile_server(
+    url: str,
+    prompts: list[Prompt],
+    model: str | None = None,
+    max_tokens: int = 64,
+    concurrency: int = 8,
+    timeout_s: float = 120.0,
+    progress: Callable[[int, int], None] | None = None,
+    api_key: str | None = None,
+    keep: bool = False,
+) -> ActivationTrace:
+    """Send every prompt and return the trace of the tokens that it made the server's routers route.
+
+    The routers forget first what they recorded before, unless `keep`. Prompts with domains are sent domain by domain,
+    and the trace says the domain of each token. Requests of others meanwhile are recorded too. Raises ServerError on
+    the first request that fails (those in flight are waited for, `timeout_s` at most), ValueError for arguments.
+    """
+    if concurrency < 1 or max_tokens < 1:
+        raise ValueError(f"concurrency is {concurrency}, max_tokens {max_tokens}: each must be at least 1")
+    domains = list(dict.fromkeys(prompt.domain for prompt in prompts))
+    if keep and domains != [""]:
+        raise ValueError("prompts with domains need a recording of their own for each; keep has no meaning then")
+    server = Server(url, timeout_s, api_key)
+    model = model or server.model()
+    parts: list[ActivationTrace] = []
+    done = 0
+    for domain in domains:
+        if not keep:
+            server.clear_trace()
+        of_domain = [prompt for prompt in prompts if prompt.domain == domain]
+        for _ in _answers(server, of_domain, model, max_tokens, concurrency):
+            done += 1
+            if progress is not None:
+                progress(done, len(prompts))
+        part = server.trace()
+        if domain:
+            part = replace(part, domain=np.zeros(part.num_tokens, np.int8), domains=(domain,))
+        parts.append(part)
+    return merge_traces(parts)
+
+
+def _answers(server: Server, prompts: list[Prompt], model: str, max_tokens: int, concurrency: int) -> Iterator[None]:
+    """Yields once for each prompt that was answered, as the answers come."""
+
+    def ask(prompt: Prompt) -> None:
+        path, body = prompt.request()
+        server.call("POST", path, {**body, "model": model, "max_tokens": max_tokens, "temperature": 0})
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        asked = [pool.submit(ask, prompt) for prompt in prompts]
+        try:
+            for future in as_completed(asked):
+                future.result()
+                yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,115 @@
+"""The configs that ship: schema, Serve's own schema, and whether the model fits the GPUs that they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.config import parse as parse_module
+from cluster.config.serve_file import MeshConfig
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+GPU_GB = {"L4": 24, "H100": 80, "H200": 141}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Published facts of a model; `dense_gb` is what a router holds."""
+
+    layers: int
+    experts: int
+    hidden: int
+    width: int
+    dense_gb: float
+    num_gpus: int
+
+
+SHAPES = {
+    "mixtral-8x7b-2gpu.yaml": Shape(32, 8, 4096, 14336, 3.2, 2),
+    "qwen3-30b-a3b-4gpu.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
+    "deepseek-v3-16gpu.yaml": Shape(58, 256, 7168, 2048, 17.0, 16),
+    "gpt-oss-120b-2gpu.yaml": Shape(36, 128, 2880, 2880, 4.3, 2),
+    "kuberay/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
+    "anyscale/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
+}
+
+
+def serve_config(name: str) -> dict[str, Any]:
+    """The Serve config inside a file of any of the three kinds."""
+    data = yaml.safe_load((CONFIGS / name).read_text())
+    return yaml.safe_load(data["spec"]["serveConfigV2"]) if data.get("kind") == "RayService" else data
+
+
+@pytest.fixture
+def checkpoints_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+
+
+def test_every_config_that_ships_is_checked_here() -> None:
+    found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    assert found == {*SHAPES, "tiny-cpu.yaml", "tiny-cpu-planned.yaml"}
+
+
+@pytest.mark.usefixtures("checkpoints_are_elsewhere")
+@pytest.mark.parametrize("name", SHAPES)
+def test_config_is_valid_and_the_model_fits(name: str) -> None:
+    shape, data = SHAPES[name], serve_config(name)
+    ServeDeploySchema.model_validate({"applications": data["applications"]})
+    mesh = MeshConfig.from_serve_config(data, source=name)
+    shards, routers = mesh.experts.shards, mesh.llm.routers
+    assert shards.slots_per_rank is not None
+    assert shards.count * shards.slots_per_rank >= shape.experts, "every expert has a slot"
+
+    options = shards.ray_actor_options
+    router_gpus = routers.placement_group_config["bundles"][0]["GPU"] if routers.placement_group_config else 1
+    num_routers = routers.count or 1
+    gpus = shards.count * options["num_gpus"] + num_routers * router_gpus
+    assert shape.num_gpus - 1 < gpus <= shape.num_gpus, f"asks for {gpus} GPUs"
+
+    expert_bytes = 3 * shape.hidden * shape.width * BYTES[mesh.experts.model.dtype]
+    shard_gb = shards.slots_per_rank * shape.layers * expert_bytes / 1e9
+    share_gb = GPU_GB[options["accelerator_type"]] * options["num_gpus"]
+    assert shard_gb < 0.93 * share_gb, f"a shard holds {shard_gb:.1f} GB on {share_gb:.1f} GB"
+
+    engine_gb = GPU_GB[routers.accelerator_type or ""] * routers.engine_kwargs["gpu_memory_utilization"]
+    assert engine_gb <= GPU_GB[routers.accelerator_type or ""] * router_gpus, "the engine keeps within its share"
+    assert engine_gb > shape.dense_gb + 3, "room for the dense half and a cache of keys and values"
+
+
+@pytest.mark.usefixtures("checkpoints_are_elsewhere")
+@pytest.mark.parametrize("name", SHAPES)
+def test_shards_wait_for_routers_as_long_as_routers_for_shards(name: str) -> None:
+    mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
+    ours, theirs = mesh.llm.router_settings(), mesh.experts.shard_settings("127.0.0.1")
+    assert ours.connect_timeout_s == theirs.connect_timeout_s
+
+
+@pytest.mark.usefixtures("checkpoints_are_elsewhere")
+@pytest.mark.parametrize("name", SHAPES)
+def test_files_give_numbers_that_their_comments_claim(name: str) -> None:
+    """The comment above each config says how large a shard is; it must be what the numbers give."""
+    shape, mesh = SHAPES[name], MeshConfig.from_serve_config(serve_config(name), source=name)
+    assert mesh.experts.shards.slots_per_rank is not None
+    expert_bytes = 3 * shape.hidden * shape.width * BYTES[mesh.experts.model.dtype]
+    shard_gb = mesh.experts.shards.slots_per_rank * shape.layers * expert_bytes / 1e9
+    text = (CONFIGS / name).read_text()
+    if " GB" in text.split("proxy_location")[0] and "kuberay" not in name:
+        assert any(f"{shard_gb:.{digits}f} GB" in text for digits in (0, 1)), f"{shard_gb:.1f} GB"
+
+
+def test_kuberay_gives_each_pod_one_gpu_and_the_keys() -> None:
+    manifest = yaml.safe_load((CONFIGS / "kuberay/qwen3-30b-a3b.yaml").read_text())
+    cluster = manifest["spec"]["rayClusterConfig"]
+    [group] = cluster["workerGroupSpecs"]
+    [worker] = group["template"]["spec"]["containers"]
+    assert group["replicas"] == 4
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    named = [variable["name"] for variable in worker["env"]]
+    llm = serve_config("kuberay/qwen3-30b-a3b.yaml")["applications"][1]["args"]
+    assert llm["http"]["api_keys_env"] in named

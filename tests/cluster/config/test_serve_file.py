@@ -1,0 +1,255 @@
+"""What a config accepts, what it refuses, and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.llm_sections import HttpSection
+from cluster.config.parse import ConfigError, parse
+from cluster.config.serve_file import MeshConfig
+from experts.protocol.settings import ShardSettings
+
+TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
+
+
+def tiny() -> dict[str, Any]:
+    return yaml.safe_load(TINY.read_text())
+
+
+def write(tmp_path: Path, data: Any) -> Path:
+    path = tmp_path / "mesh.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def put(data: dict[str, Any], place: str, value: Any) -> None:
+    """Set applications.0.args.shards.count and the like."""
+    *path, last = place.split(".")
+    target: Any = data
+    for part in path:
+        target = target[int(part) if part.isdigit() else part]
+    target[last] = value
+
+
+def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
+    mesh = MeshConfig.from_file(TINY)
+    assert mesh.experts.model == mesh.llm.model
+    assert Path(mesh.experts.model.path).is_absolute()
+    assert (mesh.experts_name, mesh.llm_name, mesh.llm_route_prefix) == ("experts", "llm", "/")
+    again = MeshConfig.from_serve_config(mesh.serve)
+    assert again.experts == mesh.experts, "what is handed to Serve says the same"
+    assert mesh.serve["applications"] == tiny()["applications"], "as written, so that serve deploy finds no change"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "expected"),
+    [
+        (
+            "applications.0.args.shards.count",
+            0,
+            r"applications\[0\]\.args\.shards\.count: .*greater than or equal to 1, got 0",
+        ),
+        ("applications.0.args.shards.speed", 3, r"applications\[0\]\.args\.shards\.speed: unknown key"),
+        (
+            "applications.0.args.model.dtype",
+            "int8",
+            r"args\.model\.dtype: .*'float32', 'bfloat16' or 'float16', got 'int8'",
+        ),
+        (
+            "applications.0.args.model.path",
+            "no/where",
+            r"args\.model\.path: 'no/where' does not exist; looked at .*no/where",
+        ),
+        (
+            "applications.0.args.placement.policy",
+            "magic",
+            r"args\.placement\.policy: .*'linear', 'greedy' or 'optimized'",
+        ),
+        ("applications.0.args.placement.file", "nope.json", r"placement\.file: 'nope.json' does not exist"),
+        ("applications.0.args.shards.device", "cuda", r"shards: device is cuda, so ray_actor_options.num_gpus"),
+        ("applications.0.args.shards.deployment_config", {"num_replicas": 2}, r"use shards.count instead"),
+        (
+            "applications.0.args.membership.lost_after_s",
+            1.5,
+            r"lost_after_s is 1.5, expected at least twice heartbeat_s",
+        ),
+        (
+            "applications.1.args.routers.engine_kwargs",
+            {"worker_extension_cls": "x.Y"},
+            r"worker_extension_cls is set by the",
+        ),
+        ("applications.1.args.routers.engine_kwargs", {"dtype": "half"}, r"engine_kwargs: dtype .* use model.dtype"),
+        (
+            "applications.1.args.routers.engine_kwargs",
+            {"additional_config": {"expertmesh": {}}},
+            r"additional_config.expertmesh is set by the project",
+        ),
+        (
+            "applications.1.args.routers.engine_kwargs",
+            {"tensor_parallel_size": 2},
+            r"tensor_parallel_size is 2, expected 1",
+        ),
+        (
+            "applications.1.args.routers.llm_config",
+            {"server_cls": "x"},
+            r"llm_config: server_cls has a place of its own",
+        ),
+        (
+            "applications.1.args.routers.deployment_config",
+            {"num_replicas": 3},
+            r"count and deployment_config.num_replicas",
+        ),
+        ("applications.1.args.deadlines.dispatch_ms", -1, r"deadlines\.dispatch_ms: .*greater than 0, got -1"),
+        ("applications.1.args.http.api_keys", ["  "], r"http\.api_keys: an API key is empty"),
+        ("applications.1.args.transport.name", "rdma", r"transport\.name: .*'nccl', got 'rdma'"),
+        (
+            "applications.1.args.transport.name",
+            "nccl",
+            r"transport.name is nccl and shards.device 'cpu', expected cuda",
+        ),
+        (
+            "applications.1.args.experts_app",
+            "other",
+            r"experts_app is 'other', the application of shards is named 'experts'",
+        ),
+        (
+            "applications.1.args.transport.max_rows_per_dispatch",
+            9999,
+            r"is 9999, more than shards.max_rows_per_dispatch",
+        ),
+        ("applications.0.args.model.id", "qwen3:30b", r"model\.id: 'qwen3:30b' has a colon, .*; take 'qwen3-30b', say"),
+        (
+            "applications.1.args.routers.llm_config",
+            {"lora_config": {"dynamic_lora_loading_path": "s3://a"}},
+            r"llm_config: lora_config is given, and LoRA adapters are not served",
+        ),
+        (
+            "applications.0.args.placement",
+            {"trace": str(TINY)},
+            r"args\.placement: policy is linear, so trace would have no effect; leave out",
+        ),
+        (
+            "applications.0.args.placement",
+            {"policy": "greedy", "trace": str(TINY), "seed": 1, "load_cap": 1.1, "max_seconds": 5},
+            r"policy is greedy, so load_cap, max_seconds would have no effect",
+        ),
+        (
+            "applications.0.args.placement",
+            {"file": str(TINY), "seed": 0, "load_cap": 1.1, "prefer_local_replicas": True, "min_replicas": 2},
+            r"file is given, so load_cap, prefer_local_replicas, seed would have no effect",
+        ),
+        (
+            "applications.0.args.placement",
+            {"policy": "optimized", "trace": str(TINY), "num_nodes": 3, "prefer_local_replicas": True},
+            r"placement.prefer_local_replicas is true, .*, and transport.prefer_local_replicas is not",
+        ),
+        ("applications.1.import_path", "x:y", r"no application has import_path serve_app:build_llm"),
+        ("applications", 3, r"expected a Serve config with a list of applications"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, place: str, value: Any, expected: str) -> None:
+    data = tiny()
+    put(data, place, value)
+    path = write(tmp_path, data)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        MeshConfig.from_file(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_an_application_without_a_name_is_the_one_that_serve_calls_default() -> None:
+    data = tiny()
+    del data["applications"][1]["name"]
+    assert MeshConfig.from_serve_config(data).llm_name == "default"
+    del data["applications"][0]["name"]
+    with pytest.raises(ConfigError, match="experts_app is 'experts', the application of shards is named 'default'"):
+        MeshConfig.from_serve_config(data)
+    data["applications"][1]["args"]["experts_app"] = "default"
+    with pytest.raises(ConfigError, match="both applications are named 'default'"):
+        MeshConfig.from_serve_config(data)
+
+
+def test_every_mistake_of_an_application_is_listed() -> None:
+    data = tiny()["applications"][0]["args"]
+    data["shards"] |= {"count": -1, "colour": "red"}
+    with pytest.raises(ConfigError) as caught:
+        parse(ExpertsAppConfig, data)
+    assert {line.split(":")[0] for line in str(caught.value).splitlines()} == {
+        "args.shards.count",
+        "args.shards.colour",
+    }
+
+
+def test_models_that_differ_between_the_applications_are_refused(tmp_path: Path) -> None:
+    data = tiny()
+    data["applications"][1]["args"]["model"] = {**data["applications"][0]["args"]["model"], "dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match=r"model.dtype is 'float32' for the shards and 'bfloat16' for the routers"):
+        MeshConfig.from_file(write(tmp_path, data))
+
+
+def test_paths_beside_the_config_come_first(tmp_path: Path) -> None:
+    (tmp_path / "examples" / "tiny-moe").mkdir(parents=True)
+    mesh = MeshConfig.from_file(write(tmp_path, tiny()))
+    assert mesh.experts.model.path == str(tmp_path / "examples" / "tiny-moe")
+    handed = MeshConfig.from_serve_config(mesh.serve)
+    assert handed.experts == mesh.experts, "what is handed to Serve needs no folder to look in"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a: [", "not YAML"), (None, "cannot be read")])
+def test_files_that_are_no_config(tmp_path: Path, text: str | None, expected: str) -> None:
+    path = tmp_path / "mesh.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        MeshConfig.from_file(path)
+
+
+def test_settings_reach_router_and_shard() -> None:
+    mesh = MeshConfig.from_file(TINY)
+    shard = mesh.experts.shard_settings("10.0.0.1")
+    assert (shard.bind_host, shard.dtype, shard.num_threads) == ("10.0.0.1", "float32", 1)
+    router = mesh.llm.router_settings()
+    assert (router.dispatch_timeout_ms, router.model_path) == (2000.0, shard.model_path)
+    kwargs = mesh.llm.engine_kwargs()
+    assert kwargs["additional_config"]["expertmesh"] == router.model_dump()
+    assert (kwargs["dtype"], kwargs["max_num_seqs"]) == ("float32", 64)
+
+
+def test_a_shards_wait_for_a_router_is_the_users_to_say() -> None:
+    data = tiny()["applications"][0]["args"]
+    default = ShardSettings.model_fields["connect_timeout_s"].default
+    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1").connect_timeout_s == default
+    data["shards"]["connect_s"] = 120
+    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1").connect_timeout_s == 120
+    data["shards"]["connect_s"] = 0
+    with pytest.raises(ConfigError, match=r"shards\.connect_s: .*greater than 0, got 0"):
+        parse(ExpertsAppConfig, data)
+
+
+def test_other_additional_config_stays() -> None:
+    data = tiny()["applications"][1]["args"]
+    data["routers"]["engine_kwargs"]["additional_config"] = {"other": 1}
+    assert parse(LLMAppConfig, data).engine_kwargs()["additional_config"]["other"] == 1
+
+
+def test_keys_from_config_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_TEST_KEYS", "b, c,")
+    assert HttpSection(api_keys=["a"], api_keys_env="MESH_TEST_KEYS").keys() == {"a", "b", "c"}
+    assert HttpSection().keys() == frozenset()
+    monkeypatch.delenv("MESH_TEST_KEYS")
+    with pytest.raises(ValueError, match="MESH_TEST_KEYS, which holds no key"):
+        HttpSection(api_keys_env="MESH_TEST_KEYS").keys()
+
+
+def test_every_field_says_what_it_is() -> None:
+    seen = [ExpertsAppConfig, LLMAppConfig]
+    for schema in seen:
+        for name, field in schema.model_fields.items():
+            assert field.description, f"{schema.__name__}.{name}"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                seen.append(field.annotation)
+    assert len(seen) >= 9

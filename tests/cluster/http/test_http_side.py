@@ -1,0 +1,198 @@
+"""The gate and the error format on a FastAPI app without Ray or an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field
+from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cluster.http.errors import OpenAIApp, add_error_handlers, response_for
+from cluster.http.gate import Gate
+
+
+class Body(BaseModel):
+    max_tokens: int = Field(default=1, ge=0)
+
+
+def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[FastAPI, dict[str, asyncio.Event]]:
+    app = OpenAIApp()
+    events = {"entered": asyncio.Event(), "go_on": asyncio.Event()}
+    add_error_handlers(app, retry_after_s=7)
+    app.add_middleware(Gate, keys=keys, max_pending=max_pending, retry_after_s=7)
+
+    @app.post("/v1/completions")
+    async def completions(body: Body) -> dict[str, int]:
+        events["entered"].set()
+        await events["go_on"].wait()
+        return {"max_tokens": body.max_tokens}
+
+    @app.get("/v1/models")
+    async def models() -> list[str]:
+        return ["m"]
+
+    @app.get("/health")
+    async def health() -> str:
+        return "ok"
+
+    @app.get("/broken-stream")
+    async def broken_stream() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            yield "data: 1\n\n"
+            raise ValueError("the second chunk is missing")
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
+    @app.get("/fail/{kind}")
+    async def fail(kind: str) -> None:
+        raise {
+            "value": ValueError("top_p is 7"),
+            "secret": KeyError("internal detail"),
+            "not_found": HTTPException(404, "no model x"),
+            "ray": RayError("actor died at 10.0.0.1"),
+            "queue": BackPressureError(3, 2),
+            "no_router": DeploymentUnavailableError(DeploymentID("Router", "llm")),
+        }[kind]
+
+    # What Serve does with an app that it is given.
+    for serves_own in (BackPressureError, DeploymentUnavailableError):
+        app.add_exception_handler(serves_own, lambda *_: PlainTextResponse("overloaded", 503))
+    return app, events
+
+
+def client(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh")
+
+
+def check_error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"{", "not JSON"),
+        (b'{"max_tokens": -1}', "max_tokens: Input should be greater than or equal to 0"),
+        (b"[]", "Input should be a valid dictionary"),
+        (b"", "Field required"),
+    ],
+)
+def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
+    async def run() -> None:
+        async with client(make_app()[0]) as http:
+            response = await http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+            error = check_error(response, 400)
+            assert expected in error["message"]
+            assert error["type"] == "invalid_request_error"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "told", "untold"),
+    [
+        ("value", 400, "top_p is 7", "Traceback"),
+        ("secret", 500, "internal error", "internal detail"),
+        ("not_found", 404, "no model x", "Traceback"),
+        ("ray", 503, "try again", "10.0.0.1"),
+        ("queue", 503, "queued", "Traceback"),
+        ("no_router", 503, "no router is available", "Traceback"),
+    ],
+)
+def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, told: str, untold: str) -> None:
+    async def run() -> None:
+        async with client(make_app()[0]) as http:
+            response = await http.get(f"/fail/{kind}")
+            error = check_error(response, status)
+            assert told in error["message"]
+            assert untold not in response.text
+            assert ("retry-after" in response.headers) == (status == 503)
+
+    asyncio.run(run())
+
+
+def test_an_error_in_mid_stream_is_its_last_event() -> None:
+    async def run() -> None:
+        async with client(make_app()[0]) as http:
+            first, error, done = (await http.get("/broken-stream")).text.strip().split("\n\n")
+            assert (first, done) == ("data: 1", "data: [DONE]")
+            assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the second chunk is missing"
+
+    asyncio.run(run())
+
+
+def test_unknown_paths_are_404_in_the_same_format() -> None:
+    async def run() -> None:
+        async with client(make_app()[0]) as http:
+            check_error(await http.get("/v1/nothing"), 404)
+            check_error(await http.get("/v1/completions"), 405)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("header", "admitted"),
+    [("Bearer k1", True), ("bearer k2", True), ("Bearer k3", False), ("k1", False), ("Basic k1", False), (None, False)],
+)
+def test_keys(header: str | None, admitted: bool) -> None:
+    async def run() -> None:
+        async with client(make_app(frozenset({"k1", "k2"}))[0]) as http:
+            headers = {} if header is None else {"authorization": header}
+            response = await http.get("/v1/models", headers=headers)
+            if admitted:
+                assert response.status_code == 200
+            else:
+                assert check_error(response, 401)["code"] == "invalid_api_key"
+            assert (await http.get("/health")).status_code == 200, "probes need no key"
+
+    asyncio.run(run())
+
+
+def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
+    async def run() -> None:
+        app, events = make_app(max_pending=1)
+        async with client(app) as http:
+            first = asyncio.create_task(http.post("/v1/completions", json={"max_tokens": 3}))
+            await asyncio.wait_for(events["entered"].wait(), 10)
+            refused = await http.post("/v1/completions", json={})
+            assert check_error(refused, 503)["code"] == "queue_full"
+            assert refused.headers["retry-after"] == "7"
+            assert (await http.get("/v1/models")).status_code == 200, "only generation counts"
+            events["go_on"].set()
+            assert (await asyncio.wait_for(first, 10)).json() == {"max_tokens": 3}
+            assert (await http.post("/v1/completions", json={})).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_request_gives_its_slot_back() -> None:
+    async def run() -> None:
+        app, events = make_app(max_pending=1)
+        async with client(app) as http:
+            first = asyncio.create_task(http.post("/v1/completions", json={}))
+            await asyncio.wait_for(events["entered"].wait(), 10)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            events["go_on"].set()
+            assert (await http.post("/v1/completions", json={})).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_an_error_of_a_router_that_is_the_clients_fault_stays_400() -> None:
+    class RemoteError(RayError):
+        cause = ValueError("prompt is too long")
+
+    assert response_for(RemoteError(), 1).status_code == 400

@@ -1,0 +1,50 @@
+"""The router's Serve options against those that Ray Serve LLM's own builder computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.config import parse as parse_module
+from cluster.config.serve_file import MeshConfig
+from cluster.router.options import router_options
+from tests.cluster.config.test_real_configs import SHAPES, serve_config
+
+
+@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])
+def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.serve.llm", reason="ray.serve.llm needs vllm")
+    from ray.llm._internal.serve.core.server.builder import DEFAULT_DEPLOYMENT_OPTIONS
+    from ray.serve.llm.deployment import LLMServer
+
+    from cluster.router.server import llm_config_of
+
+    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+    config = MeshConfig.from_serve_config(serve_config(name)).llm
+    theirs: dict[str, Any] = LLMServer.get_deployment_options(llm_config_of(config))
+    ours = router_options(config.routers)
+    for key in ("placement_group_bundles", "placement_group_strategy", "ray_actor_options"):
+        assert ours[key] == theirs[key], key
+    assert ours["num_replicas"] == config.routers.count
+    for key in ("max_ongoing_requests", "health_check_period_s", "health_check_timeout_s"):
+        expected = config.routers.deployment_config.get(key, DEFAULT_DEPLOYMENT_OPTIONS[key])
+        assert ours[key] == expected, key
+
+
+def test_autoscaling_and_bundles_of_the_user_stay() -> None:
+    from cluster.config.llm_sections import RoutersSection
+
+    section = RoutersSection(
+        deployment_config={"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}},
+        placement_group_config={"bundle_per_worker": {"CPU": 3}, "strategy": "SPREAD"},
+    )
+    options = router_options(section)
+    assert "num_replicas" not in options
+    assert options["autoscaling_config"]["max_replicas"] == 4
+    assert options["placement_group_bundles"] == [{"CPU": 4, "GPU": 0}]
+    assert options["placement_group_strategy"] == "SPREAD"

@@ -1,0 +1,174 @@
+"""A shard's deployment and the controller in one process, without Serve: restarts at the worst times, and health."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.controller.deployment import PlacementController
+from cluster.ray_joints import ReplicaIdentity
+from cluster.shard import deployment as expert_shard
+from cluster.shard.deployment import ExpertShard
+from experts.protocol.membership import ShardEndpoint
+from experts.shard import server as shard_server
+from placement.placement import Placement
+
+TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
+PLACEMENT = Placement.linear(2, 8, 4, 2)
+
+
+def config() -> dict[str, Any]:
+    args = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
+    return {**args, "membership": {"heartbeat_s": 0.01, "lost_after_s": 30, "join_timeout_s": 30, "drain_s": 0}}
+
+
+class FakeServer:
+    """Loads until it is told that it may listen."""
+
+    def __init__(self, settings: Any) -> None:
+        self.endpoint: ShardEndpoint | None = None
+        self.loading, self.may_listen = threading.Event(), threading.Event()
+        self.facts: dict[str, Any] = {"alive": True, "fault": None}
+
+    def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
+        self.loading.set()
+        assert self.may_listen.wait(60)
+        self.endpoint = ShardEndpoint(rank, "a", "127.0.0.1", 1000, "host", 1)
+        return self.endpoint
+
+    def status(self) -> dict[str, Any]:
+        assert self.endpoint is not None
+        return {"rank": self.endpoint.rank, "incarnation": "a", **self.facts}
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+
+class Shard(ExpertShard):
+    """Without the farewell, which Serve alone can await."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        """No farewell."""
+
+
+class Cluster:
+    """One controller at a time, and a shard that Serve calls the second, on the second node, whose rank here is 2."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.controller: Any = None
+        self.asked: list[tuple[Any, ...]] = []
+        self.deaf_to: set[str] = set()
+        self.shard = Shard.__new__(Shard)
+        monkeypatch.setattr(expert_shard, "replica_identity", lambda: ReplicaIdentity("experts", "b1", 1, "b"))
+        monkeypatch.setattr(expert_shard, "node_address", lambda: "127.0.0.1")
+        monkeypatch.setattr(expert_shard, "ControllerClient", lambda app_name: self)
+        monkeypatch.setattr(shard_server, "ShardServer", FakeServer)
+
+    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+        if method in self.deaf_to:
+            raise expert_shard.ControllerLostError(f"no answer to {method}")
+        answer = await getattr(self.controller, method)(*args)
+        self.asked.append((method, args, answer))
+        return answer
+
+    call_with_retry = call
+
+    async def restart_controller(self) -> None:
+        controller: Any = PlacementController.__new__(PlacementController)
+        await controller.__init__(config(), PLACEMENT.to_json(), None)
+        controller._watch.cancel()
+        self.controller = controller
+
+    async def begin_loading(self) -> asyncio.Task[None]:
+        """The start of the shard, which goes on until its server may listen."""
+        assert (await self.controller.join("a1", "a", 0))["rank"] == 0
+        start: Any = self.shard.__init__(config())  # type: ignore[misc]
+        task = asyncio.create_task(start)
+        await self.until(lambda: hasattr(self.shard, "_server") and self.shard._server.loading.is_set())
+        return task
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """The whole scene has a deadline."""
+        while not condition():
+            await asyncio.sleep(0)
+
+    def seats(self) -> dict[int, str]:
+        return {seat.rank: seat.shard_id for seat in self.controller._roster.seats}
+
+
+Play = Callable[[Callable[[Cluster], Awaitable[None]]], None]
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Runs one scene."""
+
+    def run(act: Callable[[Cluster], Awaitable[None]]) -> None:
+        async def whole() -> None:
+            cluster = Cluster(monkeypatch)
+            await cluster.restart_controller()
+            try:
+                await act(cluster)
+            finally:
+                if (server := getattr(cluster.shard, "_server", None)) is not None:
+                    server.may_listen.set()
+                if (heart := getattr(cluster.shard, "_heart", None)) is not None:
+                    heart.cancel()
+
+        asyncio.run(asyncio.wait_for(whole(), 60))
+
+    return run
+
+
+def test_a_shard_that_loads_asks_a_restarted_controller_for_the_rank_that_it_loads(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        assert cluster.seats() == {0: "a1", 2: "b1"}
+        await cluster.restart_controller()
+        await cluster.until(lambda: bool(cluster.seats()))
+        assert cluster.seats() == {2: "b1"}, "whoever comes first, the blocks are as they were"
+        cluster.shard._server.may_listen.set()
+        await start
+        assert cluster.controller._roster.endpoints[2] is not None
+        assert "rejoin" not in [method for method, *_ in cluster.asked]
+        await cluster.shard.check_health()
+
+    play(act)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_controller_that_restarts_as_loading_ends_learns_who_serves(play: Play, taken: bool) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        cluster.deaf_to = {"heartbeat", "join"}
+        await cluster.restart_controller()
+        if taken:
+            assert (await cluster.controller.join("x", "b", 2))["rank"] == 2
+        cluster.shard._server.may_listen.set()
+        if taken:
+            with pytest.raises(RuntimeError, match="rank 2 was given to another shard while this one loaded"):
+                await start
+        else:
+            await start
+            assert cluster.controller._roster.endpoints[2] is not None
+
+    play(act)
+
+
+def test_a_shard_that_computes_nothing_is_not_healthy(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        cluster.shard._server.may_listen.set()
+        await start
+        await cluster.shard.check_health()
+        cluster.shard._server.facts["fault"] = "CUDA error"
+        with pytest.raises(RuntimeError, match="computes nothing: CUDA error"):
+            await cluster.shard.check_health()
+
+    play(act)

@@ -1,0 +1,59 @@
+"""What a step's routing decisions become in the recorder, and what is left out."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.step_recorder import StepRecorder
+from placement.traces.trace import ActivationTrace
+from tests.support.small_mesh import random_batch
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 2, 6, 3, 24
+
+
+def recorded(recorder: StepRecorder) -> ActivationTrace:
+    return ActivationTrace.load_npz(io.BytesIO(recorder.to_bytes()))
+
+
+def test_decisions_are_recorded_step_by_step() -> None:
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    recorder = StepRecorder(shape, capacity=100, layers=(1, 3))
+    assert recorder.to_bytes() == b""
+    steps = []
+    for num_tokens in (4, 1, 0, 40):
+        steps.append([random_batch(num_tokens, seed=10 * num_tokens + layer).ids_TK for layer in range(NUM_LAYERS)])
+        for layer, ids_TK in enumerate(steps[-1]):
+            recorder.add(layer, ids_TK.numpy())
+    trace = recorded(recorder)
+    assert trace.layers == (1, 3)
+    np.testing.assert_array_equal(trace.topk_ids, np.concatenate([np.stack(step, 1) for step in steps]))
+    np.testing.assert_array_equal(trace.counts.sum(1), 45 * TOP_K)
+    recorder.clear()
+    assert recorder.to_bytes() == b""
+    off = StepRecorder(shape, capacity=0)
+    off.add(0, steps[0][0].numpy())
+    for use in (off.to_bytes, off.clear):
+        with pytest.raises(RuntimeError, match="trace_tokens is 0"):
+            use()
+
+
+def test_padding_and_steps_that_were_broken_off_are_not_recorded() -> None:
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    recorder = StepRecorder(shape, capacity=100)
+    whole = [random_batch(4, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS)]
+    recorder.add(0, whole[0])  # a step that ends here
+    for layer, ids_TK in enumerate(whole):
+        padded_TK = np.full((7, TOP_K), -1)
+        padded_TK[:4] = ids_TK
+        recorder.add(layer, padded_TK)
+    recorder.add(NUM_LAYERS - 1, whole[-1])  # a step whose beginning was before the recorder's
+    recorder.add(0, whole[0])
+    recorder.add(1, whole[1][:2])  # of another size
+    trace = recorded(recorder)
+    np.testing.assert_array_equal(trace.topk_ids, np.stack(whole, 1))
+    np.testing.assert_array_equal(trace.counts.sum(1), 4 * TOP_K)

@@ -1,0 +1,103 @@
+"""Every place where the project touches vLLM's internals is as it was when the plug-in was written.
+
+A failure here means that this version of vLLM moved a joint: the message names it, and experts/vllm_plugin/joints.py,
+vllm_plugin.py and vllm_worker.py are the files to change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.zygote.engine_zygote import Zygote
+
+WRITTEN_FOR = {
+    "RoutedExperts.forward_modular": [
+        "self", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input",
+    ],
+    "RoutedExperts._get_quant_method": ["self", "prefix", "quant_config", "moe_config"],
+    "RoutedExperts.load_weights": ["self", "weights"],
+    "RoutedExperts.register_oot": ["_decorated_layer_cls", "name"],
+    "FusedMoEMethodBase.create_weights": [
+        "self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype",
+        "extra_weight_attrs",
+    ],
+    "FusedMoEMethodBase.apply": [
+        "self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input",
+    ],
+    "FusedMoEMethodBase.maybe_roundup_sizes": [
+        "self", "hidden_size", "intermediate_size_per_partition", "act_dtype", "moe_parallel_config",
+    ],
+    "SharedExperts.__call__": ["self", "shared_experts_input", "order"],
+    "register_model_loader": ["load_format"],
+    "DefaultModelLoader._get_weights_iterator": ["self", "source"],
+    "DefaultModelLoader._prepare_weights": [
+        "self", "model_name_or_path", "subfolder", "revision", "fall_back_to_pt", "allow_patterns_overrides",
+    ],
+    "DefaultModelLoader.load_model": ["self", "vllm_config", "model_config", "prefix"],
+    "direct_register_custom_op": [
+        "op_name", "op_func", "mutates_args", "fake_impl", "target_lib", "dispatch_key", "tags",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def facts(vllm_zygote: Zygote) -> dict[str, Any]:
+    job = vllm_zygote.start("joints")
+    vllm_zygote.wait(job, "clashes")
+    return vllm_zygote.events(job)
+
+
+@pytest.mark.parametrize("joint", WRITTEN_FOR)
+def test_signature(facts: dict[str, Any], joint: str) -> None:
+    found = facts["signatures"][joint]
+    assert found == WRITTEN_FOR[joint], (
+        f"vllm {facts['version']} moved {joint}: it takes {found}, the plug-in was written for {WRITTEN_FOR[joint]}"
+    )
+
+
+def test_sources_of_weights(facts: dict[str, Any]) -> None:
+    wanted = {"model_or_path", "subfolder", "revision", "fall_back_to_pt", "allow_patterns_overrides", "prefix"}
+    assert wanted <= set(facts["source_fields"]), f"vllm {facts['version']}: {facts['source_fields']}"
+
+
+def test_shared_experts_know_the_order_that_the_plug_in_asks_for(facts: dict[str, Any]) -> None:
+    assert "MK_INTERNAL_OVERLAPPED" in facts["shared_orders"], f"vllm {facts['version']}: {facts['shared_orders']}"
+
+
+def test_the_runner_calls_forward_modular_with_the_shared_experts_input(facts: dict[str, Any]) -> None:
+    assert facts["runner_calls"] == ["forward_modular(", "shared_experts_input="], (
+        f"vllm {facts['version']}: MoERunner no longer calls RoutedExperts.forward_modular as it did"
+    )
+
+
+def test_the_methods_base_wants_nothing_that_ours_lacks(facts: dict[str, Any]) -> None:
+    assert facts["not_implemented"] == [], f"vllm {facts['version']} made these abstract: {facts['not_implemented']}"
+    assert set(facts["abstract"]) == {"create_weights", "get_fused_moe_quant_config"}
+
+
+def test_importing_the_worker_registers_the_layers_once(facts: dict[str, Any]) -> None:
+    assert facts["registered_before"] == []
+    assert facts["registered"] == ["DbrxExperts", "GptOssRoutedExperts", "RoutedExperts"]
+
+
+def test_layers_are_replaced_by_their_exact_class_name(facts: dict[str, Any]) -> None:
+    """So a subclass of another name is not: verify_model has to refuse it."""
+    assert facts["replaces"] == [True, False]
+
+
+def test_custom_ops_are_registered_for_the_compiler(facts: dict[str, Any]) -> None:
+    assert facts["schemas"] == {
+        "begin": "expertmesh::begin(Tensor x, Tensor topk_weights, Tensor topk_ids, SymInt layer) -> Tensor",
+        # Declared to write y, so that the compiler keeps it before every reader of y.
+        "finish": "expertmesh::finish(Tensor(a0!) y) -> ()",
+    }
+
+
+def test_the_load_format_leads_to_our_loader(facts: dict[str, Any]) -> None:
+    assert facts["loader"] == "RouterModelLoader"
+
+
+def test_the_worker_has_no_methods_of_our_names(facts: dict[str, Any]) -> None:
+    assert facts["clashes"] == []

@@ -1,0 +1,113 @@
+"""The compiled rule against the same rule written plainly (T tokens, K experts of one, E experts, R ranks)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placement.placement import EMPTY, Placement
+from placement.rule.replica_choice import choose_replicas
+
+
+def plain_rule(ids_TK, slots_ER, num_nodes, load_R):
+    """The rule in plain numpy, as the field scores placements with it; returns ranks and the loads after."""
+    holds = slots_ER >= 0
+    num_ranks = slots_ER.shape[1]
+    per_node = num_ranks // num_nodes
+    load = load_R.copy()
+    rank_TK = np.full(ids_TK.shape, -1)
+    for t, row in enumerate(ids_TK):
+        wanted = np.unique(row[(row >= 0)])
+        wanted = wanted[holds[wanted].any(1)]
+        nodes_used: set[int] = set()
+        while wanted.size:
+            cover = holds[wanted].sum(0)
+            if num_nodes > 1:
+                node_holds = holds[wanted].reshape(len(wanted), num_nodes, per_node).any(2).sum(0)
+                new = np.array([n not in nodes_used for n in range(num_nodes)])
+                node = np.lexsort((load.reshape(num_nodes, per_node).min(1), new, -node_holds))[0]
+                cover = np.where(np.arange(num_ranks) // per_node == node, cover, 0)
+                nodes_used.add(int(node))
+            rank = np.lexsort((load, -cover))[0]
+            taken = holds[wanted, rank]
+            load[rank] += taken.sum()
+            rank_TK[t, np.isin(row, wanted[taken])] = rank
+            wanted = wanted[~taken]
+    return rank_TK, load
+
+
+def choose(ids_TK, slots_ER, num_nodes, load_R):
+    num_ranks = slots_ER.shape[1]
+    node_of_rank_R = (np.arange(num_ranks) // (num_ranks // num_nodes)).astype(np.int32)
+    rank_TK = np.full(ids_TK.shape, -7, np.int32)
+    load_R = load_R.copy()
+    choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, load_R, rank_TK)
+    return rank_TK, load_R
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_nodes=st.sampled_from([1, 2, 4]),
+    ranks_per_node=st.integers(1, 4),
+    num_experts=st.integers(1, 40),
+    top_k=st.integers(1, 10),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    repeats=st.booleans(),
+)
+def test_agrees_with_the_plain_rule(seed, num_nodes, ranks_per_node, num_experts, top_k, density, repeats):
+    rng = np.random.default_rng(seed)
+    num_ranks = num_nodes * ranks_per_node
+    holds_ER = rng.random((num_experts, num_ranks)) < density
+    if seed % 3:  # else some experts have no slot at all
+        holds_ER[np.arange(num_experts), rng.integers(num_ranks, size=num_experts)] = True
+    slots_ER = np.where(holds_ER, rng.permutation(holds_ER.size).reshape(holds_ER.shape), -1).astype(np.int32)
+    num_tokens = int(rng.integers(0, 30))
+    if repeats:
+        ids_TK = rng.integers(-1, num_experts, (num_tokens, top_k)).astype(np.int32)
+    else:
+        ids_TK = np.stack(
+            [rng.permutation(max(num_experts, top_k))[:top_k] for _ in range(num_tokens)] or [np.zeros(top_k)]
+        ).astype(np.int32)
+        ids_TK[ids_TK >= num_experts] = -1
+    load_R = rng.integers(0, 5, num_ranks)
+    rank_TK, after_R = choose(ids_TK, slots_ER, num_nodes, load_R)
+    expected_TK, expected_R = plain_rule(ids_TK, slots_ER, num_nodes, load_R)
+    np.testing.assert_array_equal(rank_TK, expected_TK)
+    np.testing.assert_array_equal(after_R, expected_R)
+
+
+def test_many_nodes_and_the_widest_top_k():
+    rng = np.random.default_rng(0)
+    slots_ER = np.where(rng.random((300, 140)) < 0.3, 1, -1).astype(np.int32)
+    ids_TK = np.stack([rng.permutation(300)[:63] for _ in range(20)]).astype(np.int32)
+    load_R = np.zeros(140, np.int64)
+    for num_nodes in (1, 70, 140):
+        rank_TK, after_R = choose(ids_TK, slots_ER, num_nodes, load_R)
+        expected_TK, expected_R = plain_rule(ids_TK, slots_ER, num_nodes, load_R)
+        np.testing.assert_array_equal(rank_TK, expected_TK)
+        np.testing.assert_array_equal(after_R, expected_R)
+
+
+def test_top_k_above_the_limit_is_refused():
+    with pytest.raises(ValueError, match="top-k above 63"):
+        choose(np.zeros((1, 64), np.int32), np.zeros((4, 2), np.int32), 1, np.zeros(2, np.int64))
+
+
+def test_ids_beyond_the_experts_and_padding_get_no_rank():
+    slots_ER = np.zeros((4, 2), np.int32)
+    rank_TK, load_R = choose(np.array([[0, 9, -1, -5]], np.int32), slots_ER, 1, np.zeros(2, np.int64))
+    assert rank_TK.tolist() == [[0, -1, -1, -1]]
+    assert load_R.tolist() == [1, 0]
+
+
+def test_lost_ranks_are_never_chosen():
+    placement = Placement.linear(2, 8, 4, min_replicas=2)
+    alive_R = np.array([True, False, True, True])
+    slots_LER = np.where(alive_R, placement.slots_LER, np.int32(EMPTY))
+    ids_TK = np.array([[0, 1, 2, 3], [4, 5, 6, 7]], np.int32)
+    rank_TK, _ = choose(ids_TK, slots_LER[0], 1, np.zeros(4, np.int64))
+    assert (rank_TK >= 0).all()
+    assert not (rank_TK == 1).any()

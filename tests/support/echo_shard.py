@@ -1,0 +1,256 @@
+"""A shard without experts, for the transports' tests: it answers bytes with bytes, and misbehaves on request.
+
+The first byte of a request's body (after the wire header) says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.wire import H_EPOCH, H_ROWS, HEADER_BYTES, header_of
+from experts.transports import atomics, control
+from experts.transports.base import RouterLink, ShardChannel
+from experts.transports.connect import connect, open_shard_channel
+from experts.transports.control import ControlListener, Hello, LifeLine
+from experts.transports.shm import ShmDoorbell
+
+ECHO, HOLD, DROP = 0, 1, 2
+"""H_EPOCH of a request: answer it; answer it when told to; close the pair instead."""
+
+ROW_BYTES = 64
+CAPACITY = 1 << 16
+SPAWN_S = 60.0
+
+
+def deadline_in(seconds: float) -> float:
+    """On time.monotonic()'s clock."""
+    return time.monotonic() + seconds
+
+
+atomics.warm_up()  # once in the fork server rather than in every shard
+
+
+def hello_for(transport: str, router_id: str = "router", capacity: int = CAPACITY) -> Hello:
+    """What a router of the tests says."""
+    return Hello(
+        router_id=router_id,
+        transport=transport,
+        incarnation="1",
+        dtype="float32",
+        hidden_size=ROW_BYTES // 4,
+        top_k=1,
+        num_layers=1,
+        request_capacity=capacity,
+        reply_capacity=capacity,
+    )
+
+
+class EchoLoop:
+    """The shard's compute loop: every request comes back with each byte of its body counted up by one."""
+
+    def __init__(self, bind_host: str, handshake_s: float, events: Any) -> None:
+        self.bell = ShmDoorbell(spin_us=20)
+        self.events = events
+        self.held: list[tuple[ShardChannel, int]] = []
+        self.channels: list[ShardChannel] = []
+        self.listener = ControlListener(bind_host, self._open, self._add, self._remove, handshake_s)
+        self.handshake_s = handshake_s
+
+    def _open(self, hello: Hello, line: LifeLine) -> tuple[ShardChannel, dict[str, Any]]:
+        return open_shard_channel(hello, line, self.bell, "cpu", time.monotonic() + self.handshake_s)
+
+    def _add(self, channel: ShardChannel) -> None:
+        self.channels = [*self.channels, channel]
+        self.bell.ring()
+
+    def _remove(self, channel: ShardChannel) -> None:
+        self.channels = [c for c in self.channels if c is not channel]
+        self.events.send(("left", channel.router_id))
+
+    def run(self) -> None:
+        """Serve forever."""
+        while True:
+            self.bell.wait(0.5)
+            while sum(self._serve(channel) for channel in self.channels):
+                continue
+
+    def _serve(self, channel: ShardChannel) -> int:
+        nbytes = channel.poll()
+        if nbytes < 0 or any(channel is held for held, _ in self.held):
+            return 0
+        task = int(header_of(channel.recv_buffer)[H_EPOCH]) if nbytes >= HEADER_BYTES else ECHO
+        if task == HOLD:
+            self.held.append((channel, nbytes))
+            self.events.send(("held", channel.router_id))
+        elif task == DROP:
+            channel.close()
+        else:
+            answer(channel, nbytes)
+        return 1
+
+    def release(self) -> None:
+        """Answer what was held, late."""
+        held, self.held = self.held, []
+        for channel, nbytes in held:
+            answer(channel, nbytes)
+        self.events.send(("released", len(held)))
+
+
+def answer(channel: ShardChannel, nbytes: int) -> None:
+    """The reply: the header as it came, every byte of the body plus one, rows likewise where they travel apart."""
+    rows = getattr(channel, "recv_tensor", None)
+    on_device = int(header_of(channel.recv_buffer)[H_ROWS]) * ROW_BYTES if rows is not None else 0
+    host_bytes = nbytes - on_device
+    channel.send_buffer[:HEADER_BYTES] = channel.recv_buffer[:HEADER_BYTES]
+    np.add(
+        channel.recv_buffer[HEADER_BYTES:host_bytes],
+        np.uint8(1),
+        out=channel.send_buffer[HEADER_BYTES:host_bytes],
+    )
+    if on_device:
+        channel.send_tensor[:on_device] = rows[:on_device] + 1
+    channel.reply(nbytes)
+
+
+def serve(rank: int, bind_host: str, handshake_s: float, netns: str, keepalive_s: int, events: Any) -> None:
+    """Process body: sends its endpoint, then events; does what the other end of the pipe says."""
+    if netns:
+        from benchmarks.serving.hosts import enter
+
+        enter(netns)
+    if keepalive_s:
+        control._KEEPALIVE = tuple((option, keepalive_s) for option, _ in control._KEEPALIVE)
+    loop = EchoLoop(bind_host, handshake_s, events)
+    events.send(ShardEndpoint(rank, "1", bind_host, loop.listener.port, host_id(), os.getpid()))
+    threading.Thread(target=loop.run, daemon=True).start()
+    while True:
+        try:
+            command = events.recv()
+        except EOFError:
+            return
+        if command == "release":
+            loop.release()
+        elif command == "channels":
+            events.send(("channels", len(loop.channels)))
+        elif command == "stop":
+            loop.listener.stop()
+            return
+
+
+@dataclass
+class EchoShard:
+    """A shard's process as the tests see it."""
+
+    process: Any
+    endpoint: ShardEndpoint
+    pipe: multiprocessing.connection.Connection
+
+    def event(self, timeout_s: float = 20.0) -> Any:
+        """The next thing that the shard reports."""
+        if not self.pipe.poll(timeout_s):
+            raise TimeoutError("the shard reported nothing")
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until every thread of it has stopped."""
+        tasks = Path(f"/proc/{self.endpoint.pid}/task")
+        os.kill(self.endpoint.pid, signal.SIGSTOP)
+        limit_s = time.monotonic() + 20
+        while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in tasks.glob("*/stat")):
+            if time.monotonic() > limit_s:
+                raise TimeoutError("the echo shard does not stop")
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.endpoint.pid, signal.SIGCONT)
+
+    def connect(
+        self, transport: str, router_id: str = "router", capacity: int = CAPACITY, limit_s: float = 20.0
+    ) -> RouterLink:
+        """A link to it."""
+        hello = hello_for(transport, router_id, capacity)
+        return connect(self.endpoint, hello, "cpu", 20.0, time.monotonic() + limit_s)
+
+
+@functools.cache
+def context() -> Any:
+    """Processes forked from one that has imported everything: quick to start and with no threads to inherit."""
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["tests.support.echo_shard", "experts.transports.torch_pair"])
+    # Python 3.11's fork server does not take over sys.path, and passes over in silence what it cannot import.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        multiprocessing.forkserver.ensure_running()
+    return forkserver
+
+
+@contextlib.contextmanager
+def echo_shard(
+    rank: int = 0, bind_host: str = "127.0.0.1", handshake_s: float = 20.0, netns: str = "", keepalive_s: int = 0
+) -> Iterator[EchoShard]:
+    """A running echo shard, in network namespace `netns` if that is given, killed at the end."""
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (rank, bind_host, handshake_s, netns, keepalive_s, theirs)
+    process = context().Process(target=serve, args=arguments, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(SPAWN_S):
+            raise TimeoutError("the echo shard did not start")
+        yield EchoShard(process, ours.recv(), ours)
+    finally:
+        process.kill()
+        process.join(10)
+        ours.close()
+
+
+def post_body(link: RouterLink, body: bytes, task: int = ECHO, num_rows: int = 0) -> int:
+    """Post a wire header and `body`, of which the last `num_rows` rows travel as rows. Returns the message's length."""
+    nbytes = HEADER_BYTES + len(body)
+    header = header_of(link.send_buffer)
+    header[:] = 0
+    header[H_EPOCH], header[H_ROWS] = task, num_rows
+    send_tensor = getattr(link, "send_tensor", None)
+    on_device = num_rows * ROW_BYTES if send_tensor is not None else 0
+    data = np.frombuffer(body, np.uint8)
+    link.send_buffer[HEADER_BYTES : nbytes - on_device] = data[: len(data) - on_device]
+    if on_device:
+        send_tensor.numpy()[:on_device] = data[len(data) - on_device :]
+    link.post(nbytes)
+    return nbytes
+
+
+def reply_body(link: RouterLink, nbytes: int) -> bytes:
+    """The body of a reply of `nbytes`."""
+    recv_tensor = getattr(link, "recv_tensor", None)
+    on_device = int(header_of(link.recv_buffer)[H_ROWS]) * ROW_BYTES if recv_tensor is not None else 0
+    host = link.recv_buffer[HEADER_BYTES : nbytes - on_device].tobytes()
+    return host + (recv_tensor.numpy()[:on_device].tobytes() if on_device else b"")
+
+
+def counted_up(body: bytes) -> bytes:
+    """What the echo shard makes of `body`."""
+    return (np.frombuffer(body, np.uint8) + np.uint8(1)).tobytes()
+
+
+def hello_with(hello: Hello, **changes: Any) -> Hello:
+    """`hello` with some fields changed."""
+    return replace(hello, **changes)

@@ -1,0 +1,234 @@
+"""The whole system on a real Ray cluster of three hosts: router on one, shards on the others, one of them cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.serving.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
+from benchmarks.serving.ray_hosts import Node, ray_environment, start_ray
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[3]
+HTTP_PORT = 8000
+START_S, ANSWER_S = 420.0, 120.0
+PROMPTS = ["def read_lines(path):", "The function returns", "import os", "class Node:"]
+NUM_TOKENS = 300
+
+
+def config() -> dict[str, Any]:
+    """Both applications, pinned by Ray resources: everything but the shards on the host that has "router_host"."""
+    model = {"id": "tiny-moe", "path": str(ROOT / "examples" / "tiny-moe"), "dtype": "float32"}
+    here = {"router_host": 0.01}
+    experts = {
+        "model": model,
+        "shards": {"count": 2, "ray_actor_options": {"num_cpus": 0.25, "resources": {"shard_host": 1}}},
+        "membership": {"lost_after_s": 30, "ray_actor_options": {"num_cpus": 0, "resources": here}},
+    }
+    llm = {
+        "model": model,
+        "routers": {
+            "engine_kwargs": {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True},
+            "placement_group_config": {"bundles": [{"CPU": 0.25, **here}]},
+            "deployment_config": {"ray_actor_options": {"num_cpus": 0.25}},
+            "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+        },
+        "deadlines": {"dispatch_ms": 2000, "connect_s": 2},
+        "http": {"deployment_config": {"ray_actor_options": {"num_cpus": 0.1, "resources": here}}},
+    }
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": HTTP_PORT},
+        "applications": [
+            {"name": "experts", "route_prefix": None, "import_path": "serve_app:build_experts", "args": experts},
+            {"name": "llm", "route_prefix": "/", "import_path": "serve_app:build_llm", "args": llm},
+        ],
+    }
+
+
+@dataclass
+class Mesh:
+    """The running system."""
+
+    hosts: list[Host]
+    client: Client
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(hosts_on_a_switch(3))
+        except NamespacesRefusedError as refused:
+            pytest.skip(f"no network namespaces here: {refused}")
+        yield _start(hosts)
+
+
+def _start(hosts: list[Host]) -> Mesh:
+    environment = ray_environment()
+    head, *others = hosts
+    nodes = [Node(head, 2, {"router_host": 1}), *(Node(host, 1, {"shard_host": 1}) for host in others)]
+    address = start_ray(nodes, environment)
+    path = Path(head.disk) / "mesh.yaml"
+    path.write_text(yaml.safe_dump(config()))
+    log_path = Path(head.disk) / "serve_app.log"
+    with log_path.open("w") as log:
+        command = [sys.executable, "-m", "serve_app", f"{head.folder}/{path.name}", "--verbose"]
+        command += [f"--address={address}"]
+        server = head.popen(*command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    client = Client(head)
+    limit_s = time.monotonic() + START_S
+    while client.ask("get", "/health")[0] != 200:
+        if server.poll() is not None or time.monotonic() > limit_s:
+            raise RuntimeError(f"no token was generated; the server said:\n{log_path.read_text()[-8000:]}")
+        time.sleep(0.2)
+    return Mesh(hosts, client)
+
+
+class Client:
+    """A process on the router's host that speaks HTTP to it."""
+
+    def __init__(self, host: Host) -> None:
+        self.pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=_client, args=(host.name, theirs), daemon=True)
+        process.start()
+        theirs.close()
+
+    def ask(self, *command: Any) -> Any:
+        """What the command gave."""
+        self.pipe.send(command)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The next thing that the client reports."""
+        if not self.pipe.poll(ANSWER_S):
+            raise TimeoutError("the client reported nothing")
+        return self.pipe.recv()
+
+
+def _client(netns: str, pipe: Any) -> None:
+    enter(netns)
+    while True:
+        try:
+            command, *details = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_get(*details) if command == "get" else _streams(pipe, *details))
+
+
+def _get(path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=60)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    except OSError as error:
+        return 0, str(error)
+    finally:
+        connection.close()
+
+
+def _streams(pipe: Any, prompts: list[str]) -> list[tuple[str, str]]:
+    """Complete all prompts at once, greedily; says "midway" when each stream has all_begun. (text, error) of each."""
+    results = [("", "not finished")] * len(prompts)
+    all_begun = threading.Barrier(len(prompts) + 1, timeout=60)
+
+    def stream(number: int) -> None:
+        try:
+            results[number] = _stream(prompts[number], all_begun)
+        except Exception as error:
+            results[number] = ("", repr(error))
+
+    threads = [threading.Thread(target=stream, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    with contextlib.suppress(threading.BrokenBarrierError):
+        all_begun.wait()
+    pipe.send("midway")
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def _stream(prompt: str, all_begun: threading.Barrier) -> tuple[str, str]:
+    body = {"model": "tiny-moe", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    connection = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=100)
+    connection.request(
+        "POST", "/v1/completions", json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
+    )
+    response = connection.getresponse()
+    if response.status != 200:
+        return "", f"HTTP {response.status}: {response.read()!r}"
+    text, chunks = "", 0
+    for line in response:
+        data = line.decode().strip().removeprefix("data:").strip()
+        if data == "[DONE]":
+            return text, ""
+        if not data:
+            continue
+        message = json.loads(data)
+        if "error" in message:
+            return text, str(message["error"])
+        text += message["choices"][0]["text"]
+        chunks += 1
+        if chunks == 5:
+            all_begun.wait()
+    return text, "the stream ended before [DONE]"
+
+
+def status_of(mesh: Mesh) -> dict[str, Any]:
+    code, text = mesh.client.ask("get", "/expertmesh/status")
+    assert code == 200, text
+    return json.loads(text)
+
+
+def complete(mesh: Mesh, midway: Any) -> list[str]:
+    """The texts of all prompts; `midway` runs while they stream."""
+    mesh.client.pipe.send(("streams", PROMPTS))
+    assert mesh.client.answer() == "midway"
+    midway()
+    still_streaming = not mesh.client.pipe.poll(0)
+    results = mesh.client.answer()
+    assert [error for _, error in results if error] == []
+    assert still_streaming, "the streams were over before anything could happen to them"
+    return [text for text, _ in results]
+
+
+def test_a_host_cut_off_in_mid_stream_changes_no_token(mesh: Mesh) -> None:
+    before = status_of(mesh)
+    [router] = before["routers"]
+    assert router["transports"] == {"0": "gloo", "1": "gloo"}
+    assert router["connected"] == [0, 1]
+    addresses = {shard["endpoint"]["host"]: shard["rank"] for shard in before["controller"]["shards"]}
+    assert set(addresses) == {host.address for host in mesh.hosts[1:]}
+
+    undisturbed = complete(mesh, lambda: None)
+    assert all(undisturbed)
+    [router] = status_of(mesh)["routers"]
+    assert router["lost"] == {}
+    assert min(router["shard_rows"]) > 0
+
+    cut = mesh.hosts[2]
+    disturbed = complete(mesh, cut.cut)
+    assert disturbed == undisturbed
+    [router] = status_of(mesh)["routers"]
+    rank = addresses[cut.address]
+    assert rank not in router["connected"]
+    assert str(rank) in router["lost"]
+    assert router["fallback_pairs"] > 0
+    code, text = mesh.client.ask("get", "/health")
+    assert code == 200, text

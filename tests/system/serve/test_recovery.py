@@ -1,0 +1,130 @@
+"""Processes that die under load: no request fails, tokens stay the same, and the service is whole again after."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import openai
+import psutil
+import pytest
+
+from tests.system.serve.conftest import Service, wait_for
+
+
+def whole(service: Service) -> bool:
+    """Every rank is served, and every router is connected to all at the controller's epoch."""
+    status = service.status()
+    controller = status["controller"]
+    return (
+        bool(controller)
+        and controller["complete"]
+        and all(
+            len(router["connected"]) == controller["num_ranks"] and router["epoch"] == controller["epoch"]
+            for router in status["routers"]
+        )
+    )
+
+
+def kill_at(pid: int, chunk: int) -> object:
+    return lambda index: os.kill(pid, signal.SIGKILL) if index == chunk else None
+
+
+def test_a_shard_killed_in_mid_stream_changes_no_token_and_comes_back_at_its_rank(service: Service) -> None:
+    expected = service.greedy(160)
+    before, epoch = service.shards(), service.status()["controller"]["epoch"]
+    assert service.greedy(160, kill_at(before[1]["pid"], 20)) == expected
+    wait_for(lambda: whole(service) and service.shards()[1]["pid"] != before[1]["pid"], 120, "rank 1")
+    after, status = service.shards(), service.status()
+    assert [after[rank]["pid"] for rank in (0, 2)] == [before[rank]["pid"] for rank in (0, 2)]
+    assert after[1]["weights_digest"] == before[1]["weights_digest"]
+    assert after[1]["incarnation"] != before[1]["incarnation"]
+    assert status["controller"]["epoch"] > epoch
+    assert service.greedy(160) == expected
+    # What a shard counts reaches the controller with its next beat.
+    wait_for(lambda: service.shards()[1]["requests"] > 0, 60, "the successor's answers to be counted")
+
+
+def test_the_controller_restarts_and_everyone_keeps_rank_and_weights(service: Service) -> None:
+    expected = service.greedy(64)
+    before, epoch = service.shards(), service.status()["controller"]["epoch"]
+    term = service.status()["controller"]["term"]
+    shard_parent = psutil.Process(before[0]["pid"]).parent()
+    assert shard_parent is not None
+    [controller] = [p for p in shard_parent.children() if "PlacementController" in " ".join(p.cmdline())]
+    assert service.greedy(64, kill_at(controller.pid, 5)) == expected
+
+    def renewed() -> bool:
+        found = service.status()["controller"]
+        return bool(found) and found["term"] != term and whole(service)
+
+    wait_for(renewed, 120, "another life of the controller")
+    after = service.shards()
+    assert {rank: shard["pid"] for rank, shard in after.items()} == {
+        rank: shard["pid"] for rank, shard in before.items()
+    }
+    assert service.status()["controller"]["epoch"] > epoch, "epochs never fall"
+    assert service.greedy(64) == expected
+    assert service.get("/health")[0] == 200
+
+
+def test_a_shard_that_stops_and_goes_on_is_used_again(service: Service) -> None:
+    expected = service.greedy(64)
+    pid = service.shards()[2]["pid"]
+    stopped = lambda index: os.kill(pid, signal.SIGSTOP) if index == 10 else None  # noqa: E731
+    try:
+        assert service.greedy(64, stopped) == expected
+        assert any("2" in router["lost"] for router in service.status()["routers"])
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: whole(service), 120, "every router to be connected to every shard again")
+    assert service.greedy(64) == expected
+
+
+def test_with_every_shard_gone_requests_are_served_and_health_says_503(service: Service) -> None:
+    """The router computes the experts itself, from the checkpoint; that is no health."""
+    expected = service.greedy(64)
+    before = service.shards()
+    pids = [shard["pid"] for shard in before.values()]
+
+    def kill_all(index: int) -> None:
+        if index == 10:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+    assert service.greedy(64, kill_all) == expected
+    code, body = service.get("/health")
+    answer = json.loads(body)
+    assert code == 503, answer
+    assert "no shard answered" in answer["reason"]
+    wait_for(lambda: whole(service) and service.get("/health")[0] == 200, 150, "all shards")
+    after = service.shards()
+    assert {rank: shard["weights_digest"] for rank, shard in after.items()} == {
+        rank: shard["weights_digest"] for rank, shard in before.items()
+    }
+    assert service.greedy(64) == expected
+
+
+def test_a_killed_router_ends_its_requests_with_an_error_and_leaves_the_shards_alone(service: Service) -> None:
+    """What a router holds of a request, its KV cache, dies with it; nothing hangs, and no engine is left behind."""
+    expected = service.greedy(64)
+    shards = service.shards()
+    [router] = service.status()["routers"]
+    process = psutil.Process(router["pid"])
+    engine = [process, *process.children(recursive=True)]
+    assert len(engine) > 1, "vLLM's engine is a process of its own"
+    with pytest.raises(openai.APIError):
+        service.greedy(160, kill_at(router["pid"], 10))
+    wait_for(lambda: not any(psutil.pid_exists(p.pid) and p.is_running() for p in engine), 60, "its engine to end")
+    wait_for(lambda: service.status()["routers"] and whole(service), 150, "another router")
+    [successor] = service.status()["routers"]
+    assert successor["router_id"] != router["router_id"]
+    after = service.shards()
+    assert {rank: shard["pid"] for rank, shard in after.items()} == {
+        rank: shard["pid"] for rank, shard in shards.items()
+    }
+    assert service.greedy(64) == expected
+    assert service.get("/health")[0] == 200
+    only = lambda: all(s["routers"] == [successor["router_id"]] for s in service.shards().values())  # noqa: E731
+    wait_for(only, 60, "the shards to forget the killed router")
