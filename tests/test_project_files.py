@@ -16,6 +16,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
 TREE = ("cluster", "experts", "placement", "benchmarks", "tests", "configs", "examples", "docs", "requirements")
+QUOTED_PATH = re.compile(rf"`((?:{'|'.join(TREE)})/[\w./-]+|serve_app\.py)(?:::[\w.]+)?`")
 
 
 def promised_pythons() -> list[str]:
@@ -77,7 +78,7 @@ def test_a_page_names_only_what_is_there(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         if not (page.parent / target).exists():
             missing.append(f"link {target}")
-    for quoted in re.findall(r"`((?:%s)/[\w./-]+|serve_app\.py)(?:::[\w.]+)?`" % "|".join(TREE), text):
+    for quoted in QUOTED_PATH.findall(text):
         if not (ROOT / quoted).exists():
             missing.append(f"path {quoted}")
     assert missing == []
