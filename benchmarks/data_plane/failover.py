@@ -1,6 +1,6 @@
 """One of three shards dies, or stops answering, under 32 streams: what do the streams notice?
 
-    python -m benchmarks.failover [--quick]
+    python -m benchmarks.data_plane.failover [--quick]
 
 The tiny model in float32; each case starts its own three shards and engine, generates once undisturbed, then again with
 the fault in mid-stream. Goals: no request fails, no token changes, and the longest gap between two tokens of a stream
@@ -18,9 +18,8 @@ import sys
 import time
 from typing import Any
 
-from experts.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
-
 from benchmarks.common import ROOT, TINY_MODEL, print_table, save
+from experts.vllm_plugin.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
 
 STREAMS = 32
 DEADLINE_S = 1.0
@@ -33,12 +32,11 @@ def case(fault: str, replicas: int, new_tokens: int) -> dict[str, Any]:
         VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR",
         VLLM_CPU_OMP_THREADS_BIND=",".join(str(c) for c in sorted(os.sched_getaffinity(0))),
     )  # fmt: skip
-    from experts.settings import RouterSettings
-    from placement.tables import Placement
-
     from benchmarks.common import real_prompts
-    from benchmarks.mesh import ShardProcesses
+    from benchmarks.data_plane.mesh import ShardProcesses
     from experts.checkpoint import ExpertCheckpoint
+    from experts.protocol.settings import RouterSettings
+    from placement.placement import Placement
 
     spec = ExpertCheckpoint.open(TINY_MODEL).spec
     placement = Placement.linear(spec.num_layers, spec.num_experts, 3, min_replicas=replicas)
@@ -114,7 +112,7 @@ def main() -> None:
     for fault, replicas in (("kill", 2), ("kill", 1), ("stop", 2), ("stop", 1)):
         order = json.dumps([fault, replicas, 24 if args.quick else 96])
         outcome = subprocess.run(
-            [sys.executable, "-m", "benchmarks.failover", "--case", order],
+            [sys.executable, "-m", "benchmarks.data_plane.failover", "--case", order],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, timeout=600,
         )  # fmt: skip
         rows.append(json.loads(outcome.stdout.splitlines()[-1]))

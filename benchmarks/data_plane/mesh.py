@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.membership import Membership, ShardEndpoint
-from experts.settings import ShardSettings
-from placement.tables import Placement
-
 from benchmarks.common import ROOT
 from experts.checkpoint import ExpertCheckpoint
+from experts.protocol.membership import Membership, ShardEndpoint
+from experts.protocol.settings import ShardSettings
+from placement.placement import Placement
 
 
 class ShardProcesses:
@@ -39,7 +38,7 @@ class ShardProcesses:
         shard = ShardSettings(model_path=str(model), dtype=dtype, **settings)  # type: ignore[arg-type]
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(self.placement.num_ranks):
-            command = [sys.executable, "-m", "experts.shard_server", "--settings", shard.model_dump_json()]
+            command = [sys.executable, "-m", "experts.shard.server", "--settings", shard.model_dump_json()]
             command += ["--placement", self._placement_file, "--rank", str(rank), "--until-stdin-closes"]
             core = None if cores is None else cores[rank % len(cores)]
             self.processes.append(

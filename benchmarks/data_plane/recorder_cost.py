@@ -1,6 +1,6 @@
 """What recording a routing trace costs a router: decode steps with it and without it, in turns. Goal: under 1 %.
 
-    python -m benchmarks.recorder_cost [--quick] [--model tiny|bench|both] [--batch 64]
+    python -m benchmarks.data_plane.recorder_cost [--quick] [--model tiny|bench|both] [--batch 64]
 
 One engine with two shards generates from distinct prompts, and every other step is recorded; a pair is two steps that
 follow one another, which of them is recorded changes from pair to pair. "measured" is the median difference of a pair
@@ -34,9 +34,10 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR"
     )
-    from experts.engine_kwargs import router_engine_kwargs
-    from experts.settings import RouterSettings
     from vllm import LLM, SamplingParams
+
+    from experts.protocol.settings import RouterSettings
+    from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     settings = RouterSettings(
         model_path=str(model), membership_by_rpc=True, dispatch_timeout_ms=60_000, trace_tokens=CAPACITY
@@ -47,8 +48,8 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
     }  # fmt: skip
     llm = LLM(**router_engine_kwargs(settings, engine_kwargs))
     # Not earlier: vllm cannot set up an engine on a CPU in a process that has imported numba.
-    from benchmarks.mesh import ShardProcesses
-    from experts.vllm_plugin import current_router
+    from benchmarks.data_plane.mesh import ShardProcesses
+    from experts.vllm_plugin.layer import current_router
 
     rounds = -(-num_pairs // PAIRS_A_ROUND)  # sequences stay short, so that steps are alike
     with ShardProcesses(model, dtype, num_ranks=2) as shards:
@@ -142,7 +143,7 @@ def main() -> None:
         return
     rows = []
     for name in MODELS if args.model == "both" else [args.model]:
-        command = [sys.executable, "-m", "benchmarks.recorder_cost", "--row", "--model", name]
+        command = [sys.executable, "-m", "benchmarks.data_plane.recorder_cost", "--row", "--model", name]
         done = subprocess.run(
             [*command, "--batch", str(args.batch), "--pairs", str(pairs)],
             cwd=ROOT, capture_output=True, text=True, check=False,

@@ -1,6 +1,6 @@
 """Dispatch and combine against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
 
-    python -m benchmarks.round_trip [--quick]
+    python -m benchmarks.data_plane.round_trip [--quick]
 
 Both sides talk to the same number of shard processes on the same host and cores. The shards run the real compute loop
 with an expert kernel that only copies rows, so that what is timed is everything but the experts: plan, pack, wire,
@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from experts.dispatcher import Dispatcher
-from experts.layer_shape import LayerShape
-from experts.membership import Membership, ShardEndpoint, host_id
-from experts.shard_loop import ShardLoop
-from experts.wire import reply_capacity, request_capacity
-from placement.tables import Placement
 
 from benchmarks.common import median, print_table, save
+from experts.dispatch.dispatcher import Dispatcher
+from experts.dispatch.layer_shape import LayerShape
+from experts.protocol.membership import Membership, ShardEndpoint, host_id
+from experts.protocol.wire import reply_capacity, request_capacity
+from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
 from experts.transports.shm import ShmDoorbell
+from placement.placement import Placement
 
 GOAL = 1.5
 

@@ -1,6 +1,6 @@
 """Expert kernels against the machine's bound: rows a second of one MoE layer on one shard, by kernel and row count.
 
-    python -m benchmarks.shard_kernel [--quick] [--device cuda] [--shape bench|qwen3-30b|deepseek-v3|all] [--threads 1]
+    python -m benchmarks.data_plane.shard_kernel [--quick] [--device cuda] [--shape NAME|all] [--threads 1]
 
 The bound of a call is the larger of its floating-point work over the measured matmul peak and its bytes (weights of the
 slots that it touches, rows in and out) over the measured read bandwidth. Weights of as many layers as exceed the caches
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from experts.kernels.native_build import load_library
-from experts.spec import ActivationSpec
 
 from benchmarks.common import median, print_table, save
 from experts.kernels import KERNELS, ExpertKernel, KernelShape
+from experts.kernels.native.build import load_library
 from experts.kernels.pick import random_pairs, random_weights
+from experts.model.spec import ActivationSpec
 
 # hidden, width, slots, layers
 SHAPES = {

@@ -1,6 +1,7 @@
 """One pair's round trip against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
 
-    python -m benchmarks.transport_pingpong [--quick] [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
+    python -m benchmarks.data_plane.transport_pingpong [--quick]
+        [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
 
 Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer unseen.
 bare: for shm, two compiled loops on a shared page and a futex; for gloo, isend and irecv of a two-rank group, each side
@@ -23,9 +24,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from experts.membership import ShardEndpoint, host_id
 
 from benchmarks.common import median, print_table, save
+from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
@@ -140,9 +141,9 @@ class Peer:
     """A peer's process and what it told."""
 
     def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
-        command = [sys.executable, "-m", "benchmarks.transport_pingpong", "--serve", mode, "--peer-host", host]
+        command = [*prefix, sys.executable, "-m", "benchmarks.data_plane.transport_pingpong"]
         self.process = subprocess.Popen(
-            [*prefix, *command, "--argument", str(argument)],
+            [*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
