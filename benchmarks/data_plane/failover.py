@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 from benchmarks.common import ROOT, TINY_MODEL, print_table, save
+from benchmarks.processes import run_tied
 from experts.vllm_plugin.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
 
 STREAMS = 32
@@ -111,10 +112,11 @@ def main() -> None:
     rows = []
     for fault, replicas in (("kill", 2), ("kill", 1), ("stop", 2), ("stop", 1)):
         order = json.dumps([fault, replicas, 24 if args.quick else 96])
-        outcome = subprocess.run(
+        outcome = run_tied(
             [sys.executable, "-m", "benchmarks.data_plane.failover", "--case", order],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, timeout=600,
+            timeout_s=600, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        outcome.check_returncode()
         rows.append(json.loads(outcome.stdout.splitlines()[-1]))
     print_table(f"One of three shards lost under {STREAMS} streams", list(rows[0]), [list(r.values()) for r in rows])
     save("failover", {"streams": STREAMS, "deadline_s": DEADLINE_S, "rows": rows})

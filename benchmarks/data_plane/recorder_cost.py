@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, TINY_MODEL, bench_model, print_table, real_prompts, save
+from benchmarks.processes import run_tied
 
 GOAL_PERCENT = 1.0
 CAPACITY = 20_000  # RouterSettings.trace_tokens' default
@@ -144,9 +145,9 @@ def main() -> None:
     rows = []
     for name in MODELS if args.model == "both" else [args.model]:
         command = [sys.executable, "-m", "benchmarks.data_plane.recorder_cost", "--row", "--model", name]
-        done = subprocess.run(
+        done = run_tied(
             [*command, "--batch", str(args.batch), "--pairs", str(pairs)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"the engine of {name} ended with status {done.returncode}:\n{done.stderr[-4000:]}")

@@ -12,6 +12,7 @@ length in the message. tcp: a blocking socket, for scale. Turns are interleaved;
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import socket
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import median, print_table, save
+from benchmarks.processes import tied
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
@@ -142,13 +144,13 @@ class Peer:
 
     def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
         command = [*prefix, sys.executable, "-m", "benchmarks.data_plane.transport_pingpong"]
-        self.process = subprocess.Popen(
-            [*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=[argument] if argument else [],
-        )
+        self._stack = contextlib.ExitStack()
+        self.process = self._stack.enter_context(
+            tied(
+                [*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[argument] if argument else [],
+            )
+        )  # fmt: skip
         self.facts = self.told()
 
     def told(self) -> dict[str, Any]:
@@ -167,9 +169,8 @@ class Peer:
         stdin.flush()
 
     def end(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.communicate()
+        """End the process."""
+        self._stack.close()
 
 
 Turn = Callable[[int, int], list[float]]

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.common import ROOT, TINY_MODEL
 from benchmarks.gpu.common import Report, absent, arguments
+from benchmarks.processes import run_tied
 from experts.transports.nccl_sharing import SHARE_GPUS
 
 SIDE_LIMIT_S = 900.0
@@ -125,10 +126,9 @@ def run_side(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", SHARE_GPUS: "1", "HF_HUB_OFFLINE": "1"}
         if order["device"] == "cpu":
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        done = subprocess.run(
+        done = run_tied(
             [*command, "--model", str(model), "--order", json.dumps(order), "--answer", answer.name],
-            cwd=ROOT, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SIDE_LIMIT_S, check=False,
+            timeout_s=SIDE_LIMIT_S, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         text = answer.read()
     if done.returncode or not text:

@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from benchmarks.common import ROOT, hardware, versions
 from benchmarks.gpu.common import absent
+from benchmarks.processes import tied
 
 ENDS_S = time.monotonic() + float(os.environ.get("GPU_BUDGET_S", "1e9"))  # see tests/run_gpu.py
 # name: (limit in seconds, packages without which it cannot run)
@@ -54,36 +56,26 @@ def _version_of(package: str) -> str:
 def run(name: str, more: list[str], limit_s: float) -> tuple[str, list[str]]:
     """(how it ended, what it left out); its output goes to standard output as it comes."""
     limit_s = min(limit_s, max(ENDS_S - time.monotonic(), 5.0))
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", f"benchmarks.gpu.{name}", *more],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    start_s = time.monotonic()
-    timer = _end_at(process, limit_s)
     left_out: list[str] = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("left out: ") and line.strip() not in left_out:
-            left_out.append(line.strip())
-    status = process.wait()
-    timer.cancel()
-    seconds = time.monotonic() - start_s
+    with tied(
+        [sys.executable, "-u", "-m", f"benchmarks.gpu.{name}", *more],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        start_s = time.monotonic()
+        timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))  # its shards too
+        timer.daemon = True
+        timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("left out: ") and line.strip() not in left_out:
+                left_out.append(line.strip())
+        status = process.wait()
+        timer.cancel()
+        seconds = time.monotonic() - start_s
     if seconds >= limit_s:
         return f"was ended after {limit_s:.0f} s", left_out
     return ("done" if status == 0 else f"failed with status {status}") + f" in {seconds:.0f} s", left_out
-
-
-def _end_at(process: subprocess.Popen[str], limit_s: float):  # type: ignore[no-untyped-def]
-    import threading
-
-    def end() -> None:
-        os.killpg(process.pid, signal.SIGKILL)  # its shards too
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def main() -> int:

@@ -4,9 +4,9 @@
     host 1 (10.213.0.2) --+-- bridge in a namespace of its own
     host 2 (10.213.0.3) --+
 
-Each host has a folder of its own at the path `Host.folder`, the same path on all of them, as hosts do: Ray's sockets
-and logs go there. Nothing of the machine's own network is touched. What runs in a namespace is killed before it is
-removed, and what an earlier run left behind, because it was killed itself, is removed by the next one.
+Each host has a folder of its own at the path `Host.folder`, the same path on all hosts: Ray's sockets and logs go
+there. The machine's own network is not touched. The hosts' processes are killed before the hosts are removed. If this
+process is killed, a shell removes them; if that is killed too, the next run does.
 """
 
 from __future__ import annotations
@@ -24,9 +24,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.processes import AtExit
+
 _PREFIX = "expertmesh"
 _CLONE_NEWNET = 0x40000000
 _LIMIT_S = 30.0
+# Arguments: the hosts' folder, and all namespaces.
+_REMOVE_HOSTS = """
+folder="$1"
+shift
+for name; do
+    while pids=$(ip netns pids "$name") && [ -n "$pids" ]; do kill -KILL $pids; sleep 0.1; done
+    ip netns del "$name"
+done
+rm -rf "$folder"
+"""
 
 
 class NamespacesRefusedError(RuntimeError):
@@ -125,17 +137,18 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
     if shutil.which("ip") is None:
         raise NamespacesRefusedError("there is no `ip` command (iproute2)")
     _remove_leftovers()
-    switch = f"{_PREFIX}-{os.getpid()}-switch"
+    switch, *names = (f"{_PREFIX}-{os.getpid()}-{word}" for word in ("switch", *range(count)))
     made: list[Host] = []
     base = tempfile.mkdtemp(prefix="mesh")  # short, since Unix sockets will stand in it
+    at_exit = AtExit(_REMOVE_HOSTS, base, *names, switch)
     folder = os.path.join(base, "own")
     os.mkdir(folder)
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
         _ip("-n", switch, "link", "set", "bridge", "up")
-        for number in range(count):
-            name, port, address = f"{_PREFIX}-{os.getpid()}-{number}", f"port{number}", f"10.213.0.{number + 1}"
+        for number, name in enumerate(names):
+            port, address = f"port{number}", f"10.213.0.{number + 1}"
             _ip("netns", "add", name)
             disk = os.path.join(base, str(number))
             os.mkdir(disk)
@@ -155,3 +168,4 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
         with contextlib.suppress(NamespacesRefusedError):
             _ip("netns", "del", switch)
         shutil.rmtree(base, ignore_errors=True)
+        at_exit.cancel()
