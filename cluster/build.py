@@ -37,7 +37,7 @@ INGRESS_OPTIONS: dict[str, Any] = {
 
 
 def experts_application(config: ExpertsAppConfig) -> Application:
-    """Shards and their controller. Raises ConfigError, before anything is deployed, if model, slots or plan do not fit."""
+    """Shards and their controller. Raises ConfigError, with nothing deployed, if model or slots do not fit."""
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 

@@ -19,7 +19,10 @@ from placement.placement import Placement
 
 
 class ShardProcesses:
-    """Starts one process a shard, waits until each is ready, and ends them on exit. A context manager."""
+    """A process for each shard; ready when constructed, ended on exit. A context manager.
+
+    Raises RuntimeError if a shard ends before it is ready.
+    """
 
     def __init__(
         self,

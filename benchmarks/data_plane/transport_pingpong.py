@@ -1,12 +1,15 @@
-"""One pair's round trip against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
+"""One pair's round trip against a bare ping-pong of the same bytes on the same transport. Goal: at most 1.5 times.
 
     python -m benchmarks.data_plane.transport_pingpong [--quick]
         [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
 
-Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer unseen.
-bare: for shm, two compiled loops on a shared page and a futex; for gloo, isend and irecv of a two-rank group, each side
-in one thread, lengths known beforehand. link: `RouterLink.post` and `wait` against a doorbell, poll and reply, with the
-length in the message. tcp: a blocking socket, for scale. Turns are interleaved; medians over all round trips.
+Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer without
+reading. Turns are interleaved; medians are over all round trips.
+
+    link  `RouterLink.post` and `wait` against a doorbell, poll and reply, with the length in the message
+    bare  shm: two compiled loops on a shared page and a futex
+          gloo: isend and irecv of a two-rank group, one thread on each side, lengths known in advance
+    tcp   a blocking socket, for scale
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ _PING, _PONG, _PEER_SLEEPS, _OWN_SLEEPS = 0, 64, 128, 192
 
 @compiled()
 def _shm_peer(address: int, spin_ns: int) -> None:
-    """Answer pings 1, 2, 3, ... until one of 0xFFFFFFFF comes."""
+    """Answer pings 1, 2, 3, ... until 0xFFFFFFFF."""
     seen = 0
     while True:
         value = atomics.wait_while_equal(address + _PING, address + _PEER_SLEEPS, seen, spin_ns, 10_000_000_000)
@@ -71,7 +74,7 @@ def _hello(transport: str) -> Hello:
 
 
 def serve(mode: str, host: str, argument: int) -> None:
-    """A peer process; prints what the other side has to know as one JSON line, and ends with its standard input."""
+    """Body of a peer process. It prints the facts the other side needs as JSON, and ends with its standard input."""
     if mode == "link":
         _serve_links(host)
     elif mode == "shm":
@@ -140,7 +143,7 @@ def _serve_tcp(host: str) -> None:
 
 
 class Peer:
-    """A peer's process and what it told."""
+    """A peer's process, and the facts it printed."""
 
     def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
         command = [*prefix, sys.executable, "-m", "benchmarks.data_plane.transport_pingpong"]
@@ -187,7 +190,7 @@ def _timed(round_trip: Callable[[bool], None], count: int) -> list[float]:
 
 
 def link_turns(transport: str, prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """Our link."""
+    """Turns of our link."""
     peer = Peer("link", prefix, host)
     endpoint = ShardEndpoint(0, "1", host, peer.facts["port"], peer.facts["host_id"], 0)
     link = connect(endpoint, _hello(transport), "cpu", _SPIN_US, time.monotonic() + _LIMIT_S)
@@ -206,7 +209,7 @@ def link_turns(transport: str, prefix: list[str], host: str) -> tuple[Turn, Peer
 
 
 def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """Two compiled loops."""
+    """Turns of two compiled loops."""
     region = SharedRegion.create(_PAGE + 2 * CAPACITY, "bench")
     peer = Peer("shm", prefix, host, region.descriptor)
     out, back = region.bytes[_PAGE:][:CAPACITY], region.bytes[_PAGE + CAPACITY :]
@@ -227,7 +230,7 @@ def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
 
 
 def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """isend and irecv of a two-rank group."""
+    """Turns of isend and irecv in a two-rank group."""
     peer = Peer("gloo", prefix, host)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))
@@ -255,7 +258,7 @@ def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
 
 
 def tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """A blocking socket."""
+    """Turns of a blocking socket."""
     peer = Peer("tcp", prefix, host)
     connection = socket.create_connection((host, peer.facts["port"]))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -273,7 +276,7 @@ def tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
 
 
 def measure(transport: str, sizes: tuple[int, ...], turns: int, count: int, prefix: list[str], host: str) -> list[Any]:
-    """Rows of the table for one transport."""
+    """The table's rows for one transport."""
     sides: dict[str, tuple[Turn, Peer]] = {"link": link_turns(transport, prefix, host)}
     if transport == "shm":
         sides["bare"] = bare_shm_turns(prefix, host)

@@ -1,4 +1,4 @@
-"""Output tokens/s, time to first token and between tokens: plain vLLM, vLLM TP=2, and one router with two shards.
+"""Output tokens/s, time to first token, time between tokens: plain vLLM, vLLM with TP=2, one router with two shards.
 
     python -m benchmarks.serving.decode_throughput [--quick] [--model bench|tiny|both]
 
@@ -88,7 +88,7 @@ def started(name: str, model: Path, dtype: str) -> Iterator[Side]:
 
 
 def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens: int, sides: list[str]) -> list[Any]:
-    """Rows of {model, batch, side, tokens_per_s, ratio, ttft/gap percentiles}."""
+    """The table's rows for one model, one for each batch and side."""
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(started(name, model, dtype)) for name in sides]
