@@ -49,7 +49,7 @@ def hits_of_masks(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def least_fan_out(ids_TK: np.ndarray, num_experts: int, num_ranks: int, load_cap: float) -> float:
-    """The least fan-out of any placement with one slot per expert and equal ranks, under a load cap; inf if none.
+    """The least fan-out of any placement with one slot per expert and equally full ranks, under a load cap; or inf.
 
     Exact, for up to about 12 experts: dynamic programming over sets of experts, since ranks are interchangeable and a
     rank's cost depends only on its own experts.
