@@ -174,10 +174,11 @@ def test_the_benchmark_command_runs_each_in_a_process_and_ends_with_a_summary(mo
 
 def test_the_benchmark_command_ends_what_hangs(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "benchmarks" / "gpu").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "gpu" / "hangs.py").write_text(
-        "print('began', flush=True)\nimport time\ntime.sleep(600)\n"
-    )
+    folder = tmp_path / "benchmarks" / "gpu"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()  # or PYTHONPATH could lead to the real one
+    (folder / "hangs.py").write_text("print('started', flush=True)\nimport time\ntime.sleep(600)\n")
     end, left_out = gpu.run("hangs", [], limit_s=1.0)
     assert (end, left_out) == ("ended after 1 s, its limit", [])
 
