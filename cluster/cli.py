@@ -185,7 +185,7 @@ def _undeploy(config: MeshConfig) -> None:
         try:
             serve.delete(name)
         except Exception as error:
-            # The user has to see the error that led here, and the rest has to be deleted as well.
+            # The user must see the error that led here, and the rest must be deleted as well.
             _progress(f"{name} was not deleted: {_one_line(error)}")
 
 

@@ -78,7 +78,7 @@ def serve(mode: str, host: str, argument: int) -> None:
     if mode == "link":
         _serve_links(host)
     elif mode == "shm":
-        _tell({})
+        _report({})
         _shm_peer(SharedRegion(argument, _PAGE + 2 * CAPACITY).address, int(_SPIN_US * 1000))
     elif mode == "gloo":
         _serve_gloo(host)
@@ -86,7 +86,7 @@ def serve(mode: str, host: str, argument: int) -> None:
         _serve_tcp(host)
 
 
-def _tell(facts: dict[str, Any]) -> None:
+def _report(facts: dict[str, Any]) -> None:
     print(json.dumps(facts), flush=True)
 
 
@@ -100,7 +100,7 @@ def _serve_links(host: str) -> None:
         channels.remove,
         _LIMIT_S,
     )
-    _tell({"port": listener.port, "host_id": host_id()})
+    _report({"port": listener.port, "host_id": host_id()})
     start_s = time.monotonic()
     while channels or time.monotonic() < start_s + _LIMIT_S:
         bell.wait(0.2)
@@ -112,7 +112,7 @@ def _serve_links(host: str) -> None:
 
 def _serve_gloo(host: str) -> None:
     meeting = Meeting(host)
-    _tell(meeting.details())
+    _report(meeting.details())
     group = GlooGroup(meeting.accept(time.monotonic() + _LIMIT_S), SHARD, host, _LIMIT_S)
     data = torch.zeros(CAPACITY, dtype=torch.uint8)
     while True:
@@ -120,7 +120,7 @@ def _serve_gloo(host: str) -> None:
         if not length:
             return
         arriving = group.recv(data[:length])
-        _tell({"ready": length})
+        _report({"ready": length})
         while True:
             group.wait(arriving, None)
             last = bool(data[0])
@@ -132,7 +132,7 @@ def _serve_gloo(host: str) -> None:
 
 def _serve_tcp(host: str) -> None:
     with socket.create_server((host, 0)) as server:
-        _tell({"port": server.getsockname()[1]})
+        _report({"port": server.getsockname()[1]})
         connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     view = memoryview(bytearray(CAPACITY))
@@ -154,9 +154,9 @@ class Peer:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[argument] if argument else [],
             )
         )  # fmt: skip
-        self.facts = self.told()
+        self.facts = self.read()
 
-    def told(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """The next line from the peer."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -164,7 +164,7 @@ class Peer:
             raise RuntimeError("a peer process ended early")
         return json.loads(line)
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Send the peer a line."""
         stdin: IO[str] | None = self.process.stdin
         assert stdin is not None
@@ -250,8 +250,8 @@ def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
             del sending
             landing[:nbytes] = back[:nbytes]
 
-        peer.say(str(nbytes))
-        assert peer.told() == {"ready": nbytes}
+        peer.write(str(nbytes))
+        assert peer.read() == {"ready": nbytes}
         return _timed(round_trip, count)
 
     return turn, peer

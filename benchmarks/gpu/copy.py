@@ -84,17 +84,17 @@ def main() -> None:
             for piece in pieces:
                 before = dispatch_us(forward, layers, peers.device)
                 alone = copy_rate(peers, nbytes, piece, times)
-                beside_rate, meanwhile = beside(peers, forward, nbytes, piece, times)
+                beside_rate, during_us = beside(peers, forward, nbytes, piece, times)
                 rows.append(
                     {
                         "piece MB": piece / 1e6,
                         "copy alone GB/s": alone,
                         "beside dispatches": beside_rate,
                         "dispatch_us before": median(before),
-                        "during": median(meanwhile),
+                        "during": median(during_us),
                         "p99 before": percentile(before, 0.99),
-                        "p99 during": percentile(meanwhile, 0.99),
-                        "layers during": len(meanwhile),
+                        "p99 during": percentile(during_us, 0.99),
+                        "layers during": len(during_us),
                     }
                 )
             if dispatcher.lost:

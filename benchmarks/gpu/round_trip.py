@@ -5,7 +5,7 @@
 Shards are processes that run the real loop with an expert kernel that only copies rows, so the time covers everything
 but the experts. The bare side sends each shard as many bytes, receives as many, and waits for all; its peers answer
 without reading. Turns are interleaved, and medians are compared. Ranks that share a GPU take turns on it and may talk
-over sockets: their figures compare the two sides, and say nothing about a link between two GPUs.
+over sockets: their figures compare the two sides only, not links between GPUs.
 """
 
 from __future__ import annotations

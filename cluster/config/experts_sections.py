@@ -138,7 +138,7 @@ class MembershipSection(StrictModel):
     retry_lost_after_s: float = Field(
         default=5.0,
         gt=0,
-        description="Pause before routers retry a shard that one of them gave up but whose heartbeat goes on.",
+        description="Pause before routers retry a shard that one of them gave up and that still sends heartbeats.",
     )
     drain_s: float = Field(
         default=3.0, ge=0, description="Longest time a leaving shard keeps answering while routers still use it."

@@ -51,7 +51,7 @@ def test_kernels(monkeypatch, capsys):
 
 
 def test_the_shares_of_the_ceilings():
-    """By hand: 2 of 4 experts touched, 5 pairs of 3 rows; then so many pairs that work bounds the call."""
+    """Worked by hand: 2 of 4 experts touched, 5 pairs of 3 rows; then enough pairs for work to be the bound."""
     shape = gpu_kernels.shape_of("tiny", "cpu", None)
     kernel = pick_kernel(shape, "torch_loop")
     found = {"pairs": 5.0, "slots": 2.0, "call_us": 9.0, "device_us": 2.0}

@@ -61,7 +61,7 @@ class FakeServe:
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "told"),
+    ("where", "error", "expected"),
     [
         ("start", TimeoutError("HTTP proxies not available\nafter 60 s."), r"Serve does not start with .*after 60 s"),
         ("start", ValueError("1 validation error for HTTPOptions"), r"Serve does not start with .*HTTPOptions"),
@@ -70,10 +70,10 @@ class FakeServe:
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, where: str, error: Exception, told: str
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, where: str, error: Exception, expected: str
 ) -> None:
     FakeServe(monkeypatch, {where: error})
-    with pytest.raises(ServeFailedError, match=told) as caught, command.serving(config, options("10.0.0.1:6379")):
+    with pytest.raises(ServeFailedError, match=expected) as caught, command.serving(config, options("10.0.0.1:6379")):
         pytest.fail("it serves")
     assert "\n" not in str(caught.value)
 
@@ -104,7 +104,7 @@ def application(status: str, message: str = "", **deployments: Any) -> SimpleNam
 
 
 @pytest.mark.parametrize(
-    ("experts", "told"),
+    ("experts", "expected"),
     [
         (application("DEPLOY_FAILED", "placement: it is for 16 experts"), "experts: placement: it is for 16 experts"),
         (
@@ -119,16 +119,16 @@ def application(status: str, message: str = "", **deployments: Any) -> SimpleNam
     ],
 )
 def test_an_application_that_serve_gave_up_on_ends_the_wait(
-    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, experts: SimpleNamespace, told: str
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, experts: SimpleNamespace, expected: str
 ) -> None:
     status = SimpleNamespace(applications={"experts": experts, "llm": application("DEPLOYING")})
     monkeypatch.setattr(serve, "status", lambda: status)
-    with pytest.raises(ServeFailedError, match=told):
+    with pytest.raises(ServeFailedError, match=expected):
         command.wait_until_healthy(config, "http://127.0.0.1:1", timeout_s=5.0)
 
 
 @contextmanager
-def talking_nonsense() -> Iterator[str]:
+def no_http_server() -> Iterator[str]:
     """A port that answers, but not in HTTP."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -144,5 +144,5 @@ def talking_nonsense() -> Iterator[str]:
 
 
 def test_an_answer_that_is_not_http_is_not_healthy() -> None:
-    with talking_nonsense() as url:
+    with no_http_server() as url:
         assert command.health(url) == (False, "not http\r\n")
