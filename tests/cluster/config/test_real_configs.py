@@ -48,7 +48,7 @@ def serve_config(name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def checkpoints_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+    monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
 
 
 def test_every_config_that_ships_is_checked_here() -> None:
