@@ -51,20 +51,20 @@ def _try_load() -> tuple[ctypes.CDLL | None, str]:
 
 def _declare(library: ctypes.CDLL) -> None:
     i32, i64, f32, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    library.em_slot_bytes.argtypes = [i32, i64, i64]
-    library.em_slot_bytes.restype = i64
-    library.em_pack.argtypes = [i32, i64, i64, pointer, pointer, pointer, pointer, pointer]
-    library.em_pack.restype = None
-    library.em_create.argtypes = [i32, i64, i64, i64, i64, i32, f32, f32, i32, pointer, pointer]
-    library.em_create.restype = pointer
-    library.em_probe.argtypes = [i32, i64]
-    library.em_probe.restype = ctypes.c_double
-    library.em_destroy.argtypes = [pointer]
-    library.em_destroy.restype = None
-    library.em_forward.argtypes = [
+    library.expert_mlp_slot_bytes.argtypes = [i32, i64, i64]
+    library.expert_mlp_slot_bytes.restype = i64
+    library.expert_mlp_pack.argtypes = [i32, i64, i64, pointer, pointer, pointer, pointer, pointer]
+    library.expert_mlp_pack.restype = None
+    library.expert_mlp_create.argtypes = [i32, i64, i64, i64, i64, i32, f32, f32, i32, pointer, pointer]
+    library.expert_mlp_create.restype = pointer
+    library.expert_mlp_probe.argtypes = [i32, i64]
+    library.expert_mlp_probe.restype = ctypes.c_double
+    library.expert_mlp_destroy.argtypes = [pointer]
+    library.expert_mlp_destroy.restype = None
+    library.expert_mlp_forward.argtypes = [
         pointer, i64, i64, i64, pointer, i64, pointer, pointer, pointer, pointer, i64, i32,
     ]  # fmt: skip
-    library.em_forward.restype = i32
+    library.expert_mlp_forward.restype = i32
 
 
 def _build() -> Path:

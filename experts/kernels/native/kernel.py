@@ -30,14 +30,16 @@ class NativeKernel(ExpertKernel):
         super().__init__(shape)
         self._library = load_library()
         self._is_bf16 = int(shape.dtype == torch.bfloat16)
-        self._slot_bytes = self._library.em_slot_bytes(self._is_bf16, shape.hidden_size, shape.intermediate_size)
+        self._slot_bytes = self._library.expert_mlp_slot_bytes(
+            self._is_bf16, shape.hidden_size, shape.intermediate_size
+        )
         size = shape.num_layers * shape.num_slots * self._slot_bytes
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._packed = np.frombuffer(memory, dtype=np.uint8)
         activation = shape.activation
-        handle = self._library.em_create(
+        handle = self._library.expert_mlp_create(
             self._is_bf16,
             shape.num_layers,
             shape.num_slots,
@@ -53,7 +55,7 @@ class NativeKernel(ExpertKernel):
         if not handle:
             raise MemoryError("no memory for the native kernel")
         self._handle = ctypes.c_void_p(handle)
-        weakref.finalize(self, self._library.em_destroy, self._handle)
+        weakref.finalize(self, self._library.expert_mlp_destroy, self._handle)
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -75,7 +77,7 @@ class NativeKernel(ExpertKernel):
         # biases are rounded to the model's dtype like all else, then added in float32
         b13 = None if weights.b13_2I is None else weights.b13_2I.to("cpu", shape.dtype).float().contiguous()
         b2 = None if weights.b2_D is None else weights.b2_D.to("cpu", shape.dtype).float().contiguous()
-        self._library.em_pack(
+        self._library.expert_mlp_pack(
             self._is_bf16,
             shape.hidden_size,
             shape.intermediate_size,
@@ -100,7 +102,7 @@ class NativeKernel(ExpertKernel):
     ) -> None:
         """See `ExpertKernel.forward`. Uses as many threads as torch does; the result does not depend on how many."""
         self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-        status = self._library.em_forward(
+        status = self._library.expert_mlp_forward(
             self._handle,
             layer,
             rows_MD.shape[0],

@@ -291,12 +291,12 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stri
 
 extern "C" {
 
-int64_t em_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
+int64_t expert_mlp_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
     return Sizes(hidden, width, is_bf16 ? 2 : 1).slot_bytes();
 }
 
 // 1 if several threads are of use.
-int32_t em_has_threads() {
+int32_t expert_mlp_has_threads() {
 #if defined(_OPENMP)
     return 1;
 #else
@@ -305,14 +305,14 @@ int32_t em_has_threads() {
 }
 
 // w13 [2 * width, hidden] and w2 [hidden, width] in the format's own type, biases in float32 or null.
-void em_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
+void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
              const float* b2, void* slot) {
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
     (is_bf16 ? pack_slot<BFloat16> : pack_slot<Float32>)(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
 }
 
-// `weights` [layers, slots] of em_slot_bytes each and `loaded` [layers, slots] must outlive the kernel.
-void* em_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
+// `weights` [layers, slots] of expert_mlp_slot_bytes each and `loaded` [layers, slots] must outlive the kernel.
+void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
                 float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded) {
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
     return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
@@ -322,7 +322,7 @@ void* em_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, 
 
 // Multiplies a block and a panel that stay in the innermost cache, `repeats` times: the processor's ceiling for this
 // kernel's inner loop. Returns the floating-point operations done.
-double em_probe(int32_t is_bf16, int64_t repeats) {
+double expert_mlp_probe(int32_t is_bf16, int64_t repeats) {
     constexpr int64_t words = CHUNK / 4;
     std::vector<uint32_t> block(MAX_ROWS * ROW_STRIDE), panel(2 * words * PANEL);
     VecF sums[MAX_ROWS * 2];
@@ -331,15 +331,15 @@ double em_probe(int32_t is_bf16, int64_t repeats) {
     return 2.0 * repeats * MAX_ROWS * PANEL * words * (is_bf16 ? 2 : 1);
 }
 
-void em_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+void expert_mlp_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
 // 0: done. 1: the pairs do not fit, nothing was computed. 2: no memory for the scratch space.
-int32_t em_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
+int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
                    const int32_t* offsets, const int32_t* slots, const float* weights, void* out, int64_t out_stride,
                    int32_t threads) try {
     Kernel& k = *static_cast<Kernel*>(kernel);
     if (layer < 0 || layer >= k.num_layers || !group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
-    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, row_stride, out, out_stride, em_has_threads() ? threads : 1);
+    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, row_stride, out, out_stride, expert_mlp_has_threads() ? threads : 1);
     return 0;
 } catch (const std::bad_alloc&) {
     return 2;
