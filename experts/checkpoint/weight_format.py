@@ -41,7 +41,7 @@ class WeightFormat:
     def misfit(self, columns: int) -> str | None:
         """Why rows of `columns` values cannot be stored in this format, None if they can."""
         if self.name != "fp8_block" and columns % self.group:
-            return f"{columns} columns are no multiple of the {self.group} that share a scale in {self.name}"
+            return f"{columns} columns are not a multiple of the {self.group} that share a scale in {self.name}"
         return None
 
     def row_bytes(self, columns: int) -> int:

@@ -58,7 +58,7 @@ class SharedRegion:
 
 
 class FdMailbox:
-    """The router's mailbox for the shard's descriptors: a Unix socket in the abstract namespace, which leaves no file."""
+    """The router's mailbox for the shard's descriptors: a Unix socket in the abstract namespace, so without a file."""
 
     def __init__(self) -> None:
         self.name = f"expertmesh-{secrets.token_hex(16)}"
