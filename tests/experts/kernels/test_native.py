@@ -1,4 +1,4 @@
-"""What only the C++ kernel promises: the same bits for any batch and thread count, and every processor's code path."""
+"""What only the C++ kernel promises: the same bits for any batch and thread count, on every processor's code path."""
 
 from __future__ import annotations
 

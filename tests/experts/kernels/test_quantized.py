@@ -1,4 +1,4 @@
-"""Kernels that keep weights quantized, against the float64 oracle on the dequantized weights; outputs poisoned."""
+"""Kernels that keep weights quantized, against the float64 oracle on dequantized weights, into outputs full of NaN."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ON_CUDA = [
 CASES = [(name, form, "cpu") for name in ("torch_dequant", "triton_quantized") for form in FORMATS]
 CASES += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in ON_CUDA]
 each_case = pytest.mark.parametrize(("name", "form", "device"), CASES)
-# vLLM's FP8 kernel rounds rows and inner activations to E4M3's four bits, too.
+# vLLM's FP8 kernel also rounds rows and inner activations to E4M3's four bits.
 ROUNDS_ROWS = {"vllm_fp8": 0.08}
 
 
 def shape_for(device: str, form: str, **changes: object) -> QuantizedShape:
-    """bfloat16 on GPUs, float32 else: Triton's interpreter cannot multiply bfloat16."""
+    """bfloat16 on GPUs, else float32: Triton's interpreter cannot multiply bfloat16."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return dataclasses.replace(BASE, **{"device": device, "dtype": dtype, "format": FORMATS[form], **changes})
 
@@ -81,7 +81,7 @@ def test_weight_on_input(name, form, device):
     run_case(name, shape_for(device, form, num_layers=1, weight_on_input=True), 6, seed=6)
 
 
-# Blocks of 128 x 128 that are whole, partial in one matrix or both; rows shorter than a step.
+# Blocks of 128 x 128 that are complete, or partial in one or both matrices; rows shorter than a step.
 @pytest.mark.parametrize(("D", "I"), [(256, 128), (128, 224), (320, 96), (32, 32)])
 @each_case
 def test_sizes(name, form, device, D, I):
@@ -106,7 +106,7 @@ def test_large_on_gpus(name, form):
 
 
 def test_fp8_values_are_all_met():
-    """Every E4M3 byte but NaN, through the one kernel that runs everywhere and through the format's own rule."""
+    """Every E4M3 byte except NaN has torch's value."""
     form = FORMATS["fp8_block"]
     data = torch.arange(256, dtype=torch.uint8).view(2, 128)
     got = form.dequantize(data, torch.tensor([[0.5]]), torch.float32)
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_named():
 def test_what_a_shard_keeps_quantized():
     form, plain = FORMATS["int4"], KernelShape(1, 2, 64, 64, ACTIVATIONS["silu"])
     assert keep_quantized(plain, None) is plain
-    assert keep_quantized(plain, form) is plain  # on the CPU plain floats are quicker
+    assert keep_quantized(plain, form) is plain  # plain floats are faster on the CPU
     assert keep_quantized(plain, form, "torch_loop") is plain
     kept = keep_quantized(plain, form, "torch_dequant")
     assert isinstance(kept, QuantizedShape)

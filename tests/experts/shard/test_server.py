@@ -1,4 +1,4 @@
-"""One shard: what it refuses and survives, what it reports, and slots that change while it serves."""
+"""One shard: what it refuses, survives and reports, and slots that change while it serves."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def link(mesh: Mesh) -> Iterator[RouterLink]:
 
 
 def ask(link: RouterLink, nbytes: int) -> np.ndarray:
-    """The header of the answer."""
+    """The header of the reply."""
     link.post(nbytes)
     link.wait(time.monotonic() + 30)
     return header_of(link.recv_buffer)
 
 
 def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
-    """The next request is answered, and right."""
+    """The next request is answered correctly."""
     x_D = torch.linspace(-1, 1, HIDDEN)
     header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
     assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
@@ -180,7 +180,7 @@ def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> 
 
 
 def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, model: Path, link: RouterLink) -> None:
-    with contextlib.suppress(ShardRejectedError):  # refused at the door is as well
+    with contextlib.suppress(ShardRejectedError):  # being refused is fine too
         tiny = open_link(mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
         tiny.post(8)
         with pytest.raises(Exception, match="shard 0"):
@@ -224,7 +224,7 @@ def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
     assert after["pairs"] == before["pairs"] + int((batch.ids_TK >= 3).sum())
     assert "counted" in after["routers"]
     router.close()
-    await_true(lambda: "counted" not in mesh.shards[1].status()["routers"], "the router's leaving")
+    await_true(lambda: "counted" not in mesh.shards[1].status()["routers"], "the router's departure")
 
 
 def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) ->
         for shard in mesh.shards.values():
             assert shard.call("apply_placement", second.to_json(), 5) == {"loaded": NUM_LAYERS * 3, "epoch": 5}
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert router.status()["lost"] == {}, "the old epoch is served until the slots are needed"
+        assert router.status()["lost"] == {}, "the old epoch is served until its slots are needed"
         mesh.placement, mesh.epoch = second, 5
         router.apply_membership(mesh.membership())
         assert_matches(run(router, 1, batch), oracle(mesh.checkpoint, 1, batch))
@@ -299,7 +299,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         link = open_link(endpoint)
         check_serves(link, model)
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-        assert "/vllm/" not in maps, "a shard needs vllm only where its kernel comes from there"
+        assert "/vllm/" not in maps, "a shard needs vllm only if its kernel comes from vllm"
         _, log = process.communicate(timeout=60)  # closes stdin
         assert process.returncode == 0
         assert b"12 of 12 experts loaded" in log

@@ -1,4 +1,4 @@
-"""What holds for a pair of a router and a shard over every transport."""
+"""What every transport must do for a pair of a router and a shard."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.support.echo_shard import (
     ROW_BYTES,
     EchoShard,
     counted_up,
+    deadline_in,
     echo_shard,
     post_body,
     reply_body,
@@ -31,10 +32,6 @@ TRANSPORTS = ["shm", "gloo", "gloo_split"]
 LONG_S = 30.0
 
 
-def deadline(seconds: float = LONG_S) -> float:
-    return time.monotonic() + seconds
-
-
 @pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -42,15 +39,15 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def lasting_shard() -> Iterator[EchoShard]:
-    """For tests that leave the shard as it was."""
+    """For tests that leave the shard unchanged."""
     with echo_shard() as shard:
         yield shard
 
 
 def settle(shard: EchoShard, num_channels: int = 0) -> None:
-    """Wait until the shard has let go of its routers, and of the events that tells of it."""
-    limit_s = deadline()
-    while time.monotonic() < limit_s:
+    """Wait until the shard has `num_channels` channels, and drop its events meanwhile."""
+    deadline_s = deadline_in(LONG_S)
+    while time.monotonic() < deadline_s:
         shard.pipe.send("channels")
         while (event := shard.event())[0] != "channels":
             continue
@@ -69,7 +66,7 @@ def test_bytes_come_back_over_a_hundred_messages_of_many_sizes(lasting_shard: Ec
         body = random.integers(0, 256, size, np.uint8).tobytes()
         num_rows = size // ROW_BYTES
         nbytes = post_body(link, body, num_rows=num_rows)
-        assert link.wait(deadline()) == nbytes
+        assert link.wait(deadline_in(LONG_S)) == nbytes
         assert reply_body(link, nbytes) == counted_up(body)
     link.close()
 
@@ -78,7 +75,7 @@ def test_a_message_of_no_bytes_is_a_message(lasting_shard: EchoShard) -> None:
     link = lasting_shard.connect("gloo")
     link.send_buffer[:] = 0
     link.post(HEADER_BYTES)
-    assert link.wait(deadline()) == HEADER_BYTES
+    assert link.wait(deadline_in(LONG_S)) == HEADER_BYTES
     link.close()
 
 
@@ -87,7 +84,7 @@ def test_a_message_over_the_capacity_is_refused_before_it_leaves(lasting_shard: 
     with pytest.raises(ValueError, match="4097 bytes does not fit into 4096"):
         link.post(4097)
     nbytes = post_body(link, bytes(4096 - HEADER_BYTES))
-    assert link.wait(deadline()) == nbytes
+    assert link.wait(deadline_in(LONG_S)) == nbytes
     link.close()
 
 
@@ -97,9 +94,9 @@ def test_killed_shard_ends_a_wait_long_before_its_deadline(transport: str) -> No
         post_body(link, b"abc", HOLD)
         assert shard.event() == ("held", "router")
         os.kill(shard.endpoint.pid, signal.SIGKILL)
-        # A deadline so far away that only the loss itself can end this within the test's time limit.
+        # The deadline is so far away that only the loss can end the wait within the test's time-out.
         with pytest.raises(ShardLostError) as caught:
-            link.wait(deadline(3600))
+            link.wait(deadline_in(3600))
         assert caught.value.rank == 0
         assert caught.value.reason
         link.close()
@@ -110,19 +107,19 @@ def test_stopped_shard_costs_the_deadline_and_not_more_links(transport: str) -> 
         link = shard.connect(transport)
         shard.stop()
         post_body(link, b"abc")
-        limit_s = deadline(0.3)
+        deadline_s = deadline_in(0.3)
         with pytest.raises(ShardTimeoutError, match="before the dispatch deadline"):
-            link.wait(limit_s)
-        assert time.monotonic() >= limit_s - 0.002
+            link.wait(deadline_s)
+        assert time.monotonic() >= deadline_s - 0.002
         link.close()
         with pytest.raises(ShardLostError):
             post_body(link, b"abc")
         shard.resume()
-        # The stopped shard wakes up, finds the router gone, and serves the next one.
+        # The shard resumes, finds the router gone, and serves the next one.
         settle(shard)
         again = shard.connect(transport)
         nbytes = post_body(again, b"abc")
-        assert again.wait(deadline()) == nbytes
+        assert again.wait(deadline_in(LONG_S)) == nbytes
         again.close()
 
 
@@ -132,14 +129,14 @@ def test_late_reply_goes_nowhere(transport: str) -> None:
         post_body(link, b"old", HOLD)
         assert shard.event() == ("held", "slow")
         with pytest.raises(ShardTimeoutError):
-            link.wait(deadline(0.05))
+            link.wait(deadline_in(0.05))
         link.close()
         assert shard.event() == ("left", "slow")
         again = shard.connect(transport, "again")
         shard.pipe.send("release")
         assert shard.event() == ("released", 1)
         nbytes = post_body(again, b"new")
-        assert again.wait(deadline()) == nbytes
+        assert again.wait(deadline_in(LONG_S)) == nbytes
         assert reply_body(again, nbytes) == counted_up(b"new")
         again.close()
 
@@ -149,7 +146,7 @@ def test_a_pair_that_the_shard_gives_up_is_lost_at_once(transport: str) -> None:
         link = shard.connect(transport)
         post_body(link, b"abc", DROP)
         with pytest.raises(ShardLostError):
-            link.wait(deadline(3600))
+            link.wait(deadline_in(3600))
         link.close()
         assert shard.event() == ("left", "router")
 
@@ -161,7 +158,7 @@ def test_a_shard_that_stops_lets_go_of_its_routers(transport: str) -> None:
         assert shard.event() == ("held", "router")
         shard.pipe.send("stop")
         with pytest.raises(ShardLostError):
-            link.wait(deadline(3600))
+            link.wait(deadline_in(3600))
         link.close()
 
 
@@ -181,7 +178,7 @@ def test_many_routers_at_once_each_get_their_own_answers(transport: str) -> None
         for turn in range(30):
             body = bytes([number, turn]) * (1 + 50 * number)
             nbytes = post_body(link, body)
-            assert link.wait(deadline()) == nbytes
+            assert link.wait(deadline_in(LONG_S)) == nbytes
             assert reply_body(link, nbytes) == counted_up(body)
         link.close()
 
@@ -192,14 +189,14 @@ def test_many_routers_at_once_each_get_their_own_answers(transport: str) -> None
 
 def test_a_router_that_never_reads_does_not_hold_up_the_others(transport: str) -> None:
     with echo_shard() as shard:
-        # Large enough that the reply cannot rest in socket buffers.
+        # Too large for the reply to fit into socket buffers.
         stalled = shard.connect(transport, "stalled", capacity=1 << 24)
         post_body(stalled, bytes((1 << 24) - HEADER_BYTES))
         other = shard.connect(transport, "other")
         for _ in range(10):
             nbytes = post_body(other, b"abc")
-            assert other.wait(deadline()) == nbytes
-        assert stalled.wait(deadline()) == 1 << 24
+            assert other.wait(deadline_in(LONG_S)) == nbytes
+        assert stalled.wait(deadline_in(LONG_S)) == 1 << 24
         stalled.close()
         other.close()
 
@@ -212,11 +209,11 @@ def test_one_lost_shard_of_two_leaves_the_other_link_alone(transport: str) -> No
         assert first.event() == ("held", "router")
         first.process.kill()
         with pytest.raises(ShardLostError):
-            links[0].wait(deadline(3600))
-        assert links[1].wait(deadline()) == HEADER_BYTES + 3
+            links[0].wait(deadline_in(3600))
+        assert links[1].wait(deadline_in(LONG_S)) == HEADER_BYTES + 3
         links[0].close()
         nbytes = post_body(links[1], b"def")
-        assert links[1].wait(deadline()) == nbytes
+        assert links[1].wait(deadline_in(LONG_S)) == nbytes
         links[1].close()
 
 
@@ -224,19 +221,19 @@ def test_pairs_leave_no_threads_and_no_descriptors_behind(lasting_shard: EchoSha
     def open_and_close() -> None:
         link = lasting_shard.connect(transport)
         nbytes = post_body(link, b"abc")
-        link.wait(deadline())
+        link.wait(deadline_in(LONG_S))
         assert reply_body(link, nbytes) == counted_up(b"abc")
         link.close()
 
-    open_and_close()  # whatever is made once, such as gloo's device
+    open_and_close()  # makes what exists once, such as gloo's device
     settle(lasting_shard)
     gc.collect()
     before = resources(os.getpid()), resources(lasting_shard.endpoint.pid)
     for _ in range(5):
         open_and_close()
     settle(lasting_shard)
-    limit_s = deadline()
-    while time.monotonic() < limit_s:
+    deadline_s = deadline_in(LONG_S)
+    while time.monotonic() < deadline_s:
         gc.collect()
         after = resources(os.getpid()), resources(lasting_shard.endpoint.pid)
         if all(a <= b for new, old in zip(after, before, strict=True) for a, b in zip(new, old, strict=True)):
@@ -256,7 +253,7 @@ def test_waits_run_without_the_interpreter_lock(transport: str) -> None:
         post_body(link, b"abc", HOLD)
         assert shard.event() == ("held", "router")
         outcome: list[int] = []
-        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline())))
+        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline_in(LONG_S))))
         waiter.start()
         shard.pipe.send("release")  # only possible while the wait lets other threads run
         assert shard.event() == ("released", 1)
