@@ -20,7 +20,7 @@ from placement.placement import Placement
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 2.0
+_LOG_INTERVAL_S = 2.0
 _REQUEST_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
 
 
@@ -101,7 +101,7 @@ class SlotTable:
             slot = self._free_slot(layer, wanted_Ls[layer])
             self._install(layer, slot, expert, self._read(layer, expert))
             now_s = time.monotonic()
-            if now_s - logged_s > _LOG_EVERY_S or count + 1 == len(missing):
+            if now_s - logged_s > _LOG_INTERVAL_S or count + 1 == len(missing):
                 logged_s = now_s
                 done = (count + 1) * self._kernel.shape.expert_bytes
                 rate = done / max(now_s - start_s, 1e-6) / 1e6

@@ -200,6 +200,24 @@ def gpt_oss() -> Expected:
     return out
 
 
+def mxfp4_tensors(E: int, D: int, I: int) -> dict[str, torch.Tensor]:
+    """Random routed experts of a gpt-oss layer 0 under the hub's names."""
+    generator = torch.Generator().manual_seed(2)
+    stem = "model.layers.0.mlp.experts."
+
+    def bytes_of(*shape: int) -> torch.Tensor:
+        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
+
+    return {
+        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
+        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
+        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
+        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
+        stem + "down_proj_scales": bytes_of(E, D, I // 32),
+        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
+    }
+
+
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Rows gate 0, up 0, gate 1, up 1, ..."""
     return torch.stack([gate, up], dim=1).flatten(0, 1)

@@ -11,7 +11,7 @@ import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.dequantize import dequantize_fp8_block, dequantize_mxfp4
-from tests.support.hub_names import write
+from tests.support.hub_names import mxfp4_tensors, write
 
 FP8 = torch.float8_e4m3fn
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -150,24 +150,6 @@ def test_modules_that_fp8_leaves_out_are_read_plainly(tmp_path: Path) -> None:
     checkpoint.check()
     got = checkpoint.read_expert(0, 1, torch.bfloat16)
     assert torch.equal(got.w2_DI, plain["model.layers.1.mlp.experts.1.down_proj.weight"])
-
-
-def mxfp4_tensors(E: int, D: int, I: int) -> dict[str, torch.Tensor]:
-    """Random routed experts of a gpt-oss layer 0 under the hub's names."""
-    generator = torch.Generator().manual_seed(2)
-    stem = "model.layers.0.mlp.experts."
-
-    def bytes_of(*shape: int) -> torch.Tensor:
-        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
-
-    return {
-        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
-        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
-        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
-        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
-        stem + "down_proj_scales": bytes_of(E, D, I // 32),
-        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
-    }
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:

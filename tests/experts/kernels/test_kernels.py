@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "swigluoai_tight": ActivationSpec("swigluoai", alpha=1.3, limit=0.5),
     "swigluoai_open": ActivationSpec("swigluoai", alpha=1.702, limit=None),
 }
-# float32: sums of a few hundred products. Half precision: inputs are exact in both, so errors come from rounding the
+# float32: sums of a few hundred products. Half precision: inputs are exact in both, so what is left is rounding the
 # hidden activation, and each kernel's own steps, to 8 (11) bits.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BASE = KernelShape(2, 6, 64, 96, ACTIVATIONS["silu"])
@@ -48,7 +48,7 @@ def activation_f64(spec: ActivationSpec, gate: torch.Tensor, up: torch.Tensor) -
 
 
 def oracle(shape, experts, rows_MD, offsets, slots, weights):
-    """float64, one pair at a time, from the formulas."""
+    """float64, pair by pair, from the formulas."""
     out = torch.zeros(rows_MD.shape, dtype=torch.float64)
     for m in range(rows_MD.shape[0]):
         for n in range(int(offsets[m]), int(offsets[m + 1])):

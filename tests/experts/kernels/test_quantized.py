@@ -29,7 +29,7 @@ ON_CUDA = [
 CASES = [(name, form, "cpu") for name in ("torch_dequant", "triton_quantized") for form in FORMATS]
 CASES += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in ON_CUDA]
 each_case = pytest.mark.parametrize(("name", "form", "device"), CASES)
-# vLLM's FP8 kernel also rounds rows and inner activations to E4M3's four bits.
+# vLLM's FP8 kernel rounds rows and inner activations to E4M3's four bits, too.
 ROUNDS_ROWS = {"vllm_fp8": 0.08}
 
 
@@ -81,7 +81,7 @@ def test_weight_on_input(name, form, device):
     run_case(name, shape_for(device, form, num_layers=1, weight_on_input=True), 6, seed=6)
 
 
-# Blocks of 128 x 128 that are complete, or partial in one or both matrices; rows shorter than a step.
+# Blocks of 128 x 128 that are whole, partial in one matrix or both; rows shorter than a step.
 @pytest.mark.parametrize(("D", "I"), [(256, 128), (128, 224), (320, 96), (32, 32)])
 @each_case
 def test_sizes(name, form, device, D, I):

@@ -224,7 +224,7 @@ def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
     assert after["pairs"] == before["pairs"] + int((batch.ids_TK >= 3).sum())
     assert "counted" in after["routers"]
     router.close()
-    await_true(lambda: "counted" not in mesh.shards[1].status()["routers"], "the router's departure")
+    await_true(lambda: "counted" not in mesh.shards[1].status()["routers"], "the router's leaving")
 
 
 def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) ->
         for shard in mesh.shards.values():
             assert shard.call("apply_placement", second.to_json(), 5) == {"loaded": NUM_LAYERS * 3, "epoch": 5}
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert router.status()["lost"] == {}, "the old epoch is served until its slots are needed"
+        assert router.status()["lost"] == {}, "the old epoch is served until the slots are needed"
         mesh.placement, mesh.epoch = second, 5
         router.apply_membership(mesh.membership())
         assert_matches(run(router, 1, batch), oracle(mesh.checkpoint, 1, batch))

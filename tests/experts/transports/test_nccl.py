@@ -131,8 +131,8 @@ def test_stopped_then_continued(mesh: Mesh, router: MeshClient) -> None:
     mesh.shards[1].signal(signal.SIGCONT)
     for seed in range(20, 25):
         check_step(mesh, router, seed)
-    await_true(lambda: mesh.shards[1].status()["routers"] == [], "the end of the shard's pair")
-    # It is alive, so the next epoch brings it back.
+    await_true(lambda: mesh.shards[1].status()["routers"] == [], "the shard's letting go of the router")
+    # The next epoch brings it back, alive as it is.
     assert router.apply_membership(mesh.membership(epoch=2))["lost"] == {}
     check_step(mesh, router, 40)
     assert router.status()["lost"] == {}
@@ -152,6 +152,6 @@ def test_two_routers_take_nothing_from_each_other(mesh: Mesh, router: MeshClient
     other.begin(0, *on_device_of(other, random_batch(10)))
     other.close()
     check_step(mesh, router, 0)
-    await_true(lambda: "other" not in mesh.shards[0].status()["routers"], "the other router's departure")
+    await_true(lambda: "other" not in mesh.shards[0].status()["routers"], "the other router's leaving")
     check_step(mesh, router, 10)
     assert router.status()["lost"] == {}

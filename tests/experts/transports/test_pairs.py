@@ -22,7 +22,6 @@ from tests.support.echo_shard import (
     ROW_BYTES,
     EchoShard,
     counted_up,
-    deadline_in,
     echo_shard,
     post_body,
     reply_body,
@@ -30,6 +29,10 @@ from tests.support.echo_shard import (
 
 TRANSPORTS = ["shm", "gloo", "gloo_split"]
 LONG_S = 30.0
+
+
+def deadline(seconds: float = LONG_S) -> float:
+    return time.monotonic() + seconds
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -46,7 +49,7 @@ def lasting_shard() -> Iterator[EchoShard]:
 
 def settle(shard: EchoShard, num_channels: int = 0) -> None:
     """Wait until the shard has `num_channels` channels, and drop its events meanwhile."""
-    deadline_s = deadline_in(LONG_S)
+    deadline_s = deadline()
     while time.monotonic() < deadline_s:
         shard.pipe.send("channels")
         while (event := shard.event())[0] != "channels":
@@ -66,7 +69,7 @@ def test_bytes_come_back_over_a_hundred_messages_of_many_sizes(lasting_shard: Ec
         body = random.integers(0, 256, size, np.uint8).tobytes()
         num_rows = size // ROW_BYTES
         nbytes = post_body(link, body, num_rows=num_rows)
-        assert link.wait(deadline_in(LONG_S)) == nbytes
+        assert link.wait(deadline()) == nbytes
         assert reply_body(link, nbytes) == counted_up(body)
     link.close()
 
@@ -75,7 +78,7 @@ def test_a_message_of_no_bytes_is_a_message(lasting_shard: EchoShard) -> None:
     link = lasting_shard.connect("gloo")
     link.send_buffer[:] = 0
     link.post(HEADER_BYTES)
-    assert link.wait(deadline_in(LONG_S)) == HEADER_BYTES
+    assert link.wait(deadline()) == HEADER_BYTES
     link.close()
 
 
@@ -84,7 +87,7 @@ def test_a_message_over_the_capacity_is_refused_before_it_leaves(lasting_shard: 
     with pytest.raises(ValueError, match="4097 bytes does not fit into 4096"):
         link.post(4097)
     nbytes = post_body(link, bytes(4096 - HEADER_BYTES))
-    assert link.wait(deadline_in(LONG_S)) == nbytes
+    assert link.wait(deadline()) == nbytes
     link.close()
 
 
@@ -96,7 +99,7 @@ def test_killed_shard_ends_a_wait_long_before_its_deadline(transport: str) -> No
         os.kill(shard.endpoint.pid, signal.SIGKILL)
         # The deadline is so far away that only the loss can end the wait within the test's time-out.
         with pytest.raises(ShardLostError) as caught:
-            link.wait(deadline_in(3600))
+            link.wait(deadline(3600))
         assert caught.value.rank == 0
         assert caught.value.reason
         link.close()
@@ -107,7 +110,7 @@ def test_stopped_shard_costs_the_deadline_and_not_more_links(transport: str) -> 
         link = shard.connect(transport)
         shard.stop()
         post_body(link, b"abc")
-        deadline_s = deadline_in(0.3)
+        deadline_s = deadline(0.3)
         with pytest.raises(ShardTimeoutError, match="before the dispatch deadline"):
             link.wait(deadline_s)
         assert time.monotonic() >= deadline_s - 0.002
@@ -119,7 +122,7 @@ def test_stopped_shard_costs_the_deadline_and_not_more_links(transport: str) -> 
         settle(shard)
         again = shard.connect(transport)
         nbytes = post_body(again, b"abc")
-        assert again.wait(deadline_in(LONG_S)) == nbytes
+        assert again.wait(deadline()) == nbytes
         again.close()
 
 
@@ -129,14 +132,14 @@ def test_late_reply_goes_nowhere(transport: str) -> None:
         post_body(link, b"old", HOLD)
         assert shard.event() == ("held", "slow")
         with pytest.raises(ShardTimeoutError):
-            link.wait(deadline_in(0.05))
+            link.wait(deadline(0.05))
         link.close()
         assert shard.event() == ("left", "slow")
         again = shard.connect(transport, "again")
         shard.pipe.send("release")
         assert shard.event() == ("released", 1)
         nbytes = post_body(again, b"new")
-        assert again.wait(deadline_in(LONG_S)) == nbytes
+        assert again.wait(deadline()) == nbytes
         assert reply_body(again, nbytes) == counted_up(b"new")
         again.close()
 
@@ -146,7 +149,7 @@ def test_a_pair_that_the_shard_gives_up_is_lost_at_once(transport: str) -> None:
         link = shard.connect(transport)
         post_body(link, b"abc", DROP)
         with pytest.raises(ShardLostError):
-            link.wait(deadline_in(3600))
+            link.wait(deadline(3600))
         link.close()
         assert shard.event() == ("left", "router")
 
@@ -158,7 +161,7 @@ def test_a_shard_that_stops_lets_go_of_its_routers(transport: str) -> None:
         assert shard.event() == ("held", "router")
         shard.pipe.send("stop")
         with pytest.raises(ShardLostError):
-            link.wait(deadline_in(3600))
+            link.wait(deadline(3600))
         link.close()
 
 
@@ -178,7 +181,7 @@ def test_many_routers_at_once_each_get_their_own_answers(transport: str) -> None
         for turn in range(30):
             body = bytes([number, turn]) * (1 + 50 * number)
             nbytes = post_body(link, body)
-            assert link.wait(deadline_in(LONG_S)) == nbytes
+            assert link.wait(deadline()) == nbytes
             assert reply_body(link, nbytes) == counted_up(body)
         link.close()
 
@@ -195,8 +198,8 @@ def test_a_router_that_never_reads_does_not_hold_up_the_others(transport: str) -
         other = shard.connect(transport, "other")
         for _ in range(10):
             nbytes = post_body(other, b"abc")
-            assert other.wait(deadline_in(LONG_S)) == nbytes
-        assert stalled.wait(deadline_in(LONG_S)) == 1 << 24
+            assert other.wait(deadline()) == nbytes
+        assert stalled.wait(deadline()) == 1 << 24
         stalled.close()
         other.close()
 
@@ -209,11 +212,11 @@ def test_one_lost_shard_of_two_leaves_the_other_link_alone(transport: str) -> No
         assert first.event() == ("held", "router")
         first.process.kill()
         with pytest.raises(ShardLostError):
-            links[0].wait(deadline_in(3600))
-        assert links[1].wait(deadline_in(LONG_S)) == HEADER_BYTES + 3
+            links[0].wait(deadline(3600))
+        assert links[1].wait(deadline()) == HEADER_BYTES + 3
         links[0].close()
         nbytes = post_body(links[1], b"def")
-        assert links[1].wait(deadline_in(LONG_S)) == nbytes
+        assert links[1].wait(deadline()) == nbytes
         links[1].close()
 
 
@@ -221,7 +224,7 @@ def test_pairs_leave_no_threads_and_no_descriptors_behind(lasting_shard: EchoSha
     def open_and_close() -> None:
         link = lasting_shard.connect(transport)
         nbytes = post_body(link, b"abc")
-        link.wait(deadline_in(LONG_S))
+        link.wait(deadline())
         assert reply_body(link, nbytes) == counted_up(b"abc")
         link.close()
 
@@ -232,7 +235,7 @@ def test_pairs_leave_no_threads_and_no_descriptors_behind(lasting_shard: EchoSha
     for _ in range(5):
         open_and_close()
     settle(lasting_shard)
-    deadline_s = deadline_in(LONG_S)
+    deadline_s = deadline()
     while time.monotonic() < deadline_s:
         gc.collect()
         after = resources(os.getpid()), resources(lasting_shard.endpoint.pid)
@@ -253,7 +256,7 @@ def test_waits_run_without_the_interpreter_lock(transport: str) -> None:
         post_body(link, b"abc", HOLD)
         assert shard.event() == ("held", "router")
         outcome: list[int] = []
-        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline_in(LONG_S))))
+        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline())))
         waiter.start()
         shard.pipe.send("release")  # only possible while the wait lets other threads run
         assert shard.event() == ("released", 1)
