@@ -1,7 +1,7 @@
-"""Every Triton program, as it would be launched, compiled for Hopper by Triton's real compiler; no GPU needed.
+"""Every Triton program, as it is launched, compiled for Hopper by Triton's real compiler; needs no GPU.
 
-The interpreter does not see what only a compiler refuses (types, layouts, shared memory), nor does it know bfloat16's
-products. Needs triton, without TRITON_INTERPRET. Run with -s for registers, spills and shared memory of each program.
+The interpreter accepts what only the compiler refuses (types, layouts, shared memory), and cannot multiply bfloat16.
+Needs triton, without TRITON_INTERPRET. Run with -s to see the shared memory and warps of each program.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def signature_of(names: list[str], values: dict[str, Any], constants: set[str]) 
 
 @dataclasses.dataclass
 class Compiled:
-    """What launches were compiled for."""
+    """The launches that were compiled."""
 
     names: list[str] = dataclasses.field(default_factory=list)
-    """Of each launch, in order."""
+    """The program of each launch, in order."""
     codes: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """Triton's GPU code by program and kind of arguments; a kind seen before is not compiled again."""
+    """Triton's GPU code by program and kinds of arguments; no such pair is compiled twice."""
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    """Launches compile instead of running."""
+    """Makes launches compile instead of run."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,7 +104,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 def check_kernel(compiled: Compiled, kernel: Any) -> None:
-    """The first call compiles for every size of tile, no later one for anything; weights are fetched ahead."""
+    """Only the first call compiles, for every tile size; weights are prefetched."""
     forward(kernel, 4)
     sizes = len(triton_mlp.each_block(PAIRS, kernel.shape.dtype))
     assert compiled.names == [*(sizes + 1) * ["gate_up", "down"], "sum_pairs"]  # and the call itself

@@ -1,4 +1,4 @@
-"""One shard: what it refuses and survives, what it reports, and slots that change while it serves."""
+"""One shard: what it refuses, survives and reports, and slots that change while it serves."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def link(mesh: Mesh) -> Iterator[RouterLink]:
 
 
 def ask(link: RouterLink, nbytes: int) -> np.ndarray:
-    """The header of the answer."""
+    """The header of the reply."""
     link.post(nbytes)
     link.wait(time.monotonic() + 30)
     return header_of(link.recv_buffer)
 
 
 def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
-    """The next request is answered, and right."""
+    """The next request is answered correctly."""
     x_D = torch.linspace(-1, 1, HIDDEN)
     header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
     assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
@@ -180,7 +180,7 @@ def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> 
 
 
 def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, model: Path, link: RouterLink) -> None:
-    with contextlib.suppress(ShardRejectedError):  # refused at the door is as well
+    with contextlib.suppress(ShardRejectedError):  # being refused is fine too
         tiny = open_link(mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
         tiny.post(8)
         with pytest.raises(Exception, match="shard 0"):
@@ -257,11 +257,11 @@ def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path
         values = {"model_path": str(model), "dtype": "float32", "kernel": "torch_loop", **settings}
         return ShardServer(ShardSettings(**values))
 
-    with pytest.raises(RuntimeError, match="was not started yet"):
+    with pytest.raises(RuntimeError, match=r"is not started yet; call start\(\) first"):
         server().status()
-    with pytest.raises(ValueError, match="rank 2 is not among the placement's ranks 0 to 1"):
+    with pytest.raises(ValueError, match="rank is 2, expected one of the placement's ranks, 0 to 1"):
         server().start(placement, 2, 1)
-    with pytest.raises(ValueError, match="slots_per_rank is 2, the placement needs 3"):
+    with pytest.raises(ValueError, match="slots_per_rank is 2, the placement needs at least 3"):
         server(slots_per_rank=2).start(placement, 0, 1)
     with pytest.raises(ValueError, match="the placement is for 3 layers"):
         server().start(Placement.linear(3, NUM_EXPERTS, 2), 0, 1)
@@ -299,7 +299,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         link = open_link(endpoint)
         check_serves(link, model)
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-        assert "/vllm/" not in maps, "a shard needs vllm only where its kernel comes from there"
+        assert "/vllm/" not in maps, "a shard needs vllm only if its kernel comes from vllm"
         _, log = process.communicate(timeout=60)  # closes stdin
         assert process.returncode == 0
         assert b"12 of 12 experts loaded" in log
