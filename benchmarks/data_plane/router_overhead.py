@@ -1,11 +1,11 @@
 """What a router does in a MoE layer besides the wire and the experts: plan, pack, unpack, combine.
 
-    python -m benchmarks.router_overhead [--quick]
+    python -m benchmarks.data_plane.router_overhead [--quick]
 
 Overhead: one core, 4 shards, 64 tokens, top-8, hidden 512, float32 and bf16; the sum of plan+pack and combine as the
 dispatcher itself does them, Python included. Goal: at most 60 microseconds in the median.
 
-The round trip is `benchmarks.round_trip`.
+The round trip is `benchmarks.data_plane.round_trip`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from typing import Any
 
 import torch
-from experts.layer_shape import LayerShape
 
 from benchmarks.common import median, print_table, save
-from experts.precompile import loopback_dispatcher
+from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.loopback import loopback_dispatcher
 
 OVERHEAD_GOAL_US = 60.0
 

@@ -20,7 +20,7 @@ from experts.model.spec import ExpertWeights
 logger = logging.getLogger(__name__)
 
 
-class LocalExperts:
+class FallbackExperts:
     """Computes any expert of a checkpoint; keeps up to `cache_bytes` of converted weights."""
 
     def __init__(self, checkpoint: ExpertCheckpoint, dtype: torch.dtype, cache_bytes: int = 1 << 30) -> None:

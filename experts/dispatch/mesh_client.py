@@ -18,7 +18,7 @@ import torch
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.connector import Connector
 from experts.dispatch.dispatcher import Dispatcher, Pending
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import UnsupportedModelError
@@ -55,7 +55,7 @@ class MeshClient:
             shape,
             settings.max_rows_per_dispatch,
             settings.dispatch_timeout_ms / 1000,
-            LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
+            FallbackExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._connector = Connector(self._connect)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from experts.dispatch.dispatcher import Dispatcher
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.errors import ShardLostError, ShardTimeoutError
 from experts.protocol.membership import Membership
@@ -53,7 +53,7 @@ class FakeLink(RouterLink):
         placement: Placement,
         shape: LayerShape,
         max_rows: int,
-        experts: LocalExperts,
+        experts: FallbackExperts,
         apart: bool = False,
     ) -> None:
         self.rank = rank

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from experts.dispatch.rows import host_programs as plan
 from experts.protocol.wire import request_capacity
@@ -38,7 +39,7 @@ def run_plan(
     *,
     num_nodes: int = 1,
     load_R: np.ndarray | None = None,
-    head: tuple[int, int, int, int, int] = (7, 2, 99, 1, 0),
+    header: np.ndarray | None = None,
     with_rows: bool = True,
 ) -> Planned:
     """`x_TB` is uint8 [T, bytes of a row]. Buffers are poisoned and end in a canary that must survive."""
@@ -66,7 +67,7 @@ def run_plan(
         num_nodes,
         planned.load_R,
         np.array([buffer.ctypes.data for buffer in buffers], np.int64),
-        np.array(head, np.int64),
+        plan.request_header(7, torch.float32, 0) if header is None else header,
         with_rows,
         planned.rank_TK,
         planned.row_TK,

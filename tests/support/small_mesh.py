@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.membership import Membership, ShardEndpoint
@@ -334,9 +334,9 @@ def oracle(checkpoint: ExpertCheckpoint, layer: int, batch: Batch) -> torch.Tens
     return y_TD
 
 
-def local(model: Path, dtype: torch.dtype = torch.float32) -> LocalExperts:
+def local(model: Path, dtype: torch.dtype = torch.float32) -> FallbackExperts:
     """The one-process form."""
-    return LocalExperts(ExpertCheckpoint.open(model), dtype)
+    return FallbackExperts(ExpertCheckpoint.open(model), dtype)
 
 
 def run(router: MeshClient, layer: int, batch: Batch) -> torch.Tensor:

@@ -14,20 +14,19 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from experts.protocol.wire import (
+    DTYPE_CODES,
     H_DTYPE,
     H_EPOCH,
     H_HIDDEN,
-    H_LAYER,
     H_MAGIC,
     H_PAIRS,
     H_ROWS,
-    H_SEQ,
-    H_STATUS,
     HEADER_BYTES,
     HEADER_WORDS,
     MAGIC,
@@ -61,6 +60,14 @@ _u16_at = _pointer_to(types.uint16)
 _f32_at = _pointer_to(types.float32)
 
 
+def request_header(epoch: int, dtype: torch.dtype, hidden_size: int) -> np.ndarray:
+    """Header words (int64 [16]) that all requests of an epoch share. H_LAYER and H_SEQ are the caller's to set."""
+    header = np.zeros(HEADER_WORDS, np.int64)
+    header[H_MAGIC], header[H_EPOCH] = MAGIC, epoch
+    header[H_DTYPE], header[H_HIDDEN] = DTYPE_CODES[dtype], hidden_size
+    return header
+
+
 @compiled()
 def plan_and_pack(
     x_address: int,
@@ -72,7 +79,7 @@ def plan_and_pack(
     num_nodes: int,
     rank_load_R: np.ndarray,
     send_address_R: np.ndarray,
-    head: np.ndarray,
+    common_header: np.ndarray,
     with_rows: bool,
     rank_TK: np.ndarray,
     row_TK: np.ndarray,
@@ -90,7 +97,7 @@ def plan_and_pack(
         node_of_rank_R, num_nodes: int32 and a count, for the replica choice.
         rank_load_R: int64, pairs that each rank got lately; aged here, breaks ties.
         send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each.
-        head: int64 [5]: epoch, layer, seq, dtype code, D.
+        common_header: int64 [16], what the headers of all messages have in common; see `request_header`.
         with_rows: copy the rows too; False where they travel from a device on their own.
         rank_TK, row_TK: int32 out. Rank of each pair, -1 if unserved; the row of that rank's message that holds the
             token, set at the first pair of a (token, rank) and -1 at the others.
@@ -136,11 +143,8 @@ def plan_and_pack(
         nbytes_R[rank] = nbytes
         header = carray(_i64_at(base), HEADER_WORDS)
         for word in range(HEADER_WORDS):
-            header[word] = 0
-        header[H_MAGIC] = MAGIC
-        header[H_EPOCH], header[H_LAYER], header[H_SEQ] = head[0], head[1], head[2]
-        header[H_DTYPE], header[H_HIDDEN] = head[3], head[4]
-        header[H_ROWS], header[H_PAIRS], header[H_STATUS] = num_rows, num_pairs, 0
+            header[word] = common_header[word]
+        header[H_ROWS], header[H_PAIRS] = num_rows, num_pairs
         offsets = carray(_i32_at(base + offsets_at), num_rows + 1)
         experts = carray(_i32_at(base + experts_at), num_pairs)
         weights = carray(_f32_at(base + weights_at), num_pairs)
@@ -257,7 +261,7 @@ def warm_up() -> None:
     """Load or compile both kernels now: seconds the first time on a machine, which no request should pay."""
     pairs_TK, weights_TK = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
     rank_R, size_R = np.zeros(1, np.int32), np.zeros(1, np.int64)
-    slots_ER, head = np.zeros((1, 1), np.int32), np.zeros(5, np.int64)
-    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, head, True)
+    slots_ER, header = np.zeros((1, 1), np.int32), request_header(0, torch.float32, 1)
+    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, header, True)
     plan_and_pack(*inputs, pairs_TK, pairs_TK, rank_R, rank_R, size_R)
     combine(pairs_TK, pairs_TK, np.zeros(1, np.bool_), size_R, FLOAT32, np.zeros(1, np.float32), 0, False)
