@@ -34,7 +34,17 @@ from experts.dispatch.rows.pick import pick_row_mover
 from experts.dispatch.stats import RouterStats
 from experts.protocol.errors import ShardError, ShardRejectedError
 from experts.protocol.membership import Membership
-from experts.protocol.wire import H_MAGIC, H_ROWS, H_SEQ, H_STATUS, HEADER_BYTES, MAGIC, STATUS_OK, error_text, header_of
+from experts.protocol.wire import (
+    H_MAGIC,
+    H_ROWS,
+    H_SEQ,
+    H_STATUS,
+    HEADER_BYTES,
+    MAGIC,
+    STATUS_OK,
+    error_text,
+    header_of,
+)
 from experts.transports.base import RouterLink
 
 logger = logging.getLogger(__name__)

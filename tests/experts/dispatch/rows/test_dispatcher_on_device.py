@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_are_those_of_the_definition(triton_device, model, monkeypatch, num_tokens, fault, replicas):
     from experts.dispatch.rows.triton_mover import TritonRowMover
 
-    monkeypatch.setattr(dispatcher_module, "pick_row_mover", lambda device: TritonRowMover(triton_device))
+    monkeypatch.setattr(dispatcher_module, "pick_row_mover", TritonRowMover)
     shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
     placement = replicated(NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, replicas)
     links = {r: DeviceLink(triton_device, r, placement, shape, 5, local(model)) for r in range(NUM_RANKS)}
