@@ -1,11 +1,11 @@
 """Dispatch and combine against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
 
-    python -m benchmarks.round_trip [--quick]
+    python -m benchmarks.data_plane.round_trip [--quick]
 
 Both sides talk to the same number of shard processes on the same host and cores. The shards run the real compute loop
-with an expert kernel that only copies rows, so that what is timed is everything but the experts: plan, pack, wire,
-request check, reply, combine. The bare side copies a message of the same length in, posts it to every shard, waits for
-all, and copies each answer out; its peers answer without looking. Runs are interleaved, medians are compared.
+with an expert kernel that only copies rows, so everything but the experts is timed: plan, pack, wire, request check,
+reply, combine. The bare side copies a message of the same length in, posts it to every shard, waits for all, and copies
+each answer out; its peers answer without looking. Runs are interleaved, medians are compared.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from experts.dispatcher import Dispatcher
-from experts.layer_shape import LayerShape
-from experts.membership import Membership, ShardEndpoint, host_id
-from experts.shard_loop import ShardLoop
-from experts.wire import reply_capacity, request_capacity
-from placement.tables import Placement
 
 from benchmarks.common import median, print_table, save
+from experts.dispatch.dispatcher import Dispatcher
+from experts.dispatch.layer_shape import LayerShape
+from experts.protocol.membership import Membership, ShardEndpoint, host_id
+from experts.protocol.wire import HEADER_BYTES, reply_capacity, request_capacity
+from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
 from experts.transports.shm import ShmDoorbell
+from placement.placement import Placement
 
 GOAL = 1.5
 
@@ -111,15 +111,16 @@ def measure(tokens: int, ranks: int, dtype: torch.dtype, spin_us: float, turns: 
     )  # fmt: skip
     placement = Placement.linear(1, 64, ranks)
     meshed, endpoints = _start(shape, ranks, spin_us, 0)
-    dispatcher = Dispatcher(shape, tokens, 30.0, None)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(shape, tokens, 30.0, fallback=None)
     links = {e.rank: connect(e, hello, "cpu", spin_us, time.monotonic() + 30) for e in endpoints}
     dispatcher.apply(Membership(1, placement, tuple(endpoints)), links, {})
     x_TD = torch.randn(tokens, 512).to(dtype)
     ids_TK = torch.stack([torch.randperm(64)[:8] for _ in range(tokens)]).int()
     weights_TK = torch.rand(tokens, 8)
-    dispatcher.forward(0, x_TD, weights_TK, ids_TK)
-    request_bytes = dispatcher._nbytes_R.tolist()
-    reply_bytes = [128 + int(rows) * row_bytes for rows in dispatcher._rows_R]
+    pending = dispatcher.begin(0, x_TD, weights_TK, ids_TK)
+    request_bytes = pending.plan.nbytes_R.tolist()
+    reply_bytes = [HEADER_BYTES + int(rows) * row_bytes for rows in pending.plan.rows_R]
+    dispatcher.finish(pending)
     bare, bare_endpoints = _start(shape, ranks, spin_us, max(reply_bytes))
     bare_links = [connect(e, hello, "cpu", spin_us, time.monotonic() + 30) for e in bare_endpoints]
     payload = np.random.default_rng(0).integers(0, 255, max(request_bytes), np.uint8)
