@@ -72,8 +72,8 @@ def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
         _engine.checkpoint, _engine.settings = checkpoint, settings
     if settings != _engine.settings:
         raise UnsupportedModelError(
-            f"this process has an engine for the experts of {_engine.settings and _engine.settings.model_path} already; "
-            f"one with other settings ({settings.model_path}) needs a process of its own"
+            f"this process has an engine for the experts of {_engine.settings and _engine.settings.model_path} "
+            f"already; one with other settings ({settings.model_path}) needs a process of its own"
         )
     return _engine.checkpoint
 

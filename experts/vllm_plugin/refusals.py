@@ -14,7 +14,7 @@ from experts.vllm_plugin.joints import (
 
 
 def check_engine(config: VllmConfig) -> RouterSettings:
-    """Refuse engine settings that the plug-in does not support (UnsupportedModelError); return the router's settings."""
+    """Refuse engine settings that are not supported (UnsupportedModelError); return the router's settings."""
     data = expertmesh_settings(config)
     if data is None:
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""Runs `plan_and_pack` on buffers of its own, for the tests of plan and combine.
+"""Runs the compiled `plan_and_pack` on buffers of its own, for the tests of plan and combine.
 
 Legend: T tokens, K top-k, E logical experts, R ranks.
 """
@@ -42,7 +42,7 @@ def run_plan(
     header: np.ndarray | None = None,
     with_rows: bool = True,
 ) -> Planned:
-    """`x_TB` is uint8 [T, bytes of a row]. Buffers are poisoned and end in a canary that must survive."""
+    """`x_TB` is uint8 [T, bytes of a row]. Buffers are poisoned; nothing may write past a message."""
     (num_tokens, top_k), num_ranks = ids_TK.shape, slots_ER.shape[1]
     row_bytes = x_TB.shape[1]
     capacity = request_capacity(num_tokens, top_k, row_bytes)

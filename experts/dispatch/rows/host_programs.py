@@ -3,8 +3,8 @@
 Legend: T tokens, K top-k, E logical experts, R ranks, D hidden size; M rows and N (row, expert) pairs of one message.
 
 `plan_and_pack` picks one replica for each pair by the rule that the planner evaluates with (`choose_replicas`), and
-writes each rank's message straight into the buffer that travels: a row goes once to a rank, however many of its experts
-stand there. `combine` adds the partial rows that come back, in fp32. Both take addresses, so that one call serves every
+writes each rank's message straight into the buffer that travels. A row goes to a rank once, however many of its experts
+are there. `combine` adds the partial rows that come back, in float32. Both take addresses, so one call serves every
 link; both run without the GIL and allocate nothing.
 """
 
@@ -95,13 +95,11 @@ def plan_and_pack(
         topk_weights_TK: float32.
         slots_ER: int32, the slot of expert e on rank r, -1 where it has none or the rank is lost.
         node_of_rank_R, num_nodes: int32 and a count, for the replica choice.
-        rank_load_R: int64, pairs that each rank got lately; aged here, breaks ties.
+        rank_load_R: int64, pairs that each rank got recently; halved here and added to, breaks ties.
         send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each.
         common_header: int64 [16], what the headers of all messages have in common; see `request_header`.
-        with_rows: copy the rows too; False where they travel from a device on their own.
-        rank_TK, row_TK: int32 out. Rank of each pair, -1 if unserved; the row of that rank's message that holds the
-            token, set at the first pair of a (token, rank) and -1 at the others.
-        rows_R, pairs_R, nbytes_R: int32, int32, int64 out. Rows, pairs and bytes of each rank's request, 0 for none.
+        with_rows: copy the rows too; False where they travel separately, from a device.
+        rank_TK, row_TK, rows_R, pairs_R, nbytes_R: out; see `rows.base.DispatchPlan`.
 
     Returns:
         The number of wanted pairs that no live rank can serve.
@@ -177,16 +175,16 @@ def combine(
     y_address: int,
     accumulate: bool,
 ) -> None:
-    """y = sum over shards of their partial rows, accumulated in fp32.
+    """y = sum over shards of their partial rows, accumulated in float32.
 
     Args:
         rank_TK, row_TK: as `plan_and_pack` wrote them.
-        answered_R: bool, ranks whose reply is there; the others add nothing.
+        answered_R: bool, ranks whose reply arrived; the others add nothing.
         reply_address_R: int64, address of each rank's reply (its header).
         dtype_code: FLOAT32 or BFLOAT16, of replies and y.
         scratch_D: float32 [D], overwritten.
         y_address: address of y [T, D], contiguous.
-        accumulate: add to what y holds, instead of overwriting it.
+        accumulate: add to y instead of overwriting it.
     """
     num_tokens, top_k = rank_TK.shape
     hidden = scratch_D.shape[0]
@@ -258,7 +256,7 @@ def _as_float(typingctx: Any, bits: Any) -> Any:
 
 @functools.cache
 def warm_up() -> None:
-    """Load or compile both kernels now: seconds the first time on a machine, which no request should pay."""
+    """Load or compile both functions now: the first time on a machine takes seconds, which no request should pay."""
     pairs_TK, weights_TK = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
     rank_R, size_R = np.zeros(1, np.int32), np.zeros(1, np.int64)
     slots_ER, header = np.zeros((1, 1), np.int32), request_header(0, torch.float32, 1)

@@ -29,7 +29,7 @@ def blocks_of(hidden_size: int) -> int:
 
 
 def address_table(tensors: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """int64 [ranks]: where each rank's tensor begins, 0 for ranks that have none. ValueError if not 16-aligned."""
+    """int64 [ranks]: address of each rank's tensor, 0 for ranks without one. ValueError if not 16-aligned."""
     address_R = torch.zeros(max(tensors, default=-1) + 1, dtype=torch.int64)
     for rank, tensor in tensors.items():
         if tensor.data_ptr() % 16:
@@ -68,7 +68,7 @@ class TritonRowMover(TorchRowMover):
         y_TD, add = batch.y_TD, batch.sum_TD is not None
         if batch.sum_TD is None and (plan.unserved or not complete):
             batch.sum_TD = torch.empty(y_TD.shape, dtype=torch.float32, device=y_TD.device)
-        kept = y_TD if batch.sum_TD is None else batch.sum_TD  # never touched where nothing is kept
+        kept = y_TD if batch.sum_TD is None else batch.sum_TD  # not accessed where nothing is kept
         triton_programs.combine_rows[(num_tokens, blocks_of(D))](
             *plan_TK, self._row_address_recv_R, kept, y_TD, y_TD.stride(0), kept.stride(0), D,
             ADD=add, KEEP=batch.sum_TD is not None, K=top_k, BLOCK_D=BLOCK_D,
