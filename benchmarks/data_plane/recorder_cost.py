@@ -50,12 +50,12 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
     llm = LLM(**router_engine_kwargs(settings, engine_kwargs))
     # Not earlier: on a CPU, vllm cannot set up an engine in a process that has imported numba.
     from benchmarks.data_plane.mesh import ShardProcesses
-    from experts.vllm_plugin.layer import current_router
+    from experts.vllm_plugin.layer import current_client
 
     rounds = -(-num_pairs // PAIRS_A_ROUND)  # short sequences keep steps alike
     with ShardProcesses(model, dtype, num_ranks=2) as shards:
         llm.collective_rpc("expertmesh_apply_membership", args=(shards.membership.to_dict(),))
-        router = current_router()
+        router = current_client()
         recording = router.recorder
         silent = type(recording)(router.shape, 0)
         _fill(recording, router.shape, batch)

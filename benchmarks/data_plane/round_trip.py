@@ -25,7 +25,7 @@ from benchmarks.common import median, print_table, save
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.membership import Membership, ShardEndpoint, host_id
-from experts.protocol.wire import reply_capacity, request_capacity
+from experts.protocol.wire import HEADER_BYTES, reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
@@ -112,15 +112,16 @@ def measure(tokens: int, ranks: int, dtype: torch.dtype, spin_us: float, turns: 
     )  # fmt: skip
     placement = Placement.linear(1, 64, ranks)
     meshed, endpoints = _start(shape, ranks, spin_us, 0)
-    dispatcher = Dispatcher(shape, tokens, 30.0, None)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(shape, tokens, 30.0, fallback=None)
     links = {e.rank: connect(e, hello, "cpu", spin_us, time.monotonic() + 30) for e in endpoints}
     dispatcher.apply(Membership(1, placement, tuple(endpoints)), links, {})
     x_TD = torch.randn(tokens, 512).to(dtype)
     ids_TK = torch.stack([torch.randperm(64)[:8] for _ in range(tokens)]).int()
     weights_TK = torch.rand(tokens, 8)
-    dispatcher.forward(0, x_TD, weights_TK, ids_TK)
-    request_bytes = dispatcher._nbytes_R.tolist()
-    reply_bytes = [128 + int(rows) * row_bytes for rows in dispatcher._rows_R]
+    pending = dispatcher.begin(0, x_TD, weights_TK, ids_TK)
+    request_bytes = pending.plan.nbytes_R.tolist()
+    reply_bytes = [HEADER_BYTES + int(rows) * row_bytes for rows in pending.plan.rows_R]
+    dispatcher.finish(pending)
     bare, bare_endpoints = _start(shape, ranks, spin_us, max(reply_bytes))
     bare_links = [connect(e, hello, "cpu", spin_us, time.monotonic() + 30) for e in bare_endpoints]
     payload = np.random.default_rng(0).integers(0, 255, max(request_bytes), np.uint8)

@@ -85,8 +85,9 @@ def measure(peers: Pool, num_tokens: int, turns: int, count: int) -> dict[str, A
         return dispatcher.forward(0, x_TD, weights_TK, ids_TK)
 
     try:
-        forward()
-        row_bytes = [int(rows) * shape.row_bytes for rows in dispatcher._rows_R]
+        pending = dispatcher.begin(0, x_TD, weights_TK, ids_TK)
+        row_bytes = [int(rows) * shape.row_bytes for rows in pending.plan.rows_R]
+        dispatcher.finish(pending)
         bare_side = BareSide(peers, row_bytes, f"bare-{num_tokens}")
         mesh: list[float] = []
         bare: list[float] = []

@@ -66,7 +66,7 @@ def step_of(shape: LayerShape, num_tokens: int, device: str) -> tuple[torch.Tens
 
 def floor_us(dispatcher: Dispatcher, shape: LayerShape, num_tokens: int, ceilings: Ceilings) -> float:
     """Microseconds to read and write the rows, once to pack and once to combine, at the copy ceiling."""
-    rows = int(dispatcher._rows_R.sum())
+    rows = dispatcher.stats.fan_out_sum // dispatcher.stats.dispatches
     return (3 * rows + num_tokens) * shape.row_bytes / ceilings.copy_bytes_per_s * 1e6
 
 

@@ -17,12 +17,15 @@ import torch
 
 from experts.checkpoint.weight_format import WeightFormat
 from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.loopback import LoopbackLink
 from experts.kernels import KernelShape
 from experts.kernels.pick import random_pairs, random_weights
 from experts.kernels.quantized import QuantizedShape
 from experts.kernels.triton import mlp as triton_mlp
 from experts.kernels.triton import quantized as triton_quantized
 from experts.model.spec import ActivationSpec
+from experts.protocol.membership import Membership
+from placement.placement import Placement
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -167,14 +170,13 @@ def test_dispatch_of_fixed_capacity(compiled, replicas, nodes):
 def test_the_row_mover(compiled, dtype):
     from experts.dispatch.rows.triton_mover import TritonRowMover
 
-    mover = TritonRowMover(torch.device("cpu"))
-    buffers = {rank: torch.zeros(1 << 14, dtype=torch.uint8) for rank in range(2)}
-    mover.bind(buffers, buffers)
-    plan_TK = np.zeros((4, 2), np.int32)
-    x_TD = torch.zeros(4, 128, dtype=dtype)
-    sum_TD = torch.zeros(4, 128)
-    mover.pack(x_TD, plan_TK, plan_TK)
-    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, None, False)
-    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, sum_TD, False)
-    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, sum_TD, True)
+    shape = LayerShape(1, 2, 2, 128, dtype)
+    links = {rank: LoopbackLink(rank, shape, 4) for rank in range(2)}
+    for link in links.values():
+        link.send_tensor = link.recv_tensor = torch.zeros(1 << 14, dtype=torch.uint8)
+    mover = TritonRowMover(shape, 4, Membership(1, Placement.linear(1, 2, 2), (None, None)), links)
+    batch = mover.stage(0, torch.zeros(4, 128, dtype=dtype), torch.ones(4, 2), torch.tensor([[0, 1]] * 4))
+    plan = mover.plan_and_pack(batch, 1, np.array([[0, -1], [-1, 0]], np.int32))
+    for answered in ([True, True], [True, False], [False, True]):  # all, some are kept, the others are added
+        mover.combine(batch, plan, np.array(answered))
     assert compiled.names == ["pack_rows", *3 * ["combine_rows"]]

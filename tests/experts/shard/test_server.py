@@ -44,8 +44,8 @@ from tests.support.small_mesh import (
     Mesh,
     assert_matches,
     await_true,
-    local,
     mesh_of,
+    one_process,
     oracle,
     random_batch,
     replicated,
@@ -108,7 +108,7 @@ def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
     header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
     assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
     y_D = torch.from_numpy(link.recv_buffer[HEADER_BYTES : HEADER_BYTES + ROW_BYTES].view(np.float32))
-    expected = local(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
+    expected = one_process(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
     assert_matches(y_D[None], expected)
 
 

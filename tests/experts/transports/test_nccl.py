@@ -18,7 +18,7 @@ from tests.support.small_mesh import (
     Mesh,
     assert_matches,
     await_true,
-    local,
+    one_process,
     oracle,
     random_batch,
     replicated,
@@ -76,7 +76,7 @@ def test_parity(model: Path, kind: str, num_shards: int) -> None:
             for layer in range(NUM_LAYERS):
                 batch = random_batch(num_tokens, seed=num_tokens + layer)
                 got_TD = run_there(router, layer, batch)
-                here_TD = local(model).forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
+                here_TD = one_process(model).forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
                 assert_matches(got_TD, oracle(mesh.checkpoint, layer, batch))
                 assert_matches(got_TD, here_TD)
         assert (router.status()["failovers"], router.status()["fallback_pairs"]) == (0, 0)
