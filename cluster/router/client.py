@@ -1,4 +1,4 @@
-"""How the HTTP side asks all routers at once: answers of those that answer, one line of error for each other one."""
+"""How the HTTP side asks all routers: the answers that come, and one line of error for each router without one."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MAX_MISSED_READINGS = 3  # in a row, of deadlines.apply_s each; after that the e
 
 
 class RouterHealth:
-    """Readings of one engine's worker. `on_reading` gets every reading, whoever asked for it."""
+    """Readings of one engine's worker. `on_reading` gets every reading."""
 
     def __init__(
         self,

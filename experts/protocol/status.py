@@ -43,7 +43,7 @@ class StageHistograms:
 
 @dataclass(frozen=True)
 class RouterStatus:
-    """One router. The last fields are added on the way from the mesh client to the ingress, by whoever knows them."""
+    """One router. The mesh client fills in the counters; the worker and the deployment add what only they know."""
 
     router_id: str
     epoch: int  # of the membership in use; -1 before the first

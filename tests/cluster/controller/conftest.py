@@ -27,7 +27,7 @@ def endpoint(rank: int, incarnation: str = "a") -> ShardEndpoint:
 
 
 class Scene:
-    """A controller, the time that it sees, and its callers. Shards beat every second and are lost after five."""
+    """A controller, the time that it sees, and its callers. Shards send a heartbeat every second and are lost after five."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
@@ -51,7 +51,7 @@ class Scene:
         return await self.controller.rejoin(RejoinRequest(f"s{rank}", "n", endpoint(rank), epoch, digest, rank))
 
     async def seconds(self, count: int, *beating: int) -> None:
-        """Time passes, the controller looks twice a second, and these ranks beat once."""
+        """Time passes, the controller looks twice a second, and these ranks send a heartbeat each second."""
         for half in range(2 * count):
             self.now_s += 0.5
             if half % 2:
