@@ -27,7 +27,7 @@ def endpoint(rank: int, incarnation: str = "a") -> ShardEndpoint:
 
 
 class Scene:
-    """A controller, the time that it sees, and its callers. Shards send a heartbeat every second and are lost after five."""
+    """A controller, its time, and its callers. Shards send a heartbeat every second and are lost after five."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
