@@ -10,7 +10,7 @@ from ray.serve.deployment import Application
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
-from cluster.http.deployment import Ingress
+from cluster.ingress import Ingress
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
