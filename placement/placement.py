@@ -11,11 +11,23 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 EMPTY = -1
+
+
+class ModelSize(Protocol):
+    """Whatever is of one model: a placement, a trace, a checkpoint's spec."""
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,10 +256,10 @@ def check_replicas_fit(min_replicas: int, num_ranks: int, num_nodes: int) -> Non
         raise ValueError(f"{min_replicas} replicas on different nodes need {min_replicas} nodes, there are {num_nodes}")
 
 
-def check_trace_fits(num_layers: int, num_experts: int, placement: Placement) -> None:
-    """Raise ValueError if a placement is of another model than the trace."""
-    if (placement.num_layers, placement.num_experts) != (num_layers, num_experts):
+def check_same_model(name: str, one: ModelSize, other_name: str, other: ModelSize) -> None:
+    """Raise ValueError with both sizes unless two things are of the same model: "the placement", "the trace"."""
+    if (one.num_layers, one.num_experts) != (other.num_layers, other.num_experts):
         raise ValueError(
-            f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
-            f"the trace {num_layers} of {num_experts}"
+            f"{name} is for {one.num_layers} layers of {one.num_experts} experts, "
+            f"{other_name} for {other.num_layers} of {other.num_experts}"
         )

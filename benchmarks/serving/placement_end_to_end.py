@@ -55,19 +55,16 @@ def plan(name: str, trace: ActivationTrace, args: Any) -> Placement:
     if name == "eplb":
         return eplb_placement(trace.load(), PlanRequest(NUM_SHARDS, args.nodes, args.slots_per_rank), num_groups=1)
     near = name == "near"
-    return build_placement(
-        "optimized" if near else name,
-        num_layers=trace.num_layers,
-        num_experts=trace.num_experts,
+    request = PlanRequest(
         num_ranks=NUM_SHARDS,
         num_nodes=NUM_HOSTS if near else args.nodes,
         prefer_local_replicas=near,
         slots_per_rank=args.slots_per_rank,
         min_replicas=args.min_replicas,
-        trace=trace,
-        time_budget_s=args.plan_seconds,
+        seconds=args.plan_seconds,
         load_cap=args.load_cap,
     )
+    return build_placement("optimized" if near else name, request, trace, trace)
 
 
 def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:

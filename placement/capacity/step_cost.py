@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.capacity.hardware import H100, Constants, ModelShape
-from placement.placement import Placement, check_trace_fits
+from placement.placement import Placement, check_same_model
 from placement.rule.local_replicas import keep_near
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.topology import LINK_CLASSES, Link, Topology
@@ -84,7 +84,7 @@ def step_cost(
     """
     model = model or ModelShape()
     topology = topology or Topology.uniform(placement.num_ranks, placement.num_nodes)
-    check_trace_fits(trace.num_layers, trace.num_experts, placement)
+    check_same_model("the placement", placement, "the trace", trace)
     check_top_k(trace.topk_ids.shape[2])
     if not trace.has_sets:
         raise TraceError("the cost of a step follows from per-token sets; the trace holds counts alone")
@@ -159,9 +159,9 @@ def step_cost(
 
 def migration_cost(current: Placement, target: Placement, model: ModelShape, topology: Topology) -> tuple[int, float]:
     """Bytes to copy, and seconds of the shard that gets most, each copy from its nearest source."""
-    same = all(getattr(current, name) == getattr(target, name) for name in ("num_layers", "num_experts", "num_ranks"))
-    if not same:
-        raise ValueError("the current placement is of another model or of another number of ranks")
+    check_same_model("the current placement", current, "the target", target)
+    if current.num_ranks != target.num_ranks:
+        raise ValueError(f"the current placement has {current.num_ranks} ranks, the target {target.num_ranks}")
     distance_RR = topology.distance_RR
     class_bytes_RC = np.zeros((target.num_ranks, len(LINK_CLASSES)))
     for layer in range(target.num_layers):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.placement import Placement, check_trace_fits
+from placement.placement import Placement, check_same_model
 from placement.rule.local_replicas import choose_local_first
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.traces.trace import ActivationTrace
@@ -86,7 +86,7 @@ def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas
 
     Raises ValueError if the trace is of another model; a token that wants an expert twice counts it once.
     """
-    check_trace_fits(trace.num_layers, trace.num_experts, placement)
+    check_same_model("the placement", placement, "the trace", trace)
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     even_LR = even_split_loads(placement, trace.load("sets" if trace.has_sets else "counts"))
     even_balance = balancedness_of(even_LR)

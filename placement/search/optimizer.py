@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.placement import EMPTY, Placement, check_trace_fits
+from placement.placement import EMPTY, Placement, check_same_model
 from placement.rule.replica_choice import check_top_k
 from placement.search.balance import even_split_load
 from placement.search.balance_search import best_balance
@@ -148,7 +148,7 @@ def optimize(
     request.check_experts(trace.num_experts)
     check_top_k(trace.topk_ids.shape[2])
     if current is not None:
-        check_trace_fits(trace.num_layers, trace.num_experts, current)
+        check_same_model("the current placement", current, "the trace", trace)
         if current.num_ranks != request.num_ranks:
             raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
     if request.max_moves is not None and current is None:

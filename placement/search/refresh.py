@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
-from placement.placement import EMPTY, Placement
+from placement.placement import EMPTY, Placement, check_same_model
 from placement.rule.replica_choice import choose_replicas
 from placement.search.problem import LayerProblem, load_guard
 from placement.search.replicas.holders import CLOSED
@@ -136,11 +136,7 @@ def refresh(
     `WINDOW_TOKENS` tokens at most; loads come from the window's counts where they are of the same tokens. Slots that
     are empty in every layer of a rank stay so. Raises ValueError if the window is of another model.
     """
-    if (window.num_layers, window.num_experts) != (placement.num_layers, placement.num_experts):
-        raise ValueError(
-            f"the window has {window.num_layers} layers of {window.num_experts} experts, the placement "
-            f"{placement.num_layers} of {placement.num_experts}"
-        )
+    check_same_model("the window", window, "the placement", placement)
     load_LE = window.load()
     ids_LTK = np.ascontiguousarray(window.topk_ids[:WINDOW_TOKENS].transpose(1, 0, 2), dtype=np.int32)
     map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)

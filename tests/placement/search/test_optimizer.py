@@ -226,7 +226,7 @@ def test_impossible_requests_are_refused(arguments, message) -> None:
 
 
 def test_a_current_placement_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="the placement has 2 layers of 8 experts, the trace 2 of 16"):
+    with pytest.raises(ValueError, match="the current placement is for 2 layers of 8 experts, the trace for 2 of 16"):
         optimize(clique_trace(num_tokens=20), PlanRequest(4, 1, 4), current=Placement.linear(2, 8, 4))
 
 
