@@ -37,7 +37,7 @@ from experts.protocol.wire import exchange_bytes
 from placement.placement import Placement
 from placement.policy import build_placement
 from placement.rule.evaluate import evaluate
-from placement.rule.local_replicas import keep_near
+from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import choose_replicas
 from placement.search.problem import PlanRequest
 from placement.traces.profile import read_prompts
@@ -157,7 +157,7 @@ def predict(placement: Placement, trace: ActivationTrace, local_R: np.ndarray | 
     if local_R is None:
         evaluation = evaluate(placement, trace)
         return evaluation.rows_LR, evaluation.load_LR
-    slots_LER = keep_near(placement.slots_LER, local_R)
+    slots_LER = keep_local(placement.slots_LER, local_R)
     rows_LR, pairs_LR = np.zeros((2, trace.num_layers, NUM_SHARDS))
     for layer in range(trace.num_layers):
         ids_TK = trace.ids_of_layer(layer)

@@ -14,7 +14,7 @@ import numpy as np
 
 from placement.capacity.hardware import H100, Constants, ModelShape
 from placement.placement import Placement, check_same_model
-from placement.rule.local_replicas import keep_near
+from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.topology import LINK_CLASSES, Link, Topology
 from placement.traces.trace import ActivationTrace, TraceError
@@ -199,7 +199,7 @@ def _dispatch(
         mine_TK = np.ascontiguousarray(ids_TK[router::num_routers])
         rank_TK = np.empty(mine_TK.shape, np.int32)
         load_R = np.zeros(num_ranks, np.int64)
-        slots_ER = keep_near(placement.slots_LER[layer : layer + 1], near_IR[router])[0]
+        slots_ER = keep_local(placement.slots_LER[layer : layer + 1], near_IR[router])[0]
         choose_replicas(mine_TK, slots_ER, placement.node_of_rank_R, placement.num_nodes, load_R, rank_TK)
         visits_TR = np.zeros((len(mine_TK), num_ranks + 1), bool)
         np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 falls into the last column

@@ -128,7 +128,7 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_starts(tmp
         (
             {},
             {"policy": "optimized", "prefer_local_replicas": True},
-            "placement: near replicas come first on 1 node: expected at least 2",
+            "placement: prefer_local_replicas is set on 1 node, expected at least 2",
         ),
         ({}, {"min_replicas": 4}, "placement: .*4 ranks, there are 3"),
     ],
