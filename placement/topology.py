@@ -164,16 +164,6 @@ class Topology:
             )
         return tuple(slots_R.tolist())
 
-    def check_even(self) -> None:
-        """Raise TopologyError unless nodes have equally many ranks, which placements need."""
-        ranks_N = np.bincount(self.node_of_rank_R)
-        if len(set(ranks_N.tolist())) > 1:
-            least, most = int(ranks_N.argmin()), int(ranks_N.argmax())
-            raise TopologyError(
-                f"node {self.node_names[least]} has {ranks_N[least]} shards, {self.node_names[most]} has "
-                f"{ranks_N[most]}: a placement deals ranks to nodes evenly"
-            )
-
     @classmethod
     def uniform(
         cls,

@@ -37,7 +37,7 @@ from experts.protocol.wire import exchange_bytes
 from placement.placement import Placement
 from placement.policy import build_placement
 from placement.rule.evaluate import evaluate
-from placement.rule.local_replicas import keep_near
+from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import choose_replicas
 from placement.search.problem import PlanRequest
 from placement.traces.profile import read_prompts
@@ -55,19 +55,16 @@ def plan(name: str, trace: ActivationTrace, args: Any) -> Placement:
     if name == "eplb":
         return eplb_placement(trace.load(), PlanRequest(NUM_SHARDS, args.nodes, args.slots_per_rank), num_groups=1)
     near = name == "near"
-    return build_placement(
-        "optimized" if near else name,
-        num_layers=trace.num_layers,
-        num_experts=trace.num_experts,
+    request = PlanRequest(
         num_ranks=NUM_SHARDS,
         num_nodes=NUM_HOSTS if near else args.nodes,
         prefer_local_replicas=near,
         slots_per_rank=args.slots_per_rank,
         min_replicas=args.min_replicas,
-        trace=trace,
-        time_budget_s=args.plan_seconds,
+        seconds=args.plan_seconds,
         load_cap=args.load_cap,
     )
+    return build_placement("optimized" if near else name, request, trace, trace)
 
 
 def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
@@ -160,7 +157,7 @@ def predict(placement: Placement, trace: ActivationTrace, local_R: np.ndarray | 
     if local_R is None:
         evaluation = evaluate(placement, trace)
         return evaluation.rows_LR, evaluation.load_LR
-    slots_LER = keep_near(placement.slots_LER, local_R)
+    slots_LER = keep_local(placement.slots_LER, local_R)
     rows_LR, pairs_LR = np.zeros((2, trace.num_layers, NUM_SHARDS))
     for layer in range(trace.num_layers):
         ids_TK = trace.ids_of_layer(layer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.rule.local_replicas import keep_near
+from placement.rule.local_replicas import keep_local
 
 
 class LiveSlots:
@@ -27,4 +27,4 @@ class LiveSlots:
 
     def _choose(self) -> None:
         if self._local_R is not None:
-            self.chosen_from_LER = keep_near(self._live_LER, self._local_R)
+            self.chosen_from_LER = keep_local(self._live_LER, self._local_R)

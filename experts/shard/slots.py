@@ -16,7 +16,7 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.weight_format import QuantizedExpert
 from experts.kernels import ExpertKernel
 from experts.model.spec import ExpertWeights
-from placement.placement import Placement
+from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,7 @@ class SlotTable:
         the previous epoch are still answered. Raises ValueError if there are too few slots.
         """
         spec = self.checkpoint.spec
-        if (placement.num_layers, placement.num_experts) != (spec.num_layers, spec.num_experts):
-            raise ValueError(
-                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
-                f"the checkpoint has {spec.num_layers} of {spec.num_experts}"
-            )
+        check_same_model("the placement", placement, "the checkpoint", spec)
         wanted_Ls = np.asarray(placement.experts_of_rank(rank))
         missing = [
             (layer, int(expert))

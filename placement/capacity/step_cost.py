@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.capacity.hardware import H100, Constants, ModelShape
-from placement.placement import Placement, check_trace_fits
-from placement.rule.local_replicas import keep_near
+from placement.placement import Placement, check_same_model
+from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.topology import LINK_CLASSES, Link, Topology
 from placement.traces.trace import ActivationTrace, TraceError
@@ -84,7 +84,7 @@ def step_cost(
     """
     model = model or ModelShape()
     topology = topology or Topology.uniform(placement.num_ranks, placement.num_nodes)
-    check_trace_fits(trace.num_layers, trace.num_experts, placement)
+    check_same_model("the placement", placement, "the trace", trace)
     check_top_k(trace.topk_ids.shape[2])
     if not trace.has_sets:
         raise TraceError("the cost of a step follows from per-token sets; the trace holds counts alone")
@@ -159,9 +159,9 @@ def step_cost(
 
 def migration_cost(current: Placement, target: Placement, model: ModelShape, topology: Topology) -> tuple[int, float]:
     """Bytes to copy, and seconds of the shard that gets most, each copy from its nearest source."""
-    same = all(getattr(current, name) == getattr(target, name) for name in ("num_layers", "num_experts", "num_ranks"))
-    if not same:
-        raise ValueError("the current placement is of another model or of another number of ranks")
+    check_same_model("the current placement", current, "the target", target)
+    if current.num_ranks != target.num_ranks:
+        raise ValueError(f"the current placement has {current.num_ranks} ranks, the target {target.num_ranks}")
     distance_RR = topology.distance_RR
     class_bytes_RC = np.zeros((target.num_ranks, len(LINK_CLASSES)))
     for layer in range(target.num_layers):
@@ -199,7 +199,7 @@ def _dispatch(
         mine_TK = np.ascontiguousarray(ids_TK[router::num_routers])
         rank_TK = np.empty(mine_TK.shape, np.int32)
         load_R = np.zeros(num_ranks, np.int64)
-        slots_ER = keep_near(placement.slots_LER[layer : layer + 1], near_IR[router])[0]
+        slots_ER = keep_local(placement.slots_LER[layer : layer + 1], near_IR[router])[0]
         choose_replicas(mine_TK, slots_ER, placement.node_of_rank_R, placement.num_nodes, load_R, rank_TK)
         visits_TR = np.zeros((len(mine_TK), num_ranks + 1), bool)
         np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 falls into the last column

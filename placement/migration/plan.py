@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 
 from placement.migration.layer import LayerMigration, MigrationError
-from placement.placement import EMPTY, Placement
+from placement.placement import EMPTY, Placement, check_same_model
 from placement.topology import Topology
 
 UNBOUNDED = 1 << 62
@@ -227,11 +227,10 @@ _NEARNESS: tuple[Nearness, ...] = ("rank", "node", "rack", "cluster")
 
 def _frame(current: Placement, target: Placement, room: int | Sequence[int] | None) -> tuple[int, int, np.ndarray]:
     """Ranks, nodes, and int64 [R] the slots of each rank, that both placements fit into."""
-    for name in ("num_layers", "num_experts"):
-        if getattr(current, name) != getattr(target, name):
-            raise MigrationError(
-                f"the current placement has {name} {getattr(current, name)}, the target {getattr(target, name)}"
-            )
+    try:
+        check_same_model("the current placement", current, "the target", target)
+    except ValueError as error:
+        raise MigrationError(str(error)) from None
     if max(current.num_nodes, target.num_nodes) > 1 and current.ranks_per_node != target.ranks_per_node:
         raise MigrationError(
             f"the current placement has {current.ranks_per_node} ranks a node, the target {target.ranks_per_node}: "

@@ -43,7 +43,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerCalls, Client]:
     """Calls that go through JSON, which is no kinder to data than what vLLM uses, to the worker's real methods."""
     worker_module = pytest.importorskip("experts.vllm_plugin.worker", reason="the plug-in needs vllm")
     client = Client()
-    monkeypatch.setattr(worker_module, "current_router", lambda: client)
+    monkeypatch.setattr(worker_module, "current_client", lambda: client)
     monkeypatch.setattr(worker_module, "verify_model", lambda model: None)
     worker = worker_module.ExpertMeshWorker()
     parameter = SimpleNamespace(numel=lambda: 21)

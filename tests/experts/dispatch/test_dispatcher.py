@@ -126,7 +126,7 @@ def test_before_the_first_membership_nobody_is_asked(model: Path) -> None:
 
 def test_a_refused_membership_changes_nothing(model: Path) -> None:
     mesh, batch = fake_mesh(model, linear()), random_batch(4)
-    with pytest.raises(ValueError, match=r"for 2 layers of 7 experts, the model has 2 of 6"):
+    with pytest.raises(ValueError, match=r"for 2 layers of 7 experts, the model for 2 of 6"):
         mesh.dispatcher.apply(Membership(2, Placement.linear(2, 7, 3), (None,) * 3), {}, {})
     other = FakeLink(1, linear(), mesh.dispatcher.shape, 64, one_process(model))
     other.send_tensor = torch.zeros(8, dtype=torch.uint8)

@@ -93,7 +93,7 @@ def test_a_placement_of_another_model_is_refused_before_anyone_is_called(mesh: M
     links = dict(router.dispatcher.links)
     nowhere = ShardEndpoint(0, "x", "127.0.0.1", 1, "x", 1)
     other = Membership(2, Placement.linear(NUM_LAYERS, 8, 1), (nowhere,))
-    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model has 2 of 6"):
+    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model for 2 of 6"):
         router.apply_membership(other)
     assert (router.status().epoch, router.dispatcher.links) == (1, links)
     check(mesh, router)

@@ -245,7 +245,7 @@ def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) ->
         shard = mesh.shards[0]
         with pytest.raises(ValueError, match="epoch 4 is older than this shard's 5"):
             shard.call("apply_placement", first.to_json(), 4)
-        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint has 2 of 6"):
+        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint for 2 of 6"):
             shard.call("apply_placement", Placement.linear(NUM_LAYERS, 8, 2).to_json(), 6)
         assert shard.status().epoch == 5
 
