@@ -6,8 +6,7 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,15 +41,3 @@ def _reap() -> Iterator[None]:
             print(f"\nleft behind by a test and killed now: process {pid}: {command[:200]}")
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def free_ports() -> Callable[[int], list[int]]:
-    """A function that gives so many different ports that nobody listens on."""
-
-    def find(count: int) -> list[int]:
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-            return [one.getsockname()[1] for one in sockets]
-
-    return find

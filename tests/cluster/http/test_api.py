@@ -15,7 +15,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse
 
 from cluster.http.errors import OpenAIApp, add_error_handlers
-from tests.cluster.observability.test_metrics import router as router_status
+from tests.support.serve.statuses import router_status
 
 ingress = pytest.importorskip("cluster.http.api", reason="ray.serve.llm needs vllm")
 

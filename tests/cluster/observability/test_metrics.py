@@ -2,37 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observability.metrics import PREFIX, render
-from experts.dispatch.stats import Histogram
-
-
-def router(name: str = "r1") -> dict[str, Any]:
-    stage = Histogram()
-    for microseconds in (5, 15, 15, 10_000_000):
-        stage.add(microseconds * 1000)
-    return {
-        "router_id": name,
-        "num_ranks": 2,
-        "connected": [1],
-        "epoch": 4,
-        "steps": 10,
-        "dispatches": 40,
-        "rows": 80,
-        "fan_out_sum": 120,
-        "failovers": 1,
-        "fallback_pairs": 2,
-        "bytes_sent": 1000,
-        "bytes_received": 900,
-        "balancedness": 0.75,
-        "shard_rows": [30, 50],
-        "shard_pairs": [60, 100],
-        "unfinished_requests": 3,
-        "stage_us": {"wait": stage.to_dict()},
-    }
+from tests.support.serve.statuses import router_status
 
 
 def samples(text: bytes) -> dict[tuple[str, ...], float]:
@@ -50,7 +23,7 @@ def test_counters_gauges_and_histograms_say_what_was_counted() -> None:
         "missing_ranks": [0],
         "shards": [{"rank": 1, "loaded_bytes": 77, "requests": 40}, {"rank": 0, "serving": False}],
     }
-    found = samples(render([router()], controller))
+    found = samples(render([router_status()], controller))
     assert found["rows_total", "r1"] == 80
     assert found["epoch", "r1"] == 4
     assert found["shard_pairs_total", "1", "r1"] == 100
@@ -74,8 +47,8 @@ def test_nothing_there_is_still_a_valid_answer() -> None:
 
 def test_series_grow_with_routers_and_ranks_only() -> None:
     one, three = (
-        len(samples(render([router()], None))),
-        len(samples(render([router("a"), router("b"), router("c")], None))),
+        len(samples(render([router_status()], None))),
+        len(samples(render([router_status("a"), router_status("b"), router_status("c")], None))),
     )
     assert three - 1 == 3 * (one - 1)
     assert one < 60

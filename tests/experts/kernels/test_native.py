@@ -15,7 +15,7 @@ from experts.kernels.native import build as native_build
 from experts.kernels.native import kernel as native
 from experts.kernels.native.kernel import NativeKernel
 from experts.kernels.pick import random_pairs
-from tests.experts.kernels.test_kernels import ACTIVATIONS, BASE, build, run_case
+from tests.support.kernel_cases import ACTIVATIONS, BASE, build, run_case
 
 pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
 

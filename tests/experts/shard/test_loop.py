@@ -20,7 +20,8 @@ from experts.transports.base import ShardChannel
 from experts.transports.shm import ShmDoorbell
 from placement.placement import Placement
 from tests.support.packed_request import HIDDEN, pack
-from tests.support.small_mesh import await_true, write_checkpoint
+from tests.support.small_mesh import write_checkpoint
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
 

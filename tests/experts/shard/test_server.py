@@ -43,7 +43,6 @@ from tests.support.packed_request import HIDDEN, ROW_BYTES, pack
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
     local,
     mesh_of,
     oracle,
@@ -52,6 +51,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 6, 3
 ROOT = Path(__file__).parents[3]

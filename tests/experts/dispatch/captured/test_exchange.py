@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.experts.dispatch.captured.test_fixed_dispatch import SHAPE, definition, placement, routing
+from tests.support.fixed_steps import SHAPE, definition, placement, routing
 from tests.support.gpu_mesh import KINDS, places
 
 R = 3
