@@ -32,6 +32,14 @@ def _marked_processes() -> Iterator[tuple[int, str]]:
             continue
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/run_gpu.py searches files for the mark `gpu`, since importing them needs packages that may be missing."""
+    files = {item.path for item in items if item.get_closest_marker("gpu") is not None}
+    hidden = [str(path) for path in files if "pytest.mark.gpu" not in path.read_text()]
+    if hidden:
+        raise pytest.UsageError(f"name pytest.mark.gpu in the files whose tests have it: {', '.join(sorted(hidden))}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _reap() -> Iterator[None]:
     """End what tests left behind, and say what it was."""

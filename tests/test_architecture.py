@@ -144,7 +144,7 @@ def test_what_tests_share_is_in_tests_support() -> None:
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in SOURCES
         for module, line in imports_of(path)
-        if module.startswith("tests.") and not module.startswith("tests.support.")
+        if any(part.startswith("test_") or part == "conftest" for part in module.split("."))
     ]
     assert borrowed == []
 

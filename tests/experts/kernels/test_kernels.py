@@ -27,14 +27,6 @@ ON_CPU = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", KERNELS)
 def test_what_each_kernel_serves_on_the_cpu(name):
     """What it refuses is left out of the tests below."""

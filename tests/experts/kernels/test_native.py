@@ -69,7 +69,7 @@ def variant(folder: Path, flag: str) -> ctypes.CDLL:
     return library
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86 code paths")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="builds code paths of x86_64")
 @pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
 def test_processors_with_fewer_instructions(flag, monkeypatch, tmp_path_factory, threads):
     threads(1)

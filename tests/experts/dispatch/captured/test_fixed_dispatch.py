@@ -14,6 +14,8 @@ import torch
 from placement.rule.replica_choice import choose_replicas
 from tests.support.fixed_steps import SHAPE, definition, placement, routing
 
+pytestmark = [pytest.mark.gpu, pytest.mark.triton]
+
 
 def answer(dispatch) -> None:
     """Every shard's part, where expert e multiplies its input by e + 1; what no row fills is poisoned."""
@@ -102,7 +104,6 @@ def test_what_does_not_fit_is_refused(triton_device):
         read_message(torch.full((layout.nbytes,), 0x7F, dtype=torch.uint8), layout, torch.float32)
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device; graphs are captured there only")
 @pytest.mark.parametrize("replicas", [False, True], ids=["single", "replicas"])
 def test_a_captured_step_is_replayed_with_other_tokens_and_another_epoch(triton_device, replicas):
