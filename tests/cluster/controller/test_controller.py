@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from cluster.controller.deployment import PlacementController
 from cluster.controller.roster import placement_digest
 from experts.protocol.membership import ShardEndpoint
 from placement.placement import Placement
+from tests.support.waiting import run_async
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 PLACEMENT = Placement.linear(2, 6, 3)
@@ -77,7 +77,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Scene], Awaitab
             await scene.restart()
             await act(scene)
 
-        asyncio.run(asyncio.wait_for(whole(), 60))
+        run_async(whole(), "the scene to end")
 
     return run
 

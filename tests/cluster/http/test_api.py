@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentBroadcastResponse
 
 from cluster.http.errors import OpenAIApp, add_error_handlers
 from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 ingress = pytest.importorskip("cluster.http.api", reason="ray.serve.llm needs vllm")
 
@@ -74,9 +75,9 @@ def get(mesh: Ingress, path: str, method: str = "GET") -> httpx.Response:
             if name in ("health", "metrics") or name.startswith("mesh"):
                 route(app)(getattr(mesh, name))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
-            return await asyncio.wait_for(client.request(method, path), 30)
+            return await client.request(method, path)
 
-    return asyncio.run(run())
+    return run_async(run(), f"the answer to {method} {path}")
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +152,9 @@ def test_models_that_are_not_served_are_404_and_leave_nothing_behind(model: str)
 
     async def run() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
-            return await asyncio.wait_for(client.get("/ask"), 30)
+            return await client.get("/ask")
 
-    response = asyncio.run(run())
+    response = run_async(run(), "the answer")
     assert response.status_code == 404, response.text
     assert f'Could not find base model with ID "{model}"' in response.json()["error"]["message"]
     assert (mesh._configured_serve_handles, mesh.opened) == ({}, [])

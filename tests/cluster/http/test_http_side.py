@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.http.errors import OpenAIApp, add_error_handlers, response_for
 from cluster.http.gate import Gate
+from tests.support.waiting import run_async, within
 
 
 class Body(BaseModel):
@@ -97,7 +98,7 @@ def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
             assert expected in error["message"]
             assert error["type"] == "invalid_request_error"
 
-    asyncio.run(run())
+    run_async(run())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, t
             assert untold not in response.text
             assert ("retry-after" in response.headers) == (status == 503)
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_an_error_in_mid_stream_is_its_last_event() -> None:
@@ -130,7 +131,7 @@ def test_an_error_in_mid_stream_is_its_last_event() -> None:
             assert (first, done) == ("data: 1", "data: [DONE]")
             assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the second chunk is missing"
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_unknown_paths_are_404_in_the_same_format() -> None:
@@ -139,7 +140,7 @@ def test_unknown_paths_are_404_in_the_same_format() -> None:
             check_error(await http.get("/v1/nothing"), 404)
             check_error(await http.get("/v1/completions"), 405)
 
-    asyncio.run(run())
+    run_async(run())
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_keys(header: str | None, admitted: bool) -> None:
                 assert check_error(response, 401)["code"] == "invalid_api_key"
             assert (await http.get("/health")).status_code == 200, "probes need no key"
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
@@ -165,16 +166,16 @@ def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
         app, events = make_app(max_pending=1)
         async with client(app) as http:
             first = asyncio.create_task(http.post("/v1/completions", json={"max_tokens": 3}))
-            await asyncio.wait_for(events["entered"].wait(), 10)
-            refused = await http.post("/v1/completions", json={})
+            await within(events["entered"].wait(), "the first request to be admitted")
+            refused = await within(http.post("/v1/completions", json={}), "the second request to be refused", 10)
             assert check_error(refused, 503)["code"] == "queue_full"
             assert refused.headers["retry-after"] == "7"
             assert (await http.get("/v1/models")).status_code == 200, "only generation counts"
             events["go_on"].set()
-            assert (await asyncio.wait_for(first, 10)).json() == {"max_tokens": 3}
+            assert (await within(first, "the first request to end")).json() == {"max_tokens": 3}
             assert (await http.post("/v1/completions", json={})).status_code == 200
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_a_cancelled_request_gives_its_slot_back() -> None:
@@ -182,13 +183,13 @@ def test_a_cancelled_request_gives_its_slot_back() -> None:
         app, events = make_app(max_pending=1)
         async with client(app) as http:
             first = asyncio.create_task(http.post("/v1/completions", json={}))
-            await asyncio.wait_for(events["entered"].wait(), 10)
+            await within(events["entered"].wait(), "the first request to be admitted")
             first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
+            await within(asyncio.gather(first, return_exceptions=True), "the cancelled request to end")
             events["go_on"].set()
             assert (await http.post("/v1/completions", json={})).status_code == 200
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_an_error_of_a_router_that_is_the_clients_fault_stays_400() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pytest
 
 from placement.traces.recorder import TraceRecorder
 from placement.traces.trace import ActivationTrace
+from tests.support.waiting import run_async
 
 ingress = pytest.importorskip("cluster.http.api", reason="ray.serve.llm needs vllm")
 
@@ -45,7 +45,7 @@ class Ingress(ingress.ExpertMeshIngress):
 
 def fetch(ingress: Ingress, **query: str) -> Any:
     """The trace, or (status, message)."""
-    response = asyncio.run(ingress.mesh_trace(**query))
+    response = run_async(ingress.mesh_trace(**query))
     if response.status_code != 200:
         return response.status_code, json.loads(response.body)["error"]["message"]
     return ActivationTrace.load_npz(io.BytesIO(response.body))
@@ -65,7 +65,7 @@ def test_there_may_be_nothing_to_hand_out() -> None:
     assert fetch(Ingress({"a": b"", "b": sample(3, 0)}), router="a") == nothing_yet
     assert fetch(Ingress({})) == (503, "there is no router yet")
     off = Ingress({"a": b""}, trace_tokens=0)
-    assert fetch(off)[0] == asyncio.run(off.mesh_clear_trace()).status_code == 404
+    assert fetch(off)[0] == run_async(off.mesh_clear_trace()).status_code == 404
     cleared = Ingress({"a": sample(10, 3), "b": sample(30, 5)})
-    assert asyncio.run(cleared.mesh_clear_trace()).status_code == 204
+    assert run_async(cleared.mesh_clear_trace()).status_code == 204
     assert fetch(cleared) == nothing_yet

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import run_async, within
+
 router = pytest.importorskip("cluster.router.server", reason="ray.serve.llm needs vllm")
 
 ENDPOINT = {"incarnation": "i"}
@@ -58,7 +60,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(coroutine)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +104,11 @@ def test_a_router_whose_engine_stays_silent_is_unhealthy_until_it_answers(monkey
         await server.check_health()
         watch = asyncio.create_task(server._watch())
         try:
-            await asked_again.wait()
+            await within(asked_again.wait(), "one reading more than may be missed")
             with pytest.raises(router.EngineSilentError, match="answered none of"):
                 await server.check_health()
             server.answers["expertmesh_status"] = {"lost": {}}
-            await answered.wait()
+            await within(answered.wait(), "the counters to be exported")
             await server.check_health()
         finally:
             watch.cancel()

@@ -18,6 +18,7 @@ from cluster.shard.deployment import ExpertShard
 from experts.protocol.membership import ShardEndpoint
 from experts.shard import server as shard_server
 from placement.placement import Placement
+from tests.support.waiting import run_async
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 PLACEMENT = Placement.linear(2, 8, 4, 2)
@@ -121,7 +122,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
                 if (heart := getattr(cluster.shard, "_heart", None)) is not None:
                     heart.cancel()
 
-        asyncio.run(asyncio.wait_for(whole(), 60))
+        run_async(whole(), "the scene to end")
 
     return run
 

@@ -15,7 +15,7 @@ from placement.traces.profile import KEY_VARIABLE, Prompt, ServerError, profile_
 from placement.traces.profile import Server as Http
 from placement.traces.trace import ActivationTrace
 from tests.support.made_up_traces import clique_trace
-from tests.support.waiting import free_ports
+from tests.support.waiting import free_ports, join
 
 
 class Server(BaseHTTPRequestHandler):
@@ -73,11 +73,11 @@ class Server(BaseHTTPRequestHandler):
 def server():
     Server.sent, Server.recorded, Server.key, Server.broken = [], 0, "", False
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
-        thread.join()
+        join(thread, "the server to shut down")
 
 
 @pytest.fixture
