@@ -10,9 +10,12 @@ LOCK := requirements/cpu.lock
 PYTHONS := 3.11 3.12 3.13
 TORCH := 2.13.0
 TRITON := 3.6.0
+TRITON_READY := $(VENV)/.triton-$(TRITON)
+TRITON_COMPILES := tests/experts/kernels/test_compiles.py
+TRITON_TESTS := tests/experts/kernels tests/experts/dispatch
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-cluster rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
+.PHONY: help serve test test-triton test-cluster rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
 
 help: ## list what `make` can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,20 +40,28 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PY) -m experts.precompile
 	@touch $@
 
+# In a folder of its own, so that vllm does not see it. Its interpreter and its compiler need no GPU.
+$(TRITON_READY): $(READY)
+	@echo "==> installing triton $(TRITON)"
+	@rm -rf $(VENV)/triton
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
+	@touch $@
+
 serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; prints the URL and a curl line when ready
 	@$(PY) -m serve_app $(CONFIG)
 
-test: $(READY) ## the whole test suite
-	$(PY) -m pytest
+test: $(READY) ## the whole test suite but for Triton's programs
+	$(PY) -m pytest -m "not triton"
+
+test-triton: $(TRITON_READY) ## Triton's programs in its interpreter and through its compiler, without a GPU (fetches 190 MB)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest -m triton $(TRITON_TESTS) --deselect $(TRITON_COMPILES)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest $(TRITON_COMPILES)
 
 test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespaces (needs root)
 	$(PY) -m pytest -m cluster
 
-# Triton in a folder of its own, so that vllm does not see it: its interpreter and its compiler need no GPU.
-rehearse-gpu: $(READY) ## what of the GPU code can be tested without a GPU (fetches triton, 190 MB)
-	@test -d $(VENV)/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest tests/experts/kernels tests/experts/dispatch/rows tests/experts/dispatch/captured tests/experts/transports tests/benchmarks
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest tests/experts/kernels/test_compiles.py
+rehearse-gpu: test-triton ## all GPU code that runs without a GPU: test-triton, pairs over gloo, the benchmarks with tiny sizes
+	$(PY) -m pytest tests/experts/transports tests/benchmarks
 	$(PY) -m benchmarks.gpu --device cpu
 
 # With the machine's own Python: the environment above has torch's CPU build.

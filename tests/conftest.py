@@ -6,8 +6,7 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,14 @@ def _marked_processes() -> Iterator[tuple[int, str]]:
             continue
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/run_gpu.py searches files for the mark `gpu`, since importing them needs packages that may be missing."""
+    files = {item.path for item in items if item.get_closest_marker("gpu") is not None}
+    hidden = [str(path) for path in files if "pytest.mark.gpu" not in path.read_text()]
+    if hidden:
+        raise pytest.UsageError(f"name pytest.mark.gpu in the files whose tests have it: {', '.join(sorted(hidden))}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _reap() -> Iterator[None]:
     """End what tests left behind, and say what it was."""
@@ -42,15 +49,3 @@ def _reap() -> Iterator[None]:
             print(f"\nleft behind by a test and killed now: process {pid}: {command[:200]}")
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def free_ports() -> Callable[[int], list[int]]:
-    """A function that gives so many different ports that nobody listens on."""
-
-    def find(count: int) -> list[int]:
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-            return [one.getsockname()[1] for one in sockets]
-
-    return find

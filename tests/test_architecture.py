@@ -139,6 +139,17 @@ def test_no_file_imports_the_private_names_of_another() -> None:
     assert list(private_imports()) == []
 
 
+def test_what_tests_share_is_in_tests_support() -> None:
+    """A test module or a conftest that lends names cannot be moved or run without the tests that borrow them."""
+    borrowed = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in SOURCES
+        for module, line in imports_of(path)
+        if any(part.startswith("test_") or part == "conftest" for part in module.split("."))
+    ]
+    assert borrowed == []
+
+
 def test_planning_needs_no_framework() -> None:
     assert violations("placement", {"ray", "vllm", "torch"}) == []
 

@@ -5,8 +5,8 @@ Figures are not checked. The engine's benchmark is rehearsed without the engine.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks.gpu import suite as gpu
 from benchmarks.gpu.common import Ceilings, Report, absent, arguments
 from experts.dispatch.layer_shape import LayerShape
 from experts.kernels import pick_kernel
+from tests import run_gpu
 
 SHAPE = LayerShape(1, 16, 4, 64, torch.float32)
 CEILINGS = Ceilings(read_bytes_per_s=1e12, copy_bytes_per_s=1e12, matmul_flops=1e15)
@@ -153,7 +154,7 @@ def test_what_is_absent():
     assert absent("no_such_module") == "no_such_module is not installed"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_a_missing_device_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     with pytest.raises(SystemExit, match="2"):
@@ -190,15 +191,44 @@ def test_the_benchmark_command_names_what_it_does_not_know(monkeypatch):
 
 
 def test_the_test_command_names_what_it_cannot_run():
-    main = runpy.run_path(str(ROOT / "tests" / "run_gpu.py"), run_name="listed")["FILES"]
-    assert all((ROOT / file).exists() for file in main)
+    files = run_gpu.gpu_files()
+    assert "tests/experts/transports/test_nccl.py" in files
     done = subprocess.run(
         [sys.executable, "tests/run_gpu.py", "--list"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert done.returncode == len(main)
+    assert done.returncode == len(files)
     assert "sees no CUDA device" in done.stdout
-    assert done.stdout.count("FAIL tests/") == len(main)
+    assert done.stdout.count("FAIL tests/") == len(files)
+    if importlib.util.find_spec("triton") is None:
+        assert "test_fixed_dispatch.py: not run: triton missing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "expected"),
+    [
+        (["3 passed, 1 skipped in 2s"], 0, (True, "3 passed, 1 skipped in 2s")),
+        (["= 1 failed, 3 passed in 2s ="], 1, (False, "1 failed, 3 passed in 2s")),
+        (
+            ["SKIPPED [2] tests/a.py:3: no such device", "2 skipped in 1s"],
+            0,
+            (False, "ran no test: 2 skipped in 1s; no such device"),
+        ),
+        ([], 139, (False, "pytest ended with status 139")),
+    ],
+)
+def test_a_file_passes_if_some_test_did_and_none_failed(lines, status, expected):
+    assert run_gpu.verdict(lines, status) == expected
+
+
+def test_what_a_test_file_needs_is_read_from_its_imports():
+    needs = {file: run_gpu.needs(file) for file in run_gpu.gpu_files()}
+    assert not any({"ray", "vllm"} & packages for packages in needs.values())
+    assert needs["tests/experts/transports/test_nccl.py"] >= {"torch", "numba", "pydantic", "safetensors"}
+    assert "triton" not in needs["tests/experts/transports/test_nccl.py"]
+    kernels = needs["tests/experts/kernels/test_kernels_gpu.py"]
+    assert "torch" in kernels
+    assert not {"triton", "pydantic"} & kernels
 
 
 def test_gpu_tests_and_benchmarks_need_neither_ray_nor_vllm():
@@ -211,5 +241,5 @@ def test_gpu_tests_and_benchmarks_need_neither_ray_nor_vllm():
     ]
     blocked = "for name in ('ray', 'vllm', 'pydantic'): sys.modules[name] = None"
     code = f"import sys\n{blocked}\nimport {', '.join(modules)}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,8 @@ from torch.distributed import FileStore
 
 from experts.dispatch.captured.fixed_dispatch import FixedMessage, MessageLayout
 from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup, NcclGroup, PairGroup
-from tests.support.small_mesh import AWAIT_S, forked_context
+from tests.support.small_mesh import forked_context
+from tests.support.waiting import AWAIT_S
 
 
 def make_group(kind: str, folder: Path, peer: int, rank: int, device: str) -> PairGroup:

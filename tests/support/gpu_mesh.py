@@ -20,7 +20,8 @@ from experts.transports.nccl_sharing import spread
 from placement.placement import Placement
 from tests.support.small_mesh import Batch, Mesh, start_shards
 
-KINDS = [pytest.param("nccl", marks=pytest.mark.gpu), "gloo_split"]
+NCCL = pytest.param("nccl", marks=pytest.mark.gpu)
+KINDS = [NCCL, "gloo_split"]
 
 
 def places(kind: str, num_shards: int) -> tuple[str, list[str]]:

@@ -13,7 +13,6 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +33,9 @@ from experts.protocol.status import ShardStatus
 from experts.shard import request
 from experts.transports import atomics
 from placement.placement import Placement
+from tests.support.waiting import AWAIT_S, await_true
 
 SPAWN_S = 90.0
-AWAIT_S = 60.0
 
 # Kernel and oracle sum the same float32 products in other orders: over at most 100 terms each of about unit size,
 # that moves a sum by some 1e-6; a wrong expert, weight or row moves it by some 1e-1.
@@ -85,15 +84,6 @@ def write_checkpoint(
     }
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
-
-
-def await_true(condition: Callable[[], Any], what: str, timeout_s: float = AWAIT_S) -> Any:
-    """Poll `condition` and return its first true value; AssertionError names what did not come."""
-    limit_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < limit_s, f"{what} did not come within {timeout_s} s"
-        time.sleep(0.002)
-    return value
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observability import metrics
 from cluster.observability.metrics import PREFIX, RouterMetrics, render
-from tests.support.statuses import controller_status, router_status
+from tests.support.serve.statuses import controller_status, router_status
 
 COUNTERS = {
     "steps": 10,

@@ -12,7 +12,7 @@ import ray
 from cluster.config import parse as parse_module
 from cluster.config.serve_file import MeshConfig
 from cluster.router.options import router_options
-from tests.cluster.config.test_real_configs import SHAPES, serve_config
+from tests.support.serve.shipped_configs import SHAPES, serve_config
 
 
 @pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])

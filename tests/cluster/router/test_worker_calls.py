@@ -12,7 +12,8 @@ import pytest
 from cluster.router.worker_calls import EngineSilentError, WorkerCalls
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from placement.placement import Placement
-from tests.support.statuses import router_status
+from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 ENDPOINT = ShardEndpoint(0, "a", "127.0.0.1", 1000, "host", 1)
 MEMBERSHIP = Membership(3, Placement.linear(1, 2, 2), (ENDPOINT, None))
@@ -57,7 +58,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerCalls, Client]:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(asyncio.wait_for(coroutine, 30))
 
 
 def test_both_ends_agree_on_what_travels(mesh: tuple[WorkerCalls, Client]) -> None:

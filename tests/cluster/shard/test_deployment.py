@@ -21,7 +21,8 @@ from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
 from experts.shard import server as shard_server
 from placement.placement import Placement
-from tests.support.statuses import shard_status
+from tests.support.serve.statuses import shard_status
+from tests.support.waiting import run_async
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 PLACEMENT = Placement.linear(2, 8, 4, 2)
@@ -133,7 +134,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
                 if (heart := getattr(cluster.shard, "_heart", None)) is not None:
                     heart.cancel()
 
-        asyncio.run(asyncio.wait_for(whole(), 60))
+        run_async(whole(), "the scene to end")
 
     return run
 

@@ -137,7 +137,7 @@ def test_a_refused_membership_changes_nothing(model: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("ranks", [[0, 1, 2], [0], []])
 def test_rows_on_a_gpu_over_links_in_host_memory(model: Path, ranks: list[int]) -> None:
     """Also what a GPU router does while it has no link at all."""

@@ -16,7 +16,6 @@ from experts.protocol.membership import AppliedMembership
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
     mesh_of,
     oracle,
     random_batch,
@@ -24,6 +23,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 6, 3
 # How long a stopped shard is waited for. A loaded machine keeps a sound one from answering for half a second, too.

@@ -28,8 +28,10 @@ from experts.protocol.membership import Membership
 from placement.placement import Placement
 
 pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.triton,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs in its interpreter"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
 ]
 HOPPER = 90
 SHARED_BYTES = 227 * 1024  # of a block on sm_90

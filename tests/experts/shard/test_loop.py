@@ -20,7 +20,8 @@ from experts.transports.base import ShardChannel
 from experts.transports.shm import ShmDoorbell
 from placement.placement import Placement
 from tests.support.packed_request import HIDDEN, pack
-from tests.support.small_mesh import await_true, write_checkpoint
+from tests.support.small_mesh import write_checkpoint
+from tests.support.waiting import await_true, join
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
 
@@ -114,16 +115,15 @@ def test_a_slot_in_use_is_refilled_only_when_its_request_is_done(gated: tuple[Sh
     kernel.gate.clear()
     stamp = kernel.stamps_LS[0, loop.slots.slot_of_expert_LE[0, 1]]
     post(loop, channel, 1, [1])
-    assert kernel.inside.wait(60)
+    assert kernel.inside.wait(60), "the request did not reach the kernel"
     other = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
-    loading = threading.Thread(target=loop.slots.load, args=(other, 1))
+    loading = threading.Thread(target=loop.slots.load, args=(other, 1), daemon=True)
     loading.start()
     await_true(lambda: (loop.slots.slot_of_expert_LE[0] < 0).sum() > 3, "the first expert's removal from the table")
     loading.join(0.05)
     assert loading.is_alive(), "the slot was refilled under the request"
     kernel.gate.set()
-    loading.join(60)
-    assert not loading.is_alive()
+    join(loading, "the new placement to be loaded")
     await_true(lambda: channel.answers, "the answer")
     row = channel.send_buffer[HEADER_BYTES : HEADER_BYTES + 8].view(np.float32)
     np.testing.assert_array_equal(row, np.float32([stamp, stamp]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 import time
@@ -43,7 +44,6 @@ from tests.support.packed_request import HIDDEN, ROW_BYTES, pack
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
     mesh_of,
     one_process,
     oracle,
@@ -52,6 +52,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 6, 3
 ROOT = Path(__file__).parents[3]
@@ -294,6 +295,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     try:
         assert process.stdout is not None
+        assert select.select([process.stdout], [], [], 60)[0], "the shard printed no endpoint"
         endpoint = ShardEndpoint(**json.loads(process.stdout.readline()))
         assert (endpoint.rank, endpoint.pid) == (0, process.pid)
         link = open_link(endpoint)
@@ -309,7 +311,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         link.close()
     finally:
         process.kill()
-        process.wait()
+        process.wait(10)
 
 
 def test_an_unknown_setting_is_an_error_that_names_it(model: Path) -> None:

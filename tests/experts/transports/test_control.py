@@ -138,7 +138,7 @@ def test_killed_routers_leave_nothing_behind(transport: str) -> None:
             process = context().Process(target=_route_until_killed, args=(shard.endpoint, transport, theirs))
             process.start()
             theirs.close()
-            assert ours.poll(LONG_S)
+            assert ours.poll(LONG_S), "the router did not connect"
             assert ours.recv() == "waiting"
             assert shard.event() == ("held", f"router{process.pid}")
             process.kill()

@@ -17,13 +17,13 @@ from tests.support.gpu_mesh import KINDS, mesh_over, on_device_of, router_over, 
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
     one_process,
     oracle,
     random_batch,
     replicated,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 6, 3
 DISPATCH_TIMEOUT_MS = 5000  # long enough for a first step that loads code on a shared GPU

@@ -26,6 +26,7 @@ from tests.support.echo_shard import (
     post_body,
     reply_body,
 )
+from tests.support.waiting import join
 
 TRANSPORTS = ["shm", "gloo", "gloo_split"]
 LONG_S = 30.0
@@ -256,10 +257,10 @@ def test_waits_run_without_the_interpreter_lock(transport: str) -> None:
         post_body(link, b"abc", HOLD)
         assert shard.event() == ("held", "router")
         outcome: list[int] = []
-        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline())))
+        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline())), daemon=True)
         waiter.start()
         shard.pipe.send("release")  # only possible while the wait lets other threads run
         assert shard.event() == ("released", 1)
-        waiter.join(LONG_S)
+        join(waiter, "the reply")
         assert outcome == [HEADER_BYTES + 3]
         link.close()

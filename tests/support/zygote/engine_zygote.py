@@ -99,7 +99,7 @@ class Zygote:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(20)
         assert self._process.stdout is not None
         self._process.stdout.close()
 

@@ -20,6 +20,7 @@ import yaml
 
 from benchmarks.serving.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
 from benchmarks.serving.ray_hosts import Node, ray_environment, start_ray
+from tests.support.waiting import join
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -153,14 +154,14 @@ def _streams(pipe: Any, prompts: list[str]) -> list[tuple[str, str]]:
         except Exception as error:
             results[number] = ("", repr(error))
 
-    threads = [threading.Thread(target=stream, args=(number,)) for number in range(len(prompts))]
+    threads = [threading.Thread(target=stream, args=(number,), daemon=True) for number in range(len(prompts))]
     for thread in threads:
         thread.start()
     with contextlib.suppress(threading.BrokenBarrierError):
         all_started.wait()
     pipe.send("midway")
     for thread in threads:
-        thread.join()
+        join(thread, "a stream to end", ANSWER_TIMEOUT_S)
     return results
 
 

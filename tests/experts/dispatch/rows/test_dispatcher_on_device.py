@@ -18,6 +18,7 @@ from experts.protocol.membership import Membership
 from tests.support.fake_links import WAIT_FAULTS, FakeLink
 from tests.support.small_mesh import assert_matches, one_process, oracle, random_batch, replicated, write_checkpoint
 
+pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, NUM_RANKS = 2, 6, 3, 24, 3
 
 
