@@ -97,7 +97,7 @@ def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
             assert expected in error["message"]
             assert error["type"] == "invalid_request_error"
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, t
             assert untold not in response.text
             assert ("retry-after" in response.headers) == (status == 503)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_an_error_in_mid_stream_is_its_last_event() -> None:
@@ -130,7 +130,7 @@ def test_an_error_in_mid_stream_is_its_last_event() -> None:
             assert (first, done) == ("data: 1", "data: [DONE]")
             assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the second chunk is missing"
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_unknown_paths_are_404_in_the_same_format() -> None:
@@ -139,7 +139,7 @@ def test_unknown_paths_are_404_in_the_same_format() -> None:
             check_error(await http.get("/v1/nothing"), 404)
             check_error(await http.get("/v1/completions"), 405)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_keys(header: str | None, admitted: bool) -> None:
                 assert check_error(response, 401)["code"] == "invalid_api_key"
             assert (await http.get("/health")).status_code == 200, "probes need no key"
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
@@ -174,7 +174,7 @@ def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
             assert (await asyncio.wait_for(first, 10)).json() == {"max_tokens": 3}
             assert (await http.post("/v1/completions", json={})).status_code == 200
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_a_cancelled_request_gives_its_slot_back() -> None:
@@ -188,7 +188,7 @@ def test_a_cancelled_request_gives_its_slot_back() -> None:
             events["go_on"].set()
             assert (await http.post("/v1/completions", json={})).status_code == 200
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_an_error_of_a_router_that_is_the_clients_fault_stays_400() -> None:
