@@ -10,12 +10,12 @@ from ray.serve.deployment import Application
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
-from cluster.http.deployment import Ingress
+from cluster.ingress import Ingress
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
 
-# Many long polls and beats run at once, none of them costs anything.
+# Many long polls and heartbeats run at the same time; none of them costs anything.
 CONTROLLER_OPTIONS = {
     "max_ongoing_requests": 10_000,
     "health_check_period_s": 2,

@@ -254,12 +254,10 @@ def _watch(config: MeshConfig) -> None:
         except Exception as error:
             line = f"the placement controller does not answer ({type(error).__name__}); serving goes on"
         else:
-            shards = ", ".join(
-                f"{shard['rank']} (pid {shard['pid']})" for shard in status["shards"] if shard["serving"]
-            )
-            line = f"epoch {status['epoch']}: shards {shards}"
-            if status["missing_ranks"]:
-                line += f"; missing {status['missing_ranks']}"
+            shards = ", ".join(f"{shard.rank} (pid {shard.pid})" for shard in status.shards if shard.serving)
+            line = f"epoch {status.epoch}: shards {shards}"
+            if status.missing_ranks:
+                line += f"; missing {status.missing_ranks}"
         if line != shown:
             shown = line
             say(line)

@@ -48,6 +48,10 @@ class Placement:
         object.__setattr__(self, "physical_to_logical_map", copy)
         self.check()
 
+    def __reduce__(self) -> tuple[type[Placement], tuple[int, int, int, np.ndarray]]:
+        """Pickle the four fields alone: the copy is checked and read-only again, and tables stay behind."""
+        return Placement, (self.num_ranks, self.num_nodes, self.num_experts, self.physical_to_logical_map)
+
     def check(self) -> None:
         """Raise ValueError unless every expert has a slot in every layer and the shape is consistent."""
         for name in ("num_ranks", "num_nodes", "num_experts"):

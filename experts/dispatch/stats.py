@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+
+from experts.protocol.status import StageHistogram
 
 # Upper bounds of the latency buckets, microseconds; the last bucket has no bound.
 BUCKETS_US = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 100_000, 500_000, 1_000_000, 5_000_000)
@@ -26,14 +27,9 @@ class Histogram:
         self.count += 1
         self.buckets[int(_BOUNDS_NS.searchsorted(duration_ns))] += 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """{"sum" microseconds, "count", "buckets" (not cumulated), "bounds" microseconds}."""
-        return {
-            "sum": self.sum_ns / 1000,
-            "count": self.count,
-            "buckets": self.buckets.tolist(),
-            "bounds": list(BUCKETS_US),
-        }
+    def snapshot(self) -> StageHistogram:
+        """The counts so far."""
+        return StageHistogram(self.sum_ns / 1000, self.count, self.buckets.tolist(), list(BUCKETS_US))
 
 
 @dataclass

@@ -22,8 +22,9 @@ import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.kernels import KernelShape, keep_quantized, pick_kernel
-from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.membership import AppliedPlacement, ShardEndpoint, host_id
 from experts.protocol.settings import ShardSettings
+from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
 from experts.shard.slots import SlotTable
@@ -97,34 +98,41 @@ class ShardServer:
         logger.info("rank %d: listening on %s:%d", rank, settings.bind_host, self._listener.port)
         return self.endpoint
 
-    def apply_placement(self, placement: Placement, epoch: int) -> dict[str, Any]:
-        """Load what a later placement gives to this rank, while serving. Returns {"loaded", "epoch"}."""
+    def apply_placement(self, placement: Placement, epoch: int) -> AppliedPlacement:
+        """Load what a later placement gives this rank, while serving. ValueError for an epoch older than its own."""
         loop, endpoint = self._running()
         with self._load_lock:
             if epoch < self.epoch:
                 raise ValueError(f"epoch {epoch} is older than this shard's {self.epoch}")
             loaded = loop.slots.load(placement, endpoint.rank)
             self.placement, self.epoch = placement, epoch
-        return {"loaded": loaded, "epoch": epoch}
+        return AppliedPlacement(loaded, epoch)
 
-    def status(self) -> dict[str, Any]:
-        """Plain facts for health checks and metrics."""
+    def status(self) -> ShardStatus:
+        """What it holds and has done, for health checks and metrics. RuntimeError before it was started."""
         loop, endpoint = self._running()
-        return {
-            "rank": endpoint.rank,
-            "epoch": self.epoch,
-            "pid": endpoint.pid,
-            "incarnation": endpoint.incarnation,
-            "endpoint": asdict(endpoint),
-            "alive": loop.alive,
-            "fault": loop.fault,
-            "routers": loop.router_ids,
-            "kernel": loop.kernel.name,
-            "loaded_experts": loop.slots.num_loaded,
-            "loaded_bytes": loop.slots.loaded_bytes,
-            "weights_digest": loop.slots.digest(),
-            **asdict(loop.counters),
-        }
+        counters = loop.counters
+        return ShardStatus(
+            rank=endpoint.rank,
+            epoch=self.epoch,
+            pid=endpoint.pid,
+            incarnation=endpoint.incarnation,
+            endpoint=endpoint,
+            alive=loop.alive,
+            fault=loop.fault,
+            routers=loop.router_ids,
+            kernel=loop.kernel.name,
+            loaded_experts=loop.slots.num_loaded,
+            loaded_bytes=loop.slots.loaded_bytes,
+            weights_digest=loop.slots.digest(),
+            requests=counters.requests,
+            rows=counters.rows,
+            pairs=counters.pairs,
+            errors=counters.errors,
+            compute_ns=counters.compute_ns,
+            last_error=counters.last_error,
+            last_epoch=counters.last_epoch,
+        )
 
     def stop(self) -> None:
         """Drop the routers and end the loop. Idempotent."""

@@ -30,6 +30,7 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.settings import RouterSettings, ShardSettings
+from experts.protocol.status import ShardStatus
 from experts.shard import request
 from experts.transports import atomics
 from placement.placement import Placement
@@ -166,7 +167,7 @@ class Shard:
             raise answer
         return answer
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> ShardStatus:
         """ShardServer.status()."""
         return self.call("status")
 
@@ -242,7 +243,7 @@ class Mesh:
         self.routers.append(router)
         if apply:
             answer = router.apply_membership(self.membership())
-            assert answer["lost"] == {}, answer
+            assert answer.lost == {}, answer
         return router
 
     def restart(self, rank: int, **settings: Any) -> Shard:

@@ -262,10 +262,10 @@ def test_shards_give_what_the_definition_gives(mesh: Mesh, num_tokens: int) -> N
         batch = random_batch(num_tokens, seed=layer)
         assert_matches(run(router, layer, batch), oracle(mesh.checkpoint, layer, batch))
     status = router.status()
-    assert (status["failovers"], status["fallback_pairs"], status["lost"]) == (0, 0, {})
-    assert status["rows"] == NUM_LAYERS * num_tokens
-    assert status["transports"] == {0: "shm", 1: "shm", 2: "shm"}
-    assert status["stage_us"]["wait"]["count"] == NUM_LAYERS * max(1, -(-num_tokens // 16))
+    assert (status.failovers, status.fallback_pairs, status.lost) == (0, 0, {})
+    assert status.rows == NUM_LAYERS * num_tokens
+    assert status.transports == {0: "shm", 1: "shm", 2: "shm"}
+    assert status.stage_us.wait.count == NUM_LAYERS * max(1, -(-num_tokens // 16))
 
 
 def test_all_tokens_on_one_shard(mesh: Mesh) -> None:
@@ -275,7 +275,7 @@ def test_all_tokens_on_one_shard(mesh: Mesh) -> None:
         batch.x_TD, torch.cat([batch.weights_TK, torch.ones(30, 1)], 1), torch.cat([batch.ids_TK, shape_k], 1)
     )
     assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-    assert sorted(router.status()["shard_rows"])[0] == 0
+    assert sorted(router.status().shard_rows)[0] == 0
 
 
 def test_several_routers_at_once(mesh: Mesh) -> None:
@@ -299,7 +299,7 @@ def test_several_routers_at_once(mesh: Mesh) -> None:
         thread.join(120)
         assert not thread.is_alive()
     assert failures == []
-    assert {f"router-{n}" for n in range(4)} <= set(mesh.shards[0].status()["routers"])
+    assert {f"router-{n}" for n in range(4)} <= set(mesh.shards[0].status().routers)
 
 
 def _drive_in_process(mesh_parts: tuple, index: int, pipe: object) -> None:
@@ -312,7 +312,7 @@ def _drive_in_process(mesh_parts: tuple, index: int, pipe: object) -> None:
         layer, batch = step % NUM_LAYERS, random_batch(1 + (5 * index + step) % 20, seed=1000 * index + step)
         difference_TD = run(router, layer, batch) - oracle(router.dispatcher.fallback._checkpoint, layer, batch)
         worst = max(worst, difference_TD.abs().max().item())
-    pipe.send((applied["lost"], router.status()["fallback_pairs"], worst))
+    pipe.send((applied.lost, router.status().fallback_pairs, worst))
 
 
 def test_routers_in_processes_of_their_own(mesh: Mesh) -> None:

@@ -60,12 +60,12 @@ def test_predicted_and_sent_bytes_agree(mesh: Mesh, halves: tuple[ActivationTrac
     np.testing.assert_array_equal(recorded.topk_ids, served.topk_ids)
 
     predicted = evaluate(mesh.placement, recorded)
-    assert status["fan_out_sum"] == pytest.approx(predicted.rows_LR.sum(), rel=TOLERANCE)
+    assert status.fan_out_sum == pytest.approx(predicted.rows_LR.sum(), rel=TOLERANCE)
     nbytes = sum(
         STEPS * exchange_bytes(round(rows / STEPS), round(pairs / STEPS), router.shape.row_bytes)
         for rows, pairs in zip(predicted.rows_LR.ravel(), predicted.load_LR.ravel(), strict=True)
     )
-    assert status["bytes_sent"] + status["bytes_received"] == pytest.approx(nbytes, rel=TOLERANCE)
+    assert status.bytes_sent + status.bytes_received == pytest.approx(nbytes, rel=TOLERANCE)
     # Of tokens that are not in the trace at hand, the same to within what the halves' routing differs by.
     beforehand = evaluate(mesh.placement, halves[0])
-    assert status["fan_out_sum"] / status["rows"] == pytest.approx(beforehand.fan_out.mean(), rel=2 * TOLERANCE)
+    assert status.fan_out_sum / status.rows == pytest.approx(beforehand.fan_out.mean(), rel=2 * TOLERANCE)

@@ -45,5 +45,5 @@ def test_parity_and_memory(model: Path, kernel: str) -> None:
         status = mesh.shards[0].status()
     matrix = 3 * D * I
     expected = matrix + 3 * 4 * 4 if kernel == "torch_dequant" else 4 * matrix
-    assert status["kernel"] == kernel
-    assert status["loaded_bytes"] == NUM_LAYERS * NUM_EXPERTS // 2 * expected
+    assert status.kernel == kernel
+    assert status.loaded_bytes == NUM_LAYERS * NUM_EXPERTS // 2 * expected

@@ -17,7 +17,7 @@ import torch
 
 from experts.checkpoint import CheckpointError
 from experts.protocol.errors import ShardRejectedError
-from experts.protocol.membership import ShardEndpoint
+from experts.protocol.membership import AppliedPlacement, ShardEndpoint
 from experts.protocol.settings import ShardSettings
 from experts.protocol.wire import (
     H_DTYPE,
@@ -150,15 +150,15 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("kind", BAD_REQUESTS)
 def test_a_bad_request_goes_back_and_the_loop_lives_on(mesh: Mesh, model: Path, link: RouterLink, kind: str) -> None:
     spoil, text = BAD_REQUESTS[kind]
-    errors = mesh.shards[0].status()["errors"]
+    errors = mesh.shards[0].status().errors
     header = ask(link, spoil(link, pack(link.send_buffer, 7, [0, 1])))
     assert header[H_STATUS] == STATUS_REJECTED
     assert error_text(link.recv_buffer).startswith("BadRequestError: ")
     assert text in error_text(link.recv_buffer)
     check_serves(link, model)
     status = mesh.shards[0].status()
-    assert (status["errors"], status["alive"]) == (errors + 1, True)
-    assert text in status["last_error"]
+    assert (status.errors, status.alive) == (errors + 1, True)
+    assert text in status.last_error
 
 
 def test_an_expert_of_another_shard_is_named(mesh: Mesh, model: Path, link: RouterLink) -> None:
@@ -211,20 +211,20 @@ def test_a_router_that_does_not_fit_is_refused_at_the_door(mesh: Mesh, changes: 
 
 def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
     before = mesh.shards[1].status()
-    assert (before["rank"], before["epoch"], before["kernel"]) == (1, 1, "torch_loop")
-    assert before["loaded_experts"] == NUM_LAYERS * 3
-    assert before["loaded_bytes"] == NUM_LAYERS * 3 * 4 * 3 * HIDDEN * 40
-    assert before["pid"] == mesh.shards[1].process.pid
-    assert before["weights_digest"] != mesh.shards[0].status()["weights_digest"]
+    assert (before.rank, before.epoch, before.kernel) == (1, 1, "torch_loop")
+    assert before.loaded_experts == NUM_LAYERS * 3
+    assert before.loaded_bytes == NUM_LAYERS * 3 * 4 * 3 * HIDDEN * 40
+    assert before.pid == mesh.shards[1].process.pid
+    assert before.weights_digest != mesh.shards[0].status().weights_digest
     router, batch = mesh.router(router_id="counted"), random_batch(9)
     run(router, 0, batch)
     after = mesh.shards[1].status()
-    assert after["requests"] == before["requests"] + 1
-    assert after["rows"] == before["rows"] + int((batch.ids_TK >= 3).any(1).sum())
-    assert after["pairs"] == before["pairs"] + int((batch.ids_TK >= 3).sum())
-    assert "counted" in after["routers"]
+    assert after.requests == before.requests + 1
+    assert after.rows == before.rows + int((batch.ids_TK >= 3).any(1).sum())
+    assert after.pairs == before.pairs + int((batch.ids_TK >= 3).sum())
+    assert "counted" in after.routers
     router.close()
-    await_true(lambda: "counted" not in mesh.shards[1].status()["routers"], "the router's leaving")
+    await_true(lambda: "counted" not in mesh.shards[1].status().routers, "the router's leaving")
 
 
 def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) -> None:
@@ -235,19 +235,19 @@ def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) ->
     with mesh_of(model, first, slots_per_rank=6) as mesh:
         router = mesh.router()
         for shard in mesh.shards.values():
-            assert shard.call("apply_placement", second.to_json(), 5) == {"loaded": NUM_LAYERS * 3, "epoch": 5}
+            assert shard.call("apply_placement", second.to_json(), 5) == AppliedPlacement(NUM_LAYERS * 3, 5)
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert router.status()["lost"] == {}, "the old epoch is served until the slots are needed"
+        assert router.status().lost == {}, "the old epoch is served until the slots are needed"
         mesh.placement, mesh.epoch = second, 5
         router.apply_membership(mesh.membership())
         assert_matches(run(router, 1, batch), oracle(mesh.checkpoint, 1, batch))
-        assert router.status()["lost"] == {}
+        assert router.status().lost == {}
         shard = mesh.shards[0]
         with pytest.raises(ValueError, match="epoch 4 is older than this shard's 5"):
             shard.call("apply_placement", first.to_json(), 4)
         with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint has 2 of 6"):
             shard.call("apply_placement", Placement.linear(NUM_LAYERS, 8, 2).to_json(), 6)
-        assert shard.status()["epoch"] == 5
+        assert shard.status().epoch == 5
 
 
 def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path
         running.start(placement, 0, 1)
     running.stop()
     running.stop()
-    assert not running.status()["alive"]
+    assert not running.status().alive
 
 
 def test_stopping_a_shard_is_seen_by_its_routers(model: Path) -> None:
@@ -282,7 +282,7 @@ def test_stopping_a_shard_is_seen_by_its_routers(model: Path) -> None:
         mesh.shards[0].call("stop")
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert list(router.status()["lost"]) == [0]
+        assert list(router.status().lost) == [0]
 
 
 def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Path, tmp_path: Path) -> None:

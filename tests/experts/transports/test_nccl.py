@@ -59,11 +59,11 @@ def check_step(mesh: Mesh, router: MeshClient, seed: int, num_tokens: int = 20) 
 
 def check_went_on_without(mesh: Mesh, router: MeshClient, rank: int, reason: str) -> None:
     status = router.status()
-    assert set(status["lost"]) == {rank}
-    assert reason in status["lost"][rank]
-    assert status["failovers"] == 1
+    assert set(status.lost) == {rank}
+    assert reason in status.lost[rank]
+    assert status.failovers == 1
     has_replicas = bool((mesh.placement.logical_replica_count > 1).all())
-    assert (status["fallback_pairs"] == 0) == has_replicas
+    assert (status.fallback_pairs == 0) == has_replicas
 
 
 @pytest.mark.parametrize("num_shards", [2, 3, 4])
@@ -71,7 +71,7 @@ def test_parity(model: Path, kind: str, num_shards: int) -> None:
     """Zero tokens, one, and more than one message's worth."""
     with mesh_over(kind, model, replicated(NUM_LAYERS, NUM_EXPERTS, num_shards, 1)) as mesh:
         router = router_over(kind, mesh, max_rows_per_dispatch=64)
-        assert set(router.status()["transports"].values()) == {kind}
+        assert set(router.status().transports.values()) == {kind}
         for num_tokens in (0, 1, 7, 64, 300, 1, 0):
             for layer in range(NUM_LAYERS):
                 batch = random_batch(num_tokens, seed=num_tokens + layer)
@@ -79,7 +79,7 @@ def test_parity(model: Path, kind: str, num_shards: int) -> None:
                 here_TD = local(model).forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
                 assert_matches(got_TD, oracle(mesh.checkpoint, layer, batch))
                 assert_matches(got_TD, here_TD)
-        assert (router.status()["failovers"], router.status()["fallback_pairs"]) == (0, 0)
+        assert (router.status().failovers, router.status().fallback_pairs) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -107,7 +107,7 @@ def test_killed_while_idle(mesh: Mesh, router: MeshClient) -> None:
     check_step(mesh, router, 10)
     check_went_on_without(mesh, router, 1, "")
     check_step(mesh, router, 20)
-    assert router.status()["failovers"] == 1
+    assert router.status().failovers == 1
 
 
 def test_killed_between_begin_and_finish(mesh: Mesh, router: MeshClient) -> None:
@@ -131,11 +131,11 @@ def test_stopped_then_continued(mesh: Mesh, router: MeshClient) -> None:
     mesh.shards[1].signal(signal.SIGCONT)
     for seed in range(20, 25):
         check_step(mesh, router, seed)
-    await_true(lambda: mesh.shards[1].status()["routers"] == [], "the shard's letting go of the router")
+    await_true(lambda: mesh.shards[1].status().routers == [], "the shard's letting go of the router")
     # The next epoch brings it back, alive as it is.
-    assert router.apply_membership(mesh.membership(epoch=2))["lost"] == {}
+    assert router.apply_membership(mesh.membership(epoch=2)).lost == {}
     check_step(mesh, router, 40)
-    assert router.status()["lost"] == {}
+    assert router.status().lost == {}
 
 
 def test_all_die_at_once(mesh: Mesh, router: MeshClient) -> None:
@@ -143,8 +143,8 @@ def test_all_die_at_once(mesh: Mesh, router: MeshClient) -> None:
     for shard in mesh.shards.values():
         shard.signal(signal.SIGKILL)
     check_step(mesh, router, 10)
-    assert set(router.status()["lost"]) == set(range(NUM_RANKS))
-    assert router.status()["fallback_pairs"] > 0
+    assert set(router.status().lost) == set(range(NUM_RANKS))
+    assert router.status().fallback_pairs > 0
 
 
 def test_two_routers_take_nothing_from_each_other(mesh: Mesh, router: MeshClient, kind: str) -> None:
@@ -152,6 +152,6 @@ def test_two_routers_take_nothing_from_each_other(mesh: Mesh, router: MeshClient
     other.begin(0, *on_device_of(other, random_batch(10)))
     other.close()
     check_step(mesh, router, 0)
-    await_true(lambda: "other" not in mesh.shards[0].status()["routers"], "the other router's leaving")
+    await_true(lambda: "other" not in mesh.shards[0].status().routers, "the other router's leaving")
     check_step(mesh, router, 10)
-    assert router.status()["lost"] == {}
+    assert router.status().lost == {}
