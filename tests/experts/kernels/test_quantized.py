@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_named():
     shape = shape_for("cpu", "mxfp4")
     kernel = pick_kernel(shape, "torch_dequant")
     weights = random_weights(shape)
-    with pytest.raises(ValueError, match="w2_scale has the shape"):
+    with pytest.raises(ValueError, match="w2_scale has shape"):
         kernel.set_slot(0, 0, dataclasses.replace(weights, w2_scale=weights.w13_scale))
     with pytest.raises(ValueError, match="takes mxfp4 weights, not plain floats"):
         kernel.set_slot(0, 0, weights.dequantize(torch.float32))
@@ -146,11 +146,11 @@ def test_what_does_not_fit_is_named():
     plain = pick_kernel(plain_shape, "torch_loop")
     with pytest.raises(ValueError, match="takes plain floats, not mxfp4 weights"):
         plain.set_slot(0, 0, weights)
-    with pytest.raises(ValueError, match="of the other kind"):
+    with pytest.raises(ValueError, match=r"'torch_loop' cannot serve .*: it takes plain floats"):
         KERNELS["torch_loop"](shape)
-    with pytest.raises(ValueError, match="of the other kind"):
+    with pytest.raises(ValueError, match=r"'torch_dequant' cannot serve .*: it takes quantized weights"):
         QUANTIZED_KERNELS["torch_dequant"](plain_shape)
-    with pytest.raises(ValueError, match="100 columns are no multiple of the 32"):
+    with pytest.raises(ValueError, match="100 columns are not a multiple of the 32"):
         shape_for("cpu", "mxfp4", hidden_size=100)
     with pytest.raises(ValueError, match="int4 with groups of 100"):
         WeightFormat("int4", 100)

@@ -199,7 +199,7 @@ def test_a_broken_pair_ends_its_own_service_alone(gated: tuple[ShardLoop, GatedK
 
 def test_slots_that_do_not_suffice_are_named(gated: tuple[ShardLoop, GatedKernel]) -> None:
     loop, _ = gated
-    with pytest.raises(ValueError, match="layer 0 wants more experts than the 3 slots of this shard"):
+    with pytest.raises(ValueError, match=r"layer 0 needs more experts than the 3 slots .*; raise slots_per_rank"):
         loop.slots.load(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1), 0)
 
 

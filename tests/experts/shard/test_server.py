@@ -257,11 +257,11 @@ def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path
         values = {"model_path": str(model), "dtype": "float32", "kernel": "torch_loop", **settings}
         return ShardServer(ShardSettings(**values))
 
-    with pytest.raises(RuntimeError, match="was not started yet"):
+    with pytest.raises(RuntimeError, match=r"is not started yet; call start\(\) first"):
         server().status()
-    with pytest.raises(ValueError, match="rank 2 is not among the placement's ranks 0 to 1"):
+    with pytest.raises(ValueError, match="rank is 2, expected one of the placement's ranks, 0 to 1"):
         server().start(placement, 2, 1)
-    with pytest.raises(ValueError, match="slots_per_rank is 2, the placement needs 3"):
+    with pytest.raises(ValueError, match="slots_per_rank is 2, the placement needs at least 3"):
         server(slots_per_rank=2).start(placement, 0, 1)
     with pytest.raises(ValueError, match="the placement is for 3 layers"):
         server().start(Placement.linear(3, NUM_EXPERTS, 2), 0, 1)

@@ -83,7 +83,7 @@ def line_of(**changes: Any) -> bytes:
         (line_of(request_capacity=-1), "request_capacity is -1, expected an integer of 1 to"),
         (line_of(reply_capacity="many"), "reply_capacity is 'many', expected an integer"),
         (line_of(hidden_size=1 << 60), "hidden_size is 1152921504606846976"),
-        (line_of(router_id=7), "router_id is 7, expected text"),
+        (line_of(router_id=7), "router_id is 7, expected a string"),
         (line_of(details=[1]), "details is \\[1\\], expected an object"),
         (line_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
         (line_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
