@@ -18,7 +18,8 @@ import numpy as np
 
 from placement.placement import EMPTY, Placement, check_trace_fits
 from placement.rule.replica_choice import check_top_k
-from placement.search.balance import best_balance, even_split_load
+from placement.search.balance import even_split_load
+from placement.search.balance_search import best_balance
 from placement.search.eplb import packed_slots
 from placement.search.layer_search import search_layer
 from placement.search.problem import LayerProblem, PlanRequest, canonical_order, greedy_slots, load_guard, rank_targets
@@ -88,10 +89,7 @@ def build_problem(
         prefer_local_replicas=request.prefer_local_replicas,
     )
     greedy_Rs = greedy_slots(load_E, request, max_filled)
-    balanced_Rs, _ = best_balance(
-        load_E, greedy_Rs, problem.node_of_rank, problem.num_nodes, target_R, problem.min_replicas, max_filled,
-        iterations, request.seed,
-    )  # fmt: skip
+    balanced_Rs, _ = best_balance(problem.balance, greedy_Rs, iterations, request.seed)
     least = float((even_split_load(balanced_Rs, load_E) / target_R).max())
     if least > request.load_cap - guard:
         # Replicas let the rule do a little better than an even split, single copies do not.
@@ -265,12 +263,9 @@ def _worst(problem: LayerProblem, slots_Rs: np.ndarray) -> float:
 
 def _balance_layer(problem: LayerProblem, starts: list[np.ndarray], request: PlanRequest) -> np.ndarray:
     found = [
-        best_balance(
-            problem.load, start, problem.node_of_rank, problem.num_nodes, problem.target, problem.min_replicas,
-            problem.max_filled, BALANCE_ITERATIONS if n == 1 else 0, request.seed + n, restarts=1,
-        )[0]
+        best_balance(problem.balance, start, BALANCE_ITERATIONS if n == 1 else 0, request.seed + n, restarts=1)[0]
         for n, start in enumerate(starts)
-    ]  # fmt: skip
+    ]
     slots_R = request.open_slots_R
     if request.min_replicas == 1 and (slots_R == slots_R[0]).all() and slots_R.sum() <= problem.max_filled:
         found.append(packed_slots(problem.load, problem.num_ranks, int(slots_R[0])))

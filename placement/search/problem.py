@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placement.placement import EMPTY, check_replicas_fit
+from placement.placement import check_replicas_fit
+from placement.rule.replica_choice import Nodes, block_of_nodes
 from placement.search.balance import greedy_balance
-from placement.search.replicas.holders import CLOSED
+from placement.search.balance_search import BalanceProblem
 
 EXCESS_WEIGHT = 40.0  # visits a token that a rank's load above what is planned for is worth, in mean loads
 
@@ -184,6 +185,16 @@ class LayerProblem:
         return len(self.open_slots)
 
     @property
+    def nodes(self) -> Nodes:
+        """The nodes as compiled code takes them."""
+        return Nodes(self.node_of_rank, self.num_nodes, int(block_of_nodes(self.node_of_rank, self.num_nodes)))
+
+    @property
+    def balance(self) -> BalanceProblem:
+        """The part of the problem that is about loads alone."""
+        return BalanceProblem(self.load, self.target, self.nodes, self.min_replicas, self.max_filled)
+
+    @property
     def has_replicas(self) -> bool:
         return self.max_filled > self.num_experts
 
@@ -210,13 +221,6 @@ def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
     ids_TK = problem.ids[:num_tokens]
     sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=problem.num_experts)
     return replace(problem, ids=ids_TK, pair_weight=problem.load / np.maximum(sets_E, 1), arrival=None)
-
-
-def closed_slots(open_slots_R: np.ndarray) -> np.ndarray:
-    """int32 [R, s]: empty slots, and -2 for those that a rank does not have."""
-    slots_Rs = np.full((len(open_slots_R), int(open_slots_R.max())), EMPTY, np.int32)
-    slots_Rs[np.arange(slots_Rs.shape[1])[None, :] >= open_slots_R[:, None]] = CLOSED
-    return slots_Rs
 
 
 def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has_replicas: bool) -> float:

@@ -17,8 +17,11 @@ from placement.search.problem import LayerProblem, load_guard
 from placement.search.replicas.holders import CLOSED
 from placement.search.scoring import slot_table
 from placement.search.swaps.bitsets import assigned_token_bits, token_bits
-from placement.search.swaps.descent import descend_swaps, repair_replicas
-from placement.search.swaps.few_moves import anneal_few_moves
+from placement.search.swaps.descent import descend_swaps
+from placement.search.swaps.few_moves import Prices, anneal_few_moves
+from placement.search.swaps.spare_replicas import repair_replicas
+from placement.search.swaps.state import Items
+from placement.search.swaps.swap_stages import rank_groups
 from placement.traces.trace import ActivationTrace
 from placement.xorshift import random_state
 
@@ -41,18 +44,28 @@ def _refresh_slots(
     given_Rs: np.ndarray,
     max_moves: int,
     proposals: int,
-    state_1: np.ndarray,
+    random_1: np.ndarray,
     annealing: int = LAYER_PROPOSALS,
 ) -> np.ndarray:
     slots_Rs = np.ascontiguousarray(given_Rs, dtype=np.int32).copy()
     moves = 0
-    if (slots_Rs >= 0).sum() > problem.num_experts or (slots_Rs == -1).any():
-        moves = repair_replicas(
-            problem.load, slots_Rs, problem.node_of_rank, problem.num_nodes, problem.allowed, problem.min_replicas,
-            max_moves,
-        )  # fmt: skip
+    if (slots_Rs >= 0).sum() > problem.num_experts or (slots_Rs == EMPTY).any():
+        moves = repair_replicas(problem.load, slots_Rs, problem.nodes, problem.allowed, problem.min_replicas, max_moves)
+    items = _window_items(problem, slots_Rs)
+    groups = rank_groups(problem)
+    tokens = max(problem.num_tokens, 1)
+    prices = Prices(EXCESS_WEIGHT * tokens, MIN_GAIN / 2 * tokens, HEAT[0] * tokens, HEAT[1] * tokens)
+    item_Rs = np.arange(slots_Rs.size, dtype=np.int32).reshape(slots_Rs.shape)
+    moves += anneal_few_moves(items, groups, prices, item_Rs, max_moves - moves, annealing, random_1)
+    descend_swaps(
+        items, groups, prices.excess_weight, MIN_GAIN * tokens, item_Rs, max_moves - moves, proposals, random_1
+    )
+    return keep_slots(given_Rs, items.expert_I[item_Rs])
+
+
+def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
+    """Slots as items of the swap searches, with loads that an even split and the window's tokens suggest."""
     flat_I = slots_Rs.ravel()
-    items_Rs = np.arange(slots_Rs.size, dtype=np.int32).reshape(slots_Rs.shape)
     held = flat_I >= 0
     load_I = np.zeros(slots_Rs.size)
     single = int(held.sum()) == problem.num_experts
@@ -62,14 +75,8 @@ def _refresh_slots(
     else:
         rank_TK = np.empty(problem.ids.shape, np.int32)
         table_ER = slot_table(slots_Rs, problem.num_experts)
-        choose_replicas(
-            problem.ids,
-            table_ER,
-            problem.node_of_rank,
-            problem.num_nodes,
-            np.zeros(problem.num_ranks, np.int64),
-            rank_TK,
-        )
+        load_R = np.zeros(problem.num_ranks, np.int64)
+        choose_replicas(problem.ids, table_ER, problem.node_of_rank, problem.num_nodes, load_R, rank_TK)
         bits_IW = assigned_token_bits(problem.ids, rank_TK, table_ER, slots_Rs.size)
     if single:
         load_I[held] = problem.load[flat_I[held]]
@@ -81,17 +88,7 @@ def _refresh_slots(
         served_E = np.bincount(flat_I[held], served_I, minlength=problem.num_experts)
         share_I = np.where(served_E[flat_I[held]] > 0, served_I / np.maximum(served_E[flat_I[held]], 1), even_I)
         load_I[held] = problem.load[flat_I[held]] * (RULE_SHARE * share_I + (1 - RULE_SHARE) * even_I)
-    tokens = max(problem.num_tokens, 1)
-    moves += anneal_few_moves(
-        bits_IW, load_I, flat_I.copy(), items_Rs, problem.node_of_rank, problem.allowed, problem.weight_of_node,
-        EXCESS_WEIGHT * tokens, MIN_GAIN / 2 * tokens, problem.min_replicas > 1, max_moves - moves, HEAT[0] * tokens,
-        HEAT[1] * tokens, annealing, state_1,
-    )  # fmt: skip
-    descend_swaps(
-        bits_IW, load_I, flat_I.copy(), items_Rs, problem.node_of_rank, problem.allowed, problem.weight_of_node,
-        EXCESS_WEIGHT * tokens, problem.min_replicas > 1, max_moves - moves, proposals, MIN_GAIN * tokens, state_1,
-    )  # fmt: skip
-    return keep_slots(given_Rs, flat_I[items_Rs])
+    return Items(bits_IW, load_I, flat_I.copy())
 
 
 @compiled()
@@ -151,7 +148,7 @@ def refresh(
     pairs = max(float(load_LE[0].sum()), 1.0)
     has_replicas = bool((placement.logical_replica_count > 1).any())
     cap = load_cap - load_guard(load_cap, int(pairs), 1, placement.num_ranks, has_replicas)
-    state_1 = random_state(seed)
+    random_1 = random_state(seed)
     annealing = min(LAYER_PROPOSALS, ALL_PROPOSALS // placement.num_layers)
     rows = []
     for layer in range(placement.num_layers):
@@ -171,6 +168,6 @@ def refresh(
             allowed=target_R * cap,
             load_cap=load_cap,
         )
-        slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, state_1, annealing)
+        slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, random_1, annealing)
         rows.append(np.where(slots_Rs >= 0, slots_Rs, -1).ravel())
     return Placement(placement.num_ranks, placement.num_nodes, placement.num_experts, np.stack(rows))

@@ -13,8 +13,8 @@ import numpy as np
 from placement.rule.evaluate import count_visits
 from placement.rule.local_replicas import choose_local_first
 from placement.rule.replica_choice import choose_replicas
+from placement.search.annealing import EXCESS_TOLERANCE
 from placement.search.problem import EXCESS_WEIGHT, LayerProblem
-from placement.search.replicas.replica_search import EXCESS_TOLERANCE
 
 
 @dataclass(frozen=True)

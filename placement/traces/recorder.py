@@ -23,7 +23,7 @@ def _record(
     seen: int,
     fade: float,
     entry_chance: float,
-    state_1: np.ndarray,
+    random_1: np.ndarray,
 ) -> tuple[int, int]:
     """Count and sample a batch; (places filled, tokens seen) afterwards, or (-1, id) with nothing done for a bad id.
 
@@ -53,9 +53,9 @@ def _record(
             place = filled
             filled += 1
         elif entry_chance == 0.0:
-            place = np.int64(next_random(state_1) % np.uint64(seen))  # type: ignore[assignment]  # int() would stay unsigned
-        elif random_unit(state_1) <= entry_chance:
-            place = random_below(state_1, len(sample_CLK))
+            place = np.int64(next_random(random_1) % np.uint64(seen))  # type: ignore[assignment]  # int() would stay unsigned
+        elif random_unit(random_1) <= entry_chance:
+            place = random_below(random_1, len(sample_CLK))
         else:
             continue
         if place < len(sample_CLK):
@@ -98,7 +98,7 @@ class TraceRecorder:
         self._ids_CLK = np.full((capacity, num_layers, top_k), -1, np.int16)
         self._counts_LE = np.zeros((num_layers, num_experts))
         self._filled = 0
-        self._state_1 = random_state(seed)
+        self._random_1 = random_state(seed)
         # Load or compile the machine code now, which no step of a server should pay: the way live batches are laid out.
         self.add(np.full((num_layers, 1, top_k), -1, np.int16).transpose(1, 0, 2))
 
@@ -128,7 +128,7 @@ class TraceRecorder:
             self.tokens_seen,
             fade,
             self._entry_chance,
-            self._state_1,
+            self._random_1,
         )
         if filled < 0:
             raise ValueError(f"expert {seen} is not one of {self.num_experts}")
