@@ -11,7 +11,7 @@ from experts.protocol.settings import ShardSettings, StrictModel
 PlacementPolicy = Literal["linear", "greedy", "optimized"]
 
 
-# The keys of the placement's section that have an effect, where not all have: by policy, or for a file.
+# Which keys of the placement section have an effect, where not all do: by policy, or for a file.
 READ_BY = {
     "linear": {"policy", "num_nodes", "min_replicas"},
     "greedy": {"policy", "num_nodes", "min_replicas", "trace", "seed"},
@@ -77,33 +77,35 @@ class ShardsSection(StrictModel):
 
 
 class PlacementSection(StrictModel):
-    """Which expert stands in which slot."""
+    """Which expert each slot holds."""
 
     policy: PlacementPolicy = Field(
         default="linear",
-        description="linear: in order; greedy: even loads; optimized: few shards a token as well. Those two plan "
-        "for a trace.",
+        description="linear: experts in order; greedy: even loads; optimized: even loads and few shards a token. "
+        "The last two plan for a trace.",
     )
-    file: str | None = Field(default=None, description="A placement saved as JSON, used as it is; no policy is run.")
-    trace: str | None = Field(default=None, description="Routing trace (.npz) that the policy plans for.")
+    file: str | None = Field(default=None, description="A placement saved as JSON, used instead of a policy.")
+    trace: str | None = Field(default=None, description="Routing trace (.npz) to plan for.")
     num_nodes: int = Field(
-        default=1, ge=1, description="Nodes that the shards stand on in equal blocks; with a file, the file's."
+        default=1, ge=1, description="Nodes of the shards, which are dealt to them in equal blocks; a file has its own."
     )
-    min_replicas: int = Field(default=1, ge=1, description="Replicas of every expert at least, on different shards.")
+    min_replicas: int = Field(
+        default=1, ge=1, description="Least number of replicas of every expert, on different shards."
+    )
     load_cap: float = Field(
-        default=1.05, ge=1, description="How much more than its even share a shard may get, for fewer shards a token."
+        default=1.05, ge=1, description="Largest load of a shard over the mean; more allows fewer shards a token."
     )
     max_seconds: float = Field(
         default=30.0,
         gt=0,
-        description="Sizes the optimizer's search, to about a third of it, and stops a search that takes longer.",
+        description="Bound on the optimizer's time; its search is sized to take about a third of it.",
     )
     prefer_local_replicas: bool = Field(
         default=False,
-        description="Plan for a router on every node that takes replicas there first: set "
-        "transport.prefer_local_replicas as well.",
+        description="Plan for a router on every node that takes replicas on its node first; set "
+        "transport.prefer_local_replicas too.",
     )
-    seed: int = Field(default=0, description="Seed of the policy's choices.")
+    seed: int = Field(default=0, description="Seed of the policy; the same seed gives the same placement.")
 
     @model_validator(mode="after")
     def _one_source(self) -> PlacementSection:
@@ -114,7 +116,7 @@ class PlacementSection(StrictModel):
         if self.file is None and self.policy != "linear" and self.trace is None:
             raise ValueError(
                 f"policy is {self.policy!r}, which plans for a trace; give one (GET /expertmesh/trace of a running "
-                "service answers with one)"
+                "service returns one)"
             )
         return self
 
