@@ -51,7 +51,7 @@ def test_a_yaml_file(tmp_path):
         ("latency_s: 1.0e-5", "latency_s: soon", r"links.rack.latency_s: .*got 'soon'"),
         ("count: 2", "count: 0", r"racks.0.nodes.0.shards.0.count: .*got 0"),
         ("- {memory_bytes: 60000000000}", "- {}", r"racks.0.nodes.1.shards.0.memory_bytes: Field required"),
-        ("links:", "links: [", "no YAML"),
+        ("links:", "links: [", "not YAML"),
     ],
 )
 def test_a_bad_file_is_refused_by_key(tmp_path, old, new, message):

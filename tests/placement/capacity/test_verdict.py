@@ -148,7 +148,7 @@ def test_bad_arguments(arguments, message):
 
 def test_counts_alone_are_refused():
     trace = ActivationTrace(np.zeros((0, 2, 1), np.int16), 16, counts=np.ones((2, 16)))
-    with pytest.raises(TraceError, match="counts alone"):
+    with pytest.raises(TraceError, match="only counts"):
         step_cost(trace, Placement.linear(2, 16, 4))
 
 

@@ -159,7 +159,7 @@ def test_counts_alone_give_balance_and_say_so() -> None:
     counts = np.random.default_rng(0).lognormal(0, 1, (2, 16)) * 1000
     trace = ActivationTrace(np.zeros((0, 2, 1), np.int16), 16, counts=counts.astype(int))
     result = optimize(trace, PlanRequest(4, 1, 5, effort=SMALL))
-    assert "counts alone" in result.notes[0]
+    assert "only counts" in result.notes[0]
     assert np.isnan(result.fan_out).all()
     assert (result.balancedness > 0.95).all()
 
