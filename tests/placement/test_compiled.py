@@ -57,7 +57,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_a_change_in_another_file_is_compiled_anew(package):
-    """A callee changes, then a constant, neither in size, and the caller not at all: numba itself sees no difference."""
+    """A callee changes, then a constant, neither in size; the caller stays. Numba itself would see no difference."""
     assert call(package.parent) == (20, False)
     assert call(package.parent) == (20, True)
     changes = [("callee.py", "x + STEP", "x - STEP", 0), ("constants.py", "STEP = 1", "STEP = 4", -30)]

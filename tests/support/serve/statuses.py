@@ -1,4 +1,4 @@
-"""What routers report, made up."""
+"""Made-up statuses of routers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from experts.dispatch.stats import Histogram
 
 
 def router_status(name: str = "r1") -> dict[str, Any]:
-    """Of a router that is connected to rank 1 of two."""
+    """The status of a router that is connected to rank 1 of two."""
     stage = Histogram()
     for microseconds in (5, 15, 15, 10_000_000):
         stage.add(microseconds * 1000)

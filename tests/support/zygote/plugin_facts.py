@@ -1,4 +1,4 @@
-"""Jobs of `engine_zygote` that look at vLLM and the plug-in without an engine; they report and assert nothing."""
+"""Jobs of `engine_zygote` that inspect vLLM and the plug-in without an engine. They report facts and assert nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def error_of(function: Callable[..., Any], *arguments: Any) -> str | None:
-    """What calling it raises, with all that led to it; None if nothing."""
+    """The error that calling it raises, with its causes; None if it raises none."""
     try:
         function(*arguments)
     except Exception as error:
@@ -24,7 +24,7 @@ def error_of(function: Callable[..., Any], *arguments: Any) -> str | None:
 
 
 def joints(emit: Any) -> None:
-    """The shapes of everything of vLLM that experts.vllm_plugin.joints imports."""
+    """The signatures of everything that experts.vllm_plugin.joints imports from vLLM."""
     import torch
     import vllm
     from vllm.model_executor.custom_op import op_registry_oot
@@ -60,7 +60,7 @@ def joints(emit: Any) -> None:
     register()  # a second time
 
     class SomebodysExperts(RoutedExperts):
-        """As the Transformers backend has one."""
+        """A layer like that of the Transformers backend."""
 
     ops = ("begin", "finish")
     runner_source = inspect.getsource(moe_runner)
@@ -92,14 +92,14 @@ def _loader_of(load_format: str) -> str:
 
 
 def _clashes(extension: type) -> list[str]:
-    """Names that vLLM's workers have themselves: it refuses an extension that has one of them."""
+    """Names that vLLM's workers use: vLLM refuses an extension that defines one of them."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     return [name for name in dir(extension) if not name.startswith("__") and hasattr(CPUWorker, name)]
 
 
 def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
-    """What `check_engine` says of engine arguments: {case: message}, None where it takes them."""
+    """What `check_engine` answers to engine arguments: {case: message}, None if it accepts them."""
     from vllm.engine.arg_utils import EngineArgs
 
     from experts.protocol.settings import RouterSettings
@@ -123,7 +123,7 @@ def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
 
 
 def verification(emit: Any) -> None:
-    """What `verify_model` says of models that were not replaced as a whole, and `_split_graphs` of CUDA graphs."""
+    """What `verify_model` answers to models with layers left unreplaced, and `_split_graphs` to CUDA graphs."""
     import torch
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -162,7 +162,7 @@ def verification(emit: Any) -> None:
 
 
 def reading(emit: Any, model: str) -> None:
-    """What loading touches: names that come, and bytes of the checkpoint's files that this process mapped in."""
+    """What loading touches: the names it yields, and the bytes of the checkpoint's files mapped by this process."""
     import torch
     from vllm.config.load import LoadConfig
 
@@ -184,7 +184,7 @@ def reading(emit: Any, model: str) -> None:
 
 
 def _mapped_in(folder: str) -> dict[str, int]:
-    """Resident bytes of this process' mappings of the files in a folder."""
+    """Resident bytes of this process's mappings of the files in a folder."""
     found: dict[str, int] = {}
     name = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
