@@ -15,7 +15,7 @@ SHAPE = LayerShape(num_layers=2, num_experts=12, top_k=4, hidden_size=40, dtype=
 
 
 def placement(num_ranks: int, replicas: bool, seed: int) -> np.ndarray:
-    """slots [L, E, R]; every expert stands somewhere."""
+    """slots [L, E, R]; every expert is on some rank."""
     rng = np.random.default_rng(seed)
     slots_LER = np.full((SHAPE.num_layers, SHAPE.num_experts, num_ranks), -1, np.int32)
     for layer in range(SHAPE.num_layers):

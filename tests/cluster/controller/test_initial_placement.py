@@ -60,7 +60,8 @@ def test_more_slots_and_replicas_are_used_as_asked() -> None:
     assert (placement.logical_replica_count >= 2).all()
 
 
-def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path) -> None:
+def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "search_seconds", lambda *_: 0.1)  # no time limit is hit: the plan is always the same
     trace = ActivationTrace.load_npz(TINY / "trace.npz").take(np.arange(0, 25_000, 10))
     trace.save(tmp_path / "trace.npz")
     section = {"policy": "optimized", "trace": str(tmp_path / "trace.npz"), "num_nodes": 2, "load_cap": 1.2}

@@ -35,9 +35,12 @@ ROUNDS_ROWS = {"vllm_fp8": 0.08}
 
 
 def shape_for(device: str, form: str, **changes: object) -> QuantizedShape:
-    """bfloat16 on GPUs, else float32: Triton's interpreter cannot multiply bfloat16."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return dataclasses.replace(BASE, **{"device": device, "dtype": dtype, "format": FORMATS[form], **changes})
+    """bfloat16 on GPUs. float32 and small on the CPU: Triton's interpreter is slow and cannot multiply bfloat16."""
+    if device == "cpu":
+        changes = {"num_slots": 4, "hidden_size": 64, "intermediate_size": 96, "dtype": torch.float32, **changes}
+    else:
+        changes = {"dtype": torch.bfloat16, **changes}
+    return dataclasses.replace(BASE, **{"device": device, "format": FORMATS[form], **changes})
 
 
 def run_case(name: str, shape: QuantizedShape, num_rows: int, seed: int, pairs_per_row: int = 3) -> None:

@@ -1,3 +1,3 @@
-"""What tests of the Ray side share: the running service, shipped configs, made-up statuses. Tests of the data plane do
-not need Ray: their helpers are beside this folder.
+"""Helpers for tests of the Ray side: the running service, shipped configs, made-up statuses. Helpers that work without
+Ray belong in `tests.support`.
 """

@@ -33,7 +33,7 @@ START_TIMEOUT_S = 400.0
 
 
 def tiny_config(port: int, folder: Path) -> dict[str, Any]:
-    """The shipped config on another port, with keys and a queue limit that a test can reach, and a model of its own."""
+    """The shipped config on another port, with keys, a queue limit that a test can reach, and a copy of the model."""
     model = folder / "model"
     model.mkdir()
     for file in (REPOSITORY / "examples" / "tiny-moe").glob("*"):
@@ -49,7 +49,7 @@ def tiny_config(port: int, folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Service:
-    """The running service as its users see it, and the cluster below it as an operator does."""
+    """The running service as its users see it, and its cluster as an operator sees it."""
 
     url: str
     config: dict[str, Any]
@@ -60,7 +60,7 @@ class Service:
 
     @property
     def log(self) -> Path:
-        """What the command has said."""
+        """The command's output."""
         return self.folder / "serve_app.log"
 
     def __post_init__(self) -> None:
@@ -92,17 +92,17 @@ class Service:
         return json.loads(body)
 
     def shards(self) -> dict[int, dict[str, Any]]:
-        """What the controller knows of each shard, by rank, once each has given a sign of life."""
+        """What the controller knows of each shard, by rank, once every shard has sent a heartbeat."""
 
         def known() -> dict[int, dict[str, Any]]:
             controller = self.status()["controller"] or {"shards": [], "num_ranks": 1}
             found = {s["rank"]: s for s in controller["shards"] if s["serving"] and "weights_digest" in s}
             return found if len(found) == controller["num_ranks"] else {}
 
-        return wait_for(known, 60, "a sign of life of every shard")
+        return wait_for(known, 60, "a heartbeat of every shard")
 
     def greedy(self, num_tokens: int = 48, on_chunk: Callable[[int], None] = lambda _: None) -> str:
-        """One streamed greedy completion, always the same one; `on_chunk` hears how many chunks came."""
+        """A streamed greedy completion of a fixed prompt; calls `on_chunk` with the index of each chunk."""
         stream = self.client.completions.create(
             model="tiny-moe",
             prompt="import os\n\n\ndef main(",
@@ -118,7 +118,7 @@ class Service:
         return text
 
     def run(self, *command: str, timeout_s: float = 120) -> str:
-        """A command of Ray's in the cluster's environment, from the repository; its output."""
+        """The output of one of Ray's commands, run in the repository with the cluster's environment."""
         done = subprocess.run(
             [str(Path(sys.executable).parent / command[0]), *command[1:]],
             cwd=REPOSITORY,
@@ -131,7 +131,7 @@ class Service:
         return done.stdout
 
     def write_config(self, name: str) -> Path:
-        """The config as it is now, as a file."""
+        """Write the current config to a file."""
         path = self.folder / name
         path.write_text(yaml.safe_dump(self.config, sort_keys=False))
         return path
@@ -140,7 +140,7 @@ class Service:
 @contextlib.contextmanager
 def running_service() -> Iterator[Service]:
     """Start everything and wait for the first token; end it all afterwards."""
-    # Unix sockets below it have to fit in 107 characters.
+    # Short: the paths of Unix sockets below it may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
     gcs, dashboard, agent, client_port, http = free_ports(5)
     env = {
@@ -199,7 +199,7 @@ def _answers(url: str) -> bool:
 
 
 def _end(head: subprocess.Popen[bytes], command: subprocess.Popen[bytes] | None) -> None:
-    """The cluster first, at once and with all its processes; then the command, which has nothing left to undo."""
+    """Kill the cluster with all its processes, then the command, which then has nothing to clean up."""
     for pid in [head.pid, *session_members(head.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

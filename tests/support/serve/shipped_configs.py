@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 @dataclass(frozen=True)
 class Shape:
-    """Published facts of a model; `dense_gb` is what a router holds."""
+    """Published facts of a model; `dense_gb` is what a router holds, in GB."""
 
     layers: int
     experts: int
@@ -34,6 +34,6 @@ SHAPES = {
 
 
 def serve_config(name: str) -> dict[str, Any]:
-    """The Serve config inside a file of any of the three kinds."""
+    """The Serve config inside a file of any kind: plain, KubeRay or Anyscale."""
     data = yaml.safe_load((CONFIGS / name).read_text())
     return yaml.safe_load(data["spec"]["serveConfigV2"]) if data.get("kind") == "RayService" else data
