@@ -10,7 +10,7 @@ from pathlib import Path
 class Judge:
     """Patterns of test files, the quickest first.
 
-    `compiled`: with Numba's compiler. Otherwise by its interpreter, which saves the seconds that compiling a mutant takes.
+    `compiled`: with Numba's compiler. Else interpreted, which saves the seconds of compiling each mutant.
     """
 
     patterns: tuple[str, ...]
