@@ -45,8 +45,8 @@ class Refinement:
     heat: tuple[float, float]
 
 
-# One node: swaps get most of the time, because a proposal takes about a hundredth of the replica search's; several runs,
-# because each ends elsewhere. The remaining 0.05 is for scoring.
+# One node: swaps get most of the time, because a proposal takes about a hundredth of the replica search's. There are
+# several runs, because each ends elsewhere. The remaining 0.05 is for scoring.
 SWAP_RUNS, SWAP_SHARE = 4, 0.6
 AFTER_SWAPS = Refinement(0.35, (0.05, 0.01))
 # Several nodes: a node costs several ranks, so which experts it holds is searched first, hot, from scratch.
