@@ -1,2 +1,3 @@
-"""Finding placements: the request, the searches of a layer, the optimizer over all layers. It moves no weights and
-decides no time: `placement.migration` and the controller do."""
+"""Finding placements: the request, the searches of a layer, the optimizer over all layers. Moving weights is
+`placement.migration`; when to plan is the controller's decision.
+"""

@@ -2,7 +2,7 @@
 
 T tokens, E experts, R ranks, s slots of a rank, N nodes.
 
-- Single replicas: the swap search decides alone.
+- Single replicas: only the swap search.
 - Replicas on one node: several swap searches with the replicas that greedy balancing gives, then the replica search
   from the best of them, judged by the rule that dispatch uses.
 - Replicas on several nodes: the replica search first decides which experts each node holds, then on which rank.
@@ -37,26 +37,26 @@ SWAPS, LARGE, ONE_NODE_SWAPS, ONE_NODE_REPLICAS, NODES, RANKS, SEVERAL_NODES_REP
 class Refinement:
     """A replica search at the end: its share of a layer's time, and its heat, from and to.
 
-    Heat is in the weighted visits of an average expert's tokens. What is refined is good already: a heat near 1 would
-    lose it, and 0.01 accepts next to nothing that is worse.
+    Heat is in the weighted visits of an average expert's tokens. What is refined is good already, so the heat starts
+    far below that of a search from scratch (0.5 to 2), which would lose it.
     """
 
     share: float
     heat: tuple[float, float]
 
 
-# One node: swaps get most of the time, as their proposals cost a hundredth of the replica search's, in several runs,
-# since each ends elsewhere. What is left over is for the scoring in between.
+# One node: swaps get most of the time, because a proposal takes about a hundredth of the replica search's. There are
+# several runs, because each ends elsewhere. The remaining 0.05 is for scoring.
 SWAP_RUNS, SWAP_SHARE = 4, 0.6
 AFTER_SWAPS = Refinement(0.35, (0.05, 0.01))
 # Several nodes: a node costs several ranks, so which experts it holds is searched first, hot, from scratch.
 NODE_RUNS, NODE_SHARE, NODE_HEAT = 3, 0.3, (0.5, 0.05)
-# Then swaps inside nodes order the ranks; the rule shares tokens anew between a hot run and a cooler one.
+# Then swaps inside nodes order the ranks. Between the hot run and the cooler one, the rule shares tokens out again.
 RANK_SHARE = 0.1
 RANK_STAGES = (Stage("ranks", (1.0, 0.05)), Stage("ranks", (0.2, 0.02)))
-# Dealing a node's experts to its ranks left more to gain than swaps do: more time, and twice the heat.
+# The refinement starts from less search than on one node: more time, and twice the heat.
 AFTER_NODES = Refinement(0.55, (0.1, 0.01))
-# Local replicas first: few visits alone come close; from there the replica search sees who is local to whom.
+# Local replicas first: a plan for few visits comes close; the replica search then adds which ranks are local.
 WITHOUT_PREFERENCE_SHARE = 0.5
 AFTER_PREFERENCE = Refinement(0.4, (0.1, 0.01))
 

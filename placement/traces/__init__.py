@@ -1,2 +1,3 @@
-"""Routing decisions: recorded, read from other engines' files, profiled from a running server. What a placement makes
-of them is `placement.rule`."""
+"""Routing decisions: recorded, read from other engines' files, profiled from a running server. How a placement serves
+them is `placement.rule`.
+"""

@@ -1,3 +1,3 @@
-"""The search over slots with replicas, which asks the rule for choosing replicas anew after every move. Searches with
-fixed shares are `placement.search.swaps`.
+"""The search over slots with replicas, which applies the rule for choosing replicas again after every move. Searches in
+which replicas keep their tokens are `placement.search.swaps`.
 """

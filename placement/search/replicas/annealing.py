@@ -1,6 +1,6 @@
 """Annealing of slots with replicas, judged by what the rule for choosing replicas makes of every move.
 
-A move changes one or two slots. Only tokens that want the experts in them are covered anew, by the very code that
+A move changes one or two slots. Only tokens that want the experts in them are covered again, by the very code that
 routers run (`cover_token`). Most moves are bad and are given up after a few dozen of those tokens. Energy, in tokens:
 
     sum over tokens of (ranks visited + node_weight * nodes visited)
@@ -35,11 +35,11 @@ from placement.search.replicas.moves import (
     propose_move,
     restore_holders,
 )
-from placement.search.replicas.state import Limits, State, Tokens, accept_trial, all_holders, cover_all, cover_anew
+from placement.search.replicas.state import Limits, State, Tokens, accept_trial, all_holders, cover_again, cover_all
 from placement.xorshift import random_below, random_unit
 
 HALF_OF_MOVES = SwapChance(0, 1, 2)
-FIRST_LOOK = 48  # tokens covered anew before a move is first judged; doubled each time
+FIRST_LOOK = 48  # tokens covered again before a move is first judged; doubled each time
 HOT_RANK_DRAWS = 4  # one in so many moves starts from the fullest rank while one is above its limit
 COOLING_STEPS = 16  # proposals between two changes of heat and penalty
 
@@ -50,7 +50,7 @@ def anneal_replicas(
 ) -> None:
     """Run one part of an annealing schedule.
 
-    `state` and `random_1` are advanced; everything but the slots is computed anew at the start. `best` gets the best
+    `state` and `random_1` are advanced; everything but the slots is computed again at the start. `best` gets the best
     slots met, the start among them; loads up to `EXCESS_TOLERANCE` above the limits count as within.
     """
     filled, visits = cover_all(tokens, limits, state)
@@ -150,7 +150,7 @@ def _undo(limits: Limits, state: State, move: Move) -> None:
 
 @compiled(forceinline=True)
 def _cover_trial(tokens: Tokens, limits: Limits, state: State, move: Move, likely_limit: float) -> tuple[int, float]:
-    """Cover anew the tokens that want an expert of the move: how many, and the change of weighted visits.
+    """Cover the tokens that want an expert of the move again; returns how many, and the change of weighted visits.
 
     (-1, 0) if it is given up: after 48, 96, ... tokens the change of all of them is estimated, and a move that is two
     standard errors above `likely_limit` is not worth going on with.
@@ -177,7 +177,7 @@ def _cover_trial(tokens: Tokens, limits: Limits, state: State, move: Move, likel
         else:
             t = token_P[at_b]
             at_b += 1
-        of_token = cover_anew(tokens, limits, state, t, rows)
+        of_token = cover_again(tokens, limits, state, t, rows)
         rows += 1
         change += of_token
         squares += of_token * of_token

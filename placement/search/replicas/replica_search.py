@@ -25,7 +25,7 @@ LEAST_PROPOSALS = 200
 
 
 def proposal_seconds(problem: LayerProblem) -> float:
-    """Nominal time of one proposal: the tokens of two experts are covered anew."""
+    """Nominal time of one proposal: the tokens of two experts are covered again."""
     pairs = float((problem.ids >= 0).sum())
     return 2 * pairs / problem.num_experts * (COVER_SECONDS if problem.num_nodes == 1 else COVER_SECONDS_NODES)
 

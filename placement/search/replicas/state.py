@@ -62,7 +62,7 @@ class Covering(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What a move would make of it: `pairs_QR` and `load_R` after it, and the tokens covered anew, row by row."""
+    """What a move would make of it: `pairs_QR` and `load_R` after it, and the tokens covered again, row by row."""
 
     pairs_QR: np.ndarray
     load_R: np.ndarray
@@ -187,7 +187,7 @@ def cover_all(tokens: Tokens, limits: Limits, state: State) -> tuple[int, float]
 
 
 @compiled(forceinline=True)
-def cover_anew(tokens: Tokens, limits: Limits, state: State, t: int, row: int) -> float:
+def cover_again(tokens: Tokens, limits: Limits, state: State, t: int, row: int) -> float:
     """Cover one token as the next row of the trial; returns the change of its weighted visits."""
     covering, trial = state.covering, state.trial
     width, router = tokens.width_T[t], tokens.router_T[t]

@@ -1,3 +1,3 @@
-"""Searches that swap experts between slots, where each replica takes a fixed share of its expert's tokens. Searches
-that ask the rule anew after every move are `placement.search.replicas`.
+"""Searches that swap experts between slots while each replica keeps its tokens. The search that applies the rule for
+choosing replicas again after every move is `placement.search.replicas`.
 """

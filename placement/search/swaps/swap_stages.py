@@ -2,8 +2,8 @@
 
 T tokens, R ranks, s slots of a rank, I items, G groups, N nodes, P (token, expert) pairs. Without replicas, swaps
 decide alone: between nodes first, then between the ranks of each node, then between any ranks. With replicas, each
-keeps the tokens that the rule gives it for the length of a run; then the rule shares them anew, and single swaps settle
-what that leaves above the allowed load.
+keeps the tokens the rule gave it during a run; then the rule shares tokens out again, and single swaps settle what that
+leaves above the allowed load.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Stage(NamedTuple):
 # Hot stages lose what they start from and find a new order; cool ones improve what they are given.
 FROM_SCRATCH = (Stage("both", (1.0, 0.05)),)
 FROM_SCRATCH_ON_NODES = (Stage("nodes", (2.0, 0.05)), Stage("ranks", (1.0, 0.05)), Stage("both", (0.2, 0.02)))
-# Runs between which the rule shares the tokens of replicas anew: their share of the time, and their stages. The first
-# is from scratch; the second is cool, since most of what the first found holds.
+# Runs, between which the rule shares the tokens of replicas out again: their share of the time, and their stages. The
+# first is from scratch; the second is cool, so as to keep most of what the first found.
 TURNS: tuple[tuple[float, tuple[Stage, ...]], ...] = ((0.6, ()), (0.4, (Stage("both", (0.03, 0.01)),)))
-SETTLE_ROUNDS = 4  # of single swaps at the end; more rounds find nothing
+SETTLE_ROUNDS = 4  # of single swaps at the end, at most: fewer if no rank is above its limit
 
 
 def as_items(problem: LayerProblem, slots: Scored) -> Items:
