@@ -1,7 +1,7 @@
-"""Everything that reaches into Ray's or Ray Serve LLM's undocumented insides, in one place.
+"""Every use of undocumented internals of Ray and Ray Serve LLM, in one place.
 
 `tests/cluster/test_ray_joints.py` says which of these a new version has moved. Imports of `ray.serve.llm` stay inside
-functions: they bring in vllm, which takes seconds, and shards and the controller do without it.
+functions: they import vllm, which takes seconds and which shards and the controller do not need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ReplicaIdentity:
 
     app_name: str
     replica_id: str
-    rank: int  # Serve's, 0 .. num_replicas - 1; a dead replica's rank goes to its successor
+    rank: int  # Serve's, 0 to num_replicas - 1; a dead replica's rank passes to its successor
     node_id: str
 
 
@@ -37,7 +37,7 @@ def replica_identity() -> ReplicaIdentity:
 
 
 def deploy_config(serve_config: dict[str, Any]) -> None:
-    """Hand a whole Serve config to a running Serve, as `serve run` does: `serve deploy` can then change it in place."""
+    """Hand a whole Serve config to a running Serve, as `serve run` does; `serve deploy` can then change it in place."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -45,15 +45,15 @@ def deploy_config(serve_config: dict[str, Any]) -> None:
 
 
 def node_address() -> str:
-    """IP address at which other nodes reach this one, 127.0.0.1 on a cluster of one machine without a network."""
+    """IP address at which other nodes reach this one; 127.0.0.1 on a single machine without a network."""
     return ray.util.get_node_ip_address()
 
 
 async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> list[Any]:
-    """What each replica answers to a method, in no order: an exception from one that failed or took longer.
+    """What each replica answers to a method, in no order; an exception from one that failed or took too long.
 
-    Ray's own collecting of the answers has none of them where one is missing. Raises as Ray does, or TimeoutError,
-    where it is not known which replicas there are.
+    Ray's own way of collecting gives no answer at all if one is missing. Raises what Ray raises, or TimeoutError, if
+    the replicas are not known.
     """
     end_s = asyncio.get_running_loop().time() + timeout_s
     results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), timeout_s)
@@ -70,7 +70,7 @@ async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> 
         for task in asked:
             if not task.done():
                 task.cancel()
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # no one else looks at it
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else retrieves it
 
 
 def unfinished_requests(llm_server: Any) -> int:
@@ -88,8 +88,8 @@ def model_card(llm_config: Any) -> Any:
 def vllm_engine_cls(in_process: bool) -> type:
     """Ray Serve LLM's engine class; `in_process` puts the one worker of a CPU engine into the engine's own process.
 
-    On CPU vLLM asks for a process of its own for each worker, so that it can bind the worker's threads to cores.
-    Without such a binding that process buys nothing and costs ten seconds of start-up and two hops in every step.
+    On CPU vLLM gives each worker a process of its own, to bind the worker's threads to cores. Without a binding that
+    process gains nothing and costs ten seconds of start-up and two hops in every step.
     """
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
@@ -102,7 +102,7 @@ def vllm_engine_cls(in_process: bool) -> type:
 
         async def start(self) -> None:
             await super().start()
-            # Ray 2.60 looks for it under the name that it had before vLLM 0.32.
+            # Ray 2.60 looks for it under its name before vLLM 0.32.
             renamed = getattr(self._app_state, "serving_tokenization", None)
             self._oai_serving_tokenization: Any = renamed or self._oai_serving_tokenization
 
@@ -110,9 +110,9 @@ def vllm_engine_cls(in_process: bool) -> type:
 
 
 def no_download_callback() -> type:
-    """A callback for LLMConfig that skips the download step: the checkpoint is a folder.
+    """A callback for LLMConfig that skips the download step, since the checkpoint is a folder.
 
-    The step would start one more process on each node, which imports vllm to find nothing to do.
+    The step would start one more process on each node, which would import vllm and find nothing to do.
     """
     from ray.llm._internal.common.callbacks.base import CallbackBase
 

@@ -25,7 +25,8 @@ ORDER = {
         *("model", "protocol", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin", "precompile"),
     ],
     "cluster": [
-        *("config", "ray_joints", "observability", "controller", "shard", "router", "http", "build", "cli"),
+        *("config", "ray_joints", "controller", "observability", "shard", "router", "http", "console", "ingress"),
+        *("build", "cli"),
     ],
 }
 

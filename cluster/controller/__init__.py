@@ -1,2 +1,2 @@
-"""The placement controller: deployment, roster, first placement, and how others call it. Searching for placements is
-`placement`, moving weights `experts.shard`."""
+"""The placement controller: deployment, roster, first placement, its messages and the client that calls it. Searching
+for placements is `placement`; moving weights is `experts.shard`."""

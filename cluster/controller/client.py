@@ -1,4 +1,4 @@
-"""How shards, routers and the ingress ask the placement controller: by name, with deadlines, through its restarts."""
+"""How shards, routers and the console call the placement controller: by name, with time-outs, through its restarts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from typing import Any
 from ray import serve
 
 from cluster.config.parse import ConfigError
+from cluster.controller.messages import (
+    ControllerStatus,
+    HeartbeatAnswer,
+    JoinAnswer,
+    JoinRequest,
+    MembershipAnswer,
+    MembershipRequest,
+    PlacementView,
+    RejoinRequest,
+)
+from experts.protocol.membership import ShardEndpoint
+from experts.protocol.status import ShardStatus
 
 CONTROLLER = "PlacementController"
 SHARD = "ExpertShard"
@@ -18,11 +30,14 @@ logger = logging.getLogger("ray.serve")
 
 
 class ControllerLostError(RuntimeError):
-    """The placement controller did not answer; the message says what was asked and how long it was waited."""
+    """The placement controller did not answer; the message says what was asked and how long it was waited for."""
 
 
 class ControllerClient:
-    """Calls methods of the controller of one `experts` application."""
+    """The methods of one application's `PlacementController`, which documents them.
+
+    Each raises ControllerLostError if there is no answer within `timeout_s`.
+    """
 
     def __init__(self, app_name: str) -> None:
         if not app_name:
@@ -30,8 +45,39 @@ class ControllerClient:
         self.app_name = app_name
         self._handle = serve.get_deployment_handle(CONTROLLER, app_name)
 
+    async def join(self, request: JoinRequest, *, timeout_s: float, retry: bool = True) -> JoinAnswer:
+        """`retry`: also through a restart of the controller."""
+        call = self.call_with_retry if retry else self.call
+        return await call("join", request, timeout_s=timeout_s)
+
+    async def ready(self, shard_id: str, endpoint: ShardEndpoint, *, timeout_s: float) -> bool:
+        """Asks again while the controller restarts."""
+        return await self.call_with_retry("ready", shard_id, endpoint, timeout_s=timeout_s)
+
+    async def rejoin(self, request: RejoinRequest, *, timeout_s: float) -> bool:
+        """Asks again while the controller restarts."""
+        return await self.call_with_retry("rejoin", request, timeout_s=timeout_s)
+
+    async def heartbeat(self, shard_id: str, status: ShardStatus | None, *, timeout_s: float) -> HeartbeatAnswer:
+        return await self.call("heartbeat", shard_id, status, timeout_s=timeout_s)
+
+    async def leave(self, shard_id: str, *, timeout_s: float) -> bool:
+        return await self.call("leave", shard_id, timeout_s=timeout_s)
+
+    async def await_membership(self, request: MembershipRequest, *, timeout_s: float) -> MembershipAnswer:
+        return await self.call("await_membership", request, timeout_s=timeout_s)
+
+    async def deregister_router(self, router_id: str, *, timeout_s: float) -> None:
+        await self.call("deregister_router", router_id, timeout_s=timeout_s)
+
+    async def status(self, *, timeout_s: float) -> ControllerStatus:
+        return await self.call("status", timeout_s=timeout_s)
+
+    async def placement(self, *, timeout_s: float) -> PlacementView:
+        return await self.call("placement", timeout_s=timeout_s)
+
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
-        """One call. Raises ControllerLostError after `timeout_s`, or when the controller died under the call."""
+        """Call once. ControllerLostError after `timeout_s`, or if the controller dies or raises meanwhile."""
         response = getattr(self._handle, method).remote(*args)
         try:
             return await asyncio.wait_for(response, timeout_s)
@@ -47,12 +93,12 @@ class ControllerClient:
     async def call_with_retry(self, method: str, *args: Any, timeout_s: float, pause_s: float = 0.5) -> Any:
         """Call until it answers, through the controller's restarts; ControllerLostError after `timeout_s`."""
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + timeout_s
+        deadline_s = loop.time() + timeout_s
         while True:
             try:
-                return await self.call(method, *args, timeout_s=max(0.1, end_s - loop.time()))
+                return await self.call(method, *args, timeout_s=max(0.1, deadline_s - loop.time()))
             except ControllerLostError as error:
-                if loop.time() + pause_s >= end_s:
+                if loop.time() + pause_s >= deadline_s:
                     raise
                 logger.warning("%s; asking again", error)
                 await asyncio.sleep(pause_s)

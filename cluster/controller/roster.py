@@ -1,14 +1,16 @@
-"""Which shard stands at which rank, and the epoch that says so: the controller's memory, without Ray or a clock.
+"""Which shard stands at which rank, and the epoch: the controller's memory of shards, without Ray or a clock.
 
 A shard passes through three states:
 
     (unknown) --join--> loading at a rank --ready--> serving --(silence, leave, a successor)--> (unknown)
 
-Every change of who serves counts the epoch up, and so does a retry for shards that a router gave up although they live.
-Nothing here is written down: a controller that restarts learns ranks and the highest epoch from shards and routers that
-are still there. Serve gives each replica a rank and hands a dead replica's rank to its successor, so that rank is the
-first choice, and tells whose seat the successor may take; a shard that holds or loads experts keeps the rank that they
-are for. With blocks of nodes a shard's rank here may be another than Serve's.
+Every change of who serves raises the epoch by one, and so does a retry of shards that a router gave up although they
+are alive. Nothing is stored: a controller that restarts learns the ranks and the highest epoch from the shards and
+routers that are still there.
+
+Serve gives each replica a rank and passes a dead replica's rank on to its successor. That rank is the first choice, and
+it tells whose seat the successor may take. A shard that holds or loads experts keeps the rank they are for. With blocks
+of nodes a shard's rank here can differ from Serve's.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from experts.protocol.membership import ShardEndpoint
 from placement.placement import Placement
 
-_LONGEST_PAUSE = 16  # between two retries of a shard, in times of the first pause
+_LONGEST_PAUSE = 16  # between two retries of a shard, as a multiple of the first pause
 
 
 @dataclass
@@ -33,10 +35,10 @@ class Seat:
     rank: int
     last_heartbeat_s: float
     endpoint: ShardEndpoint | None = None  # None while it loads
-    serve_rank: int | None = None  # Serve's rank of the replica, None where it is not known
-    given_up_s: float | None = None  # since when some router goes without it although it serves
+    serve_rank: int | None = None  # Serve's rank of the replica, None if unknown
+    given_up_s: float | None = None  # since when some router has gone without it although it serves
     retried_s: float = float("-inf")
-    retries: int = 0  # of this incarnation, each of which has to wait twice as long as the one before
+    retries: int = 0  # of this incarnation; each waits twice as long as the one before
 
     @property
     def serving(self) -> bool:
@@ -44,8 +46,8 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class JoinAnswer:
-    """What a shard that asks for a rank is told: a rank, or why it has to ask again."""
+class SeatAnswer:
+    """A rank, or why there is none yet."""
 
     rank: int | None
     reason: str = ""
@@ -61,7 +63,7 @@ class Roster:
 
     def __init__(self, num_ranks: int, num_nodes: int = 1) -> None:
         if num_ranks < 1 or num_nodes < 1 or num_ranks % num_nodes:
-            raise ValueError(f"{num_ranks} ranks do not stand on {num_nodes} nodes in equal blocks")
+            raise ValueError(f"{num_ranks} ranks cannot be dealt to {num_nodes} nodes in equal blocks")
         self.num_ranks = num_ranks
         self.num_nodes = num_nodes
         self.epoch = 0
@@ -100,24 +102,24 @@ class Roster:
         now_s: float,
         patience_s: float,
         loading: int | None = None,
-    ) -> JoinAnswer:
+    ) -> SeatAnswer:
         """Seat a shard that holds no experts yet.
 
-        `wanted_rank` is the rank that Serve gave the replica. It is granted where it is free and suits the blocks of
-        nodes; else the first free rank that does is. Where none is, the shard takes the seat of the replica that had
-        its rank of Serve before, once that one was silent for `patience_s`: it is dead, and this is its successor. All
-        others may only be late, so their seats are free no sooner than `expire` says.
+        `wanted_rank` is the rank that Serve gave the replica. The shard gets it if it is free and suits the blocks of
+        nodes, else the first free rank that suits. If there is none, it takes the seat of the replica that had its
+        Serve rank before, once that one has been silent for `patience_s`: it is dead, and this is its successor. All
+        others may just be late, so their seats become free only through `expire`.
 
-        A shard that the controller forgot in a restart names the rank whose experts it is `loading`: that one or none.
+        A shard that the controller forgot in a restart gives the rank it is `loading`, and gets that one or none.
         """
         if (seat := self.seat_of(shard_id)) is not None:
             seat.last_heartbeat_s = now_s
-            return JoinAnswer(seat.rank)
+            return SeatAnswer(seat.rank)
         if loading is not None:
             if loading in self._seats or not 0 <= loading < self.num_ranks:
-                return JoinAnswer(None, f"rank {loading} is taken, or there is none")
+                return SeatAnswer(None, f"rank {loading} is taken or does not exist")
             self._seats[loading] = Seat(shard_id, node_id, loading, now_s, serve_rank=wanted_rank)
-            return JoinAnswer(loading)
+            return SeatAnswer(loading)
         choices = [wanted_rank, *(rank for rank in range(self.num_ranks) if rank != wanted_rank)]
         free = [rank for rank in choices if rank not in self._seats and 0 <= rank < self.num_ranks]
         left = [
@@ -128,16 +130,16 @@ class Roster:
         suitable = [rank for rank in (*free, *left) if self._suits(rank, node_id)]
         if not suitable:
             if not free and not left:
-                return JoinAnswer(None, f"all {self.num_ranks} ranks are taken")
-            return JoinAnswer(None, f"the free ranks {sorted(free + left)} belong to the blocks of other nodes")
+                return SeatAnswer(None, f"all {self.num_ranks} ranks are taken")
+            return SeatAnswer(None, f"the free ranks {sorted(free + left)} belong to the blocks of other nodes")
         rank = suitable[0]
         if rank in self._seats:
             self._vacate(rank)
         self._seats[rank] = Seat(shard_id, node_id, rank, now_s, serve_rank=wanted_rank)
-        return JoinAnswer(rank)
+        return SeatAnswer(rank)
 
     def ready(self, shard_id: str, endpoint: ShardEndpoint, now_s: float) -> bool:
-        """The shard has loaded and listens. Returns False if its seat is gone; then it has to start anew."""
+        """The shard has loaded and listens. Returns False if its seat is gone; then it must restart."""
         seat = self.seat_of(shard_id)
         if seat is None or seat.rank != endpoint.rank:
             return False
@@ -156,9 +158,9 @@ class Roster:
         now_s: float,
         serve_rank: int | None = None,
     ) -> bool:
-        """Seat a shard that serves already, as after the controller's restart or after the shard's own long silence.
+        """Seat a shard that serves already, after the controller's restart or its own long silence.
 
-        Returns False if another shard has its rank by now, or it has a seat at another rank.
+        Returns False if another shard has its rank by now, or if it has a seat at another rank.
         """
         self.raise_epoch_above(epoch)
         if not 0 <= endpoint.rank < self.num_ranks:
@@ -171,7 +173,7 @@ class Roster:
         return self.ready(shard_id, endpoint, now_s)
 
     def heartbeat(self, shard_id: str, now_s: float) -> bool:
-        """A sign of life. Returns False if this shard has no seat: then it has to join or rejoin."""
+        """A sign of life. Returns False if this shard has no seat; then it must join or rejoin."""
         seat = self.seat_of(shard_id)
         if seat is None:
             return False
@@ -179,27 +181,27 @@ class Roster:
         return True
 
     def leave(self, shard_id: str) -> None:
-        """The shard says farewell."""
+        """The shard stops. Does nothing if it has no seat."""
         if (seat := self.seat_of(shard_id)) is not None:
             self._vacate(seat.rank)
 
     def expire(self, now_s: float, lost_after_s: float) -> list[int]:
-        """Remove shards that were silent for `lost_after_s`; returns their ranks."""
+        """Remove shards that have been silent for `lost_after_s`; returns their ranks."""
         ranks = [rank for rank in self._seats if self._silent(rank, now_s, lost_after_s)]
         for rank in ranks:
             self._vacate(rank)
         return sorted(ranks)
 
     def credit_pause(self, lag_s: float, now_s: float) -> None:
-        """Nobody could be heard in the last `lag_s`: what was silence then does not count."""
+        """Do not count the last `lag_s` as silence, since nobody could be heard then."""
         for seat in self._seats.values():
-            # Not into the future: who was heard just now, before the lag was noticed, was not silent at all.
+            # Not into the future: a shard heard just now, before the lag was noticed, was not silent at all.
             seat.last_heartbeat_s = min(seat.last_heartbeat_s + lag_s, now_s)
-            if seat.given_up_s is not None:  # stays after the last beat where it was
+            if seat.given_up_s is not None:  # keeps its order relative to the last heartbeat
                 seat.given_up_s = min(seat.given_up_s + lag_s, now_s)
 
     def given_up(self, rank: int, incarnation: str, now_s: float) -> None:
-        """A router goes on without this incarnation of the rank's shard."""
+        """A router goes on without this incarnation of the rank's shard. Does nothing for any other incarnation."""
         seat = self._seats.get(rank)
         if seat is None or seat.endpoint is None or seat.endpoint.incarnation != incarnation:
             return
@@ -207,17 +209,17 @@ class Roster:
             seat.given_up_s = now_s
 
     def retry(self, now_s: float, after_s: float) -> list[int]:
-        """Ranks given up at least `after_s` ago whose shards show life since; counts the epoch up if there are any.
+        """Ranks given up at least `after_s` ago whose shards were heard since; raises the epoch if there are any.
 
-        A shard that is given up again after a retry waits twice as long for the next one, and so on: every retry costs
-        its routers a request that fails.
+        A shard that is given up again after a retry waits twice as long for the next one, and so on, because every
+        retry costs its routers a dispatch that fails.
         """
         ranks = []
         longest_s = _LONGEST_PAUSE * after_s
         for seat in self._seats.values():
             if seat.given_up_s is None or seat.last_heartbeat_s <= seat.given_up_s:
                 continue
-            if seat.given_up_s - seat.retried_s > longest_s:  # it served well for so long
+            if seat.given_up_s - seat.retried_s > longest_s:  # it served well for that long
                 seat.retries = 0
             if now_s - seat.given_up_s < min(after_s * 2**seat.retries, longest_s):
                 continue
@@ -228,7 +230,7 @@ class Roster:
         return sorted(ranks)
 
     def raise_epoch_above(self, epoch: int) -> None:
-        """An earlier controller gave out `epoch`, so what this one says has to be above it."""
+        """An earlier controller gave out `epoch`; this one goes on above it."""
         self.epoch = max(self.epoch, epoch + 1)
 
     def _silent(self, rank: int, now_s: float, for_s: float) -> bool:
@@ -240,7 +242,7 @@ class Roster:
             self.epoch += 1
 
     def _suits(self, rank: int, node_id: str) -> bool:
-        """Shards of one node fill one block of ranks; with one block everything suits."""
+        """Shards of one node fill one block of ranks; with a single block everything suits."""
         if self.num_nodes == 1:
             return True
         per_node = self.num_ranks // self.num_nodes

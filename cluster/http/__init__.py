@@ -1,2 +1,2 @@
-"""What stands before the OpenAI API: keys, limits, error format, health. Pages and endpoints for people who run the
-service are `cluster.console`."""
+"""What stands before the OpenAI API: keys, queue limit, error format, health. Endpoints for people who run the service
+are `cluster.console`."""

@@ -14,6 +14,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.router.client import RouterLostError
+
 logger = logging.getLogger("ray.serve")
 
 _TYPES = {
@@ -24,10 +26,6 @@ _TYPES = {
     503: "overloaded_error",
 }
 _CODES = {401: "invalid_api_key", 404: "not_found"}
-
-
-class UnavailableError(RuntimeError):
-    """A part of the service that a request needs did not answer; the client is told the message, and to try again."""
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -45,14 +43,14 @@ def error_response(
 
 
 def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
-    """What a client is told about any exception; unexpected ones are logged and told without their insides."""
+    """The response to any exception. An unexpected one is logged, and the client does not see its details."""
     if isinstance(error, RequestValidationError | ValidationError):
         return _validation_response(error)
     if isinstance(error, BackPressureError):
         return error_response(503, "too many requests are queued; try again", retry_after_s=retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
         return error_response(503, "no router is available; try again", retry_after_s=retry_after_s)
-    if isinstance(error, UnavailableError):
+    if isinstance(error, RouterLostError):
         return error_response(503, str(error), retry_after_s=retry_after_s)
     if isinstance(error, TimeoutError):
         return error_response(503, "no answer in time; try again", retry_after_s=retry_after_s)
@@ -77,18 +75,18 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
 class OpenAIApp(FastAPI):
     """A FastAPI app that keeps Serve's own handlers out.
 
-    Serve adds them to an app that it is given, for the two exceptions of a router that cannot take a request: plain
-    text. Without a handler those reach `ErrorsStayInside`.
+    Serve adds them to the app it gets, for the two exceptions of a router that cannot take a request, and they answer
+    in plain text. Without a handler the exceptions reach `ErrorsStayInside`.
     """
 
     def add_exception_handler(self, exc_class_or_status_code: int | type[Exception], handler: Any) -> None:
-        """As FastAPI's; none for what Serve raises."""
+        """As FastAPI's, but without effect for the exceptions that Serve raises."""
         if exc_class_or_status_code not in (BackPressureError, DeploymentUnavailableError):
             super().add_exception_handler(exc_class_or_status_code, handler)
 
 
 def add_error_handlers(app: OpenAIApp, retry_after_s: int) -> None:
-    """Let `app` answer every exception in OpenAI's format. Call before other middleware is added."""
+    """Let `app` answer every exception in OpenAI's format. Call it before adding other middleware."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
         return response_for(error, retry_after_s)
@@ -99,10 +97,10 @@ def add_error_handlers(app: OpenAIApp, retry_after_s: int) -> None:
 
 
 class ErrorsStayInside:
-    """Answers exceptions that no handler took, instead of letting them travel on.
+    """Answers exceptions that no handler took, instead of passing them on.
 
     Starlette's handler for `Exception` answers and then raises again. Serve would carry the exception to its proxy,
-    which, to unpickle one of Ray Serve LLM's, imports vllm: seconds in which no request of any client gets through.
+    and the proxy would import vllm to unpickle one of Ray Serve LLM's: for seconds no request would get through.
     """
 
     def __init__(self, app: ASGIApp, retry_after_s: int) -> None:
@@ -110,7 +108,7 @@ class ErrorsStayInside:
         self._retry_after_s = retry_after_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection; anything but HTTP passes."""
+        """Handle one connection; anything but HTTP passes through."""
         started = False
 
         async def note_start(message: Message) -> None:
@@ -127,7 +125,7 @@ class ErrorsStayInside:
             if not started:
                 await response(scope, receive, send)
                 return
-            # A stream has begun, so the status is gone; the error is its last event.
+            # The stream has started, so its status is sent already; the error becomes its last event.
             last = b"data: " + bytes(response.body) + b"\n\ndata: [DONE]\n\n"
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -14,7 +14,7 @@ GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
 class Gate:
-    """401 for a request without a key (where keys are set), 503 for a generation over the limit."""
+    """Answers 401 to a request without a valid key (if there are keys), and 503 to a generation over the limit."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str], max_pending: int, retry_after_s: int) -> None:
         self._app = app
@@ -24,7 +24,7 @@ class Gate:
         self._pending = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection; anything but HTTP passes."""
+        """Handle one connection; anything but HTTP passes through."""
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return

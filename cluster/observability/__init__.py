@@ -1,1 +1,2 @@
-"""Counters of routers and shards for Prometheus and Ray. Endpoints that show them are `cluster.http`."""
+"""Counters of routers and shards as series for Prometheus and Ray. The endpoints that show them are `cluster.console`;
+the counting itself is in `experts`."""

@@ -5,59 +5,89 @@ Few series: labels are the router, the shard's rank and the stage of a dispatch,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from ray.util import metrics as ray_metrics
 
-# name (without prefix), key in the router's status, description
-ROUTER_COUNTERS = (
-    ("steps", "steps", "Engine steps that dispatched rows"),
-    ("dispatches", "dispatches", "MoE layers dispatched to shards"),
-    ("rows", "rows", "Token rows that went through dispatched layers"),
-    ("fan_out_sum", "fan_out_sum", "Shards visited, summed over rows and layers; over rows it is the mean fan-out"),
-    ("failovers", "failovers", "Dispatches of which a shard's rows were repeated elsewhere"),
-    ("fallback_pairs", "fallback_pairs", "Pairs of row and expert computed on the router for want of a shard"),
-    ("bytes_sent", "bytes_sent", "Bytes sent to shards"),
-    ("bytes_received", "bytes_received", "Bytes received from shards"),
-)
-ROUTER_GAUGES = (
-    ("epoch", "epoch", "Epoch of the placement that the router dispatches by"),
-    ("balancedness", "balancedness", "Mean over max of the shards' load in pairs of row and expert"),
-)
-SHARD_COUNTERS = (
-    ("shard_rows", "shard_rows", "Token rows that the shard computed"),
-    ("shard_pairs", "shard_pairs", "Pairs of row and expert computed by the shard"),
-)
+from cluster.controller.messages import ControllerStatus
+from experts.protocol.status import RouterStatus, StageHistogram
+
 PREFIX = "expertmesh_"
+V = TypeVar("V")
 
 
-def render(routers: Iterable[dict[str, Any]], controller: dict[str, Any] | None) -> bytes:
-    """Prometheus text of the statuses of all routers and of the controller (None where it does not answer)."""
+@dataclass(frozen=True)
+class Series(Generic[V]):
+    """One series by router, or by router and rank if its value is a list."""
+
+    name: str  # without prefix
+    value: Callable[[RouterStatus], V]
+    description: str
+
+
+ROUTER_COUNTERS: tuple[Series[int], ...] = (
+    Series("steps", lambda s: s.steps, "Engine steps that dispatched rows"),
+    Series("dispatches", lambda s: s.dispatches, "MoE layers dispatched to shards"),
+    Series("rows", lambda s: s.rows, "Token rows that went through dispatched layers"),
+    Series(
+        "fan_out_sum",
+        lambda s: s.fan_out_sum,
+        "Shards visited, summed over rows and layers; divided by rows: the mean fan-out",
+    ),
+    Series("failovers", lambda s: s.failovers, "Dispatches that repeated a lost shard's rows elsewhere"),
+    Series(
+        "fallback_pairs",
+        lambda s: s.fallback_pairs,
+        "Row-expert pairs the router computed because no shard had the expert",
+    ),
+    Series("bytes_sent", lambda s: s.bytes_sent, "Bytes sent to shards"),
+    Series("bytes_received", lambda s: s.bytes_received, "Bytes received from shards"),
+)
+ROUTER_GAUGES: tuple[Series[float], ...] = (
+    Series("epoch", lambda s: s.epoch, "Epoch of the placement that the router dispatches by"),
+    Series("balancedness", lambda s: s.balancedness, "Mean over max of the shards' load in row-expert pairs"),
+)
+SHARD_COUNTERS: tuple[Series[list[int]], ...] = (
+    Series("shard_rows", lambda s: s.shard_rows, "Token rows that the shard computed"),
+    Series("shard_pairs", lambda s: s.shard_pairs, "Row-expert pairs that the shard computed"),
+)
+
+
+def render(routers: Iterable[RouterStatus], controller: ControllerStatus | None) -> bytes:
+    """Prometheus text of all routers and of the controller (None if it does not answer)."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(list(routers), controller))  # type: ignore[arg-type]
     return generate_latest(registry)
 
 
 class _Snapshot:
-    def __init__(self, routers: list[dict[str, Any]], controller: dict[str, Any] | None) -> None:
+    def __init__(self, routers: list[RouterStatus], controller: ControllerStatus | None) -> None:
         self._routers, self._controller = routers, controller
 
     def collect(self) -> Iterator[Any]:
-        for kind, table in ((CounterMetricFamily, ROUTER_COUNTERS), (GaugeMetricFamily, ROUTER_GAUGES)):
-            for name, key, description in table:
-                family = kind(PREFIX + name, description, labels=["router"])
-                for status in self._routers:
-                    family.add_metric([status["router_id"]], status[key])
-                yield family
-        for name, key, description in SHARD_COUNTERS:
-            family = CounterMetricFamily(PREFIX + name, description, labels=["router", "rank"])
+        yield from self._router_families(CounterMetricFamily, ROUTER_COUNTERS)
+        yield from self._router_families(GaugeMetricFamily, ROUTER_GAUGES)
+        for series in SHARD_COUNTERS:
+            family = CounterMetricFamily(PREFIX + series.name, series.description, labels=["router", "rank"])
             for status in self._routers:
-                for rank, value in enumerate(status[key]):
-                    family.add_metric([status["router_id"], str(rank)], value)
+                for rank, value in enumerate(series.value(status)):
+                    family.add_metric([status.router_id, str(rank)], value)
             yield family
+        yield from self._engine_families()
+        yield from self._controller_families()
+
+    def _router_families(self, kind: type, table: Iterable[Series[Any]]) -> Iterator[Any]:
+        for series in table:
+            family = kind(PREFIX + series.name, series.description, labels=["router"])
+            for status in self._routers:
+                family.add_metric([status.router_id], series.value(status))
+            yield family
+
+    def _engine_families(self) -> Iterator[Any]:
         connected = GaugeMetricFamily(
             PREFIX + "shard_connected", "1 if the router has the shard", labels=["router", "rank"]
         )
@@ -66,14 +96,12 @@ class _Snapshot:
             PREFIX + "dispatch_seconds", "Router's time in one MoE layer by stage", labels=["router", "stage"]
         )
         for status in self._routers:
-            router = status["router_id"]
-            for rank in range(status["num_ranks"]):
-                connected.add_metric([router, str(rank)], float(rank in status["connected"]))
-            pending.add_metric([router], status["unfinished_requests"])
-            for stage, histogram in status["stage_us"].items():
-                stages.add_metric([router, stage], *_buckets(histogram))
+            for rank in range(status.num_ranks):
+                connected.add_metric([status.router_id, str(rank)], float(rank in status.connected))
+            pending.add_metric([status.router_id], status.unfinished_requests)
+            for stage, histogram in vars(status.stage_us).items():
+                stages.add_metric([status.router_id, stage], *_buckets(histogram))
         yield from (connected, pending, stages)
-        yield from self._controller_families()
 
     def _controller_families(self) -> Iterator[Any]:
         up = GaugeMetricFamily(PREFIX + "controller_up", "1 if the placement controller answers")
@@ -82,71 +110,71 @@ class _Snapshot:
         if self._controller is None:
             return
         epoch = GaugeMetricFamily(PREFIX + "controller_epoch", "Epoch that the placement controller gives out")
-        epoch.add_metric([], self._controller["epoch"])
+        epoch.add_metric([], self._controller.epoch)
         missing = GaugeMetricFamily(PREFIX + "ranks_missing", "Ranks at which no shard serves")
-        missing.add_metric([], len(self._controller["missing_ranks"]))
+        missing.add_metric([], len(self._controller.missing_ranks))
         loaded = GaugeMetricFamily(
             PREFIX + "shard_loaded_bytes", "Bytes of expert weights on the shard", labels=["rank"]
         )
         requests = CounterMetricFamily(PREFIX + "shard_requests", "Dispatches that the shard answered", labels=["rank"])
-        for shard in self._controller["shards"]:
-            if "loaded_bytes" in shard:
-                loaded.add_metric([str(shard["rank"])], shard["loaded_bytes"])
-                requests.add_metric([str(shard["rank"])], shard["requests"])
+        for shard in self._controller.shards:
+            if shard.status is not None:
+                loaded.add_metric([str(shard.rank)], shard.status.loaded_bytes)
+                requests.add_metric([str(shard.rank)], shard.status.requests)
         yield from (epoch, missing, loaded, requests)
 
 
-def _buckets(histogram: dict[str, Any]) -> tuple[list[tuple[str, float]], float]:
-    """Cumulated buckets with bounds in seconds, and the sum in seconds."""
-    bounds = [str(bound / 1e6) for bound in histogram["bounds"]] + ["+Inf"]
+def _buckets(histogram: StageHistogram) -> tuple[list[tuple[str, float]], float]:
+    """Cumulated buckets with upper bounds in seconds, and the sum in seconds."""
+    bounds = [str(bound / 1e6) for bound in histogram.bounds] + ["+Inf"]
     total, cumulated = 0, []
-    for bound, count in zip(bounds, histogram["buckets"], strict=True):
+    for bound, count in zip(bounds, histogram.buckets, strict=True):
         total += count
         cumulated.append((bound, float(total)))
-    return cumulated, histogram["sum"] / 1e6
+    return cumulated, histogram.sum / 1e6
 
 
 class RouterMetrics:
     """The same counters through Ray's metrics agent, for clusters whose Prometheus scrapes Ray."""
 
     def __init__(self, router_id: str) -> None:
-        self._seen: dict[tuple[str, str], float] = {}
+        self._exported: dict[tuple[str, ...], float] = {}  # totals so far, by series and tags
         self._tags = {"router": router_id}
-        self._counters = {
-            key: ray_metrics.Counter(PREFIX + name, description, tag_keys=("router",))
-            for name, key, description in ROUTER_COUNTERS
-        }
-        self._shard_counters = {
-            key: ray_metrics.Counter(PREFIX + name, description, tag_keys=("router", "rank"))
-            for name, key, description in SHARD_COUNTERS
-        }
-        self._gauges = {
-            key: ray_metrics.Gauge(PREFIX + name, description, tag_keys=("router",))
-            for name, key, description in ROUTER_GAUGES
-        }
+        self._counters = [
+            (series, ray_metrics.Counter(PREFIX + series.name, series.description, tag_keys=("router",)))
+            for series in ROUTER_COUNTERS
+        ]
+        self._shard_counters = [
+            (series, ray_metrics.Counter(PREFIX + series.name, series.description, tag_keys=("router", "rank")))
+            for series in SHARD_COUNTERS
+        ]
+        self._gauges = [
+            (series, ray_metrics.Gauge(PREFIX + series.name, series.description, tag_keys=("router",)))
+            for series in ROUTER_GAUGES
+        ]
         stage_tags = ("router", "stage")
         self._stage_sum = ray_metrics.Counter(PREFIX + "dispatch_stage_seconds", "Time in a stage", tag_keys=stage_tags)
         self._stage_count = ray_metrics.Counter(
             PREFIX + "dispatch_stage_count", "Passes of a stage", tag_keys=stage_tags
         )
 
-    def export(self, status: dict[str, Any]) -> None:
-        """Hand over what was counted since the last call."""
-        for key, counter in self._counters.items():
-            self._add(counter, key, status[key], self._tags)
-        for key, counter in self._shard_counters.items():
-            for rank, value in enumerate(status[key]):
-                self._add(counter, key, value, {**self._tags, "rank": str(rank)})
-        for key, gauge in self._gauges.items():
-            gauge.set(status[key], tags=self._tags)
-        for stage, histogram in status["stage_us"].items():
+    def export(self, status: RouterStatus) -> None:
+        """Hand over what was counted since the last call: Ray's counters take growth, not totals."""
+        for series, counter in self._counters:
+            self._add(counter, series.name, series.value(status), self._tags)
+        for shard_series, counter in self._shard_counters:
+            for rank, value in enumerate(shard_series.value(status)):
+                self._add(counter, shard_series.name, value, {**self._tags, "rank": str(rank)})
+        for gauge_series, gauge in self._gauges:
+            gauge.set(gauge_series.value(status), tags=self._tags)
+        for stage, histogram in vars(status.stage_us).items():
             tags = {**self._tags, "stage": stage}
-            self._add(self._stage_sum, "sum", histogram["sum"] / 1e6, tags)
-            self._add(self._stage_count, "count", histogram["count"], tags)
+            self._add(self._stage_sum, "stage_sum", histogram.sum / 1e6, tags)
+            self._add(self._stage_count, "stage_count", histogram.count, tags)
 
-    def _add(self, counter: Any, key: str, value: float, tags: dict[str, str]) -> None:
-        place = (key, "|".join(tags.values()))
-        grown = value - self._seen.get(place, 0.0)
-        if grown > 0:
-            counter.inc(grown, tags=tags)
-            self._seen[place] = value
+    def _add(self, counter: Any, name: str, total: float, tags: dict[str, str]) -> None:
+        place = (name, *tags.values())
+        growth = total - self._exported.get(place, 0.0)
+        if growth > 0:
+            counter.inc(growth, tags=tags)
+            self._exported[place] = total

@@ -1,7 +1,7 @@
-"""What Serve gets for the application `llm`: shells that import ray.serve.llm, and so vllm, only in their replicas.
+"""The router deployment as Serve gets it: a shell that imports ray.serve.llm, and with it vllm, only in its replicas.
 
-Whoever builds the application (the command, `serve run`, Serve's build task) would otherwise import vllm just to name
-the classes, ten seconds before the first replica begins to do the same.
+Otherwise everything that builds the application (the command, `serve run`, Serve's build task) would import vllm just
+to name the class, ten seconds before the first replica starts to do the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cluster.config.parse import parse
 
 
 class Router:
-    """One router: `cluster.router.server.ExpertMeshLLMServer`, whose methods are reached through this."""
+    """One router. Passes its methods on to a `cluster.router.server.ExpertMeshLLMServer`."""
 
     _server: Any = None
 
@@ -21,13 +21,13 @@ class Router:
         from cluster.router.server import ExpertMeshLLMServer, llm_config_of
 
         config = parse(LLMAppConfig, mesh)
-        # Ray Serve LLM's servers have asynchronous constructors, which only Serve itself calls by their class.
+        # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
         await server.__init__(llm_config_of(config), mesh=config)  # type: ignore[misc]
         self._server = server
 
     def __getattr__(self, name: str) -> Any:
-        """Everything that Ray Serve LLM's server offers, and the project's own methods."""
+        """Everything that the server offers."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._server, name)

@@ -1,6 +1,6 @@
-"""Serve's options of the router deployment, as Ray Serve LLM's builder would compute them, without importing it.
+"""Serve options of the router deployment, as Ray Serve LLM's builder would compute them, without importing it.
 
-`tests/cluster/router/test_options.py` holds them against that builder's own for every config that ships.
+`tests/cluster/router/test_options.py` compares them with that builder's own for every config that ships.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def runtime_env_of(routers: RoutersSection) -> dict[str, Any]:
-    """Environment of routers and their engines; the checkpoint is a folder, so nothing is asked of the hub."""
+    """Environment of routers and their engines. Offline, because the checkpoint is a folder."""
     own = CPU_ROUTER_ENV if routers.accelerator == "cpu" else {}
     return {"env_vars": {"HF_HUB_OFFLINE": "1", **own, **routers.env_vars}}
 
 
 def router_options(routers: RoutersSection) -> dict[str, Any]:
-    """Replicas, actor options and the placement group that one engine and its workers run in."""
+    """Number of replicas, actor options, and the placement group of one engine and its workers."""
     options = {**DEFAULTS, **copy.deepcopy(routers.deployment_config)}
     if options.get("autoscaling_config") is None:
         options.setdefault("num_replicas", routers.count or 1)
@@ -42,7 +42,7 @@ def router_options(routers: RoutersSection) -> dict[str, Any]:
 
 
 def _engine_bundles(routers: RoutersSection, group: dict[str, Any]) -> list[dict[str, float]]:
-    """Resources of the engine's one worker, or as the user lists them."""
+    """Resources of the engine's one worker, or what the user lists."""
     if "bundle_per_worker" in group:
         bundles = [dict(group["bundle_per_worker"])]
     elif "bundles" in group:
@@ -56,7 +56,7 @@ def _engine_bundles(routers: RoutersSection, group: dict[str, Any]) -> list[dict
 
 
 def _with_replica(bundles: list[dict[str, float]], actor: dict[str, Any]) -> list[dict[str, float]]:
-    """The replica's own resources on top of the first bundle, in which it runs."""
+    """`bundles` with the replica's own resources added to the first one, where it runs."""
     own = {"CPU": actor.get("num_cpus", 1), "GPU": actor.get("num_gpus", 0), **(actor.get("resources") or {})}
     if "memory" in actor:
         own["memory"] = actor["memory"]

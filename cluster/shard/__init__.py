@@ -1,1 +1,2 @@
-"""The shard deployment: its way into the cluster and out of it. What a shard does is `experts.shard`."""
+"""The shard deployment: how a shard joins the cluster, shows that it lives, and leaves. What a shard does is
+`experts.shard`."""

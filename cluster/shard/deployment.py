@@ -1,6 +1,6 @@
-"""The Serve deployment of a shard: finds its rank, loads, serves, gives signs of life, says farewell.
+"""The Serve deployment of a shard: gets its rank, loads, serves, sends heartbeats, leaves.
 
-The work is done by `experts.shard.server.ShardServer`, which knows nothing of Ray; this is its way into a cluster.
+`experts.shard.server.ShardServer`, which knows nothing of Ray, does the work; this is its way into a cluster.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import asdict
 from typing import Any
 
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
+from cluster.controller.messages import JoinRequest, RejoinRequest
 from cluster.controller.roster import placement_digest
 from cluster.ray_joints import node_address, replica_identity
 from experts.protocol.membership import ShardEndpoint
+from experts.protocol.status import ShardStatus
 from placement.placement import Placement
 
 logger = logging.getLogger("ray.serve")
@@ -31,7 +32,7 @@ class ExpertShard:
         self._controller = ControllerClient(self._identity.app_name)
         self._epoch = 0
         self._fault: str | None = None
-        from experts.shard.server import ShardServer  # torch, which whoever only names this class does without
+        from experts.shard.server import ShardServer  # imports torch, which naming this class must not
 
         self._server = ShardServer(self._config.shard_settings(node_address()))
         self._heart: asyncio.Task[None] | None = None
@@ -41,53 +42,46 @@ class ExpertShard:
         logger.info("rank %d: loading %s", self._rank, self._config.model.path)
         endpoint = await asyncio.to_thread(self._server.start, placement, self._rank, self._epoch)
         timeout_s = self._config.membership.join_timeout_s
-        seated = await self._controller.call_with_retry(
-            "ready", self._identity.replica_id, asdict(endpoint), timeout_s=timeout_s
-        )
-        # A controller that restarted a moment ago does not know this shard; that need not mean its rank is another's.
+        seated = await self._controller.ready(self._identity.replica_id, endpoint, timeout_s=timeout_s)
+        # A controller that has just restarted does not know this shard; its rank may still be free.
         if not seated and not await self._rejoin(endpoint, timeout_s):
             raise RuntimeError(f"rank {self._rank} was given to another shard while this one loaded")
 
-    async def status(self) -> dict[str, Any]:
-        """The shard's own facts; see `ShardServer.status`."""
+    async def status(self) -> ShardStatus:
+        """See `ShardServer.status`."""
         return self._server.status()
 
     async def check_health(self) -> None:
-        """Raises when this shard cannot serve any more; Serve then restarts it, and the successor takes the rank."""
+        """Raises when this shard can no longer serve; Serve then restarts it, and the successor takes the rank."""
         if self._fault is not None:
             raise RuntimeError(self._fault)
         status = self._server.status()
-        if not status["alive"]:
+        if not status.alive:
             raise RuntimeError("the shard's compute loop has ended")
-        if status["fault"] is not None:
-            raise RuntimeError(f"the shard computes nothing: {status['fault']}")
+        if status.fault is not None:
+            raise RuntimeError(f"the shard computes nothing: {status.fault}")
 
     async def __del__(self) -> None:
         if self._heart is not None:
             self._heart.cancel()
             drain_s = self._config.membership.drain_s
             try:
-                await self._controller.call("leave", self._identity.replica_id, timeout_s=drain_s + 1)
+                await self._controller.leave(self._identity.replica_id, timeout_s=drain_s + 1)
             except ControllerLostError as error:
-                logger.info("leaving without a farewell: %s", error)
+                logger.info("stopping without leaving first: %s", error)
         self._server.stop()
 
     async def _join(self) -> tuple[Placement, int]:
         settings = self._config.membership
-        end_s = time.monotonic() + settings.join_timeout_s
+        deadline_s = time.monotonic() + settings.join_timeout_s
         while True:
-            answer = await self._controller.call_with_retry(
-                "join",
-                self._identity.replica_id,
-                self._identity.node_id,
-                self._identity.rank,
-                timeout_s=max(0.1, end_s - time.monotonic()),
-            )
-            if answer["rank"] is not None:
-                self._epoch = answer["epoch"]
-                return Placement.from_json(answer["placement"]), answer["rank"]
-            if time.monotonic() >= end_s:
-                raise RuntimeError(f"no rank within {settings.join_timeout_s} s: {answer['reason']}")
+            timeout_s = max(0.1, deadline_s - time.monotonic())
+            answer = await self._controller.join(self._join_request(), timeout_s=timeout_s)
+            if answer.rank is not None and answer.placement is not None:
+                self._epoch = answer.epoch
+                return answer.placement, answer.rank
+            if time.monotonic() >= deadline_s:
+                raise RuntimeError(f"no rank within {settings.join_timeout_s} s: {answer.reason}")
             await asyncio.sleep(settings.heartbeat_s / 2)
 
     async def _heartbeat_forever(self) -> None:
@@ -96,42 +90,39 @@ class ExpertShard:
             try:
                 await self._heartbeat(timeout_s=settings.lost_after_s)
             except ControllerLostError as error:
-                logger.warning("%s; this shard serves on", error)
+                logger.warning("%s; this shard goes on serving", error)
             except Exception:
-                logger.exception("a sign of life failed; the next one follows")
+                logger.exception("a heartbeat failed; the next one follows")
             await asyncio.sleep(settings.heartbeat_s)
 
     async def _heartbeat(self, timeout_s: float) -> None:
         endpoint = self._server.endpoint
         status = None if endpoint is None else self._server.status()
-        answer = await self._controller.call("heartbeat", self._identity.replica_id, status, timeout_s=timeout_s)
-        if answer["known"]:
-            self._epoch = max(self._epoch, answer["epoch"])
+        answer = await self._controller.heartbeat(self._identity.replica_id, status, timeout_s=timeout_s)
+        if answer.known:
+            self._epoch = max(self._epoch, answer.epoch)
             return
         if endpoint is None:
-            # The controller restarted while this shard loads: a seat again, at the same rank. Where another shard has
-            # it, `ready` or `rejoin` will say so for good.
-            await self._controller.call(
-                "join",
-                self._identity.replica_id,
-                self._identity.node_id,
-                self._identity.rank,
-                self._rank,
-                timeout_s=timeout_s,
-            )
+            # The controller restarted while this shard loads, so it asks for the same rank again. If another shard has
+            # it by now, `ready` or `rejoin` settles that.
+            await self._controller.join(self._join_request(self._rank), timeout_s=timeout_s, retry=False)
             return
         if not await self._rejoin(endpoint, timeout_s):
-            self._fault = f"the controller has another shard or placement for rank {endpoint.rank}; starting anew"
+            self._fault = f"the controller has another shard or placement for rank {endpoint.rank}; restarting"
+
+    def _join_request(self, loading: int | None = None) -> JoinRequest:
+        identity = self._identity
+        return JoinRequest(identity.replica_id, identity.node_id, identity.rank, loading)
 
     async def _rejoin(self, endpoint: ShardEndpoint, timeout_s: float) -> bool:
-        """Tell a controller that does not know this shard where it serves. False: another shard has the rank."""
-        return await self._controller.call_with_retry(
-            "rejoin",
-            self._identity.replica_id,
-            self._identity.node_id,
-            asdict(endpoint),
-            self._epoch,
-            self._digest,
-            self._identity.rank,
-            timeout_s=timeout_s,
+        """Tell a controller that does not know this shard where it serves. False: it cannot have the rank."""
+        identity = self._identity
+        request = RejoinRequest(
+            shard_id=identity.replica_id,
+            node_id=identity.node_id,
+            endpoint=endpoint,
+            epoch=self._epoch,
+            placement_digest=self._digest,
+            serve_rank=identity.rank,
         )
+        return await self._controller.rejoin(request, timeout_s=timeout_s)

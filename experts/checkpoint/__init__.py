@@ -1,4 +1,5 @@
-"""Routed experts out of Hugging Face checkpoints: naming schemes as data, lazy byte ranges, dequantization.
+"""Reads routed experts from Hugging Face checkpoints: naming schemes as data, lazy byte ranges, dequantization. What
+computes with them is in `experts.kernels`.
 
 `ExpertCheckpoint.open(folder)`, then `.spec`, `.check()` and `.read_expert(layer, expert, dtype)`.
 """

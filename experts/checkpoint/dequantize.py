@@ -1,6 +1,6 @@
-"""Turns stored blocks and scales back into plain floats.
+"""Converts stored blocks and scales to plain floats.
 
-Legend: P rows, Q columns of one expert's matrix, p and q the same counted in blocks.
+Legend: P rows, Q columns of one expert's matrix; p and q the same, counted in blocks.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ INT4_ZERO = 8  # symmetric INT4 is stored with 8 added
 
 @functools.cache
 def _fp8_values() -> np.ndarray:
-    """float32 [256]: the value of each E4M3 byte, NaN included."""
+    """float32 [256]: the value of each E4M3 byte, including NaN."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 
 
 def dequantize_fp8_block(
     weight_PQ: torch.Tensor, scale_inv_pq: torch.Tensor, block: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """FP8 weights with one scale a `block` x `block` square (DeepSeek-V3): `weight * scale` [P, Q].
+    """FP8 weights with one scale for each `block` x `block` square (DeepSeek-V3): `weight * scale` [P, Q].
 
-    Multiplied in float32, then rounded to `dtype`. The last block of a row or column may be partial. Expects
-    `weight_PQ` float8_e4m3fn or its bytes, and `scale_inv_pq` [ceil(P / block), ceil(Q / block)] of any float dtype.
+    Multiplied in float32, then rounded to `dtype`. The last block of a row or column may be partial. `weight_PQ`:
+    float8_e4m3fn or its bytes. `scale_inv_pq`: [ceil(P / block), ceil(Q / block)], any float dtype.
     """
     P, Q = weight_PQ.shape
     out_PQ = torch.empty(P, Q, dtype=dtype)
     bytes_PQ = weight_PQ.view(torch.uint8).numpy()
     scale_pQ = scale_inv_pq.to(torch.float32).repeat_interleave(block, dim=1)[:, :Q]
     for p, scale_Q in enumerate(scale_pQ):
-        # A block row at a time stays in the cache, and a table lookup is several times faster than torch's conversion.
+        # One row of blocks fits the cache, and a table lookup is several times faster than torch's conversion.
         rows = slice(p * block, (p + 1) * block)
         out_PQ[rows] = torch.from_numpy(_fp8_values().take(bytes_PQ[rows])).mul_(scale_Q)
     return out_PQ
@@ -44,7 +44,7 @@ def dequantize_fp8_block(
 
 @functools.cache
 def _fp4_pairs() -> torch.Tensor:
-    """int32 [256]: the bits of the two bfloat16 values of a byte, the low nibble first."""
+    """int32 [256]: the bits of a byte's two bfloat16 values, low nibble first."""
     values_16 = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
     byte_256 = torch.arange(256)
     return torch.stack([values_16[byte_256 & 0xF], values_16[byte_256 >> 4]], dim=1).view(torch.int32).flatten()
@@ -53,7 +53,7 @@ def _fp4_pairs() -> torch.Tensor:
 def dequantize_mxfp4(blocks_PqB: torch.Tensor, scales_Pq: torch.Tensor) -> torch.Tensor:
     """MXFP4 (gpt-oss): uint8 [P, Q / 32, 16] and uint8 exponents [P, Q / 32] to bfloat16 [P, Q].
 
-    A value is `fp4 * 2 ** (scale - 127)`, which bfloat16 holds exactly.
+    A value is `fp4 * 2 ** (scale - 127)`, which is exact in bfloat16.
     """
     P, q, _ = blocks_PqB.shape
     pairs = _fp4_pairs().index_select(0, blocks_PqB.reshape(-1).to(torch.int32))

@@ -1,7 +1,7 @@
-"""What a checkpoint can have wrong with it."""
+"""The error of an unreadable checkpoint."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """The checkpoint cannot be read as asked; the message names the file, key or tensor and what was expected."""
+    """The checkpoint cannot be read; the message names the file, key or tensor, and what was expected."""

@@ -1,7 +1,12 @@
-"""One entry a model family: where it keeps its experts. The names are those of the checkpoints on the Hugging Face hub,
-which transformers 5 writes too (`save_pretrained` reverts its own fused tensors to them unless asked not to).
+"""One entry for each model family: where its checkpoints store the experts. Names are those of the Hugging Face hub;
+transformers 5 writes the same ones (`save_pretrained` converts its fused tensors back unless told not to).
 
-To add a family, add an entry to `FAMILIES` and its tensor names to `tests/experts/checkpoint/test_families.py`.
+To add a naming scheme:
+
+1. Add the model type to an entry of `FAMILIES` that fits, or add an entry: layouts, a rule for the layers that have
+   experts, and the keys of config.json that differ from the defaults of `Family` (layout.py).
+2. Add a maker with the hub's tensor names to `MAKERS` in tests/support/hub_names.py. The tests in
+   tests/experts/checkpoint run for every maker, and fail for a model type without one.
 """
 
 from __future__ import annotations
@@ -33,18 +38,18 @@ def activation_named(name: str) -> ActivationSpec:
 
 
 def every_layer(config: ModelConfig) -> Sequence[int]:
-    """All of them: Mixtral, OLMoE, gpt-oss, MiniMax-M2, DBRX."""
+    """All layers: Mixtral, OLMoE, gpt-oss, MiniMax-M2, DBRX."""
     return range(config.int_of("num_hidden_layers", "n_layers"))
 
 
 def every_sparse_step(config: ModelConfig) -> Sequence[int]:
-    """Qwen: every `decoder_sparse_step`-th, but for those in `mlp_only_layers`."""
+    """Qwen: every `decoder_sparse_step`-th layer, except those in `mlp_only_layers`."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
     return [i for i in every_layer(config) if i not in dense and step > 0 and (i + 1) % step == 0]
 
 
 def after_dense_layers(config: ModelConfig) -> Sequence[int]:
-    """DeepSeek, GLM: from `first_k_dense_replace` on, every `moe_layer_freq`-th; `mlp_layer_types` spells it out."""
+    """DeepSeek, GLM: from `first_k_dense_replace`, every `moe_layer_freq`-th layer; or those in `mlp_layer_types`."""
     types = config.get("mlp_layer_types")
     if types is not None:
         return [i for i in every_layer(config) if types[i] == "sparse"]
@@ -53,7 +58,7 @@ def after_dense_layers(config: ModelConfig) -> Sequence[int]:
 
 
 def interleaved_layers(config: ModelConfig) -> Sequence[int]:
-    """Llama 4: `moe_layers`, or every `interleave_moe_layer_step`-th."""
+    """Llama 4: `moe_layers`, or every `interleave_moe_layer_step`-th layer."""
     layers = config.get("moe_layers")
     if layers is not None:
         return sorted(layers)
@@ -64,8 +69,8 @@ def interleaved_layers(config: ModelConfig) -> Sequence[int]:
 # --- how experts are stored ---------------------------------------------------------------------------------------
 
 
-def expert_a_tensor(module: str, gate: str, up: str, down: str) -> Layout:
-    """Three matrices an expert: `layers.3.<module>.experts.7.<gate>.weight`."""
+def one_tensor_per_matrix(module: str, gate: str, up: str, down: str) -> Layout:
+    """Three tensors for each expert: `layers.3.<module>.experts.7.<gate>.weight`."""
     stem = f"layers.{{layer}}.{module}.experts.{{expert}}."
     return Layout(
         (
@@ -77,7 +82,7 @@ def expert_a_tensor(module: str, gate: str, up: str, down: str) -> Layout:
 
 
 def fused(module: str, *, transposed: bool, interleaved: bool = False, bias: bool = False) -> Layout:
-    """Two tensors a layer with all experts: `layers.3.<module>.experts.gate_up_proj` and `.down_proj`."""
+    """Two tensors for each layer, with all its experts: `layers.3.<module>.experts.gate_up_proj` and `.down_proj`."""
     stem = f"layers.{{layer}}.{module}.experts."
     parts = [
         Part("gate_up", f"{stem}gate_up_proj", "leading", transposed=transposed, interleaved=interleaved),
@@ -89,23 +94,23 @@ def fused(module: str, *, transposed: bool, interleaved: bool = False, bias: boo
     return Layout(tuple(parts))
 
 
-GATE_UP_DOWN = expert_a_tensor("mlp", "gate_proj", "up_proj", "down_proj")
-W1_W3_W2 = expert_a_tensor("block_sparse_moe", "w1", "w3", "w2")
-# What `save_pretrained(save_original_format=False)` of transformers 5 writes for all of these.
+GATE_UP_DOWN = one_tensor_per_matrix("mlp", "gate_proj", "up_proj", "down_proj")
+W1_W3_W2 = one_tensor_per_matrix("block_sparse_moe", "w1", "w3", "w2")
+# Written by transformers 5 with `save_pretrained(save_original_format=False)`.
 FUSED_BY_TRANSFORMERS = fused("mlp", transposed=False)
 
 # --- the entries --------------------------------------------------------------------------------------------------
 
 
 def gpt_oss_activation(config: ModelConfig) -> ActivationSpec:
-    """gpt-oss: alpha is fixed at 1.702 in its published code, the clamp is in the configuration."""
+    """gpt-oss: its published code fixes alpha at 1.702; the configuration has the clamp."""
     return ActivationSpec("swigluoai", config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0))
 
 
 FAMILIES = (
-    # `num_experts` on the hub, `num_local_experts` where transformers 5 wrote it.
+    # `num_experts` on the hub, `num_local_experts` if written by transformers 5.
     Family(("qwen2_moe", "qwen3_moe", "qwen3_next"), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), every_sparse_step),
-    # As Qwen3-MoE, but every expert of a layer in one transposed tensor, under a vision-language model.
+    # Like Qwen3-MoE, but all experts of a layer in one transposed tensor, in a vision-language model.
     Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), (fused("mlp", transposed=True),), every_sparse_step),
     Family(("olmoe",), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), every_layer, intermediate_size=("intermediate_size",)),
     Family(
@@ -114,8 +119,8 @@ FAMILIES = (
         every_layer,
         intermediate_size=("intermediate_size",),
     ),
-    # Kimi-K2 is a DeepSeek-V3, GLM-5 (glm_moe_dsa) a DeepSeek-V3.2 by its names. Layers past num_hidden_layers are
-    # multi-token prediction heads and not read.
+    # Kimi-K2 has DeepSeek-V3's names, GLM-5 (glm_moe_dsa) those of DeepSeek-V3.2. Layers past num_hidden_layers are
+    # multi-token prediction heads; they are not read.
     Family(
         (
             "deepseek_v2",
@@ -130,7 +135,7 @@ FAMILIES = (
         (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
         after_dense_layers,
     ),
-    # gate and up alternate: row 0 is gate 0, row 1 up 0. In MXFP4 (the hub) not transposed, in floats transposed.
+    # gate and up alternate: row 0 is gate 0, row 1 is up 0. Transposed in floats, not in MXFP4 (on the hub).
     Family(
         ("gpt_oss",),
         (fused("mlp", transposed=True, interleaved=True, bias=True),),
@@ -138,7 +143,7 @@ FAMILIES = (
         intermediate_size=("intermediate_size",),
         activation=gpt_oss_activation,
     ),
-    # All experts of a layer as one tall matrix; w1 is gate, v1 is up, w2 is stored [I, D].
+    # All experts of a layer in one tall matrix; w1 is gate, v1 is up, w2 is stored as [I, D].
     Family(
         ("dbrx",),
         (
@@ -158,7 +163,7 @@ FAMILIES = (
         intermediate_size=("ffn_config.ffn_hidden_size",),
         activation=lambda config: activation_named(config.str_of("ffn_config.ffn_act_fn.name", "silu")),
     ),
-    # Transposed halves, and the router weight scales an expert's input.
+    # Transposed halves; the router weight scales an expert's input.
     Family(
         ("llama4", "llama4_text"),
         (fused("feed_forward", transposed=True),),
@@ -170,14 +175,14 @@ FAMILIES = (
 
 
 def activation_of(family: Family, config: ModelConfig) -> ActivationSpec:
-    """The activation of a family's experts: its own rule, or the function that `hidden_act` names."""
+    """The activation of a family's experts: its own rule, or the one that `hidden_act` names."""
     return family.activation(config) if family.activation else activation_named(config.str_of("hidden_act", "silu"))
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The entry that serves a model type; CheckpointError names the known ones."""
+    """The entry for a model type; CheckpointError names the known types."""
     for family in FAMILIES:
         if config.model_type in family.model_types:
             return family
     known = sorted(name for family in FAMILIES for name in family.model_types)
-    raise CheckpointError(f"{config.path}: model_type {config.model_type!r} is not known; expected one of {known}")
+    raise CheckpointError(f"{config.path}: model_type {config.model_type!r} is unknown; expected one of {known}")

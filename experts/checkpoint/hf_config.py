@@ -1,4 +1,4 @@
-"""Reads the facts about routed experts out of config.json, whichever of its spellings a family uses."""
+"""Reads the facts about routed experts from config.json, in any family's spelling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INT4_SCHEME = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "gr
 
 
 class ModelConfig:
-    """config.json with the language model's part on top: a multimodal model nests it under `text_config`."""
+    """config.json, with the values of `text_config` on top: multimodal models nest their language model there."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.json"
@@ -34,32 +34,32 @@ class ModelConfig:
         self.model_type = self.str_of("model_type")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value at a key; a dot descends, as in `ffn_config.moe_top_k`. None counts as absent."""
+        """The value of a key; a dot descends, as in `ffn_config.moe_top_k`. null counts as absent."""
         value: Any = self.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return default if value is None else value
 
     def int_of(self, *keys: str) -> int:
-        """The first of the keys that is there, a positive integer."""
+        """The value of the first key that is present, a positive integer."""
         for key in keys:
             value = self.get(key)
             if value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a positive integer")
                 return value
-        raise CheckpointError(f"{self.path}: none of {', '.join(keys)} is given")
+        raise CheckpointError(f"{self.path}: expected one of {', '.join(keys)}, found none")
 
     def str_of(self, key: str, default: str | None = None) -> str:
-        """The string at a key, or the default."""
+        """The string value of a key, or the default."""
         value = self.get(key, default)
         if not isinstance(value, str):
             raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a string")
         return value
 
     def weight_format(self) -> WeightFormat | None:
-        """How expert weights are stored, None for plain floats. What cannot be read is refused by its name."""
-        # Top level or beside the language model: both are met in the wild.
+        """How expert weights are stored, None for plain floats. CheckpointError names an unsupported quantization."""
+        # At the top level or next to the language model: both occur.
         settings = self.get("quantization_config") or self.get("compression_config")
         if settings is None:
             return None
@@ -76,7 +76,7 @@ class ModelConfig:
         raise self._unsupported(f"{method} is not supported")
 
     def _compressed(self, settings: dict[str, Any]) -> WeightFormat:
-        """compressed-tensors, of which symmetric INT4 in groups of a row is read (Kimi-K2-Thinking)."""
+        """compressed-tensors; only symmetric INT4 in groups of a row is supported (Kimi-K2-Thinking)."""
         groups = settings.get("config_groups")
         schemes = list(groups.values()) if isinstance(groups, dict) else []
         weights: dict[str, Any] = (schemes[0].get("weights") or {}) if len(schemes) == 1 else {}

@@ -1,4 +1,4 @@
-"""The vocabulary in which naming schemes say how a family stores its experts; see `families.py` for the entries.
+"""The vocabulary for describing how a model family stores its experts; `families.py` has the entries.
 
 Legend: E experts, D hidden size, I expert intermediate size.
 """
@@ -12,20 +12,21 @@ from typing import Literal
 from experts.checkpoint.hf_config import ModelConfig
 from experts.model.spec import ActivationSpec
 
-# What a stored tensor holds of one expert. Rows x columns as kernels want them: gate and up [I, D], gate_up [2I, D],
+# What a stored tensor holds of one expert. Rows x columns as kernels expect them: gate and up [I, D], gate_up [2I, D],
 # down [D, I]; the biases [2I] and [D].
 Role = Literal["gate", "up", "gate_up", "down", "gate_up_bias", "down_bias"]
-# How experts share a tensor: not at all, along a leading axis [E, rows, cols], or as one tall matrix [E * rows, cols].
+# How experts share a tensor: not at all, along a leading axis [E, rows, cols], or in one tall matrix [E * rows, cols].
 Stack = Literal["none", "leading", "rows"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor. `name` has {layer} in it and, where `stack` is none, {expert}.
+    """One stored tensor. `name` contains {layer} and, if `stack` is "none", {expert}.
 
     `transposed`: stored as [cols, rows]. `interleaved`: rows alternate gate, up, gate, up instead of two halves.
-    A quantized part has companions: `name + "_scale_inv"` for FP8 blocks; `name + "_blocks"` and `name + "_scales"`
-    instead of `name` for MXFP4, whose packing runs along the columns and is therefore never transposed.
+    A quantized part has other tensors beside `name` or instead of it: `name + "_scale_inv"` beside it for FP8 blocks;
+    `_blocks` and `_scales` instead for MXFP4, `_packed` and `_scale` instead for INT4. Those two are packed along the
+    columns, so they are never transposed.
     """
 
     role: Role
@@ -35,7 +36,7 @@ class Part:
     interleaved: bool = False
 
     def shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, ...]:
-        """Shape of what one expert has in this part, as kernels want it (not transposed)."""
+        """Shape of one expert's share of this part, as kernels expect it (not transposed)."""
         D, I = hidden_size, intermediate_size
         return {
             "gate": (I, D),
@@ -49,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """All parts of an expert, under one of several prefixes (a multimodal model nests its language model)."""
+    """All parts of an expert, under one of several prefixes (multimodal models nest their language model)."""
 
     parts: tuple[Part, ...]
     prefixes: tuple[str, ...] = ("model.", "model.language_model.", "language_model.model.", "")
@@ -61,9 +62,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    """One entry: the model types it serves, where config.json has the numbers, and the layouts that are met on disk.
+    """One entry: the model types it serves, their layouts on disk, and the keys of the numbers in config.json.
 
-    Keys are tried in order; `moe_layers` maps the configuration to the decoder layers that have routed experts.
+    Layouts and keys are tried in order. `moe_layers` maps the configuration to the decoder layers with routed experts.
     """
 
     model_types: tuple[str, ...]
@@ -73,5 +74,5 @@ class Family:
     top_k: tuple[str, ...] = ("num_experts_per_tok",)
     hidden_size: tuple[str, ...] = ("hidden_size",)
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size",)
-    activation: Callable[[ModelConfig], ActivationSpec] | None = None  # None: the function that hidden_act names
+    activation: Callable[[ModelConfig], ActivationSpec] | None = None  # None: the one that hidden_act names
     weight_on_input: bool = False

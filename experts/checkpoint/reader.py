@@ -1,4 +1,4 @@
-"""Reads one expert at a time out of a Hugging Face checkpoint, touching only that expert's bytes.
+"""Reads one expert at a time from a Hugging Face checkpoint, touching only that expert's bytes.
 
 Legend: D hidden size, I expert intermediate size.
 """
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertCheckpoint:
-    """The routed experts of a checkpoint folder. Made by `open`; safe to use from several threads."""
+    """The routed experts of a checkpoint folder. Create it with `open`; safe to use from several threads."""
 
     def __init__(self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None) -> None:
         self.spec = spec
@@ -34,9 +34,9 @@ class ExpertCheckpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
-        """Read config.json and the index or header, no weights.
+        """Read config.json and the index or header, but no weights.
 
-        Raises CheckpointError, which names the missing file, key or tensor, or the quantization that is not supported.
+        CheckpointError names the missing file, key or tensor, or the unsupported quantization.
         """
         folder = Path(path)
         config = ModelConfig(folder)
@@ -60,20 +60,22 @@ class ExpertCheckpoint:
             quantization=None if weight_format is None else weight_format.name,
         )
         if spec.top_k > spec.num_experts:
-            raise CheckpointError(f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts")
+            raise CheckpointError(
+                f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts, expected at most {spec.num_experts}"
+            )
         return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format)
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes that `read_expert` touches in the files for one expert (the first), scales included."""
+        """Bytes of one expert (the first) in the files, scales included."""
         return sum(r.nbytes for part in self._parts.values() for r in self._ranges(part, 0, 0))
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
         """One expert as contiguous CPU tensors of `dtype` (float32, bfloat16 or float16), dequantized.
 
-        `layer` is a row of the placement: the `layer`-th MoE layer. A tensor that the file holds in this dtype and
-        layout already shares the file's mapping: read it, never write it. Raises CheckpointError for a tensor that is
-        missing or has an unexpected shape or dtype.
+        `layer` is a row of the placement: the `layer`-th MoE layer. A tensor that is stored in this dtype and layout
+        shares the file's mapping: never write to it. Raises CheckpointError for a tensor that is missing or has an
+        unexpected shape or dtype.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
@@ -88,25 +90,27 @@ class ExpertCheckpoint:
 
     @functools.cached_property
     def weight_format(self) -> WeightFormat | None:
-        """The format that `read_quantized` gives, None where not all experts are stored in one. Reads headers only."""
+        """The format of `read_quantized`, None unless all experts are stored in one. Reads headers only."""
         form, spec = self._format, self.spec
         matrices = [part for part in self._parts.values() if not part.role.endswith("_bias")]
         if form is None or (form.name == "fp8_block" and any(part.transposed for part in matrices)):
             return None
         if form.name == "fp8_block" and "gate_up" in self._parts and spec.intermediate_size % form.group:
-            return None  # a block has rows of gate and of up
+            return None  # some block has rows of both gate and up
         layers = range(spec.num_layers)
         quantized = all(len(self._ranges(part, layer, 0)) == 2 for layer in layers for part in matrices)
         return form if quantized else None
 
     def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
-        """One expert as stored, views of the file where nothing has to be put together.
+        """One expert as stored; tensors that need no concatenation are views of the file.
 
-        Only where `weight_format` is not None. CheckpointError as `read_expert`.
+        Raises CheckpointError as `read_expert` does, and if `weight_format` is None.
         """
         form = self.weight_format
         if form is None:
-            raise CheckpointError(f"the experts of this {self.spec.model_type} are not all stored quantized")
+            raise CheckpointError(
+                f"the experts of this {self.spec.model_type} are not all stored quantized; use read_expert"
+            )
         self._check_place(layer, expert)
 
         def read(role: Role) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,13 +136,13 @@ class ExpertCheckpoint:
         )
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint belongs to a routed expert, its scales included: a router skips those."""
+        """Whether a tensor (weights, biases, scales) belongs to a routed expert; routers do not load those."""
         return self._storage.owns(name)
 
     def check(self) -> None:
-        """Every tensor of every expert is there with the right shape and dtype, else CheckpointError naming the first.
+        """Check that every expert's tensors exist with the right shape and dtype. Reads headers only.
 
-        Reads headers only.
+        CheckpointError names the first tensor that does not.
         """
         for layer in range(self.spec.num_layers):
             for part in self._parts.values():
@@ -161,7 +165,7 @@ class ExpertCheckpoint:
         return self._storage.read(part, self._shape(part), self.spec.layer_ids[layer], expert, dtype)
 
     def _halves(self, role: Role, layer: int, expert: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Gate and up out of a part that holds both, or the whole where they already follow each other."""
+        """Gate and up from a part that holds both, or the whole part if up already follows gate."""
         whole = self._read(role, layer, expert, dtype)
         return [whole[0::2], whole[1::2]] if self._parts[role].interleaved else [whole]
 
@@ -174,7 +178,7 @@ class ExpertCheckpoint:
         return _packed([self._read(role, layer, expert, dtype) for role in ("gate", "up")], dtype)
 
     def _adjacent(self, gate: Part, up: Part, layer: int, expert: int) -> ExpertRange | None:
-        """Files sort tensors by name, so up_proj often follows gate_proj at once: then both are one range."""
+        """Gate and up as one range if up directly follows gate in the file, as it often does; else None."""
         first, second = self._ranges(gate, layer, expert), self._ranges(up, layer, expert)
         if len(first) > 1 or len(second) > 1 or gate.transposed or first[0].entry.dtype != second[0].entry.dtype:
             return None
@@ -185,7 +189,7 @@ class ExpertCheckpoint:
 
 
 def _packed(pieces: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The pieces under each other as one contiguous tensor of `dtype`; a single piece that is one already is itself."""
+    """The pieces concatenated into a contiguous tensor of `dtype`; no copy of a single piece that is one already."""
     if len(pieces) == 1 and pieces[0].dtype == dtype and pieces[0].is_contiguous():
         return pieces[0]
     out = torch.empty((sum(len(p) for p in pieces), *pieces[0].shape[1:]), dtype=dtype)

@@ -1,7 +1,7 @@
-"""Lazy access to safetensors files: headers are parsed, the rest is memory-mapped and touched only where asked for.
+"""Lazy access to safetensors files: headers are parsed; data is memory-mapped, and read only when needed.
 
-Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON object from tensor name to
-{dtype, shape, data_offsets}, then the data, offsets counted from the end of the header.
+Format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length (little-endian), a JSON object from
+tensor name to {dtype, shape, data_offsets}, then the data. Offsets count from the end of the header.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Private and writable, so that torch takes the buffer without complaint; nothing is written, so nothing is reserved.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # the mmap module names it only from Python 3.13
+# Private and writable, so that torch accepts the buffer without a warning. Nothing is written, so nothing is reserved.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE exists from Python 3.13
 _MAP_FLAGS = mmap.MAP_PRIVATE | _MAP_NORESERVE
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as a header describes it; `start` is its absolute position in the file, in bytes."""
+    """One tensor as the header describes it; `start` is its absolute position in the file, in bytes."""
 
     file: Path
     dtype_name: str
@@ -55,18 +55,20 @@ class TensorEntry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype; CheckpointError for one that torch has no equal of."""
+        """The torch dtype; CheckpointError if torch has no such dtype."""
         try:
             return DTYPES[self.dtype_name]
         except KeyError:
-            raise CheckpointError(f"{self.file}: dtype {self.dtype_name} is not one of {sorted(DTYPES)}") from None
+            raise CheckpointError(
+                f"{self.file}: dtype is {self.dtype_name}, expected one of {sorted(DTYPES)}"
+            ) from None
 
 
 class SafetensorsFile:
-    """One file. Opening it reads the header and maps the rest, untouched. Safe to use from several threads.
+    """One file. Opening it reads the header and maps the data. Safe to use from several threads.
 
-    A router may come to read only after days, when a shard is lost: the mapping keeps what the header describes, even
-    if the file was deleted or another one took its name meanwhile.
+    A router may first read data after days, when a shard is lost. The mapping still has what the header describes, even
+    if the file was deleted or replaced meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +82,9 @@ class SafetensorsFile:
                 prefix = file.read(8)
                 length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
                 if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                    raise CheckpointError(f"{self.path}: header length {length} in a file of {size} bytes")
+                    raise CheckpointError(
+                        f"{self.path}: header length {length} in a file of {size} bytes; is it a safetensors file?"
+                    )
                 header: dict[str, Any] = json.loads(file.read(length))
                 self._map = mmap.mmap(file.fileno(), size, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except FileNotFoundError:
@@ -92,7 +96,7 @@ class SafetensorsFile:
                 raise
             raise CheckpointError(f"{self.path}: the header is not JSON: {error}") from error
         if not isinstance(header, dict):
-            raise CheckpointError(f"{self.path}: the header is no JSON object but a {type(header).__name__}")
+            raise CheckpointError(f"{self.path}: the header is a JSON {type(header).__name__}, expected an object")
         header.pop("__metadata__", None)
         return {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
 
@@ -115,7 +119,7 @@ class SafetensorsFile:
         return entry
 
     def view(self, start: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The bytes `[start, start + nbytes)` as a tensor; shares the mapping where aligned, else a copy."""
+        """The bytes `[start, start + nbytes)` as a tensor: a view of the mapping if aligned, else a copy."""
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         page = start - start % mmap.PAGESIZE
@@ -126,7 +130,7 @@ class SafetensorsFile:
 
 
 class TensorStore:
-    """All tensors of a checkpoint folder, one file or several, by name. Headers are parsed when first needed."""
+    """All tensors of a checkpoint folder by name, from one or several files. Headers are parsed when first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -158,15 +162,15 @@ class TensorStore:
         return name in self._file_of
 
     def entry(self, name: str) -> TensorEntry:
-        """Header entry of a tensor; CheckpointError names what is missing, the tensor or its file."""
+        """Header entry of a tensor; CheckpointError names the tensor or file that is missing."""
         path = self._file_of.get(name)
         if path is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         entry = self._open(path).entries.get(name)
         if entry is None:
-            raise CheckpointError(f"{path}: tensor {name} is missing, though {INDEX_NAME} says that it is here")
+            raise CheckpointError(f"{path}: tensor {name} is missing, though {INDEX_NAME} says it is in this file")
         return entry
 
     def read(self, entry: TensorEntry, start: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """A byte range of the entry's file, as a tensor of the entry's dtype. The only way that data is touched."""
+        """A byte range of the entry's file as a tensor of the entry's dtype. All reads of data go through here."""
         return self._open(entry.file).view(start, nbytes, entry.dtype, shape)

@@ -1,6 +1,6 @@
-"""Finds and reads what one expert has in the stored tensors of a layout: which bytes, in which encoding.
+"""Finds and reads one expert's bytes in the stored tensors of a layout, plain or quantized.
 
-Legend: E experts, P rows and Q columns of one expert's matrix as kernels want it.
+Legend: E experts, P rows and Q columns of one expert's matrix as kernels expect it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from experts.checkpoint.layout import Layout, Part
 from experts.checkpoint.safetensors_file import TensorEntry, TensorStore
 from experts.checkpoint.weight_format import WeightFormat
 
-_SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # in whose presence a part is quantized
+_SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # of the tensor whose presence means that a part is quantized
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class ExpertRange:
-    """The contiguous bytes of one tensor that belong to one expert, and their shape as stored."""
+    """The contiguous bytes of one expert in one tensor, and their shape as stored."""
 
     entry: TensorEntry
     start: int
@@ -46,13 +46,13 @@ class ExpertStorage:
         self._owned = re.compile(f"(?:{stems})(?:_scale_inv|_blocks|_scales|_packed|_scale|_shape)?")
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor of this name is a part or a scale of a routed expert of any layer."""
+        """Whether the tensor `name` is a part, or a part's scale, of a routed expert of any layer."""
         return self._owned.fullmatch(name) is not None
 
     def ranges(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> list[ExpertRange]:
-        """Where a part of `shape` (as kernels want it) lies: one range if plain, two if quantized.
+        """Where a part of `shape` (as kernels expect it) is stored: one range if plain, two if quantized.
 
-        CheckpointError names a tensor that is missing or has another shape or dtype than expected.
+        CheckpointError names a tensor that is missing or has an unexpected shape or dtype.
         """
         name, form = self.prefix + part.name.format(layer=layer_id, expert=expert), self._format
         stored = shape[::-1] if part.transposed else shape
@@ -70,10 +70,10 @@ class ExpertStorage:
         if form is None or form.name != "fp8_block":
             return [self._range(part, name, stored, expert, FLOATS)]
         weight = self._range(part, name, stored, expert, (*FLOATS, torch.float8_e4m3fn))
-        if weight.entry.dtype in FLOATS:  # a module that the quantization left out
+        if weight.entry.dtype in FLOATS:  # a module that was not quantized
             return [weight]
         if part.stack == "rows":
-            raise CheckpointError(f"{name}: FP8 blocks in a tensor of stacked rows are not supported")
+            raise CheckpointError(f"{name}: FP8 blocks are not supported in a tensor of stacked rows")
         scale_dtypes = (*FLOATS, torch.float8_e8m0fnu)
         return [weight, self._range(part, name + "_scale_inv", form.scale_shape(*stored), expert, scale_dtypes)]
 
@@ -99,13 +99,13 @@ class ExpertStorage:
         return ExpertRange(entry, entry.start + offset, nbytes, shape)
 
     def read(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """A part as a tensor of `shape`, not of `dtype` yet where that would be a copy: a view of the file if plain."""
+        """A part as a tensor of `shape`. Plain: a view of the file, in the stored dtype. Quantized: of `dtype`."""
         ranges = self.ranges(part, shape, layer_id, expert)
         if len(ranges) == 2:
             assert self._format is not None
             data_PB, scale = self._quantized(ranges)
             stored = self._format.dequantize(data_PB, scale, dtype)
-            # Only FP8 squares are met transposed.
+            # Only FP8 squares can be stored transposed.
             return stored.t() if part.transposed and self._format.name == "fp8_block" else stored
         stored = self.read_range(ranges[0])
         return stored.t() if part.transposed else stored
@@ -113,7 +113,7 @@ class ExpertStorage:
     def read_quantized(
         self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(bytes, scales) of a part, as `QuantizedExpert` has them. CheckpointError if it is stored as plain floats."""
+        """(bytes, scales) of a part, as in `QuantizedExpert`. CheckpointError if it is stored as plain floats."""
         ranges = self.ranges(part, shape, layer_id, expert)
         if len(ranges) != 2:
             raise CheckpointError(f"{ranges[0].entry.file}: expert {expert} of layer {layer_id} is not quantized")
@@ -121,7 +121,7 @@ class ExpertStorage:
 
     def _quantized(self, ranges: list[ExpertRange]) -> tuple[torch.Tensor, torch.Tensor]:
         data, scale = (self.read_range(r) for r in ranges)
-        # int32s hold eight values each, the first in the lowest bits: on a little-endian machine, bytes in their order.
+        # An int32 holds eight values, the first in the lowest bits: on a little-endian machine, bytes in order.
         return data.reshape(len(data), -1).view(torch.uint8), scale
 
     def read_range(self, where: ExpertRange) -> torch.Tensor:
@@ -130,7 +130,7 @@ class ExpertStorage:
 
 
 def find_layout(store: TensorStore, layouts: tuple[Layout, ...], layer_id: int) -> tuple[Layout, str]:
-    """The layout and prefix that the first expert of a layer is stored under, else CheckpointError."""
+    """The layout and prefix under which a layer's first expert is stored. CheckpointError if there is none."""
     for layout in layouts:
         stem = layout.parts[0].name.format(layer=layer_id, expert=0)
         for prefix in layout.prefixes:

@@ -1,13 +1,13 @@
-"""Expert weights as quantized checkpoints hold them, for kernels that compute without turning them into plain floats.
+"""Expert weights as quantized checkpoints store them, for kernels that compute on them without dequantizing.
 
-Legend: P rows, Q columns of one matrix, p and q the same counted in blocks; D hidden size, I expert intermediate size.
+Legend: P rows, Q columns of one matrix; p and q the same, counted in blocks; D hidden size, I expert intermediate size.
 
-    fp8_block  DeepSeek-V3: E4M3 bytes, one float32 scale a square of 128 x 128
-    mxfp4      gpt-oss: FP4 E2M1, two a byte, one power of two (E8M0) for 32 in a row
-    int4       compressed-tensors, symmetric: value + 8 in four bits, two a byte, one float scale for a group in a row
+    fp8_block  DeepSeek-V3: E4M3 bytes, one float32 scale for each square of 128 x 128
+    mxfp4      gpt-oss: FP4 E2M1, two in a byte, one power of two (E8M0) for each 32 in a row
+    int4       compressed-tensors, symmetric: value + 8 in four bits, two in a byte, one float scale for each group
 
-In a byte the low four bits come first. gate and up stand under each other as in `ExpertWeights`; their scales likewise,
-each with its own last, partial block.
+In a byte, the low four bits come first. Gate rows come before up rows, as in `ExpertWeights`; so do their scales, each
+half with its own last, partial block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FormatName = Literal["fp8_block", "mxfp4", "int4"]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """One of the formats above. `group` is the number of values in a row that share a scale."""
+    """One of the formats above. `group`: number of values in a row that share a scale."""
 
     name: FormatName
     group: int
@@ -39,9 +39,9 @@ class WeightFormat:
             )
 
     def misfit(self, columns: int) -> str | None:
-        """Why rows of `columns` values cannot be stored in this format, None if they can."""
+        """Why rows of `columns` values do not fit this format, None if they do."""
         if self.name != "fp8_block" and columns % self.group:
-            return f"{columns} columns are no multiple of the {self.group} that share a scale in {self.name}"
+            return f"{columns} columns are not a multiple of the {self.group} that share a scale in {self.name}"
         return None
 
     def row_bytes(self, columns: int) -> int:
@@ -49,22 +49,22 @@ class WeightFormat:
         return columns if self.name == "fp8_block" else columns // 2
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Of the scales of one matrix."""
+        """Shape of the scales of one matrix."""
         p = math.ceil(rows / self.group) if self.name == "fp8_block" else rows
         return p, math.ceil(columns / self.group)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What scales are kept in by kernels that compute in `dtype`."""
+        """Dtype of the scales in kernels that compute in `dtype`."""
         return {"fp8_block": torch.float32, "mxfp4": torch.uint8, "int4": dtype}[self.name]
 
     def expert_bytes(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one expert's matrices and scales, biases apart."""
+        """Bytes of one expert's matrices and scales, without biases."""
         D, I = hidden_size, intermediate_size
         scales = 2 * math.prod(self.scale_shape(I, D)) + math.prod(self.scale_shape(D, I))
         return 2 * I * self.row_bytes(D) + D * self.row_bytes(I) + scales * self.scale_dtype(dtype).itemsize
 
     def dequantize(self, data_PB: torch.Tensor, scale_pq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """One matrix [P, Q] on the CPU as plain floats."""
+        """One matrix [P, Q] as plain floats of `dtype`, on the CPU."""
         if self.name == "fp8_block":
             return dequantize_fp8_block(data_PB, scale_pq, self.group, dtype)
         if self.name == "mxfp4":
@@ -91,7 +91,7 @@ class QuantizedExpert:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def dequantize(self, dtype: torch.dtype) -> ExpertWeights:
-        """The same as plain floats of `dtype`, on the CPU: what every kernel is held against."""
+        """The expert as plain floats of `dtype`, on the CPU."""
         halves = zip(self.w13_2IB.chunk(2), self.w13_scale.chunk(2), strict=True)
         return ExpertWeights(
             w13_2ID=torch.cat([self.format.dequantize(data, scale, dtype) for data, scale in halves]),

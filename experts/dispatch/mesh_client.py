@@ -1,4 +1,4 @@
-"""The router's half of the mesh, as the vLLM plug-in drives it: connects to shards, dispatches, reports.
+"""A router's client of the shards, driven by the vLLM plug-in: connects, dispatches, reports.
 
 Legend: T tokens, K top-k, D hidden size.
 """
@@ -10,7 +10,6 @@ import os
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ import torch
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.connector import Connector
 from experts.dispatch.dispatcher import Dispatcher, Pending
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import UnsupportedModelError
-from experts.protocol.membership import Membership, ShardEndpoint, host_id
+from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint, host_id
 from experts.protocol.settings import RouterSettings
+from experts.protocol.status import RouterStatus, StageHistograms
 from experts.protocol.wire import DTYPE_CODES, reply_capacity, request_capacity
 from experts.transports.base import RouterLink
 from experts.transports.connect import connect
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class MeshClient:
-    """Everything of one router but vLLM itself. Driven by the worker's one thread."""
+    """Everything of one router except vLLM itself. Only the worker's one thread calls it."""
 
     def __init__(self, settings: RouterSettings, checkpoint: ExpertCheckpoint, shape: LayerShape, device: str) -> None:
         if shape.dtype not in DTYPE_CODES:
@@ -55,7 +55,7 @@ class MeshClient:
             shape,
             settings.max_rows_per_dispatch,
             settings.dispatch_timeout_ms / 1000,
-            LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
+            FallbackExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._connector = Connector(self._connect)
@@ -63,18 +63,18 @@ class MeshClient:
 
     @property
     def attached(self) -> bool:
-        """Whether an epoch was applied; before that the layers answer zeros (profiling and warm-up only)."""
+        """Whether an epoch was applied; until then layers return zeros (profiling and warm-up only)."""
         return self.dispatcher.membership is not None
 
     def attach_static(self) -> None:
-        """Apply the membership that came with the settings, for engines that run without a controller."""
+        """Apply the membership in the settings, for engines that run without a controller."""
         if self._static is not None and not self.attached:
             self.apply_membership(Membership.from_dict(self._static))
 
     def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
-        """Begin to connect to those of an epoch's shards that are new, in the background; the ranks not done yet.
+        """Start connecting to an epoch's new shards in the background; returns the ranks that are not done yet.
 
-        Asked again until nothing is left, it keeps the engine from waiting inside `apply_membership`.
+        Call it until none is left, and the engine does not wait inside `apply_membership`.
         """
         return self._connector.start(
             endpoint
@@ -82,13 +82,12 @@ class MeshClient:
             if endpoint is not None and not self._is_connected(self.dispatcher.membership, endpoint)
         )
 
-    def apply_membership(self, membership: Membership, wait_s: float | None = None) -> dict[str, Any]:
+    def apply_membership(self, membership: Membership, wait_s: float | None = None) -> AppliedMembership:
         """Connect to the shards of a new epoch and switch to it. Called between steps.
 
-        Links to shard incarnations that are already connected are kept. A shard that cannot be reached within `wait_s`
-        (None: `connect_timeout_s`) is left out and named in the answer: {"epoch", "connected": [ranks],
-        "lost": {rank: reason}, "refused": [ranks of the lost that answered, but with a no]}. Raises ValueError for an
-        epoch that is older than the current one, or a placement of another model.
+        Keeps links to shard incarnations that are already connected. A shard that cannot be reached within `wait_s`
+        (None: `connect_timeout_s`) is left out and listed as lost. Raises ValueError for an epoch older than the
+        current one, or a placement of another model.
         """
         current = self.dispatcher.membership
         if current is not None and membership.epoch < current.epoch:
@@ -114,7 +113,7 @@ class MeshClient:
         logger.info(
             "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
         )
-        return {"epoch": membership.epoch, "connected": sorted(links), "lost": lost, "refused": refused}
+        return AppliedMembership(membership.epoch, sorted(links), lost, refused)
 
     def _is_connected(self, current: Membership | None, endpoint: ShardEndpoint) -> bool:
         rank = endpoint.rank
@@ -147,10 +146,10 @@ class MeshClient:
         topk_ids_TK: torch.Tensor,
         record: bool = True,
     ) -> Pending:
-        """Send a layer's rows out, see `Dispatcher.begin`; `record` is False for steps that are no one's request."""
+        """Send a layer's rows out, see `Dispatcher.begin`; `record` is False for steps that serve no request."""
         pending = self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
         if record:
-            # The rows are on their way: this costs no one's time but the router's own.
+            # The shards already compute: recording delays nobody but the router.
             self.recorder.add(layer, pending.topk_ids_TK)
         return pending
 
@@ -158,38 +157,35 @@ class MeshClient:
         """The layer's weighted sums [T, D]; see `Dispatcher.finish`."""
         return self.dispatcher.finish(pending)
 
-    def status(self) -> dict[str, Any]:
-        """Counters and membership as plain data, for health checks and metrics."""
+    def status(self) -> RouterStatus:
+        """Counters and membership, for health checks and metrics."""
         dispatcher = self.dispatcher
         stats = dispatcher.stats
         membership = dispatcher.membership
-        age_s = None if stats.last_success_s is None else time.monotonic() - stats.last_success_s
-        return {
-            "router_id": self.router_id,
-            "epoch": -1 if membership is None else membership.epoch,
-            "num_ranks": stats.num_ranks,
-            "connected": sorted(dispatcher.links),
-            "transports": {rank: link.transport for rank, link in sorted(dispatcher.links.items())},
-            "lost": dict(dispatcher.lost),
-            "layers": self.shape.num_layers,
-            "steps": stats.steps,
-            "dispatches": stats.dispatches,
-            "rows": stats.rows,
-            "fan_out_sum": stats.fan_out_sum,
-            "failovers": stats.failovers,
-            "fallback_pairs": stats.fallback_pairs,
-            "bytes_sent": stats.bytes_sent,
-            "bytes_received": stats.bytes_received,
-            "balancedness": stats.balancedness,
-            "shard_rows": stats.shard_rows[: stats.num_ranks].tolist(),
-            "shard_pairs": stats.shard_pairs[: stats.num_ranks].tolist(),
-            "last_success_age_s": age_s,
-            "stage_us": {
-                "plan_pack": stats.plan_pack.to_dict(),
-                "wait": stats.wait.to_dict(),
-                "combine": stats.combine.to_dict(),
-            },
-        }
+        return RouterStatus(
+            router_id=self.router_id,
+            epoch=-1 if membership is None else membership.epoch,
+            num_ranks=stats.num_ranks,
+            connected=sorted(dispatcher.links),
+            transports={rank: link.transport for rank, link in sorted(dispatcher.links.items())},
+            lost=dict(dispatcher.lost),
+            layers=self.shape.num_layers,
+            steps=stats.steps,
+            dispatches=stats.dispatches,
+            rows=stats.rows,
+            fan_out_sum=stats.fan_out_sum,
+            failovers=stats.failovers,
+            fallback_pairs=stats.fallback_pairs,
+            bytes_sent=stats.bytes_sent,
+            bytes_received=stats.bytes_received,
+            balancedness=stats.balancedness,
+            shard_rows=stats.shard_rows[: stats.num_ranks].tolist(),
+            shard_pairs=stats.shard_pairs[: stats.num_ranks].tolist(),
+            last_success_age_s=None if stats.last_success_s is None else time.monotonic() - stats.last_success_s,
+            stage_us=StageHistograms(
+                plan_pack=stats.plan_pack.snapshot(), wait=stats.wait.snapshot(), combine=stats.combine.snapshot()
+            ),
+        )
 
     def close(self) -> None:
         """Close every link."""

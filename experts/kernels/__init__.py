@@ -1,5 +1,5 @@
-"""Grouped expert MLPs behind one interface: the fastest that a measurement on the machine finds. Reading weights from
-files is `experts.checkpoint`; which rows a kernel gets is the business of `experts.shard`.
+"""Grouped expert MLPs behind one interface; a trial on the machine picks the fastest. Reading weights from files is in
+`experts.checkpoint`, choosing a kernel's rows in `experts.shard`. docs/gpu-results.md says what has run on GPUs.
 """
 
 from experts.kernels.base import ExpertKernel, KernelShape

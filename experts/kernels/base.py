@@ -1,31 +1,31 @@
 """The interface of every expert kernel: the grouped gated MLP of one shard, over ragged (row, slot) pairs.
 
 Legend: L MoE layers, S slots of the shard, M rows of a call, N (row, slot) pairs in it, D hidden size, I expert
-intermediate size. Pairs come in compressed sparse rows: row m has the pairs row_offsets[m]:row_offsets[m + 1].
+intermediate size. Pairs are in compressed sparse row form: row m has the pairs row_offsets[m]:row_offsets[m + 1].
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 
 from experts.checkpoint.weight_format import QuantizedExpert
-from experts.model.spec import ActivationSpec, ExpertWeights
+from experts.model.spec import ActivationKind, ActivationSpec, ExpertWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
+ACTIVATIONS: tuple[str, ...] = get_args(ActivationKind)
 
 
 @dataclass(frozen=True)
 class KernelShape:
-    """What a kernel is built for: the same for all layers and slots of a shard."""
+    """What a kernel is built for; the same for all layers and slots of a shard."""
 
     quantized: ClassVar[bool] = False
-    """Whether weights stay in a quantized format, for kernels that are made for it."""
+    """Whether weights stay in a quantized format; True in `QuantizedShape`."""
     num_layers: int
     num_slots: int
     hidden_size: int
@@ -58,10 +58,10 @@ class KernelShape:
 
 
 class ExpertKernel(ABC):
-    """Weights of all slots of a shard, in one kernel's own layout, and the MLP over them.
+    """The weights of all slots of a shard, in this kernel's layout, and the MLP over them.
 
-    `set_slot` may be called from another thread than `forward`, as long as no forward uses that slot meanwhile.
-    `forward` itself is for one thread at a time: it owns scratch memory.
+    One thread may call `set_slot` while another calls `forward`, as long as no forward uses that slot meanwhile. Only
+    one thread at a time may call `forward`: it uses the kernel's scratch memory.
     """
 
     name: ClassVar[str]
@@ -69,7 +69,8 @@ class ExpertKernel(ABC):
 
     def __init__(self, shape: KernelShape) -> None:
         if shape.quantized != self.takes_quantized:
-            raise ValueError(f"kernel {self.name!r} cannot serve {shape}: its weights are of the other kind")
+            kind = "quantized weights" if self.takes_quantized else "plain floats"
+            raise ValueError(f"kernel {self.name!r} cannot serve {shape}: it takes {kind}")
         reason = self.supports(shape)
         if reason is not None:
             raise ValueError(f"kernel {self.name!r} cannot serve {shape}: {reason}")
@@ -79,12 +80,12 @@ class ExpertKernel(ABC):
     @classmethod
     @abstractmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """None if this kernel can serve `shape` on this machine, else the reason why not."""
+        """None if this kernel can serve `shape` on this machine, else the reason."""
 
     def set_slot(self, layer: int, slot: int, weights: ExpertWeights | QuantizedExpert) -> None:
-        """Pack one expert into a slot (`weights` of any float dtype, on any device); the other slots keep serving.
+        """Pack one expert (`weights` of any float dtype, on any device) into a slot; the other slots keep serving.
 
-        Kernels of quantized weights take a `QuantizedExpert` of their format, the others plain floats. Raises
+        Kernels for quantized weights take a `QuantizedExpert` of their format, the others plain floats. Raises
         ValueError for a layer, slot, kind of weights or tensor shape that does not fit.
         """
         shape = self.shape
@@ -98,7 +99,7 @@ class ExpertKernel(ABC):
         self._loaded_LS[layer, slot] = True
 
     def _check_weights(self, weights: ExpertWeights | QuantizedExpert) -> None:
-        """ValueError unless `weights` are those of one expert of this shape."""
+        """ValueError unless `weights` are one expert of this shape."""
         shape = self.shape
         D, I = shape.hidden_size, shape.intermediate_size
         if not isinstance(weights, ExpertWeights):
@@ -110,7 +111,7 @@ class ExpertKernel(ABC):
             tensor = getattr(weights, field)
             found = None if tensor is None else tuple(tensor.shape)
             if found != expected.get(field):
-                raise ValueError(f"{field} has the shape {found}, expected {expected.get(field)}")
+                raise ValueError(f"{field} has shape {found}, expected {expected.get(field)}")
 
     @abstractmethod
     def _pack(self, layer: int, slot: int, weights: Any) -> None:
@@ -126,16 +127,16 @@ class ExpertKernel(ABC):
         weights_N: torch.Tensor,
         out_MD: torch.Tensor,
     ) -> None:
-        """out[m] = sum over the pairs n of row m of weights[n] * MLP_slots[n](rows[m]); zero where a row has no pair.
+        """out[m] = sum over the pairs n of row m of weights[n] * MLP_slots[n](rows[m]); zero if a row has no pair.
 
         `rows_MD` and `out_MD`: the shape's dtype and device, last dimension contiguous. `row_offsets_M1` and `slots_N`:
-        int32 on the CPU; `weights_N`: float32 on the CPU. Sums are kept in float32. With `weight_on_input` the weight
-        scales the MLP's input instead. Raises ValueError on pairs that do not fit, before anything is computed.
+        int32 on the CPU; `weights_N`: float32 on the CPU. Sums are in float32. With `weight_on_input`, the weight
+        scales the MLP's input instead. Raises ValueError for invalid pairs, before it computes anything.
         """
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that this kernel's weights take, padding included."""
+        """Bytes of this kernel's weights, padding included."""
         return sum(t.numel() * t.element_size() for t in self._weight_tensors())
 
     @abstractmethod
@@ -151,7 +152,7 @@ class ExpertKernel(ABC):
         weights_N: torch.Tensor,
         out_MD: torch.Tensor,
     ) -> None:
-        """Raise ValueError unless the arguments of `forward` fit each other and this kernel's slots."""
+        """ValueError unless the arguments of `forward` fit each other and this kernel's slots."""
         self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
         offsets, slots = row_offsets_M1.numpy(), slots_N.numpy()
         M, N = rows_MD.shape[0], slots.shape[0]

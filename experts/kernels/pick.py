@@ -1,4 +1,15 @@
-"""Choose a kernel: by name, or the fastest by a measurement with the real shape on this machine."""
+"""Chooses a kernel: by name, or the fastest in a trial with the real shape on this machine.
+
+To add a kernel:
+
+1. Subclass `ExpertKernel` (base.py) in the folder of the library that it uses; `StackedKernel` (stacked.py) already
+   stores plain weights as stacked tensors. For quantized weights, `QuantizedKernel` or `QuantizedStackKernel`
+   (quantized.py). Define `name`, `supports`, `forward` and, without a stack, `_pack` and `_weight_tensors`.
+2. Import a library that may be missing inside functions only, and let `supports` return why it cannot run.
+3. Add the class to `KERNELS` or `QUANTIZED_KERNELS` below; "auto" then tries it.
+4. tests/experts/kernels/test_kernels.py runs every entry of `KERNELS`. Add a quantized kernel and its formats to the
+   cases at the top of test_quantized.py.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +48,12 @@ QUANTIZED_KERNELS: dict[str, type[QuantizedKernel]] = {
     for kernel in (TritonQuantizedKernel, VllmFp8Kernel, VllmInt4Kernel, VllmMxfp4Kernel, TorchDequantKernel)
 }
 
-TRIAL_ROWS = (16, 64, 1, 256)  # the most telling first, in case there is no time for all
+TRIAL_ROWS = (16, 64, 1, 256)  # the most telling first, in case time runs out
 TRIAL_PAIRS_PER_ROW = 4
-TRIAL_WEIGHT_BYTES = 64 << 20  # more than a last-level cache, where the shape has that much
-TRIAL_WEIGHT_BYTES_CUDA = 512 << 20  # that of a GPU is as large as the above
-TRIAL_BUDGET_S = 1.4
-TRIAL_TURNS = 6  # the first is warm-up
+TRIAL_WEIGHT_BYTES = 64 << 20  # more than a last-level cache, if the shape has that much
+TRIAL_WEIGHT_BYTES_CUDA = 512 << 20  # the last-level cache of a GPU is as large as the 64 MiB above
+TRIAL_TIMEOUT_S = 1.4
+TRIAL_TURNS = 6  # after one warm-up turn
 
 _verdicts: dict[tuple[object, ...], str] = {}
 
@@ -50,10 +61,10 @@ _verdicts: dict[tuple[object, ...], str] = {}
 def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
     """A kernel for `shape`, with no slot set yet.
 
-    `name` is a key of `KERNELS`, for a QuantizedShape of `QUANTIZED_KERNELS`, or "auto": the candidates that support
-    the shape are timed on a few row counts (under 2 s altogether but for compilers, logged as a table), and the fastest
-    by the geometric mean of its times wins. The verdict is kept for the process. Raises ValueError for an unknown name
-    or one that does not support the shape.
+    `name` is a key of `KERNELS` (for a QuantizedShape, of `QUANTIZED_KERNELS`) or "auto". "auto" times each kernel that
+    supports the shape on a few row counts (under 2 s in all, compilation aside), logs a table, and takes the one with
+    the smallest geometric mean; the process remembers the choice. Raises ValueError for an unknown name or one that
+    does not support the shape.
     """
     known = kernels_for(shape)
     if name != "auto":
@@ -67,10 +78,10 @@ def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
 
 
 def keep_quantized(shape: KernelShape, form: WeightFormat | None, name: str = "auto") -> KernelShape:
-    """What to build a kernel for when a checkpoint stores experts in `form` (None: plain floats).
+    """The shape to build a kernel for if a checkpoint stores experts in `form` (None: plain floats).
 
-    A QuantizedShape where `name` is that of a kernel for it; with "auto", on GPUs that some such kernel can serve. Else
-    `shape` itself: weights become plain floats when they are loaded, which on CPUs is quicker to compute with.
+    A QuantizedShape if `name` is a kernel for quantized weights or, with "auto", if one can serve it on the GPU.
+    Else `shape` itself: weights become plain floats when they are loaded, because CPUs compute faster with those.
     """
     if form is None or name in KERNELS:
         return shape
@@ -87,12 +98,12 @@ def keep_quantized(shape: KernelShape, form: WeightFormat | None, name: str = "a
 
 
 def kernels_for(shape: KernelShape) -> Mapping[str, type[ExpertKernel]]:
-    """The candidates, by name: those of plain weights, or those that keep weights quantized."""
+    """The kernels by name: for plain weights, or for quantized weights if `shape` is a QuantizedShape."""
     return QUANTIZED_KERNELS if isinstance(shape, QuantizedShape) else KERNELS
 
 
 def random_weights(shape: KernelShape, generator: torch.Generator | None = None) -> ExpertWeights | QuantizedExpert:
-    """One random expert as `shape` has them, on the CPU, scaled so that activations keep their size."""
+    """One random expert of `shape`, on the CPU, scaled so that activations keep their size."""
     if isinstance(shape, QuantizedShape):
         return random_quantized(shape, generator)
     D, I = shape.hidden_size, shape.intermediate_size
@@ -111,7 +122,7 @@ def random_weights(shape: KernelShape, generator: torch.Generator | None = None)
 def random_pairs(
     num_rows: int, num_slots: int, pairs_per_row: int, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(row_offsets_M1, slots_N, weights_N): ragged pairs, `pairs_per_row` a row on average, no slot twice in a row."""
+    """(row_offsets_M1, slots_N, weights_N): ragged pairs, on average `pairs_per_row`; no slot occurs twice in a row."""
     counts_M = torch.randint(0, 2 * min(pairs_per_row, num_slots // 2 or 1) + 1, (num_rows,), generator=generator)
     counts_M = counts_M.clamp(max=num_slots)
     order_MS = torch.rand(num_rows, num_slots, generator=generator).argsort(dim=1)
@@ -121,8 +132,8 @@ def random_pairs(
     return row_offsets_M1, slots_N, torch.rand(slots_N.shape[0], generator=generator)
 
 
-def _trial_shape(shape: KernelShape) -> KernelShape:
-    """Cut to the trial's bytes: few slots of huge experts, few layers of small ones."""
+def trial_shape(shape: KernelShape) -> KernelShape:
+    """`shape` with fewer slots and layers, so that its weights fit the trial's bytes."""
     nbytes = TRIAL_WEIGHT_BYTES if shape.device_type == "cpu" else TRIAL_WEIGHT_BYTES_CUDA
     slots = max(1, min(shape.num_slots, nbytes // shape.expert_bytes))
     layers = max(1, min(shape.num_layers, nbytes // (slots * shape.expert_bytes)))
@@ -130,11 +141,11 @@ def _trial_shape(shape: KernelShape) -> KernelShape:
 
 
 def _measure(shape: KernelShape) -> str:
-    """Name of the fastest kernel; logs every candidate with its times, or why it was passed over."""
+    """Name of the fastest kernel; logs each candidate with its times, or why it was passed over."""
     candidates = kernels_for(shape)
     reasons = {name: kernel_class.supports(shape) for name, kernel_class in candidates.items()}  # may compile
-    started = time.perf_counter()
-    trial = _trial_shape(shape)
+    start_s = time.monotonic()
+    trial = trial_shape(shape)
     weights = random_weights(trial, torch.Generator().manual_seed(0))
     kernels: dict[str, ExpertKernel] = {}
     lines = []
@@ -147,15 +158,15 @@ def _measure(shape: KernelShape) -> str:
                     for slot in range(trial.num_slots):
                         kernel.set_slot(layer, slot, weights)
                 kernels[name] = kernel
-            except Exception as error:  # a candidate that breaks is passed over, with its reason in the log
+            except Exception as error:  # pass over a candidate that breaks, and log the reason
                 reason = f"failed to start: {error}"
         if reason is not None:
             lines.append(f"  {name:12} passed over: {reason}")
     if trial.device_type != "cpu":
-        # What compiles at the first call of a size would use the time up, and be held against the kernel.
-        alive = _time_kernels(kernels, trial, deadline=math.inf, problems=lines)
-        kernels, started = {name: kernels[name] for name in alive}, time.perf_counter()
-    times_us = _time_kernels(kernels, trial, deadline=started + TRIAL_BUDGET_S, problems=lines)
+        # Call each size once before the trial: compilation would use up its time and count against the kernel.
+        alive = _time_kernels(kernels, trial, deadline_s=math.inf, problems=lines)
+        kernels, start_s = {name: kernels[name] for name in alive}, time.monotonic()
+    times_us = _time_kernels(kernels, trial, deadline_s=start_s + TRIAL_TIMEOUT_S, problems=lines)
     if not times_us:
         raise ValueError(f"no kernel can serve {shape}:\n" + "\n".join(lines))
     score = {name: math.exp(statistics.fmean(math.log(t) for t in row.values())) for name, row in times_us.items()}
@@ -171,35 +182,35 @@ def _measure(shape: KernelShape) -> str:
         shape.dtype,
         shape.device,
         torch.get_num_threads(),
-        time.perf_counter() - started,
+        time.monotonic() - start_s,
         "\n".join(lines),
     )
     return best
 
 
 def _time_kernels(
-    kernels: dict[str, ExpertKernel], trial: KernelShape, deadline: float, problems: list[str]
+    kernels: dict[str, ExpertKernel], trial: KernelShape, deadline_s: float, problems: list[str]
 ) -> dict[str, dict[int, float]]:
-    """Least microseconds of a call, by kernel and row count, over calls taken in turns until `deadline`.
+    """Smallest time of a call in microseconds, by kernel and row count. The kernels take turns until `deadline_s`.
 
-    The least, since shards start side by side and few samples are taken: what disturbs one only adds to its time.
+    The smallest of few samples, because shards start side by side, and a disturbance only ever adds to a time.
 
-    A kernel that raises is taken out and named in `problems`. A row count is only begun if all kernels are likely to
-    end before the deadline; the first one is always measured.
+    A kernel that raises is removed and named in `problems`. The first row count is always measured, each further one
+    only if all kernels are likely to finish before the deadline.
     """
     generator = torch.Generator().manual_seed(0)
     alive = dict(kernels)
     times_us: dict[str, dict[int, float]] = {name: {} for name in kernels}
     last_rows, last_round_s = 0, 0.0
     for rows in TRIAL_ROWS:
-        if last_rows and time.perf_counter() + 2 * last_round_s * rows / last_rows > deadline:
+        if last_rows and time.monotonic() + 2 * last_round_s * rows / last_rows > deadline_s:
             break
         pairs = random_pairs(rows, trial.num_slots, TRIAL_PAIRS_PER_ROW, generator)
         rows_MD = torch.randn(rows, trial.hidden_size, generator=generator).to(trial.device, trial.dtype)
         out_MD = torch.empty_like(rows_MD)
         samples: dict[str, list[float]] = {name: [] for name in alive}
         for turn in range(TRIAL_TURNS + 1):
-            round_started = time.perf_counter()
+            round_start_s = time.monotonic()
             for name, kernel in list(alive.items()):
                 try:
                     time_us = _time_call(kernel, turn % trial.num_layers, rows_MD, pairs, out_MD)
@@ -208,8 +219,8 @@ def _time_kernels(
                     del alive[name], times_us[name]
                     continue
                 samples[name].append(time_us)
-            last_round_s = time.perf_counter() - round_started
-            if time.perf_counter() + last_round_s > deadline:
+            last_round_s = time.monotonic() - round_start_s
+            if time.monotonic() + last_round_s > deadline_s:
                 break
         for name in alive:
             warm = samples[name][1:] or samples[name]
@@ -225,13 +236,13 @@ def _time_call(
     pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out_MD: torch.Tensor,
 ) -> float:
-    """Microseconds of one call, the device's work included; with one CPU thread, of that thread's own time."""
+    """Microseconds of one call, including the device's work; with one CPU thread, that thread's CPU time."""
     on_cuda = rows_MD.is_cuda
     clock = time.thread_time if torch.get_num_threads() == 1 and not on_cuda else time.perf_counter
     if on_cuda:
         torch.cuda.synchronize(rows_MD.device)
-    started = clock()
+    start_s = clock()
     kernel.forward(layer, rows_MD, *pairs, out_MD)
     if on_cuda:
         torch.cuda.synchronize(rows_MD.device)
-    return (clock() - started) * 1e6
+    return (clock() - start_s) * 1e6

@@ -1,4 +1,4 @@
-"""Kernels that keep weights quantized: what they have in common, and the plainest of them.
+"""What kernels that keep weights quantized have in common: their shape, random weights, and stacked tensors.
 
 Legend as in base.py; B bytes of a row.
 """
@@ -18,7 +18,7 @@ from experts.model.spec import ExpertWeights
 
 @dataclass(frozen=True)
 class QuantizedShape(KernelShape):
-    """A KernelShape whose weights stay in `format`; rows, biases and sums are those of `dtype` as ever."""
+    """A KernelShape whose weights stay in `format`; rows and biases are in `dtype` as usual."""
 
     quantized: ClassVar[bool] = True
     format: WeightFormat = field(kw_only=True)
@@ -38,7 +38,7 @@ class QuantizedShape(KernelShape):
         return self.format.expert_bytes(D, I, self.dtype) + biases
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of a `QuantizedExpert` that fits."""
+        """Shapes of the tensors of a `QuantizedExpert`, by field."""
         D, I, form = self.hidden_size, self.intermediate_size, self.format
         p, q = form.scale_shape(I, D)
         shapes: dict[str, tuple[int, ...]] = {
@@ -57,11 +57,11 @@ def random_quantized(shape: QuantizedShape, generator: torch.Generator | None = 
     def data(name: str) -> torch.Tensor:
         found = torch.randint(0, 256, shapes[name], generator=generator, dtype=torch.uint8)
         if form.name == "fp8_block":
-            found &= 0xBF  # below 2, so that no sum is made of a few large values, and none is NaN
+            found &= 0xBF  # values below 2 and no NaN, so that no few large values dominate a sum
         return found
 
     def scale(name: str, columns: int) -> torch.Tensor:
-        # Root mean squares of the random values: 0.5 for E4M3 below 2, 2.9 for E2M1, 4.6 for INT4.
+        # Root mean square of the random values: 0.5 for E4M3 below 2, 2.9 for E2M1, 4.6 for INT4.
         spread = {"fp8_block": 0.5, "mxfp4": 2.9, "int4": 4.6}[form.name] * columns**0.5
         factor = torch.rand(shapes[name], generator=generator) + 0.5
         if form.name == "mxfp4":
@@ -99,7 +99,7 @@ class QuantizedKernel(ExpertKernel):
             tensor = getattr(weights, name)
             found = None if tensor is None else tuple(tensor.shape)
             if found != expected.get(name):
-                raise ValueError(f"{name} has the shape {found}, expected {expected.get(name)}")
+                raise ValueError(f"{name} has shape {found}, expected {expected.get(name)}")
 
 
 class QuantizedStack:
@@ -132,20 +132,20 @@ class QuantizedStack:
         }
 
     def write(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
-        """Copy one expert in."""
+        """Copy one expert into a slot."""
         for name, stacked in self._fields().items():
             if stacked is not None:
                 stacked[layer, slot].copy_(getattr(weights, name))
 
     def read(self, layer: int, slot: int) -> QuantizedExpert:
-        """One expert, as views."""
+        """The expert of a slot, as views."""
         found: dict[str, Any] = {
             name: None if stacked is None else stacked[layer, slot] for name, stacked in self._fields().items()
         }
         return QuantizedExpert(self._format, **found)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those that exist."""
+        """All tensors; without biases there are fewer."""
         return [stacked for stacked in self._fields().values() if stacked is not None]
 
 

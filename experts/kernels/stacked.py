@@ -1,4 +1,4 @@
-"""Plain weights as plain stacked tensors, for the kernels that need no layout of their own. Legend as in base.py."""
+"""Plain weights as stacked tensors, for kernels that need no layout of their own. Legend as in base.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experts.model.spec import ExpertWeights
 
 
 class StackedWeights:
-    """All slots' weights as plain stacked tensors, in the layout of `ExpertWeights`."""
+    """All slots' weights as stacked tensors, in the layout of `ExpertWeights`."""
 
     def __init__(self, shape: KernelShape) -> None:
         L, S, D, I = shape.num_layers, shape.num_slots, shape.hidden_size, shape.intermediate_size
@@ -23,7 +23,7 @@ class StackedWeights:
         self.b2_LSD = zeros(L, S, D) if shape.has_bias else None
 
     def write(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        """Copy one expert in, converting dtype and device."""
+        """Copy one expert into a slot, converting dtype and device."""
         self.w13_LS2ID[layer, slot].copy_(weights.w13_2ID)
         self.w2_LSDI[layer, slot].copy_(weights.w2_DI)
         if self.b13_LS2I is not None and self.b2_LSD is not None:
@@ -33,7 +33,7 @@ class StackedWeights:
             self.b2_LSD[layer, slot].copy_(weights.b2_D)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those that exist."""
+        """All tensors; without biases there are fewer."""
         return [t for t in (self.w13_LS2ID, self.w2_LSDI, self.b13_LS2I, self.b2_LSD) if t is not None]
 
 

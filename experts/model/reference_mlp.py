@@ -1,4 +1,4 @@
-"""One expert's MLP in plain torch: the definition that every kernel is held against."""
+"""One expert's MLP in plain torch: the definition that kernels must match."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experts.model.spec import ActivationSpec, ExpertWeights
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, spec: ActivationSpec) -> torch.Tensor:
-    """act(gate) * up, for each activation that a checkpoint can name. ValueError for one that is unknown."""
+    """The gated activation of `spec`; `ActivationSpec` has the formulas. ValueError for an unknown kind."""
     if spec.kind == "silu":
         return F.silu(gate) * up
     if spec.kind == "gelu":
@@ -25,7 +25,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, spec: ActivationSpec)
 
 
 def expert_mlp(rows_MD: torch.Tensor, weights: ExpertWeights, activation: ActivationSpec) -> torch.Tensor:
-    """down(act(gate(x)) * up(x)) for rows [M, D]; returns [M, D] in the rows' dtype. M = 0 works."""
+    """down(act(gate(x)) * up(x)) for rows [M, D]; returns [M, D] in the rows' dtype. M may be 0."""
     w13, w2, b13, b2 = (
         None if t is None else t.to(rows_MD.device)
         for t in (weights.w13_2ID, weights.w2_DI, weights.b13_2I, weights.b2_D)

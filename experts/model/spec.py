@@ -1,4 +1,4 @@
-"""What the routed experts of a model are: facts that kernels, shards and routers share, free of any framework's names.
+"""What the routed experts of a model are: facts that kernels, shards and routers share.
 
 Legend: D hidden size, I expert intermediate size.
 """
@@ -28,7 +28,7 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """What a checkpoint's configuration says of its routed experts."""
+    """What a checkpoint's configuration says about its routed experts."""
 
     model_type: str
     layer_ids: tuple[int, ...]  # decoder layer of each MoE layer; dense layers are skipped
@@ -39,22 +39,17 @@ class ExpertSpec:
     activation: ActivationSpec
     has_bias: bool
     weight_on_input: bool  # Llama 4: the router weight scales the expert's input, not its output
-    quantization: str | None  # as stored: None, "fp8_block" or "mxfp4"; read_expert always returns plain floats
+    quantization: str | None  # as stored: None or a name of weight_format; read_expert always returns plain floats
 
     @property
     def num_layers(self) -> int:
-        """MoE layers, which are the rows of a placement."""
+        """MoE layers: the rows of a placement."""
         return len(self.layer_ids)
-
-    def bytes_in(self, dtype: torch.dtype) -> int:
-        """Bytes of one expert's weights (and biases) in memory at `dtype`."""
-        D, I = self.hidden_size, self.intermediate_size
-        return (3 * D * I + (2 * I + D if self.has_bias else 0)) * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One expert in the layout that kernels take: gate rows first, then up rows; never interleaved or transposed."""
+    """One expert in the layout that kernels expect: gate rows first, then up rows; never interleaved or transposed."""
 
     w13_2ID: torch.Tensor  # [2I, D]
     w2_DI: torch.Tensor  # [D, I]

@@ -1,2 +1,2 @@
-"""What a router and a shard agree on: bytes of messages, memberships, statuses, settings, errors. Nothing here sends,
-computes or waits; both ends import it, and it imports neither."""
+"""What a router and a shard agree on: message bytes, memberships, statuses, settings, errors. Nothing here sends,
+computes or waits; both ends import this folder, and it imports neither."""

@@ -1,10 +1,10 @@
-"""What can go wrong in the data plane, as types that callers tell apart."""
+"""Errors of the data plane, one type for each case that callers handle differently."""
 
 from __future__ import annotations
 
 
 class ShardError(RuntimeError):
-    """A shard did not do what a dispatch asked of it; the rows have to be computed elsewhere."""
+    """A shard did not do what a dispatch asked of it; its rows must be computed elsewhere."""
 
     def __init__(self, rank: int, reason: str) -> None:
         super().__init__(f"shard {rank}: {reason}")
@@ -13,7 +13,7 @@ class ShardError(RuntimeError):
 
 
 class ShardLostError(ShardError):
-    """The shard's process is gone, or its connection is."""
+    """The shard's process or its connection is gone."""
 
 
 class ShardTimeoutError(ShardError):
@@ -21,8 +21,8 @@ class ShardTimeoutError(ShardError):
 
 
 class ShardRejectedError(ShardError):
-    """The shard answered that it cannot serve this request; it lives on."""
+    """The shard refused this request; the shard itself is still alive."""
 
 
 class UnsupportedModelError(ValueError):
-    """The plug-in cannot serve this model or engine setting; the message says why and what would work."""
+    """The plug-in does not support this model or engine setting; the message says why and what would work."""

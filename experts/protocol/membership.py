@@ -1,4 +1,4 @@
-"""Who the shards are and what they hold at one epoch: what the controller hands to routers."""
+"""Who the shards are and what they hold at one epoch, and what routers and shards answer when they apply it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import functools
 import hashlib
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from experts.protocol.plain import exact_fields
 from placement.placement import Placement
 
 
@@ -45,6 +47,11 @@ class ShardEndpoint:
     host_id: str
     pid: int
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ShardEndpoint:
+        """Inverse of dataclasses.asdict. ValueError names a missing or unknown key."""
+        return cls(**exact_fields(cls, data))
+
 
 @dataclass(frozen=True)
 class Membership:
@@ -66,18 +73,57 @@ class Membership:
                 raise ValueError(f"endpoint of rank {endpoint.rank} stands at rank {rank}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, as it travels over collective_rpc."""
+        """Plain data, as it travels over collective_rpc."""
         return {
             "epoch": self.epoch,
             "placement": self.placement.to_json(),
-            "endpoints": [None if e is None else asdict(e) for e in self.endpoints],
+            "endpoints": endpoints_to_plain(self.endpoints),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Membership:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`. ValueError names a missing or unknown key."""
+        values = exact_fields(cls, data)
         return cls(
-            epoch=int(data["epoch"]),
-            placement=Placement.from_json(data["placement"]),
-            endpoints=tuple(None if e is None else ShardEndpoint(**e) for e in data["endpoints"]),
+            epoch=int(values["epoch"]),
+            placement=Placement.from_json(values["placement"]),
+            endpoints=endpoints_from_plain(values["endpoints"]),
         )
+
+
+def endpoints_to_plain(endpoints: Iterable[ShardEndpoint | None]) -> list[dict[str, Any] | None]:
+    """Endpoints by rank as plain data."""
+    return [None if endpoint is None else asdict(endpoint) for endpoint in endpoints]
+
+
+def endpoints_from_plain(data: Iterable[dict[str, Any] | None]) -> tuple[ShardEndpoint | None, ...]:
+    """Inverse of `endpoints_to_plain`. ValueError names a missing or unknown key."""
+    return tuple(None if endpoint is None else ShardEndpoint.from_dict(endpoint) for endpoint in data)
+
+
+@dataclass(frozen=True)
+class AppliedMembership:
+    """What became of a membership that a router applied."""
+
+    epoch: int
+    connected: list[int]  # ranks, ascending
+    lost: dict[int, str]  # why there is no link, by rank
+    refused: list[int]  # those of the lost ranks whose shard answered and refused this router
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it travels over collective_rpc."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AppliedMembership:
+        """Inverse of `to_dict`, also after a trip that made keys strings. ValueError names a missing or unknown key."""
+        values = exact_fields(cls, data)
+        return cls(**{**values, "lost": {int(rank): reason for rank, reason in values["lost"].items()}})
+
+
+@dataclass(frozen=True)
+class AppliedPlacement:
+    """What a shard did to hold a placement."""
+
+    loaded: int  # experts read, over all layers
+    epoch: int

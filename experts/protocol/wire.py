@@ -1,4 +1,4 @@
-"""What a dispatch message and its reply look like, byte by byte.
+"""The bytes of a dispatch request and of its reply.
 
 Legend: M rows, N (row, expert) pairs, D hidden size. All sections start on 64-byte boundaries.
 
@@ -6,9 +6,26 @@ Legend: M rows, N (row, expert) pairs, D hidden size. All sections start on 64-b
     reply:   header int64[16] | rows_MD                                  (status OK)
              header int64[16] | utf-8 text of the error                  (otherwise)
 
-Row m wants the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there.
-Experts are named by their logical ids and the shard finds its own slot for each: a router of an older epoch is then
-answered as long as the shard still holds the expert, and no epoch mix-up can ever reach the weights of another expert.
+Row m has the pairs row_offsets[m] : row_offsets[m + 1]; a row travels once, however many experts it needs there.
+Experts are named by logical id, and the shard looks up its own slot for each. So a router of an older epoch is still
+answered while the shard holds the expert, and a mismatch of epochs can never reach another expert's weights.
+
+Words of the header (constants H_*). A dash means that the word is neither written nor read:
+
+    word  name    in a request (router writes, shard reads)     in a reply (shard writes, router reads)
+    0     MAGIC   MAGIC, else the request is refused            MAGIC, else the reply is refused
+    1     SEQ     number of the message                         the request's number
+    2     EPOCH   the router's epoch, for the shard's status    -
+    3     LAYER   MoE layer: a row of the placement             -
+    4     ROWS    M; transports that send rows apart read it    M; likewise
+    5     PAIRS   N                                             -
+    6     DTYPE   DTYPE_CODES, compared with the shard's own    -
+    7     HIDDEN  D, compared with the shard's own              -
+    8     STATUS  -                                             STATUS_OK or STATUS_REJECTED
+    9     TEXT    -                                             bytes of the error's text (STATUS_REJECTED)
+    10-15         free, zero                                    -
+
+To add a word, take the next free one, extend this table, and raise `PROTOCOL_VERSION` (experts.transports.control).
 """
 
 from __future__ import annotations
@@ -23,8 +40,7 @@ HEADER_WORDS = 16
 HEADER_BYTES = 8 * HEADER_WORDS
 ALIGN = 64
 
-# Words of the header.
-H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT, H_COMPUTE_NS = range(11)
+H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT = range(10)
 
 STATUS_OK = 0
 STATUS_REJECTED = 1
@@ -40,7 +56,7 @@ def aligned(nbytes: int) -> int:
 
 @compiled()
 def request_layout(num_rows: int, num_pairs: int, row_bytes: int) -> tuple[int, int, int, int, int]:
-    """Byte offsets of (row_offsets, experts, weights, rows) and the length of the whole request."""
+    """Byte offsets of (row_offsets, experts, weights, rows), and the length of the request."""
     offsets_at = HEADER_BYTES
     experts_at = offsets_at + aligned(4 * (num_rows + 1))
     weights_at = experts_at + aligned(4 * num_pairs)
@@ -49,12 +65,12 @@ def request_layout(num_rows: int, num_pairs: int, row_bytes: int) -> tuple[int, 
 
 
 def request_capacity(max_rows: int, top_k: int, row_bytes: int) -> int:
-    """Bytes that the largest request of `max_rows` rows with `top_k` experts each needs."""
+    """Bytes of the largest request: `max_rows` rows with `top_k` experts each."""
     return int(aligned(request_layout(max_rows, max_rows * top_k, row_bytes)[4]))
 
 
 def reply_capacity(max_rows: int, row_bytes: int) -> int:
-    """Bytes that the largest reply needs; never too small for the text of an error."""
+    """Bytes of the largest reply; always enough for the text of an error."""
     return int(aligned(max(HEADER_BYTES + max_rows * row_bytes, 4096)))
 
 
@@ -69,7 +85,7 @@ def header_of(buffer: np.ndarray) -> np.ndarray:
 
 
 def error_reply(buffer: np.ndarray, seq: int, text: str) -> int:
-    """Write a STATUS_REJECTED reply that says `text`; returns its length in bytes."""
+    """Write a STATUS_REJECTED reply with `text`, cut to fit `buffer`; returns the reply's length in bytes."""
     data = text.encode()[: len(buffer) - HEADER_BYTES]
     header = header_of(buffer)
     header[:] = 0

@@ -1,2 +1,2 @@
-"""A shard's side: its server, compute loop, check of requests, slots. Weights in files are `experts.checkpoint`, the
-arithmetic is `experts.kernels`."""
+"""A shard's side: server, compute loop, checks of requests, slots. Reading weights from files belongs to
+`experts.checkpoint`, the arithmetic to `experts.kernels`."""

@@ -1,4 +1,4 @@
-"""The compute loop of a shard: wait for the bell, take a request, compute, reply. One thread, all routers.
+"""The compute loop of a shard: wait for the bell, take a request, compute, reply. One thread serves all routers.
 
 Legend: M rows, D hidden size.
 """
@@ -11,14 +11,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from experts.kernels import ExpertKernel
 from experts.protocol.wire import (
     DTYPE_CODES,
-    H_COMPUTE_NS,
-    H_LAYER,
     H_MAGIC,
     H_ROWS,
     H_SEQ,
@@ -67,7 +64,7 @@ class _Views:
 
 @dataclass
 class ShardLoop:
-    """Answers every channel that has a request, in turn, until it is stopped."""
+    """Answers each channel that has a request, in turn, until stopped."""
 
     slots: SlotTable
     kernel: ExpertKernel
@@ -86,7 +83,7 @@ class ShardLoop:
         self._last_failure = ""
 
     def warm_up(self) -> None:
-        """One row through the checks and the kernel before a router comes, whose deadline no compiler may use up."""
+        """Run one row through the checks and the kernel, so that no router's deadline pays for compilation."""
         warm_up()
         rows_MD = torch.zeros(1, self._hidden_size, dtype=self.dtype, device=self.kernel.shape.device)
         slots_E = self.slots.slot_of_expert_LE[0]
@@ -99,7 +96,7 @@ class ShardLoop:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the loop after the request at hand. TimeoutError if that takes longer than `timeout_s`."""
+        """End the loop after the current request. TimeoutError if that takes longer than `timeout_s`."""
         self._stopping.set()
         self.bell.ring()
         if self._thread.is_alive():
@@ -114,10 +111,10 @@ class ShardLoop:
 
     @property
     def fault(self) -> str | None:
-        """Why no request can be expected to be answered any more, though the loop runs; None while all is well."""
+        """Why this shard can no longer answer requests although the loop runs; None while it can."""
         if self._failures < _FAILURES_IN_A_ROW:
             return None
-        return f"no request has been answered since these failed; the last one: {self._last_failure}"
+        return f"this shard no longer answers requests; the last failure: {self._last_failure}"
 
     @property
     def router_ids(self) -> list[str]:
@@ -141,7 +138,7 @@ class ShardLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(self.num_threads)
-        # The loop shares its process with control threads; it must get the interpreter back quickly.
+        # The loop shares the interpreter with control threads and must get it back quickly.
         sys.setswitchinterval(0.0005)
         with torch.inference_mode():
             while not self._stopping.is_set():
@@ -150,7 +147,7 @@ class ShardLoop:
                     continue
 
     def _serve_all(self) -> int:
-        """Answer each channel that has a request once; returns how many had."""
+        """Answer at most one request of each channel; returns the number answered."""
         served = 0
         for channel, views in self._channels.items():
             if channel.closed:
@@ -161,18 +158,18 @@ class ShardLoop:
                     continue
                 served += 1
                 channel.reply(self._answer(channel, views, nbytes))
-            except Exception as error:  # one router's broken pair must not end the service of the others
+            except Exception as error:  # one broken pair must not stop the others
                 logger.exception("lost router %s", channel.router_id)
                 self._count_error(f"router {channel.router_id}: {error}")
                 if isinstance(error, torch.AcceleratorError):
-                    # Not the pair's fault. After most errors of a GPU nothing works on it in this process, not even
-                    # connecting a router, so that no further request would come to tell.
+                    # The GPU's fault, not the pair's. After most GPU errors nothing works on it in this process, not
+                    # even connecting a router, so no later request would show the fault.
                     self._failures, self._last_failure = _FAILURES_IN_A_ROW, str(error)
                 channel.close()
         return served
 
     def _answer(self, channel: ShardChannel, views: _Views, nbytes: int) -> int:
-        """Compute the reply into the channel's send buffer; returns its length in bytes."""
+        """Write the reply into the channel's send buffer; returns its length in bytes."""
         start_ns = time.perf_counter_ns()
         self.slots.begin_request()
         try:
@@ -198,7 +195,10 @@ class ShardLoop:
             self.slots.end_request()
         self._failures = 0
         spent_ns = time.perf_counter_ns() - start_ns
-        self._write_header(channel.send_buffer, request, spent_ns)
+        header = header_of(channel.send_buffer)
+        header[H_MAGIC], header[H_SEQ], header[H_ROWS], header[H_STATUS] = (
+            MAGIC, request.seq, request.num_rows, STATUS_OK,
+        )  # fmt: skip
         counters = self.counters
         counters.requests += 1
         counters.rows += request.num_rows
@@ -222,12 +222,6 @@ class ShardLoop:
             torch.from_numpy(request.weights_N),
             out_MD,
         )
-
-    @staticmethod
-    def _write_header(buffer: np.ndarray, request: Request, spent_ns: int) -> None:
-        header = header_of(buffer)
-        header[H_MAGIC], header[H_SEQ], header[H_LAYER] = MAGIC, request.seq, request.layer
-        header[H_ROWS], header[H_STATUS], header[H_COMPUTE_NS] = request.num_rows, STATUS_OK, spent_ns
 
     def _count_error(self, text: str) -> None:
         self.counters.errors += 1

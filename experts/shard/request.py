@@ -1,4 +1,4 @@
-"""Checks a request at the shard and finds the slots it wants, before any of it is believed.
+"""Checks a request at the shard, before anything trusts it, and looks up the slots of its experts.
 
 Legend: M rows, N (row, expert) pairs, L MoE layers, E logical experts.
 """
@@ -28,12 +28,15 @@ from placement.compiled import compiled
 
 
 class BadRequestError(ValueError):
-    """A request that this shard cannot serve; the text goes back to its sender."""
+    """A request that this shard cannot serve; the text goes back to the router."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: views into the receive buffer, and the slots of this shard."""
+    """A checked request: views of the receive buffer, and the slots of this shard.
+
+    row_offsets_M1, slots_N: int32. weights_N: float32. rows_at: byte offset of the rows in the receive buffer.
+    """
 
     seq: int
     epoch: int
@@ -49,7 +52,7 @@ class Request:
 def _find_slots(
     row_offsets_M1: np.ndarray, experts_N: np.ndarray, slot_of_expert_E: np.ndarray, slots_N: np.ndarray
 ) -> int:
-    """Fill `slots_N`; returns -1 if all is well, -2 for bad offsets, else the index of a pair that is not served."""
+    """Fill `slots_N`; returns -1 if all is well, -2 for bad offsets, else the index of a pair without a slot."""
     if row_offsets_M1[0] != 0 or row_offsets_M1[-1] != len(experts_N):
         return -2
     for row in range(len(row_offsets_M1) - 1):
@@ -66,7 +69,10 @@ def _find_slots(
 def read_request(
     buffer: np.ndarray, nbytes: int, slot_of_expert_LE: np.ndarray, dtype_code: int, hidden_size: int
 ) -> Request:
-    """Parse the request in `buffer` (uint8). BadRequestError says what is wrong with it."""
+    """Parse and check the request of `nbytes` in `buffer` (uint8); `slot_of_expert_LE` is -1 where there is no slot.
+
+    BadRequestError says what is wrong with it.
+    """
     if nbytes < HEADER_BYTES or nbytes > len(buffer):
         raise BadRequestError(f"a message of {nbytes} bytes, expected {HEADER_BYTES} to {len(buffer)}")
     words = header_of(buffer).tolist()
@@ -108,7 +114,7 @@ def read_request(
 
 @functools.cache
 def warm_up() -> None:
-    """Load or compile what checks requests: seconds the first time on a machine, and routers have deadlines."""
+    """Compile the checks, or load them from the cache, so that no router's deadline pays for it."""
     buffer = np.zeros(request_layout(0, 0, 4)[-1], np.uint8)
     header = header_of(buffer)
     header[H_MAGIC], header[H_DTYPE], header[H_HIDDEN] = MAGIC, 1, 1

@@ -1,7 +1,7 @@
 """One expert shard: loads the experts of its rank, listens for routers, computes what they send. Needs no Ray, no vllm.
 
-`python -m experts.shard.server --settings JSON --placement FILE --rank R` runs one and prints its endpoint as one JSON
-line when it is ready.
+`python -m experts.shard.server --settings JSON --placement FILE --rank R` runs one shard. When it is ready, it prints
+its endpoint as one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.kernels import KernelShape, keep_quantized, pick_kernel
-from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.membership import AppliedPlacement, ShardEndpoint, host_id
 from experts.protocol.settings import ShardSettings
+from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
 from experts.shard.slots import SlotTable
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class ShardServer:
-    """A shard's life: start, apply further placements, stop."""
+    """A shard's life: start, apply later placements, stop."""
 
     def __init__(self, settings: ShardSettings) -> None:
         self.settings = settings
@@ -51,18 +52,21 @@ class ShardServer:
         self._bell: ShmDoorbell | None = None
 
     def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
-        """Load the experts of `rank`, then listen; returns where. ValueError or CheckpointError if it cannot serve."""
+        """Load the experts of `rank`, then listen; returns the endpoint.
+
+        Raises ValueError or CheckpointError if this shard cannot serve the placement.
+        """
         if self.endpoint is not None:
             raise RuntimeError(f"this shard was started before, as rank {self.endpoint.rank}")
         if not 0 <= rank < placement.num_ranks:
-            raise ValueError(f"rank {rank} is not among the placement's ranks 0 to {placement.num_ranks - 1}")
+            raise ValueError(f"rank is {rank}, expected one of the placement's ranks, 0 to {placement.num_ranks - 1}")
         settings = self.settings
         torch.set_num_threads(settings.num_threads)
         checkpoint = ExpertCheckpoint.open(settings.model_path)
         spec = checkpoint.spec
         num_slots = settings.slots_per_rank or placement.slots_per_rank
         if num_slots < placement.slots_per_rank:
-            raise ValueError(f"slots_per_rank is {num_slots}, the placement needs {placement.slots_per_rank}")
+            raise ValueError(f"slots_per_rank is {num_slots}, the placement needs at least {placement.slots_per_rank}")
         shape = KernelShape(
             num_layers=spec.num_layers,
             num_slots=num_slots,
@@ -97,37 +101,44 @@ class ShardServer:
         logger.info("rank %d: listening on %s:%d", rank, settings.bind_host, self._listener.port)
         return self.endpoint
 
-    def apply_placement(self, placement: Placement, epoch: int) -> dict[str, Any]:
-        """Load what a later placement gives to this rank, while serving. Returns {"loaded", "epoch"}."""
+    def apply_placement(self, placement: Placement, epoch: int) -> AppliedPlacement:
+        """Load what a later placement gives this rank, while serving. ValueError for an epoch older than its own."""
         loop, endpoint = self._running()
         with self._load_lock:
             if epoch < self.epoch:
                 raise ValueError(f"epoch {epoch} is older than this shard's {self.epoch}")
             loaded = loop.slots.load(placement, endpoint.rank)
             self.placement, self.epoch = placement, epoch
-        return {"loaded": loaded, "epoch": epoch}
+        return AppliedPlacement(loaded, epoch)
 
-    def status(self) -> dict[str, Any]:
-        """Plain facts for health checks and metrics."""
+    def status(self) -> ShardStatus:
+        """What it holds and has done, for health checks and metrics. RuntimeError before it was started."""
         loop, endpoint = self._running()
-        return {
-            "rank": endpoint.rank,
-            "epoch": self.epoch,
-            "pid": endpoint.pid,
-            "incarnation": endpoint.incarnation,
-            "endpoint": asdict(endpoint),
-            "alive": loop.alive,
-            "fault": loop.fault,
-            "routers": loop.router_ids,
-            "kernel": loop.kernel.name,
-            "loaded_experts": loop.slots.num_loaded,
-            "loaded_bytes": loop.slots.loaded_bytes,
-            "weights_digest": loop.slots.digest(),
-            **asdict(loop.counters),
-        }
+        counters = loop.counters
+        return ShardStatus(
+            rank=endpoint.rank,
+            epoch=self.epoch,
+            pid=endpoint.pid,
+            incarnation=endpoint.incarnation,
+            endpoint=endpoint,
+            alive=loop.alive,
+            fault=loop.fault,
+            routers=loop.router_ids,
+            kernel=loop.kernel.name,
+            loaded_experts=loop.slots.num_loaded,
+            loaded_bytes=loop.slots.loaded_bytes,
+            weights_digest=loop.slots.digest(),
+            requests=counters.requests,
+            rows=counters.rows,
+            pairs=counters.pairs,
+            errors=counters.errors,
+            compute_ns=counters.compute_ns,
+            last_error=counters.last_error,
+            last_epoch=counters.last_epoch,
+        )
 
     def stop(self) -> None:
-        """Drop the routers and end the loop. Idempotent."""
+        """Disconnect the routers and end the loop. Idempotent."""
         if self._listener is not None:
             self._listener.stop()
         if self._loop is not None:
@@ -138,15 +149,15 @@ class ShardServer:
 
     def _running(self) -> tuple[ShardLoop, ShardEndpoint]:
         if self._loop is None or self.endpoint is None:
-            raise RuntimeError("this shard was not started yet")
+            raise RuntimeError("this shard is not started yet; call start() first")
         return self._loop, self.endpoint
 
     def _open_channel(self, hello: Hello, line: LifeLine) -> tuple[ShardChannel, dict[str, Any]]:
-        """Refuse a router that would send what this shard cannot compute; else open its channel."""
+        """Open a router's channel. ValueError if the router would send what this shard cannot compute."""
         loop, _ = self._running()
         spec = loop.slots.checkpoint.spec
         if hello.incarnation != self._incarnation:
-            # Knowing it is what tells this mesh's routers from strangers, so the refusal does not give it away.
+            # Only this mesh's routers know the incarnation, so do not reveal it to strangers.
             raise ValueError(f"this is another incarnation of the shard, the router wants {hello.incarnation}")
         for name, theirs, ours in (
             ("dtype", hello.dtype, self.settings.dtype),
@@ -170,7 +181,7 @@ class ShardServer:
 
 
 def main() -> None:
-    """Run one shard until SIGTERM, SIGINT, or (with --until-stdin-closes) the end of standard input."""
+    """Run one shard until SIGTERM, SIGINT or, with --until-stdin-closes, the end of standard input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", required=True, help="ShardSettings as JSON")
     parser.add_argument("--placement", required=True, help="placement file (JSON)")

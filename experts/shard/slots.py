@@ -1,4 +1,4 @@
-"""The slots of one shard: which experts they hold, and filling them from the checkpoint.
+"""The slots of one shard: which experts they hold, and how they are filled from the checkpoint.
 
 Legend: L MoE layers, E logical experts, s slots of this shard in a layer.
 """
@@ -16,23 +16,26 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.weight_format import QuantizedExpert
 from experts.kernels import ExpertKernel
 from experts.model.spec import ExpertWeights
-from placement.placement import Placement
+from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 2.0
-_REQUEST_LIMIT_S = 60.0  # a request that computes longer than this has lost its router long ago
+_LOG_INTERVAL_S = 2.0
+_REQUEST_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
 
 
 class SlotTable:
-    """Fills a kernel's slots with the experts that a placement gives to a rank, and finds an expert's slot."""
+    """Fills a kernel's slots with the experts that a placement gives to a rank, and maps experts to slots.
+
+    One thread may load while the compute loop serves requests; see `begin_request`.
+    """
 
     def __init__(self, checkpoint: ExpertCheckpoint, kernel: ExpertKernel, num_slots: int, dtype: torch.dtype) -> None:
         spec = checkpoint.spec
         self.checkpoint = checkpoint
         self.num_slots = num_slots
         self.slot_of_expert_LE = np.full((spec.num_layers, spec.num_experts), -1, np.int32)
-        """int32, -1 where this shard has no slot for the expert. Replaced as a whole, so that readers see one state."""
+        """int32, -1 where this shard does not hold the expert. Replaced, never written to, so readers see one state."""
         self._expert_in_slot_Ls = np.full((spec.num_layers, num_slots), -1, np.int32)
         self._digests: dict[tuple[int, int], bytes] = {}
         self._kernel = kernel
@@ -41,20 +44,20 @@ class SlotTable:
         self._requests_ended = 0
 
     def begin_request(self) -> None:
-        """The compute loop's word that it is about to look slots up; their weights stay as they are until the end."""
+        """The compute loop calls this before it looks up slots; their weights do not change until `end_request`."""
         self._in_request = True
 
     def end_request(self) -> None:
-        """The compute loop's word that it is done with the slots it looked up."""
+        """The compute loop calls this when it no longer uses the slots it looked up."""
         self._in_request = False
         self._requests_ended += 1
 
     def _await_request(self) -> None:
-        """Wait for the request at hand, which may use a slot that was just taken out of the table."""
-        seen, limit_s = self._requests_ended, time.monotonic() + _REQUEST_LIMIT_S
+        """Wait for the current request, which may use a slot that was just removed from the table."""
+        seen, deadline_s = self._requests_ended, time.monotonic() + _REQUEST_TIMEOUT_S
         while self._in_request and self._requests_ended == seen:
-            if time.monotonic() > limit_s:
-                raise TimeoutError(f"a request has computed for {_REQUEST_LIMIT_S} s, so no slot can be refilled")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"a request has computed for {_REQUEST_TIMEOUT_S} s, so no slot can be refilled")
             time.sleep(0.0002)
 
     @property
@@ -64,28 +67,24 @@ class SlotTable:
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes of the experts held, in the form that the kernel keeps."""
+        """Bytes of the experts held, in the kernel's format and without padding."""
         return self.num_loaded * self._kernel.shape.expert_bytes
 
     def digest(self) -> str:
-        """Changes when a slot holds other weights; samples of each expert, so that it costs nothing at scale."""
+        """A hash of samples of each expert held: changes with the weights, and is cheap for large models."""
         total = hashlib.sha256()
-        for _, digest in sorted(self._digests.items()):  # one look, since another thread may be loading
+        for _, digest in sorted(self._digests.items()):  # a snapshot, as another thread may be loading
             total.update(digest)
         return total.hexdigest()[:16]
 
     def load(self, placement: Placement, rank: int) -> int:
-        """Bring in every expert that `placement` gives to `rank` and that is not here yet; returns how many those were.
+        """Load the experts that `placement` gives to `rank` and that are not here yet; returns how many.
 
-        Experts that the placement no longer gives to this rank stay as long as their slots are not needed, so that
-        routers of the epoch before are still answered. Raises ValueError if the slots do not suffice.
+        Experts that the placement no longer gives to this rank stay until their slots are needed, so that routers of
+        the previous epoch are still answered. Raises ValueError if there are too few slots.
         """
         spec = self.checkpoint.spec
-        if (placement.num_layers, placement.num_experts) != (spec.num_layers, spec.num_experts):
-            raise ValueError(
-                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
-                f"the checkpoint has {spec.num_layers} of {spec.num_experts}"
-            )
+        check_same_model("the placement", placement, "the checkpoint", spec)
         wanted_Ls = np.asarray(placement.experts_of_rank(rank))
         missing = [
             (layer, int(expert))
@@ -98,7 +97,7 @@ class SlotTable:
             slot = self._free_slot(layer, wanted_Ls[layer])
             self._install(layer, slot, expert, self._read(layer, expert))
             now_s = time.monotonic()
-            if now_s - logged_s > _LOG_EVERY_S or count + 1 == len(missing):
+            if now_s - logged_s > _LOG_INTERVAL_S or count + 1 == len(missing):
                 logged_s = now_s
                 done = (count + 1) * self._kernel.shape.expert_bytes
                 rate = done / max(now_s - start_s, 1e-6) / 1e6
@@ -120,7 +119,9 @@ class SlotTable:
             return int(empty[0])
         spare = np.flatnonzero(~np.isin(held_s, wanted_s))
         if not spare.size:
-            raise ValueError(f"layer {layer} wants more experts than the {self.num_slots} slots of this shard")
+            raise ValueError(
+                f"layer {layer} needs more experts than the {self.num_slots} slots of this shard; raise slots_per_rank"
+            )
         return int(spare[0])
 
     def _install(self, layer: int, slot: int, expert: int, weights: ExpertWeights | QuantizedExpert) -> None:
@@ -131,7 +132,7 @@ class SlotTable:
             self.slot_of_expert_LE = table_LE.copy()
             self._digests.pop((layer, old), None)
             self._await_request()
-            self._expert_in_slot_Ls[layer, slot] = -1  # free, should what follows fail
+            self._expert_in_slot_Ls[layer, slot] = -1  # so that the slot is free if the next step fails
         self._kernel.set_slot(layer, slot, weights)
         self._expert_in_slot_Ls[layer, slot] = expert
         table_LE[layer, expert] = slot

@@ -1,6 +1,6 @@
-"""Atomic words and futexes on shared memory, for numba code: what a shared-memory transport needs beyond numba.
+"""Atomic words and futexes on shared memory, for numba code.
 
-Addresses are plain int64 (an integer of bytes into this process' memory); words are 32 bits, as Linux futexes are.
+Addresses are int64 byte addresses in this process's memory; words are 32 bits, as Linux futexes are.
 Source of the wait protocol: U. Drepper, "Futexes Are Tricky", 2011; futex(2).
 """
 
@@ -31,7 +31,7 @@ def _word_pointer(builder: Any, address: Any) -> Any:
 
 @intrinsic
 def load_acquire(typingctx: Any, address: Any) -> Any:
-    """The uint32 at `address`; nothing that follows is read before it."""
+    """The uint32 at `address`; no later access moves before this one."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(_word_pointer(builder, args[0]), ordering="acquire", align=4)
@@ -41,7 +41,7 @@ def load_acquire(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def store_release(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write the uint32 `value` at `address`; everything before it is seen by whoever reads it with acquire."""
+    """Write the uint32 `value` at `address`; a load_acquire that sees it also sees every earlier write."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[1], _word_pointer(builder, args[0]), ordering="release", align=4)
@@ -62,7 +62,7 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def full_fence(typingctx: Any) -> Any:
-    """Order every access before with every access after, across processes."""
+    """Order all earlier accesses before all later ones, across processes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -73,7 +73,7 @@ def full_fence(typingctx: Any) -> Any:
 
 @intrinsic
 def _timespec_ns(typingctx: Any) -> Any:
-    """CLOCK_MONOTONIC in nanoseconds, without an allocation."""
+    """CLOCK_MONOTONIC in nanoseconds, without allocating memory."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i64, i32 = ir.IntType(64), ir.IntType(32)
@@ -94,7 +94,7 @@ def _timespec_ns(typingctx: Any) -> Any:
 
 @intrinsic
 def _futex_wait(typingctx: Any, address: Any, expected: Any, timeout_ns: Any) -> Any:
-    """futex(2) FUTEX_WAIT with a relative timeout; returns at once unless the word is still `expected`."""
+    """futex(2) FUTEX_WAIT with a relative timeout; returns immediately if the word is no longer `expected`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i64 = ir.IntType(64)
@@ -114,7 +114,7 @@ def _futex_wait(typingctx: Any, address: Any, expected: Any, timeout_ns: Any) ->
 
 @compiled()
 def now_ns() -> int:
-    """CLOCK_MONOTONIC in nanoseconds, the clock of time.monotonic_ns()."""
+    """CLOCK_MONOTONIC in nanoseconds, as time.monotonic_ns() reads it."""
     return _timespec_ns()
 
 
@@ -128,15 +128,15 @@ def wake(address: int) -> None:
 def wait_while_equal(address: int, sleeping: int, seen: int, spin_ns: int, timeout_ns: int) -> int:
     """Wait until the word at `address` differs from `seen`; returns its value, which is `seen` after a timeout.
 
-    Yields the core for `spin_ns`, then sets the word at `sleeping`, so that the other side knows that a wake-up call is
-    needed, and sleeps in the kernel. Runs without the GIL.
+    Yields the core for `spin_ns`. Then sets the word at `sleeping`, which tells the other side to wake this one, and
+    sleeps in the kernel. Runs without the GIL.
     """
-    end = now_ns() + timeout_ns
+    deadline_ns = now_ns() + timeout_ns
     value = load_acquire(address)
     if value != seen:
         return value
-    spin_end = now_ns() + spin_ns
-    while now_ns() < spin_end:
+    spin_until_ns = now_ns() + spin_ns
+    while now_ns() < spin_until_ns:
         _sched_yield()
         value = load_acquire(address)
         if value != seen:
@@ -145,10 +145,10 @@ def wait_while_equal(address: int, sleeping: int, seen: int, spin_ns: int, timeo
     full_fence()
     value = load_acquire(address)
     while value == seen:
-        left = end - now_ns()
-        if left <= 0:
+        left_ns = deadline_ns - now_ns()
+        if left_ns <= 0:
             break
-        _futex_wait(address, types.uint32(seen), left)
+        _futex_wait(address, types.uint32(seen), left_ns)
         value = load_acquire(address)
     store_release(sleeping, types.uint32(0))
     return value
@@ -165,7 +165,7 @@ def publish(address: int, value: int, sleeping: int) -> None:
 
 @compiled()
 def ring(address: int, sleeping: int) -> None:
-    """Count the word at `address` up and wake its sleeper."""
+    """Add 1 to the word at `address` and wake its sleeper."""
     fetch_add(address, types.uint32(1))
     full_fence()
     if load_acquire(sleeping) != 0:
@@ -174,13 +174,13 @@ def ring(address: int, sleeping: int) -> None:
 
 @compiled()
 def load_word(address: int) -> int:
-    """The uint32 at `address`, with acquire order, for Python callers."""
+    """`load_acquire` for Python callers."""
     return load_acquire(address)
 
 
 @functools.cache
 def warm_up() -> None:
-    """Load or compile everything here now: a second or more the first time, which no dispatch should pay."""
+    """Compile everything here, or load it from the cache, so that no dispatch pays the second that it takes."""
     words = np.zeros(2, np.uint32)
     address, sleeping = int(words.ctypes.data), int(words.ctypes.data) + 4
     ring(address, sleeping)

@@ -1,15 +1,22 @@
-"""One router <-> one shard: byte messages in fixed buffers, one request in flight.
+"""The interface of every transport: one router <-> one shard, byte messages in fixed buffers, one request in flight.
 
     router                                         shard
     ------                                         -----
     pack into link.send_buffer
     link.post(nbytes)         ----- request ---->  doorbell rings; channel.poll() -> nbytes
                                                    read channel.recv_buffer, compute, fill channel.send_buffer
-    link.wait(deadline)       <---- reply -------  channel.reply(nbytes)
+    link.wait(deadline_s)     <---- reply -------  channel.reply(nbytes)
     read link.recv_buffer
 
-No collective spans two routers: every pair stands alone, so that a lost peer costs its own pair and nothing else. What
-the bytes mean is `experts.protocol.wire`'s business; how they travel is that of the classes in `experts.transports`.
+No collective spans two routers: each pair is independent, so a lost peer costs its own pair and nothing else.
+
+To add a transport:
+
+1. In a file of its own, subclass `RouterLink` and `ShardChannel`. If the transport has its own way to wake the shard,
+   ring the `Doorbell` passed to `open_shard_channel` from a thread, as `torch_pair` does.
+2. In `connect.py`, build the link in `connect` and the channel in `open_shard_channel`, and name the transport there.
+3. Add its name to `TransportName` (experts.protocol.settings), and to `control.choose_transport` if "auto" may pick it.
+4. Add its name to TRANSPORTS in tests/experts/transports/test_pairs.py: every transport must pass those tests.
 """
 
 from __future__ import annotations
@@ -25,15 +32,15 @@ class RouterLink(ABC):
 
     rank: int
     transport: str
-    """Which transport this is, for status and logs."""
+    """Name of the transport, for status and logs."""
     send_buffer: np.ndarray
-    """uint8 [capacity], packed into directly by the dispatcher; owned by the router between wait() and post()."""
+    """uint8 [capacity]. The dispatcher packs straight into it, between wait() and post()."""
     recv_buffer: np.ndarray
     """uint8 [capacity], valid from wait() to the next post()."""
     send_tensor: torch.Tensor | None = None
     recv_tensor: torch.Tensor | None = None
-    """uint8, on the transport's device: the rows of a message, where they travel apart from the rest of it (NCCL).
-    The rest stands in the buffers as ever, and lengths count both."""
+    """uint8, on the transport's device: the rows of a message where they travel separately (NCCL), else None. The rest
+    of the message is in the buffers as usual, and lengths count both."""
 
     @abstractmethod
     def post(self, nbytes: int) -> None:
@@ -41,15 +48,15 @@ class RouterLink(ABC):
 
     @abstractmethod
     def wait(self, deadline_s: float) -> int:
-        """Wait for the reply to the last post, at most until `deadline_s` on time.monotonic()'s clock.
+        """Wait for the reply to the last post until `deadline_s` (time.monotonic()); returns its length in bytes.
 
-        Returns the reply's length in bytes. Raises ShardTimeoutError or ShardLostError; the link is useless then and
-        has to be closed, since a late reply could be taken for the next one.
+        Raises ShardTimeoutError or ShardLostError. The link must be closed then: a late reply could be mistaken for
+        the next one.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give the pair up. Idempotent, never blocks; a late reply goes nowhere."""
+        """End the pair and discard any late reply. Idempotent, never blocks."""
 
 
 class ShardChannel(ABC):
@@ -63,31 +70,31 @@ class ShardChannel(ABC):
 
     @property
     def send_tensor(self) -> torch.Tensor | None:
-        """Rows of the reply (uint8) where they travel apart, else None."""
+        """Rows of the reply (uint8) where they travel separately, else None."""
         return None
 
     @property
     def recv_tensor(self) -> torch.Tensor | None:
-        """Rows of the request (uint8) where they travel apart, else None."""
+        """Rows of the request (uint8) where they travel separately, else None."""
         return None
 
     closed: bool = False
 
     @abstractmethod
     def poll(self) -> int:
-        """Length in bytes of a request that waits, or -1. Never blocks. Marks the channel closed when the peer left."""
+        """Length in bytes of a waiting request, or -1. Never blocks. Marks the channel closed if the peer has left."""
 
     @abstractmethod
     def reply(self, nbytes: int) -> None:
-        """Send the first `nbytes` of `send_buffer` as the answer to the request that poll() gave."""
+        """Send the first `nbytes` of `send_buffer` as the reply to the request that poll() returned."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give the pair up. Idempotent, never blocks."""
+        """End the pair. Idempotent, never blocks."""
 
 
 class Doorbell(ABC):
-    """What wakes a shard's one compute loop when any of its channels has work."""
+    """Wakes a shard's compute loop when any of its channels has work."""
 
     @abstractmethod
     def ring(self) -> None:
@@ -95,4 +102,4 @@ class Doorbell(ABC):
 
     @abstractmethod
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until the next ring that was not yet seen, at most `timeout_s`. True if it rang."""
+        """Sleep until a ring that was not seen yet, at most `timeout_s`. True if the bell rang."""

@@ -1,4 +1,4 @@
-"""Opens the two ends of a pair over the transport that fits: the one place that knows all transports."""
+"""Opens the two ends of a pair: the one place that knows all transports (base.py says how to add one)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from experts.protocol.errors import ShardRejectedError
 from experts.protocol.membership import ShardEndpoint
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import Hello, LifeLine, choose_transport, open_control, shake_hands
-from experts.transports.shm import FdMailbox, ShmDoorbell, ShmRouterLink, ShmShardChannel
+from experts.transports.shared_region import FdMailbox
+from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
 
 
 def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float) -> RouterLink:
     """A link to the shard at `endpoint`, ready to post.
 
-    `hello.transport` may be "auto". `device` is where the router's activations live; `deadline_s` is a time of
-    time.monotonic(). Raises ShardError: lost, timed out, or rejected with the shard's reason.
+    `hello.transport` may be "auto". `device` holds the router's activations; `deadline_s` is an instant on
+    time.monotonic(). Raises a ShardError: lost, timed out, or rejected with the shard's reason.
     """
     transport = choose_transport(hello.transport, endpoint, device)
     hello = replace(hello, transport=transport, incarnation=endpoint.incarnation)
@@ -53,10 +54,10 @@ def _connect_shm(
 def open_shard_channel(
     hello: Hello, line: LifeLine, bell: Doorbell, device: str, deadline_s: float
 ) -> tuple[ShardChannel, dict[str, Any]]:
-    """The shard's end of the pair that `hello` asks for, and what to answer. ValueError refuses it."""
+    """The shard's end of the pair that `hello` asks for, and the fields of the answer. ValueError to refuse it."""
     if hello.transport == "shm":
         if not isinstance(bell, ShmDoorbell):
-            raise ValueError("this shard has no shared memory")
+            raise ValueError("this shard has no shared memory; use transport gloo or nccl")
         mailbox = str(hello.details.get("mailbox", ""))
         channel = ShmShardChannel(hello.router_id, mailbox, bell, hello.request_capacity, hello.reply_capacity, line)
         return channel, {}

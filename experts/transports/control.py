@@ -1,9 +1,9 @@
-"""The control socket: how a router and a shard agree on a pair, and notice that the other one is gone.
+"""The control socket: a router and a shard agree on a pair, and each notices when the other is gone.
 
-A shard listens on one TCP port. A router connects and sends one JSON line (`Hello`); the shard answers one JSON line
-and both keep the socket open as a life line: nothing more is sent on it, but when a process dies, the kernel closes its
-end, and the other side sees it at once. A host that vanishes with its network is noticed by the dispatch deadline of
-its routers, and by its shards when TCP's keep-alive probes go unanswered.
+A shard listens on one TCP port. A router connects and sends one JSON line (`Hello`), and the shard answers with one.
+Both then keep the socket open as a lifeline: nothing more is sent on it, but when a process dies, the kernel closes its
+end and the other side sees it immediately. If a whole host vanishes, routers notice at their dispatch deadline, and
+shards when TCP's keep-alive probes go unanswered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
 from experts.protocol.membership import ShardEndpoint, host_id
-from experts.transports.base import RouterLink, ShardChannel
+from experts.transports.base import ShardChannel
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,14 @@ PROTOCOL_VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16")
 _MAX_LINE_BYTES = 65536
 _MAX_CAPACITY_BYTES = 1 << 31
-# A host that vanished without a word is noticed within about half a minute of silence, so that a shard does not keep
-# the buffers of its routers forever; a dispatch has a much shorter deadline of its own.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
+# A vanished host is noticed after about half a minute of silence, so that a shard does not keep the buffers of dead
+# routers forever. A dispatch has its own, much shorter deadline.
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What a router says first: who it is, what it will send, and over which transport."""
+    """A router's first message: its identity, what it will send, and over which transport."""
 
     router_id: str
     transport: str
@@ -47,14 +47,14 @@ class Hello:
     request_capacity: int
     reply_capacity: int
     details: dict[str, Any] = field(default_factory=dict)
-    """What the transport itself needs: names of shared memory, address of a rendezvous store."""
+    """What the transport itself needs, such as the name of the mailbox for shared memory."""
     version: int = PROTOCOL_VERSION
 
     def __post_init__(self) -> None:
-        """TypeError or ValueError for what no router would say; the other side of a socket may be anyone."""
+        """TypeError or ValueError for impossible values: the other end of a socket may be anything."""
         for name in ("router_id", "transport", "incarnation", "dtype"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"hello: {name} is {getattr(self, name)!r}, expected text")
+                raise TypeError(f"hello: {name} is {getattr(self, name)!r}, expected a string")
         for name in ("hidden_size", "top_k", "num_layers", "request_capacity", "reply_capacity"):
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= _MAX_CAPACITY_BYTES:
@@ -66,7 +66,7 @@ class Hello:
 
 
 class LifeLine:
-    """A connected control socket of which only the closing matters."""
+    """A connected control socket on which only the closing matters."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -93,20 +93,20 @@ class LifeLine:
             return self._gone
 
     def close(self) -> None:
-        """Let the other side know that this end is done. Idempotent."""
+        """Tell the other side that this end is done. Idempotent."""
         with self._lock:
             self._gone = self._gone or "closed on this side"
             try:
                 self._socket.shutdown(socket.SHUT_RDWR)
             except OSError:
-                logger.debug("control socket was closed before")
+                logger.debug("the control socket was closed already")
             self._socket.close()
 
 
 def _prepare(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
+    for option, value in KEEPALIVE:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
@@ -115,7 +115,7 @@ def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any]:
-    """One JSON line. TimeoutError, or ConnectionError when the peer closes before the line is whole."""
+    """One JSON line. TimeoutError, or ConnectionError if the peer closes before the line is complete."""
     data = bytearray()
     while not data.endswith(b"\n"):
         try:
@@ -123,7 +123,7 @@ def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any
             if left_s <= 0:
                 raise TimeoutError
             connection.settimeout(left_s)
-            # One byte at a time: nothing after the line may be swallowed, and lines are short and rare.
+            # One byte at a time: nothing after the line may be consumed, and lines are short and rare.
             byte = connection.recv(1)
         except TimeoutError as error:
             raise TimeoutError("no complete line on the control socket before the deadline") from error
@@ -142,7 +142,7 @@ def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any
 
 
 def choose_transport(requested: str, endpoint: ShardEndpoint, device: str) -> str:
-    """The transport for one pair: shared memory within a host, gloo across hosts, NCCL where both sides have GPUs."""
+    """The transport for one pair. "auto": NCCL if the router is on a GPU, shared memory within a host, else gloo."""
     if requested != "auto":
         return requested
     if device.startswith("cuda"):
@@ -151,7 +151,7 @@ def choose_transport(requested: str, endpoint: ShardEndpoint, device: str) -> st
 
 
 def open_control(endpoint: ShardEndpoint, deadline_s: float) -> socket.socket:
-    """Connect to a shard's control port until `deadline_s` (time.monotonic()). ShardLostError or ShardTimeoutError."""
+    """Connect to a shard's control port before `deadline_s` (time.monotonic()). ShardLostError or ShardTimeoutError."""
     try:
         connection = socket.create_connection(
             (endpoint.host, endpoint.port), timeout=max(deadline_s - time.monotonic(), 0.001)
@@ -167,7 +167,7 @@ def open_control(endpoint: ShardEndpoint, deadline_s: float) -> socket.socket:
 
 
 def shake_hands(connection: socket.socket, rank: int, hello: Hello, deadline_s: float) -> dict[str, Any]:
-    """Send `hello`, return the shard's answer. ShardRejectedError carries its reason."""
+    """Send `hello` and return the shard's answer. Raises a ShardError, if rejected with the shard's reason."""
     try:
         _send_line(connection, asdict(hello))
         answer = _receive_line(connection, deadline_s)
@@ -182,11 +182,11 @@ def shake_hands(connection: socket.socket, rank: int, hello: Hello, deadline_s: 
 
 
 ChannelOpener = Callable[[Hello, LifeLine], tuple[ShardChannel, dict[str, Any]]]
-"""Makes the shard's end of a pair; returns it with what goes into the answer. Raises ValueError to refuse."""
+"""Opens the shard's end of a pair; returns it with the fields of the answer. Raises ValueError to refuse the router."""
 
 
 class ControlListener:
-    """The shard's side: accepts routers, opens a channel for each, and watches their life lines."""
+    """The shard's side: accepts routers, opens a channel for each, and watches their lifelines."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class ControlListener:
             except OSError as error:
                 if self._stopped.is_set():
                     return
-                # Out of descriptors or memory, or a router that gave up in the queue: others may still come.
+                # Out of descriptors or memory, or a router that left the queue: others may still come.
                 logger.warning("could not accept a router: %s", error)
                 if self._stopped.wait(0.1):
                     return
@@ -245,7 +245,7 @@ class ControlListener:
             try:
                 _send_line(connection, {"ok": True, **answer})
                 connection.settimeout(None)
-                # Nothing comes on a life line; this returns when the router closes it or dies.
+                # Nothing arrives on a lifeline; this returns when the router closes it or dies.
                 while connection.recv(64):
                     continue
             finally:
@@ -266,19 +266,7 @@ class ControlListener:
         try:
             self._server.shutdown(socket.SHUT_RDWR)
         except OSError:
-            logger.debug("listener was not connected")
+            logger.debug("the listener was shut down already")
         self._server.close()
         for line in lines:
             line.close()
-
-
-__all__ = [
-    "ChannelOpener",
-    "ControlListener",
-    "Hello",
-    "LifeLine",
-    "RouterLink",
-    "choose_transport",
-    "open_control",
-    "shake_hands",
-]

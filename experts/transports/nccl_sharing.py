@@ -1,14 +1,14 @@
-"""Several ranks on one GPU, for tests and benchmarks: NCCL refuses them unless it is told to, one way or the other.
+"""Several ranks on one GPU, for tests and benchmarks. NCCL allows this in one of two ways:
 
-    NCCL that knows NCCL_MULTI_RANK_GPU_ENABLE (2.30.7 does)   that switch
-    older (torch 2.11 brings 2.28.9, which does not)           every process says that it is a host of its own
-                                                               (NCCL_HOSTID), so that messages go over sockets
+    NCCL with NCCL_MULTI_RANK_GPU_ENABLE (2.30.7)       set that switch
+    older NCCL (2.28.9, which comes with torch 2.11)    give each process its own NCCL_HOSTID, as if it were a host of
+                                                        its own; messages then go over sockets
 
-The second way shows that everything works, not how quick it is. A process does either when the environment says
-EXPERTMESH_SHARE_GPUS=1, before it first uses NCCL.
+The second way shows that everything works, not how fast it is. A process does either one if EXPERTMESH_SHARE_GPUS=1 is
+in the environment before it first uses NCCL.
 
-Source: NCCL's check for duplicate GPUs compares the host's hash, which NCCL_HOSTID overrides (src/init.cc, src/misc/
-utils.cc); the switch was found in the strings of NCCL 2.30.7 and not in those of 2.28.9.
+Source: NCCL's check for duplicate GPUs compares the host's hash, and NCCL_HOSTID overrides it (src/init.cc, src/misc/
+utils.cc). The switch is among the strings of NCCL 2.30.7 and not among those of 2.28.9.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOST_ID = "NCCL_HOSTID"
 
 @functools.cache
 def _library() -> tuple[bool, str]:
-    """(whether the NCCL that torch loads knows the switch, its version and file). Needs a build of torch with CUDA."""
+    """(whether the NCCL that torch loads has the switch, its version and file). Needs a build of torch with CUDA."""
     numbers = torch.cuda.nccl.version()  # loads it
     version = ".".join(map(str, numbers))
     if numbers < (2, 29):
@@ -36,27 +36,27 @@ def _library() -> tuple[bool, str]:
     with open("/proc/self/maps") as maps:
         paths = {line.split()[-1] for line in maps if "libnccl" in line or "libtorch_cuda.so" in line}
     for path in sorted({path for path in paths if "libnccl" in path} or paths):  # else it is part of libtorch_cuda
-        if knows_the_switch(Path(path)):
+        if has_switch(Path(path)):
             return True, f"NCCL {version} in {Path(path).name}"
     return False, f"NCCL {version}"
 
 
-def knows_the_switch(library: Path) -> bool:
-    """Looks for the switch's name, which NCCL keeps without its prefix, in the file."""
+def has_switch(library: Path) -> bool:
+    """Whether the file contains the switch's name, which NCCL stores without its prefix."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return data.find(_SWITCH.removeprefix("NCCL_").encode()) >= 0
 
 
 def how_ranks_share() -> str:
-    """In words, for the heading of figures."""
+    """How ranks share a GPU here, in words, to print above measurements."""
     known, library = _library()
     if known:
-        return f"{library}: ranks share a GPU by {_SWITCH}"
-    return f"{library} does not know {_SWITCH}: ranks that share a GPU talk over sockets, as hosts of their own"
+        return f"{library}: ranks share a GPU through {_SWITCH}"
+    return f"{library} has no {_SWITCH}: ranks that share a GPU talk over sockets, as separate hosts"
 
 
-def prepare() -> None:
-    """Let this process's ranks share GPUs with those of others, if the environment asks for it."""
+def share_gpus_if_asked() -> None:
+    """Let this process's ranks share GPUs with other processes', if EXPERTMESH_SHARE_GPUS=1."""
     if os.environ.get(SHARE_GPUS) == "1":
         _share(os.getpid(), _library()[0])
 
@@ -64,19 +64,19 @@ def prepare() -> None:
 def _share(pid: int, known: bool) -> None:
     os.environ[_SWITCH] = "1"
     if not known:
-        # Unconditionally: what a parent process set is the parent's identity.
+        # Overwrite any value: one inherited from a parent process is the parent's identity.
         os.environ[_HOST_ID] = f"{socket.gethostname()}-{pid}"
-        # All of them are on this host, whatever its network may be.
+        # All ranks are on this host, whatever its network.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
 
 
 def spread(num_shards: int) -> tuple[str, list[str]]:
-    """(a router's device, each shard's) on the GPUs of this machine: one each if they suffice, else shared.
+    """(a router's device, each shard's device): one GPU each if there are enough, else shared ones.
 
     ValueError without a GPU.
     """
     gpus = torch.cuda.device_count()
     if not gpus:
-        raise ValueError("torch sees no CUDA device")
+        raise ValueError("torch sees no CUDA device, expected at least one")
     return "cuda:0", [f"cuda:{(1 + rank) % gpus}" for rank in range(num_shards)]

@@ -1,8 +1,8 @@
-"""How the two ends of a pair tell each other where they listen, before their process groups stand.
+"""How the two ends of a pair exchange addresses before their process groups exist.
 
-torch's TCPStore would do, but it looks up the names of both hosts as it connects, which takes many seconds where a name
-server does not answer, and routers connect while their engine waits. A pair needs less: one socket, on which each end
-sends what it sets and reads what the other one set.
+torch's TCPStore would do, but it looks up the names of both hosts as it connects. That takes many seconds if a name
+server does not answer, and a router's engine waits meanwhile. A pair needs less: one socket, on which each end sends
+what it sets and reads what the other end set.
 
     message: uint32 length of the key | uint32 length of the value | key | value      (network byte order)
 """
@@ -25,17 +25,17 @@ _TOKEN_BYTES = 32
 
 
 class PairStore(Store):
-    """What `torch.distributed` asks of a store with two users, over one connected socket. Used by one thread."""
+    """A `torch.distributed` store for two users, over one connected socket. For one thread."""
 
     def __init__(self, connection: socket.socket, deadline_s: float) -> None:
-        """Every wait ends at `deadline_s` (time.monotonic()) with TimeoutError, ConnectionError when the peer left."""
+        """Waits end with TimeoutError at `deadline_s` (time.monotonic()), or with ConnectionError if the peer left."""
         super().__init__()
         self._socket = connection
         self._deadline_s = deadline_s
         self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: bytes | str) -> None:
-        """Let both ends have `value`."""
+        """Set `value` at both ends."""
         data = value if isinstance(value, bytes) else value.encode()
         name = key.encode()
         self._values[key] = data
@@ -47,22 +47,24 @@ class PairStore(Store):
         while key not in self._values:
             name_bytes, data_bytes = _LENGTHS.unpack(self.receive(_LENGTHS.size))
             if max(name_bytes, data_bytes) > _MAX_BYTES:
-                raise ConnectionError(f"a rendezvous message of {name_bytes} and {data_bytes} bytes")
+                raise ConnectionError(
+                    f"a rendezvous message of {name_bytes} and {data_bytes} bytes, expected at most {_MAX_BYTES} each"
+                )
             name = self.receive(name_bytes).decode()
             self._values[name] = self.receive(data_bytes)
         return self._values[key]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Until every key is set."""
+        """Wait until every key is set. The store's own deadline holds, not `timeout`."""
         for key in keys:
             self.get(key)
 
     def has_extended_api(self) -> bool:
-        """Whether there is more than set, get and wait."""
+        """False: torch must not use more than set, get and wait."""
         return False
 
     def close(self) -> None:
-        """Give the socket up. Idempotent."""
+        """Close the socket. Idempotent."""
         self._socket.close()
 
     def _left_s(self) -> float:
@@ -84,18 +86,18 @@ class PairStore(Store):
 
 
 class Meeting:
-    """The shard's side: a port of its own at which exactly the router that knows the token is awaited."""
+    """The shard's side: a port that accepts only the router that knows the token."""
 
     def __init__(self, address: str) -> None:
         self._listener = socket.create_server((address, 0), backlog=4)
         self._token = secrets.token_hex(_TOKEN_BYTES // 2)
 
     def details(self) -> dict[str, Any]:
-        """What the router has to know to come."""
+        """What the router needs for `connect_to_meeting`."""
         return {"meeting_port": self._listener.getsockname()[1], "meeting_token": self._token}
 
     def accept(self, deadline_s: float) -> PairStore:
-        """The store once the router has come. TimeoutError, or OSError after `close`."""
+        """Wait for the router until `deadline_s` (time.monotonic()). TimeoutError, or OSError after `close`."""
         while True:
             self._listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
             connection, _ = self._listener.accept()
@@ -107,14 +109,14 @@ class Meeting:
             store.close()
 
     def close(self) -> None:
-        """Await nobody any more, from any thread. Idempotent."""
+        """Stop waiting for the router, from any thread. Idempotent."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
 def connect_to_meeting(host: str, details: dict[str, Any], deadline_s: float) -> PairStore:
-    """The router's side of a `Meeting`, from what the shard said of it. OSError, KeyError or ValueError."""
+    """The router's side of a `Meeting`, given its `details`. Raises OSError, KeyError or ValueError."""
     left_s = max(deadline_s - time.monotonic(), 0.001)
     connection = socket.create_connection((host, int(details["meeting_port"])), timeout=left_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

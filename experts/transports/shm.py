@@ -1,28 +1,19 @@
 """Shared memory between a router and the shards of its host: messages are written where the other side reads them.
 
-A shard's doorbell is a page of its own that every router of the host maps; each pair has a region of its own:
+A shard's doorbell is one page that every router of the host maps. Each pair has its own region:
 
     words (uint32, one cache line each): REQUEST seq | REPLY seq | router sleeps | reply bytes | request bytes
     request buffer | reply buffer
 
-A router counts REQUEST up and rings the shard's doorbell; the shard sets REPLY to the same number. Waits yield the core
-for a moment, then sleep on a futex (`atomics`).
-
-The memory has no name anywhere: it is made with memfd_create(2) by the shard and handed to the router as a file
-descriptor over a socket, so nothing can stay behind when a process is killed, and the size of /dev/shm (64 MiB in a
-container, shared with Ray's object store) does not matter.
+A router adds 1 to REQUEST and rings the shard's doorbell; the shard sets REPLY to the same number. Waits yield the core
+for a moment, then sleep on a futex (`atomics`). `shared_region` makes the memory and hands it over.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import logging
-import mmap
 import os
-import secrets
-import socket
-import struct
 import time
 
 import numpy as np
@@ -32,6 +23,7 @@ from experts.protocol.errors import ShardLostError, ShardTimeoutError
 from experts.transports import atomics
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import LifeLine
+from experts.transports.shared_region import FdMailbox, SharedRegion
 from placement.compiled import compiled
 
 logger = logging.getLogger(__name__)
@@ -39,8 +31,8 @@ logger = logging.getLogger(__name__)
 _LINE = 64
 _REQUEST, _REPLY, _ROUTER_SLEEPS, _REPLY_BYTES, _REQUEST_BYTES = range(5)
 _CONTROL_BYTES = 4096
-_SLICE_NS = 20_000_000  # how often a sleeping router looks whether the shard's process is still there
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_CHECK_INTERVAL_NS = 20_000_000  # how often a waiting router checks that the shard's process is still there
+_MAILBOX_TIMEOUT_S = 5.0
 
 
 @compiled()
@@ -53,7 +45,7 @@ def _post(base: int, bell: int, seq: int, nbytes: int) -> None:
 
 @compiled()
 def _await_reply(base: int, seq: int, spin_ns: int, timeout_ns: int) -> int:
-    """Length of the reply to request `seq`, or -1 when it has not come within `timeout_ns`."""
+    """Length of the reply to request `seq`, or -1 if it does not come within `timeout_ns`."""
     before = (seq - 1) & 0xFFFFFFFF
     seen = atomics.wait_while_equal(base + _REPLY * _LINE, base + _ROUTER_SLEEPS * _LINE, before, spin_ns, timeout_ns)
     return int(atomics.load_acquire(base + _REPLY_BYTES * _LINE)) if seen == seq else -1
@@ -61,7 +53,7 @@ def _await_reply(base: int, seq: int, spin_ns: int, timeout_ns: int) -> int:
 
 @compiled()
 def _poll(base: int, answered: int) -> int:
-    """Length of a request that is not answered yet, or -1."""
+    """Length of a request with no reply yet, or -1."""
     if atomics.load_acquire(base + _REQUEST * _LINE) == answered:
         return -1
     return int(atomics.load_acquire(base + _REQUEST_BYTES * _LINE))
@@ -78,7 +70,7 @@ def _reply(base: int, nbytes: int) -> int:
 
 @functools.cache
 def warm_up() -> None:
-    """Load or compile the machine code now: a second or more the first time, which no dispatch should pay."""
+    """Compile the machine code, or load it from the cache, so that no dispatch pays the second that it takes."""
     atomics.warm_up()
     words = np.zeros(_CONTROL_BYTES // 4, np.uint32)
     base = int(words.ctypes.data)
@@ -88,87 +80,8 @@ def warm_up() -> None:
     _await_reply(base, 1, 0, 0)
 
 
-class SharedRegion:
-    """Mapped anonymous memory that another process of the host can map too."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        """Map the `size` bytes of `descriptor`, which the region owns from now on. ValueError for another size."""
-        self.descriptor = descriptor
-        try:
-            actual = os.fstat(descriptor).st_size
-            if actual != size:
-                raise ValueError(f"shared memory has {actual} bytes, expected {size}")
-            self._map = mmap.mmap(descriptor, size)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self.bytes = np.frombuffer(self._map, np.uint8)
-        self.address = int(self.bytes.ctypes.data)
-
-    @classmethod
-    def create(cls, size: int, label: str) -> SharedRegion:
-        """A fresh region of `size` bytes, zeroed. OSError when there is no memory for it."""
-        descriptor = os.memfd_create(f"expertmesh-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            # Allocate now and fix the size: no SIGBUS in the middle of a request, whatever the peer does.
-            os.posix_fallocate(descriptor, 0, size)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return cls(descriptor, size)
-
-    def drop_descriptor(self) -> None:
-        """Close the descriptor; the memory lives until the last mapping goes. Idempotent."""
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-class FdMailbox:
-    """The router's mailbox for the shard's descriptors: a Unix socket in the abstract namespace, so no file either."""
-
-    def __init__(self) -> None:
-        self.name = f"expertmesh-{secrets.token_hex(16)}"
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.bind("\0" + self.name)
-        self._server.listen(1)
-
-    def receive(self, deadline_s: float) -> tuple[int, int]:
-        """The descriptors that `send` sent. TimeoutError, ConnectionError, PermissionError for another user's."""
-        self._server.settimeout(max(deadline_s - time.monotonic(), 0.001))
-        connection, _ = self._server.accept()
-        with connection:
-            connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            peer_uid = struct.unpack("3i", credentials)[1]
-            if peer_uid not in (os.getuid(), 0):
-                raise PermissionError(f"shared memory was offered by user {peer_uid}, expected {os.getuid()}")
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
-        if len(descriptors) != 2:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise ConnectionError(f"{len(descriptors)} descriptors of shared memory came, expected 2")
-        return descriptors[0], descriptors[1]
-
-    @staticmethod
-    def send(name: str, descriptors: list[int], timeout_s: float) -> None:
-        """The shard's side: leave `descriptors` in the mailbox `name`. ValueError when it cannot be reached."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout_s)
-            try:
-                connection.connect("\0" + name)
-                socket.send_fds(connection, [b"m"], descriptors)
-            except OSError as error:
-                raise ValueError(f"shared memory cannot be handed over, is this another host? {error}") from error
-
-    def close(self) -> None:
-        """Stop listening. Idempotent."""
-        self._server.close()
-
-
 class ShmDoorbell(Doorbell):
-    """A counter in a page of its own; routers of the host map it and ring it directly."""
+    """A counter in its own page; the host's routers map it and ring it directly."""
 
     def __init__(self, spin_us: float, label: str = "bell") -> None:
         warm_up()
@@ -186,12 +99,12 @@ class ShmDoorbell(Doorbell):
         return self._seen != before
 
     def close(self) -> None:
-        """Hand it to no more routers."""
+        """Stop handing it to routers. Idempotent."""
         self.region.drop_descriptor()
 
 
 class ShmRouterLink(RouterLink):
-    """The router's end; it maps the shard's doorbell and the pair's region, both made by the shard."""
+    """The router's end: it maps the shard's doorbell and the pair's region, both made by the shard."""
 
     def __init__(
         self,
@@ -225,7 +138,7 @@ class ShmRouterLink(RouterLink):
         spin_us: float,
         line: LifeLine,
     ) -> ShmRouterLink:
-        """Map the (doorbell, pair) `descriptors` that the shard sent. ValueError if they are not what was agreed on."""
+        """Map the (doorbell, pair) `descriptors` that the shard sent. ValueError if their sizes are not as agreed."""
         try:
             bell = SharedRegion(descriptors[0], _CONTROL_BYTES)
         except BaseException:
@@ -251,7 +164,7 @@ class ShmRouterLink(RouterLink):
             if self._closed:
                 raise ShardLostError(self.rank, "the link is closed")
             left_ns = deadline_ns - time.monotonic_ns()
-            nbytes = _await_reply(self.region.address, self._seq, spin_ns, max(min(left_ns, _SLICE_NS), 0))
+            nbytes = _await_reply(self.region.address, self._seq, spin_ns, max(min(left_ns, _CHECK_INTERVAL_NS), 0))
             if nbytes >= 0:
                 return nbytes
             reason = self._line.gone()
@@ -267,7 +180,7 @@ class ShmRouterLink(RouterLink):
 
 
 class ShmShardChannel(ShardChannel):
-    """The shard's end; it makes the region and leaves it, with its doorbell, in the router's mailbox."""
+    """The shard's end: it makes the region and sends it, with its doorbell, to the router's mailbox."""
 
     def __init__(
         self,
@@ -283,7 +196,7 @@ class ShmShardChannel(ShardChannel):
         size = _CONTROL_BYTES + request_capacity + reply_capacity
         self.region = SharedRegion.create(size, "pair")
         try:
-            FdMailbox.send(mailbox, [bell.region.descriptor, self.region.descriptor], timeout_s=5.0)
+            FdMailbox.send(mailbox, [bell.region.descriptor, self.region.descriptor], _MAILBOX_TIMEOUT_S)
         finally:
             self.region.drop_descriptor()
         self.recv_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + request_capacity]
@@ -295,7 +208,10 @@ class ShmShardChannel(ShardChannel):
             return -1
         nbytes = _poll(self.region.address, self._answered)
         if nbytes > len(self.recv_buffer):
-            logger.error("router %s posted %d bytes into %d", self.router_id, nbytes, len(self.recv_buffer))
+            logger.error(
+                "router %s posted %d bytes into a buffer of %d; dropping it",
+                self.router_id, nbytes, len(self.recv_buffer),
+            )  # fmt: skip
             self.close()
             return -1
         return nbytes

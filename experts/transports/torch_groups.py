@@ -1,7 +1,7 @@
-"""Two-rank groups of torch.distributed, one for each pair of a router and a shard, apart from every other group.
+"""Two-rank groups of torch.distributed, one for each pair of a router and a shard.
 
-The process groups are made directly on a store of the pair's own (`rendezvous`), so neither the default group (which
-vLLM has in a router's process) nor any registry of torch.distributed is touched. Rank 0 is the router, 1 the shard.
+Each group is built directly on the pair's own store (`rendezvous`), so it touches neither the default group (which vLLM
+uses in a router's process) nor any registry of torch.distributed. Rank 0 is the router, rank 1 the shard.
 
 Source: how vLLM's `StatelessProcessGroup` and torch's own `new_group` build a backend from a PrefixStore.
 """
@@ -18,50 +18,51 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store
+from torch.distributed import Store
 
-from experts.transports.nccl_sharing import prepare
+from experts.transports.nccl_sharing import share_gpus_if_asked
 
 ROUTER, SHARD = 0, 1
 _DATA_TAG, _BREAK_TAG = 0, 1
 _FOREVER = timedelta(days=3650)
 _ROUNDING_S = 0.002  # gloo counts in milliseconds
-_EAGER_S, _POLL_S = 500e-6, 20e-6  # how long a wait for a GPU yields its core before it sleeps, and how long then
+_YIELD_S = 500e-6  # how long a wait for a GPU yields its core before it sleeps
+_POLL_INTERVAL_S = 20e-6  # how long each of those sleeps is
 
 
 def seconds_left(deadline_s: float) -> float:
-    """Until `deadline_s` on time.monotonic()'s clock; at least a millisecond, since 0 means "no limit" to torch."""
+    """Seconds until `deadline_s` (time.monotonic()), at least 0.001 because 0 means "no limit" to torch."""
     return max(deadline_s - time.monotonic(), 0.001)
 
 
 class PairGroup(ABC):
-    """Sends and receives between the two ends of a pair; each of them is in flight at most once."""
+    """Sends and receives between the two ends of a pair, at most one of each in flight."""
 
     @abstractmethod
     def send(self, data: torch.Tensor) -> Any:
-        """Begin to send `data` (uint8); returns the work, which must be kept until the peer is known to have it."""
+        """Start to send `data` (uint8). Keep the returned work until the peer is known to have the data."""
 
     @abstractmethod
     def recv(self, into: torch.Tensor) -> Any:
-        """Begin to receive into `into` (uint8)."""
+        """Start to receive into `into` (uint8); returns the work."""
 
     @abstractmethod
     def wait(self, work: Any, deadline_s: float | None) -> None:
-        """Until `work` is done. TimeoutError at `deadline_s` (None: never), ConnectionError when the pair broke."""
+        """Wait for `work`. TimeoutError at `deadline_s` (None: never), ConnectionError if the pair broke."""
 
     @abstractmethod
     def join(self, work: Any, deadline_s: float | None) -> None:
-        """Put whatever the caller does next behind `work`: on a GPU its current stream waits, the host does not, and
-        no deadline holds; in host memory it is `wait`.
+        """Order the caller's next steps after `work`. On a GPU the current stream waits, not the host, and the deadline
+        does not apply; in host memory this is `wait`.
         """
 
     @abstractmethod
     def abort(self) -> None:
-        """Break the pair: what waits on it, on either side, fails now. Does not block, may be called twice."""
+        """Break the pair: waits on it fail now, on both sides. Idempotent, does not block."""
 
 
-def _torch_bindings() -> Any:
-    """torch's C++ process groups, of which its type stubs know only half."""
+def torch_bindings() -> Any:
+    """torch's C++ process groups; its type stubs cover only half of them."""
     from torch._C import _distributed_c10d
 
     return _distributed_c10d
@@ -69,33 +70,33 @@ def _torch_bindings() -> Any:
 
 @functools.cache
 def _gloo_device(address: str, pid: int) -> Any:
-    """One device, which is one thread and one listening port, for all pairs of this process on one local address."""
-    return _torch_bindings().ProcessGroupGloo.create_device(hostname=address)
+    """One device (a thread and a listening port) for all pairs of this process on one local address."""
+    return torch_bindings().ProcessGroupGloo.create_device(hostname=address)
 
 
 class GlooGroup(PairGroup):
     """TCP between hosts. A message may be shorter than the tensor that receives it."""
 
     def __init__(self, store: Store, rank: int, address: str, timeout_s: float) -> None:
-        """Meet the other end within `timeout_s`, over the interface that has the local `address`. RuntimeError."""
-        bindings = _torch_bindings()
+        """Connect within `timeout_s`, over the interface with the local `address`. Raises RuntimeError."""
+        bindings = torch_bindings()
         options = bindings.ProcessGroupGloo._Options()
         options._devices = [_gloo_device(address, os.getpid())]
         options._timeout = timedelta(seconds=timeout_s)
-        options._threads = 1  # for collectives, of which there are none
+        options._threads = 1  # used by collectives only, and there are none
         self._peer = 1 - rank
         self._group = bindings.ProcessGroupGloo(store, rank, 2, options)
 
     def send(self, data: torch.Tensor) -> Any:
-        return _start(lambda: self._group.send([data], self._peer, _DATA_TAG))
+        return _or_connection_error(lambda: self._group.send([data], self._peer, _DATA_TAG))
 
     def recv(self, into: torch.Tensor) -> Any:
-        return _start(lambda: self._group.recv([into], self._peer, _DATA_TAG))
+        return _or_connection_error(lambda: self._group.recv([into], self._peer, _DATA_TAG))
 
     def wait(self, work: Any, deadline_s: float | None) -> None:
-        limit = _FOREVER if deadline_s is None else timedelta(seconds=seconds_left(deadline_s))
+        timeout = _FOREVER if deadline_s is None else timedelta(seconds=seconds_left(deadline_s))
         try:
-            work.wait(limit)
+            work.wait(timeout)
         except RuntimeError as error:
             if deadline_s is not None and time.monotonic() >= deadline_s - _ROUNDING_S:
                 raise TimeoutError("no message over gloo before the deadline") from error
@@ -105,7 +106,7 @@ class GlooGroup(PairGroup):
         self.wait(work, deadline_s)
 
     def abort(self) -> None:
-        # gloo cancels nothing by itself, but a receive that times out fails every operation of its pair and closes it.
+        # gloo has no cancel, but a receive that times out fails every operation of its pair and closes it.
         try:
             work = self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _BREAK_TAG)
             work.wait(timedelta(milliseconds=1))
@@ -114,27 +115,25 @@ class GlooGroup(PairGroup):
 
 
 class NcclGroup(PairGroup):
-    """CUDA tensors over NCCL, in a communicator of the pair's own.
+    """CUDA tensors over NCCL, in the pair's own communicator.
 
-    Not run on a GPU yet: what is tested is the protocol around it, with gloo in its place.
+    ProcessGroupNCCL runs sends and receives on the communicator's stream, after what the caller's stream has queued so
+    far. The caller's stream waits for them only if told to (`join`).
 
-    ProcessGroupNCCL runs sends and receives on a stream of the communicator's, behind what the caller's stream has
-    queued so far; the caller's stream waits for none of them unless it is told to (`join`).
-
-    Pairs are not grouped with one another (ncclGroupStart over several communicators): a group call fails and blocks as
-    a whole, so one dead shard would take the others' messages with it. Their streams run side by side instead.
+    Pairs are not grouped (ncclGroupStart over several communicators): a group call fails and blocks as a whole, so one
+    dead shard would hold up the messages to all others. The pairs' streams run concurrently instead.
     """
 
     def __init__(self, store: Store, rank: int, device: str, timeout_s: float, gone: Callable[[], str | None]) -> None:
-        """Meet the other end within `timeout_s`. `gone` says why the peer is gone, or None while it lives."""
+        """Connect within `timeout_s`. `gone` returns why the peer is gone, or None while it is alive."""
         self._peer = 1 - rank
         self._gone = gone
         self._aborted = threading.Event()
         self._starting = threading.Lock()
         self._device = torch.device(device)
-        prepare()
-        self._group = _nccl_group(store, rank, timeout_s)
-        # NCCL connects at the first message; that has to happen here, under the connect deadline.
+        share_gpus_if_asked()
+        self._group = nccl_process_group(store, rank, timeout_s)
+        # NCCL connects at the first message. Send one here, under the connect deadline.
         token = torch.zeros(1, dtype=torch.uint8, device=self._device)
         deadline_s = time.monotonic() + timeout_s
         try:
@@ -145,29 +144,29 @@ class NcclGroup(PairGroup):
             raise
 
     def send(self, data: torch.Tensor) -> Any:
-        return self._begin(lambda: self._group.send([data], self._peer, _DATA_TAG))
+        return self._start(lambda: self._group.send([data], self._peer, _DATA_TAG))
 
     def recv(self, into: torch.Tensor) -> Any:
-        return self._begin(lambda: self._group.recv([into], self._peer, _DATA_TAG))
+        return self._start(lambda: self._group.recv([into], self._peer, _DATA_TAG))
 
-    def _begin(self, operation: Callable[[], Any]) -> Any:
-        """Not while the communicator is being freed: torch hands NCCL a bare pointer to it."""
+    def _start(self, operation: Callable[[], Any]) -> Any:
+        """Start `operation`, but never while the communicator is freed: torch gives NCCL a bare pointer to it."""
         with self._starting:
             if self._aborted.is_set():
                 raise ConnectionError("the pair was closed")
-            return _start(operation)
+            return _or_connection_error(operation)
 
     def join(self, work: Any, deadline_s: float | None) -> None:
-        # synchronize() makes the current stream wait for the work's end, also while a graph is captured.
-        _start(work.synchronize)
+        # synchronize() makes the current stream wait for the work, also while a graph is captured.
+        _or_connection_error(work.synchronize)
 
     def wait(self, work: Any, deadline_s: float | None) -> None:
-        # Ask, do not block: a kernel that waits for a dead peer never ends by itself.
+        # Poll instead of blocking: a kernel that waits for a dead peer never ends by itself.
         start_s = time.monotonic()
         while True:
             try:
                 if work.is_completed():
-                    work.wait()  # over, so it does not block; raises what went wrong (is_success() always does)
+                    work.wait()  # does not block any more; raises the work's error (is_success() always raises)
                     return
             except RuntimeError as error:
                 raise ConnectionError(_first_line(error)) from error
@@ -177,19 +176,19 @@ class NcclGroup(PairGroup):
             now_s = time.monotonic()
             if deadline_s is not None and now_s >= deadline_s:
                 raise TimeoutError("no rows over NCCL before the deadline")
-            if now_s - start_s < _EAGER_S:
+            if now_s - start_s < _YIELD_S:
                 os.sched_yield()
             else:
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_INTERVAL_S)
 
     def abort(self) -> None:
-        # In a thread, since it waits for its own kernels to notice.
+        # In a thread, because it waits for its own kernels to notice.
         if not self._aborted.is_set():
             self._aborted.set()
             threading.Thread(target=self._free, name="nccl-abort", daemon=True).start()
 
     def _free(self) -> None:
-        # abort() and never shutdown(): the latter waits for a peer that may be dead.
+        # Not shutdown(): that waits for a peer that may be dead.
         with self._starting:
             self._group.abort()
 
@@ -197,21 +196,21 @@ class NcclGroup(PairGroup):
 _ENVIRONMENT_LOCK = threading.Lock()
 
 
-def _nccl_group(store: Store, rank: int, timeout_s: float) -> Any:
-    """A process group without torch's watchdog and monitor, which it knows from the environment only.
+def nccl_process_group(store: Store, rank: int, timeout_s: float) -> Any:
+    """A process group without torch's watchdog and monitor; only environment variables turn those off.
 
-    Their signals are shared by all groups of a process: a pair that broke would have vLLM's own monitor end the router.
+    All groups of a process share their signals: one broken pair would make vLLM's own monitor end the router.
     """
-    bindings = _torch_bindings()
+    bindings = torch_bindings()
     settings = {
         "TORCH_NCCL_BLOCKING_WAIT": "1",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }
-    # Read once a process, at the first message, not when the group is made.
+    # torch reads these once in a process, at the first message, not when the group is made.
     os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(int(timeout_s) + 1))
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # a Python traceback for each message, otherwise
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # or torch records a Python traceback for each message
     options = bindings.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timedelta(seconds=timeout_s)
     options.config.blocking = 0
@@ -228,13 +227,8 @@ def _nccl_group(store: Store, rank: int, timeout_s: float) -> Any:
                     os.environ[name] = value
 
 
-def meet(store: Store, label: str) -> PrefixStore:
-    """The part of a pair's store that one group of it uses."""
-    return PrefixStore(label, store)
-
-
-def _start(operation: Callable[[], Any]) -> Any:
-    """What `operation` returns; ConnectionError where torch has only its RuntimeError."""
+def _or_connection_error(operation: Callable[[], Any]) -> Any:
+    """The result of `operation`, with torch's RuntimeError turned into ConnectionError."""
     try:
         return operation()
     except RuntimeError as error:

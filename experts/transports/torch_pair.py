@@ -3,15 +3,14 @@
 One message each way:
 
     frame (over gloo): int64 host bytes | int64 device bytes | pad to 64 | host part
-    rows (over NCCL, only where activations live on GPUs): device part
+    rows (over NCCL, only if activations are on GPUs): device part
 
-With gloo everything is in the host part. With NCCL the rows, which end a message (`experts.protocol.wire`), travel as a
-CUDA tensor and the rest of the message, which both hosts read anyway, over gloo: `send_buffer` and `recv_buffer` hold
-the host part, `send_tensor` and `recv_tensor` the rows.
+With gloo the whole message is the host part. With NCCL the rows, which end a message (`experts.protocol.wire`), travel
+as a CUDA tensor; the rest, which both hosts read anyway, travels over gloo. `send_buffer` and `recv_buffer` hold the
+host part, `send_tensor` and `recv_tensor` the rows.
 
-On the shard a thread for each pair blocks in the receive and rings the doorbell. The protocol of NCCL pairs runs
-without a GPU as transport "gloo_split", in the tests: gloo's tensors stand where NCCL's would. NCCL itself was not run
-yet.
+On the shard, one thread for each pair blocks in the receive and rings the doorbell. Transport "gloo_split" is for tests
+without a GPU: the protocol of NCCL pairs, with gloo in NCCL's place.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
 from experts.protocol.membership import ShardEndpoint
@@ -39,7 +38,6 @@ from experts.transports.torch_groups import (
     GlooGroup,
     NcclGroup,
     PairGroup,
-    meet,
     seconds_left,
 )
 
@@ -50,7 +48,7 @@ _HOST, _DEVICE = 0, 1
 
 
 class _Frame:
-    """A buffer with its frame words in front: one gloo message."""
+    """The buffer of one gloo message: frame words, then the host part."""
 
     def __init__(self, capacity: int) -> None:
         self.tensor = torch.zeros(_FRAME_BYTES + capacity, dtype=torch.uint8)
@@ -59,13 +57,13 @@ class _Frame:
         self.buffer: np.ndarray = everything[_FRAME_BYTES:]
 
     def seal(self, host_bytes: int, device_bytes: int) -> torch.Tensor:
-        """What to send for so many bytes."""
+        """Write the frame words; returns the bytes to send."""
         self.words[_HOST], self.words[_DEVICE] = host_bytes, device_bytes
         return self.tensor[: _FRAME_BYTES + host_bytes]
 
 
 class _Pair:
-    """What both ends do alike: frame, send, receive."""
+    """What both ends have in common: frame, send, receive."""
 
     def __init__(self, hello: Hello, device: str, send_capacity: int, recv_capacity: int) -> None:
         self.out, self.into = _Frame(send_capacity), _Frame(recv_capacity)
@@ -82,23 +80,23 @@ class _Pair:
         self._sending: list[Any] = []
 
     def open(self, store: Store, rank: int, hello: Hello, device: str, line: LifeLine, deadline_s: float) -> None:
-        """Build the groups. RuntimeError or OSError when the other end does not come before the deadline."""
+        """Build the groups. RuntimeError or OSError if the other end does not join before `deadline_s`."""
         address = line.local_address()
-        frames = GlooGroup(meet(store, "frames"), rank, address, seconds_left(deadline_s))
-        rows = meet(store, "rows")
+        frames = GlooGroup(PrefixStore("frames", store), rank, address, seconds_left(deadline_s))
+        rows_store = PrefixStore("rows", store)
         if hello.transport == "nccl":
-            self._rows = NcclGroup(rows, rank, device, seconds_left(deadline_s), line.gone)
+            self._rows = NcclGroup(rows_store, rank, device, seconds_left(deadline_s), line.gone)
         elif hello.transport == "gloo_split":
-            self._rows = GlooGroup(rows, rank, address, seconds_left(deadline_s))
+            self._rows = GlooGroup(rows_store, rank, address, seconds_left(deadline_s))
         self._frames = frames
 
     def expect(self) -> None:
-        """Begin to receive the next message."""
+        """Start to receive the next message."""
         assert self._frames is not None
         self._arriving = self._frames.recv(self.into.tensor)
 
     def send(self, nbytes: int) -> None:
-        """Send a message of `nbytes`, and begin to receive the next one; does not wait for either."""
+        """Start to send a message of `nbytes` and to receive the next one; waits for neither."""
         if nbytes > len(self.out.buffer):
             raise ValueError(f"a message of {nbytes} bytes does not fit into {len(self.out.buffer)}")
         assert self._frames is not None
@@ -106,29 +104,34 @@ class _Pair:
         if self._rows is not None:
             on_device = int(header_of(self.out.buffer)[H_ROWS]) * self._row_bytes
             if not 0 <= on_device <= nbytes:
-                raise ValueError(f"the header tells of {on_device} bytes of rows in a message of {nbytes} bytes")
-        self.expect()  # first: gloo sends at once to whoever waits already, and asks beforehand otherwise
-        # The works are kept until the next message: by then the peer has all of this one.
+                raise ValueError(
+                    f"the header announces {on_device} bytes of rows, expected 0 to the message's {nbytes} bytes"
+                )
+        self.expect()  # first: gloo sends immediately to a peer that already waits, and asks it otherwise
+        # Keep the works until the next message: by then the peer has all of this one.
         self._sending = [self._frames.send(self.out.seal(nbytes - on_device, on_device))]
         if on_device:
             assert self._rows is not None
             assert self.send_tensor is not None
             self._sending.append(self._rows.send(self.send_tensor[:on_device]))
 
-    def receive(self, deadline_s: float | None, rows_limit_s: float = 0.0) -> int:
-        """Wait for the message that `expect` announced; returns its length. TimeoutError, ConnectionError.
+    def receive(self, deadline_s: float | None, rows_timeout_s: float = 0.0) -> int:
+        """Wait for the message that `expect` started to receive; returns its length. TimeoutError, ConnectionError.
 
-        Without a deadline (a shard at rest) rows that a frame announced have `rows_limit_s` to follow it.
+        Without a deadline (an idle shard), the rows must follow their frame within `rows_timeout_s`.
         """
         assert self._frames is not None
         self._frames.wait(self._arriving, deadline_s)
         host_bytes, device_bytes = int(self.into.words[_HOST]), int(self.into.words[_DEVICE])
         if not 0 <= host_bytes <= len(self.into.buffer) or not 0 <= device_bytes <= self._rows_capacity:
-            raise ConnectionError(f"the peer announced {host_bytes} bytes and {device_bytes} bytes of rows")
+            raise ConnectionError(
+                f"the peer announced {host_bytes} bytes and {device_bytes} bytes of rows, expected at most "
+                f"{len(self.into.buffer)} and {self._rows_capacity}"
+            )
         if device_bytes:
             assert self._rows is not None
             assert self.recv_tensor is not None
-            rows_deadline_s = time.monotonic() + rows_limit_s if deadline_s is None else deadline_s
+            rows_deadline_s = time.monotonic() + rows_timeout_s if deadline_s is None else deadline_s
             self._rows.wait(self._rows.recv(self.recv_tensor[:device_bytes]), rows_deadline_s)
         return host_bytes + device_bytes
 
@@ -137,14 +140,14 @@ class _Pair:
         return 0 if self.recv_tensor is None else len(self.recv_tensor)
 
     def abort(self) -> None:
-        """Break the pair; whoever waits on it fails now."""
+        """Break the pair; waits on it fail now."""
         for group in (self._frames, self._rows):
             if group is not None:
                 group.abort()
 
 
 class TorchRouterLink(RouterLink):
-    """The router's end. `send_tensor` and `recv_tensor` (uint8) hold the rows where they travel apart, else None."""
+    """The router's end. `send_tensor` and `recv_tensor` (uint8) hold the rows if they travel separately, else None."""
 
     def __init__(self, rank: int, transport: str, pair: _Pair, line: LifeLine) -> None:
         self.rank = rank
@@ -181,7 +184,7 @@ class TorchRouterLink(RouterLink):
 
 
 class TorchShardChannel(ShardChannel):
-    """The shard's end: a thread builds the groups, then blocks in receives; poll() and reply() never block."""
+    """The shard's end. A thread builds the groups, then blocks in receives; poll() and reply() never block."""
 
     def __init__(
         self, hello: Hello, line: LifeLine, bell: Doorbell, device: str, meeting: Meeting, deadline_s: float
@@ -192,7 +195,7 @@ class TorchShardChannel(ShardChannel):
         self._line = line
         self._bell = bell
         self._meeting = meeting
-        self._rows_limit_s = seconds_left(deadline_s)
+        self._rows_timeout_s = seconds_left(deadline_s)
         self._ready = -1
         self._expecting = threading.Semaphore(0)
         threading.Thread(
@@ -213,7 +216,7 @@ class TorchShardChannel(ShardChannel):
                 self._pair.open(store, SHARD, hello, device, self._line, deadline_s)
             self._pair.expect()
             while not self.closed:
-                self._ready = self._pair.receive(None, self._rows_limit_s)
+                self._ready = self._pair.receive(None, self._rows_timeout_s)
                 self._bell.ring()
                 self._expecting.acquire()
         except (RuntimeError, OSError) as error:
@@ -246,7 +249,7 @@ class TorchShardChannel(ShardChannel):
 def connect_torch(
     endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, device: str, deadline_s: float
 ) -> RouterLink:
-    """The router's end of a gloo or NCCL pair, ready to post. Raises ShardError."""
+    """The router's end of a gloo or NCCL pair, ready to post. Raises a ShardError."""
     rank = endpoint.rank
     try:
         _check_device(hello.transport, device)
@@ -268,7 +271,8 @@ def connect_torch(
 def open_torch_channel(
     hello: Hello, line: LifeLine, bell: Doorbell, device: str, deadline_s: float
 ) -> tuple[ShardChannel, dict[str, Any]]:
-    """The shard's end of a gloo or NCCL pair, which goes on opening behind the answer. ValueError refuses it."""
+    """The shard's end of a gloo or NCCL pair, with the fields of the answer. It finishes opening after the answer is
+    sent. ValueError refuses the router."""
     _check_device(hello.transport, device)
     meeting = Meeting(line.local_address())
     return TorchShardChannel(hello, line, bell, device, meeting, deadline_s), meeting.details()
@@ -276,6 +280,6 @@ def open_torch_channel(
 
 def _check_device(transport: str, device: str) -> None:
     if transport == "nccl" and not device.startswith("cuda"):
-        raise ValueError(f"transport nccl joins GPUs, this end computes on {device!r}")
+        raise ValueError(f"transport nccl joins GPUs, this end computes on {device!r}; use auto, shm or gloo")
     if transport == "nccl" and not torch.distributed.is_nccl_available():
-        raise ValueError("transport nccl: this build of torch has no NCCL")
+        raise ValueError("transport nccl: this build of torch has no NCCL; use gloo")

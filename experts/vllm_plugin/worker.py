@@ -1,15 +1,16 @@
-"""Named by `worker_extension_cls`: importing it registers the plug-in, its class adds the calls that reach a worker.
+"""What `worker_extension_cls` names: importing it registers the plug-in, its class adds calls to vLLM's worker.
 
-vLLM imports this module in each worker before the model is built, and only for engines that ask for it.
+vLLM imports this module in each worker before it builds the model, and only for engines that ask for it.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
-from experts.protocol.membership import Membership, ShardEndpoint
-from experts.vllm_plugin.layer import current_router, register
+from experts.protocol.membership import Membership, endpoints_from_plain
+from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
 
 logger = logging.getLogger(__name__)
@@ -19,37 +20,38 @@ register()
 
 
 class ExpertMeshWorker:
-    """Mixed into vLLM's worker; `collective_rpc` reaches these methods between steps."""
+    """Mixed into vLLM's worker; `collective_rpc` reaches these methods between steps.
+
+    They take and return plain data, since vLLM's channel to its engine process carries no classes of ours. The other
+    end is `cluster.router.worker_calls`.
+    """
 
     def expertmesh_connect_ahead(self, endpoints: list[dict[str, Any] | None]) -> list[int]:
-        """Begin to connect to an epoch's new shards; see `MeshClient.connect_ahead`."""
-        return current_router().connect_ahead(None if e is None else ShardEndpoint(**e) for e in endpoints)
+        """Start to connect to an epoch's new shards; see `MeshClient.connect_ahead`."""
+        return current_client().connect_ahead(endpoints_from_plain(endpoints))
 
     def expertmesh_apply_membership(self, membership: dict[str, Any], wait_s: float | None = None) -> dict[str, Any]:
-        """Switch to an epoch; see `MeshClient.apply_membership`."""
+        """Switch to an epoch: a Membership in, an AppliedMembership out; see `MeshClient.apply_membership`."""
         verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
-        return current_router().apply_membership(Membership.from_dict(membership), wait_s)
+        return current_client().apply_membership(Membership.from_dict(membership), wait_s).to_dict()
 
     def expertmesh_status(self) -> dict[str, Any]:
-        """Counters and membership of this router, and what it holds."""
+        """The RouterStatus of this engine."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        return {
-            **current_router().status(),
-            "params": sum(p.numel() for p in model.parameters()),
-            "resident_bytes": _resident_bytes(),
-        }
+        params = sum(p.numel() for p in model.parameters())
+        return replace(current_client().status(), params=params, resident_bytes=_resident_bytes()).to_dict()
 
     def expertmesh_trace(self) -> bytes:
-        """The sampled routing decisions as the bytes of an .npz file; none if nothing was recorded."""
-        return current_router().recorder.to_bytes()
+        """The sampled routing decisions as the bytes of an .npz file; no bytes if nothing was recorded."""
+        return current_client().recorder.to_bytes()
 
     def expertmesh_clear_trace(self) -> None:
-        """Forget the sampled decisions and begin anew."""
-        current_router().recorder.clear()
+        """Drop the sampled decisions and start over."""
+        current_client().recorder.clear()
 
 
 def _resident_bytes() -> int:
-    """Anonymous memory of this process; pages of mapped files are not its own."""
+    """Anonymous memory of this process, which excludes pages of mapped files."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith("RssAnon:"):

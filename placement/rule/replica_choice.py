@@ -1,17 +1,17 @@
-"""The rule by which a token's experts are fetched from replicas: once, for the router and for the planner.
+"""The rule that picks the replica of each expert for each token, shared by routers and planner.
 
-T tokens, K experts of a token, E logical experts, R ranks, N nodes.
+T tokens, K experts of a token, E logical experts, R ranks, N nodes, J a few of them.
 
-Token by token, in order: among the ranks that hold experts still wanted, the one that holds most of them; on a tie
-the one with less load so far, then the lower index. With several nodes the node is chosen first: the one that holds
-most, on a tie one that the token visits already, then the one whose least loaded rank has less, then the lower index.
-Load is counted in (token, expert) pairs. Greedy set cover: within ln K + 1 of the least fan-out, and in practice equal
-to it nearly always.
+Tokens are taken in order. Among the ranks that hold experts the token still wants, the rule takes the rank that holds
+most of them; on a tie the rank with less load so far, then the lower index. With several nodes it picks the node first:
+the one that holds most, on a tie one the token already visits, then the one whose least loaded rank has less load, then
+the lower index. Load is counted in (token, expert) pairs. This is greedy set cover: fan-out is within ln K + 1 of the
+least possible, and nearly always equal to it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from placement.compiled import compiled
 
-MAX_TOP_K = 63  # the experts that a token still wants are bits of an int64
+MAX_TOP_K = 63  # the experts a token still wants are bits of an int64
 
 
 @intrinsic
@@ -42,6 +42,43 @@ def lowest_bit(typing_context: Any, bits: Any) -> Any:
     return types.int64(types.int64), generate
 
 
+class Nodes(NamedTuple):
+    """The node of each rank: int32 [R], 0 to `num` - 1. `block` is what `block_of_nodes` returns."""
+
+    of_rank_R: np.ndarray
+    num: int
+    block: int
+
+
+class Holders(NamedTuple):
+    """The ranks that hold each expert: `rank_ER[e, : count_E[e]]`, both int32, in no particular order."""
+
+    count_E: np.ndarray
+    rank_ER: np.ndarray
+
+
+class CoverScratch(NamedTuple):
+    """Work space of `cover_token`. The int64 arrays are 0 before and after a call; `touched_*` are int32."""
+
+    held_R: np.ndarray
+    held_N: np.ndarray
+    visited_N: np.ndarray
+    touched_R: np.ndarray
+    touched_N: np.ndarray
+
+
+@compiled()
+def cover_scratch(num_ranks: int, num_nodes: int) -> CoverScratch:
+    """Scratch for any number of tokens."""
+    return CoverScratch(
+        np.zeros(num_ranks, np.int64),
+        np.zeros(num_nodes, np.int64),
+        np.zeros(num_nodes, np.int64),
+        np.empty(num_ranks, np.int32),
+        np.empty(num_nodes, np.int32),
+    )
+
+
 @compiled()
 def block_of_nodes(node_of_rank_R: np.ndarray, num_nodes: int) -> int:
     """Ranks of a node if ranks are dealt to nodes in order, equally many each; else 0."""
@@ -53,31 +90,25 @@ def block_of_nodes(node_of_rank_R: np.ndarray, num_nodes: int) -> int:
 
 
 @compiled()
-def _least_load_of_node(node: int, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray) -> int:
+def _least_load_of_node(node: int, nodes: Nodes, rank_load_R: np.ndarray) -> int:
     least = np.int64(-1)
     first, last = 0, len(rank_load_R)
-    if per_node > 0:
-        first, last = node * per_node, (node + 1) * per_node
+    if nodes.block > 0:
+        first, last = node * nodes.block, (node + 1) * nodes.block
     for r in range(first, last):
-        if node_of_rank_R[r] == node and (least < 0 or rank_load_R[r] < least):
+        if nodes.of_rank_R[r] == node and (least < 0 or rank_load_R[r] < least):
             least = rank_load_R[r]
     return int(least)
 
 
 @compiled()
 def _best_node(
-    held_N: np.ndarray,
-    touched_J: np.ndarray,
-    left: int,
-    visited_N: np.ndarray,
-    per_node: int,
-    node_of_rank_R: np.ndarray,
-    rank_load_R: np.ndarray,
+    held_N: np.ndarray, touched_J: np.ndarray, left: int, visited_N: np.ndarray, nodes: Nodes, rank_load_R: np.ndarray
 ) -> int:
-    """The node to visit next, among `touched_J`; `visited_N[n]` is 1 where the token visits n already."""
+    """The node to visit next, among `touched_J`; `visited_N[n]` is 1 where the token already visits n."""
     best = -1
     best_key = np.int64(0)
-    best_load = np.int64(-1)  # looked up on ties alone
+    best_load = np.int64(-1)  # computed on ties only
     for n in touched_J:
         cover = popcount(held_N[n] & left)
         if cover == 0:
@@ -88,8 +119,8 @@ def _best_node(
         load = np.int64(-1)
         if key == best_key:
             if best_load < 0:
-                best_load = _least_load_of_node(best, per_node, node_of_rank_R, rank_load_R)
-            load = _least_load_of_node(n, per_node, node_of_rank_R, rank_load_R)
+                best_load = _least_load_of_node(best, nodes, rank_load_R)
+            load = _least_load_of_node(n, nodes, rank_load_R)
             if load > best_load or (load == best_load and n > best):
                 continue
         best, best_key, best_load = n, key, load
@@ -97,17 +128,15 @@ def _best_node(
 
 
 @compiled()
-def _best_holder(
-    holders_J: np.ndarray, visited_N: np.ndarray, per_node: int, node_of_rank_R: np.ndarray, rank_load_R: np.ndarray
-) -> int:
-    """The rank to fetch one expert from, on its own: node first, as `_best_node`, then the least loaded rank there."""
+def _best_holder(holders_J: np.ndarray, visited_N: np.ndarray, nodes: Nodes, rank_load_R: np.ndarray) -> int:
+    """The rank for one expert on its own: node first, as in `_best_node`, then the least loaded rank there."""
     best = -1
     best_node_load = np.int64(-1)
     for r in holders_J:
-        node = node_of_rank_R[r]
-        load = _least_load_of_node(node, per_node, node_of_rank_R, rank_load_R)
+        node = nodes.of_rank_R[r]
+        load = _least_load_of_node(node, nodes, rank_load_R)
         if best >= 0:
-            other = node_of_rank_R[best]
+            other = nodes.of_rank_R[best]
             if node == other:
                 if rank_load_R[r] > rank_load_R[best] or (rank_load_R[r] == rank_load_R[best] and r > best):
                     continue
@@ -124,26 +153,21 @@ def _best_holder(
 def cover_token(
     wanted_K: np.ndarray,
     num_wanted: int,
-    num_holders_E: np.ndarray,
-    holders_ER: np.ndarray,
-    node_of_rank_R: np.ndarray,
-    num_nodes: int,
-    per_node: int,
+    holders: Holders,
+    nodes: Nodes,
     rank_load_R: np.ndarray,
     chosen_E: np.ndarray,
-    held_R: np.ndarray,
-    held_N: np.ndarray,
-    touched_R: np.ndarray,
-    touched_N: np.ndarray,
-    visited_N: np.ndarray,
+    scratch: CoverScratch,
 ) -> tuple[int, int]:
-    """Choose for one token; returns the ranks and the nodes that it visits (1 node where there is but one).
+    """Choose for one token; returns the number of ranks and of nodes that it visits (1 node where there is only one).
 
-    `wanted_K[:num_wanted]` are distinct experts with at least one holder; `holders_ER[e, :num_holders_E[e]]` the
-    ranks that hold e. `per_node` is what `block_of_nodes` returns.
-    Writes `chosen_E` for them and adds to `rank_load_R`. `held_R`, `held_N` and `visited_N`
-    (int64) are scratch, 0 before and after; `touched_R`, `touched_N` (int32) are scratch.
+    `wanted_K[:num_wanted]` are distinct experts with at least one holder. Writes `chosen_E` for them and adds to
+    `rank_load_R`, int64.
     """
+    num_holders_E, holders_ER = holders.count_E, holders.rank_ER
+    node_of_rank_R, num_nodes, per_node = nodes.of_rank_R, nodes.num, nodes.block
+    held_R, held_N, visited_N = scratch.held_R, scratch.held_N, scratch.visited_N
+    touched_R, touched_N = scratch.touched_R, scratch.touched_N
     # Bit i of held_R[r]: rank r holds the token's i-th wanted expert.
     num_touched = 0
     num_touched_nodes = 0
@@ -174,19 +198,14 @@ def cover_token(
             for j in range(num_touched_nodes):
                 most = max(most, popcount(held_N[touched_N[j]] & left))
             if most == 1:
-                # Every node holds at most one of those left: no choice touches another, so each is made on its own.
+                # Every node holds at most one of those left: the choices are independent.
                 while left:
                     expert = wanted_K[lowest_bit(left)]
                     left &= left - 1
                     best = holders_ER[expert, 0]
                     if num_holders_E[expert] > 1:
-                        best = _best_holder(
-                            holders_ER[expert, : num_holders_E[expert]],
-                            visited_N,
-                            per_node,
-                            node_of_rank_R,
-                            rank_load_R,
-                        )
+                        held_by_J = holders_ER[expert, : num_holders_E[expert]]
+                        best = _best_holder(held_by_J, visited_N, nodes, rank_load_R)
                     node = node_of_rank_R[best]
                     nodes_visited += 1 - visited_N[node]
                     visited_N[node] = 1
@@ -194,9 +213,7 @@ def cover_token(
                     rank_load_R[best] += 1
                     ranks_visited += 1
                 break
-            node = _best_node(
-                held_N, touched_N[:num_touched_nodes], left, visited_N, per_node, node_of_rank_R, rank_load_R
-            )
+            node = _best_node(held_N, touched_N[:num_touched_nodes], left, visited_N, nodes, rank_load_R)
             nodes_visited += 1 - visited_N[node]
             visited_N[node] = 1
         best = -1
@@ -215,7 +232,7 @@ def cover_token(
                 if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
                     best = r
         if best_cover == 1 and num_nodes == 1:
-            # Every rank holds at most one of those left: no choice touches another, so each is made on its own.
+            # Every rank holds at most one of those left: the choices are independent.
             while left:
                 expert = wanted_K[lowest_bit(left)]
                 left &= left - 1
@@ -253,16 +270,16 @@ def choose_replicas(
     rank_load_R: np.ndarray,
     rank_TK: np.ndarray,
 ) -> None:
-    """Choose the rank that each token fetches each of its experts from.
+    """Choose a rank for each expert of each token.
 
     Args:
         topk_ids_TK: int32 [T, K], logical experts; negative ids are padding. An expert that occurs twice in a row
             counts once and gets one rank.
-        slots_ER: int32 [E, R], slot of each expert on each rank, -1 where it has none that is alive.
+        slots_ER: int32 [E, R], slot of each expert on each rank, -1 where it has no live slot.
         node_of_rank_R: int32 [R], 0 to num_nodes - 1.
         num_nodes: nodes; 1 leaves them out of the choice.
-        rank_load_R: int64 [R], pairs that each rank has got so far; added to.
-        rank_TK: int32 [T, K], written: the rank chosen, -1 where the id is no expert or has no live slot.
+        rank_load_R: int64 [R], pairs each rank has received so far; added to.
+        rank_TK: int32 [T, K], written: the chosen rank, -1 where the id is no expert or has no live slot.
 
     Raises ValueError if K is above 63. Single-threaded, releases the GIL, callable from other numba functions.
     """
@@ -270,19 +287,15 @@ def choose_replicas(
     num_experts, num_ranks = slots_ER.shape
     if top_k > 63:
         raise ValueError("top-k above 63")
-    # Which ranks hold an expert is looked up when it is first met: -1 not yet, else the number of holders.
+    # Holders are looked up when an expert is first met: -1 not yet, else their number.
     num_holders_E = np.full(num_experts, -1, np.int32)
     holders_ER = np.empty((num_experts, num_ranks), np.int32)
     seen_in_E = np.full(num_experts, -1, np.int32)
     chosen_E = np.empty(num_experts, np.int32)
     wanted_K = np.empty(top_k, np.int32)
-    # Bit i of held_R[r]: rank r holds the token's i-th wanted expert. Zero between tokens.
-    held_R = np.zeros(num_ranks, np.int64)
-    held_N = np.zeros(num_nodes, np.int64)
-    touched_R = np.empty(num_ranks, np.int32)
-    touched_N = np.empty(num_nodes, np.int32)
-    visited_N = np.zeros(num_nodes, np.int64)
-    per_node = block_of_nodes(node_of_rank_R, num_nodes)
+    holders = Holders(num_holders_E, holders_ER)
+    nodes = Nodes(node_of_rank_R, num_nodes, block_of_nodes(node_of_rank_R, num_nodes))
+    scratch = cover_scratch(num_ranks, num_nodes)
 
     for t in range(num_tokens):
         num_wanted = 0
@@ -313,22 +326,7 @@ def choose_replicas(
             for i in range(num_wanted):
                 rank_load_R[chosen_E[wanted_K[i]]] += 1
         else:
-            cover_token(
-                wanted_K,
-                num_wanted,
-                num_holders_E,
-                holders_ER,
-                node_of_rank_R,
-                num_nodes,
-                per_node,
-                rank_load_R,
-                chosen_E,
-                held_R,
-                held_N,
-                touched_R,
-                touched_N,
-                visited_N,
-            )
+            cover_token(wanted_K, num_wanted, holders, nodes, rank_load_R, chosen_E, scratch)
 
         for k in range(top_k):
             expert = topk_ids_TK[t, k]
@@ -336,6 +334,6 @@ def choose_replicas(
 
 
 def check_top_k(top_k: int) -> None:
-    """Raise ValueError beyond what the rule for choosing replicas takes."""
+    """Raise ValueError if a token has more experts than the rule can take."""
     if top_k > MAX_TOP_K:
         raise ValueError(f"top-k is {top_k}, at most {MAX_TOP_K} is supported")

@@ -1,92 +1,183 @@
-"""Search for the slots of one layer: which searches, one after the other, for which kind of problem.
+"""Search for the slots of one layer: which searches run, one after the other, for which kind of problem.
 
-T tokens, E experts, R ranks, s slots of a rank, N nodes. Without replicas the swap search decides alone. With replicas
-it is run several times on replicas of the hottest experts, and the best is refined by the replica search, on the rule
-that dispatch uses; with several nodes the replica search first decides which experts each node holds. Where tokens,
-experts and ranks are too many for the time, a swap search on some of the tokens is all there is.
+T tokens, E experts, R ranks, s slots of a rank, N nodes.
+
+- Single replicas: the swap search decides alone.
+- Replicas on one node: several swap searches with the replicas that greedy balancing gives, then the replica search
+  from the best of them, judged by the rule that dispatch uses.
+- Replicas on several nodes: the replica search first decides which experts each node holds, then on which rank.
+- Local replicas first: the plan without that preference, then the replica search with it.
+- Too many tokens, experts and ranks for the time: one swap search on some of the tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from placement.search.balance import greedy_balance
-from placement.search.problem import LayerProblem, closed_slots
-from placement.search.replicas.replica_search import anneal_replicas, tokens_by_expert
+from placement.search.balance import closed_slots, greedy_balance
+from placement.search.problem import LayerProblem
+from placement.search.replicas.replica_search import proposal_seconds, search_replicas
 from placement.search.scoring import Scored, score_slots
 from placement.search.search_clock import SearchClock
-from placement.search.swaps.swap_stages import (
-    PENALTY,
-    SETTLE_ROUNDS,
-    Stage,
-    search_fixed_shares,
-    search_swaps,
-    settle_loads,
-)
-from placement.xorshift import random_state
+from placement.search.swaps.swap_stages import SETTLE_ROUNDS, Stage, search_fixed_shares, search_swaps, settle_loads
 
-COVER_SECONDS, COVER_SECONDS_NODES = 0.05e-6, 0.06e-6  # nominal cost of covering one token in the replica search
-# A replica search with fewer proposals than this for each (slot, rank) does worse than swaps of fixed shares.
-MIN_PROPOSALS = 6
-SWAP_TOKENS = 4096  # what swaps look at in layers that are too large for more
-SWAP_SEARCHES = 4
-NODE_SEARCHES = 3
-RANK_HEATS = ((1.0, 0.05), (0.2, 0.02))
-PARTS = (6, 48)  # of a replica search, at least and at most: after each the rule proper is asked
-SCORE_SECONDS = 3.0e-6  # nominal cost of scoring one token of a layer anew
+# Below so many proposals for each (slot, rank) a replica search does worse than swaps of replicas with fixed tokens.
+LEAST_PROPOSALS = 6
+SWAP_TOKENS = 4096  # what the swap search looks at in a layer that is too large for more
+
+# Each search draws from a random stream of its own, so that a change of one leaves what the others draw.
+SWAPS, LARGE, ONE_NODE_SWAPS, ONE_NODE_REPLICAS, NODES, RANKS, SEVERAL_NODES_REPLICAS, LOCAL = 1, 2, 3, 4, 5, 6, 7, 9
 
 
-def proposal_seconds(problem: LayerProblem) -> float:
-    """Nominal time of one proposal of the replica search."""
-    pairs = float((problem.ids >= 0).sum())
-    return 2 * pairs / problem.num_experts * (COVER_SECONDS if problem.num_nodes == 1 else COVER_SECONDS_NODES)
+@dataclass(frozen=True)
+class Refinement:
+    """A replica search at the end: its share of a layer's time, and its heat, from and to.
+
+    Heat is in the weighted visits of an average expert's tokens. What is refined is good already: a heat near 1 would
+    lose it, and 0.01 accepts next to nothing that is worse.
+    """
+
+    share: float
+    heat: tuple[float, float]
 
 
-def search_replicas(
+# One node: swaps get most of the time, as their proposals cost a hundredth of the replica search's, in several runs,
+# since each ends elsewhere. What is left over is for the scoring in between.
+SWAP_RUNS, SWAP_SHARE = 4, 0.6
+AFTER_SWAPS = Refinement(0.35, (0.05, 0.01))
+# Several nodes: a node costs several ranks, so which experts it holds is searched first, hot, from scratch.
+NODE_RUNS, NODE_SHARE, NODE_HEAT = 3, 0.3, (0.5, 0.05)
+# Then swaps inside nodes order the ranks; the rule shares tokens anew between a hot run and a cooler one.
+RANK_SHARE = 0.1
+RANK_STAGES = (Stage("ranks", (1.0, 0.05)), Stage("ranks", (0.2, 0.02)))
+# Dealing a node's experts to its ranks left more to gain than swaps do: more time, and twice the heat.
+AFTER_NODES = Refinement(0.55, (0.1, 0.01))
+# Local replicas first: few visits alone come close; from there the replica search sees who is local to whom.
+WITHOUT_PREFERENCE_SHARE = 0.5
+AFTER_PREFERENCE = Refinement(0.4, (0.1, 0.01))
+
+
+def search_layer(
     problem: LayerProblem,
-    start: Scored,
+    starts: list[np.ndarray],
+    balanced_Rs: np.ndarray,
     seconds: float,
-    heat: tuple[float, float],
-    seed: tuple[int, ...],
+    seed: int,
     clock: SearchClock,
 ) -> Scored:
-    """The best slots that the replica search meets from a start, in about `seconds` of nominal time."""
-    token_N, start_E = tokens_by_expert(problem.ids, problem.num_experts)
-    current_Rs = start.slots.astype(np.int32).copy()
-    chunk_Rs = current_Rs.copy()
-    best = start
-    home_T = problem.home_T if problem.prefer_local_replicas else np.empty(0, np.int32)
-    state_1 = random_state(*seed)
-    scale = 1 + problem.weight_of_node
-    unit = problem.num_tokens / problem.num_experts * (1 + problem.weight_of_node / 2)
+    """The best slots found for a layer in about `seconds` of nominal time.
 
-    def run(begin: float, end: float, count: int) -> None:
-        # Inside a part ties are broken by loads as they stand, not in the order of tokens: each part's best is scored
-        # by the rule proper before it counts.
-        nonlocal best
-        best_2 = np.array([np.inf, np.inf])
-        anneal_replicas(
-            problem.ids, token_N, start_E, problem.pair_weight, current_Rs, problem.node_of_rank, problem.num_nodes,
-            problem.weight_of_node, home_T, problem.min_replicas, problem.max_filled, problem.allowed, PENALTY[0] *
-            scale, PENALTY[1] * scale, heat[0] * unit, heat[1] * unit, begin, end, count, state_1, chunk_Rs, best_2,
-        )  # fmt: skip
-        for slots_Rs in (chunk_Rs, current_Rs):
-            found = score_slots(problem, slots_Rs.copy())
-            if found.score.key < best.score.key:
-                best = found
-
-    # Each part's end is scored twice: fewer parts where tokens are many for the time.
-    parts = int(np.clip(seconds / (0.25 * SCORE_SECONDS * max(problem.num_tokens, 1)), *PARTS))
-    clock.run_schedule(run, max(200, int(seconds / proposal_seconds(problem))), seconds, chunks=parts)
+    `starts`, slots int32 [R, s], are among the candidates; `balanced_Rs` only where all else is above the limit.
+    """
+    search = _LayerSearch(problem, tuple(starts), balanced_Rs, seconds, seed, clock)
+    given = search.given
+    best = min([*given, *search.kind()()], key=search.guarded_key)
+    # Whatever a guard is worth, none of the starts may be better on the tokens that were given.
+    best = min([best, *given], key=search.plain_key)
+    if search.plain_key(best)[0] > 0:
+        best = min([best, score_slots(problem, balanced_Rs)], key=search.plain_key)
     return best
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerSearch:
+    """The searches of one layer. Each returns what it found, the order of which decides between equals."""
+
+    problem: LayerProblem
+    starts: tuple[np.ndarray, ...]
+    balanced_Rs: np.ndarray
+    seconds: float
+    seed: int
+    clock: SearchClock
+
+    @cached_property
+    def given(self) -> list[Scored]:
+        return [score_slots(self.problem, slots_Rs) for slots_Rs in self.starts]
+
+    @cached_property
+    def limit(self) -> float:
+        """The largest load over its target. Where the cap is out of reach, that of the best start."""
+        return max(self.problem.load_cap, min(1 / entry.score.balancedness for entry in self.given))
+
+    def plain_key(self, entry: Scored) -> tuple[float, float]:
+        return entry.score.plain_key(self.limit)
+
+    def guarded_key(self, entry: Scored) -> tuple[float, float]:
+        return entry.score.guarded_key(self.limit, self.problem.num_tokens)
+
+    def kind(self) -> Callable[[], list[Scored]]:
+        """The search for this kind of problem."""
+        problem = self.problem
+        if not problem.has_replicas:
+            return self.single_replicas
+        if problem.prefer_local_replicas:
+            return self.local_replicas_first
+        if self.seconds / proposal_seconds(problem) < LEAST_PROPOSALS * self.starts[0].size * problem.num_ranks:
+            return self.some_tokens
+        return self.one_node if problem.num_nodes == 1 else self.several_nodes
+
+    def single_replicas(self) -> list[Scored]:
+        slots_Rs = search_swaps(self.problem, self.given[0], self.seconds, (self.seed, SWAPS), self.clock)
+        return [score_slots(self.problem, slots_Rs)]
+
+    def some_tokens(self) -> list[Scored]:
+        stream = (self.seed, LARGE)
+        return search_fixed_shares(self.problem, self.given[0], self.seconds, stream, self.clock, SWAP_TOKENS)
+
+    def one_node(self) -> list[Scored]:
+        found: list[Scored] = []
+        for run in range(SWAP_RUNS):
+            seconds, stream = SWAP_SHARE / SWAP_RUNS * self.seconds, (self.seed, ONE_NODE_SWAPS, run)
+            found += search_fixed_shares(self.problem, self.given[0], seconds, stream, self.clock)
+        best = min([*self.given, *found], key=self.guarded_key)
+        return [*found, self._refined(best, AFTER_SWAPS, ONE_NODE_REPLICAS)]
+
+    def several_nodes(self) -> list[Scored]:
+        problem, found = self.problem, []
+        by_rank = score_slots(problem, slots_from_nodes(problem, self._experts_of_nodes()))
+        for run, stage in enumerate(RANK_STAGES):
+            seconds, stream = RANK_SHARE / len(RANK_STAGES) * self.seconds, (self.seed, RANKS, run)
+            slots_Rs = search_swaps(problem, by_rank, seconds, stream, self.clock, (stage,))
+            by_rank = score_slots(problem, slots_Rs)
+            found.append(by_rank)
+        refined = self._refined(by_rank, AFTER_NODES, SEVERAL_NODES_REPLICAS)
+        return [*found, *settle_loads(problem, refined, SETTLE_ROUNDS)]
+
+    def local_replicas_first(self) -> list[Scored]:
+        anywhere = replace(self.problem, prefer_local_replicas=False)
+        seconds = WITHOUT_PREFERENCE_SHARE * self.seconds
+        base = search_layer(anywhere, list(self.starts), self.balanced_Rs, seconds, self.seed, self.clock)
+        start = score_slots(self.problem, base.slots)
+        return [start, self._refined(start, AFTER_PREFERENCE, LOCAL)]
+
+    def _refined(self, start: Scored, how: Refinement, stream: int) -> Scored:
+        seconds = how.share * self.seconds
+        return search_replicas(self.problem, start, seconds, how.heat, (self.seed, stream), self.clock)
+
+    def _experts_of_nodes(self) -> np.ndarray:
+        """Slots int32 [N, s] of nodes, the best of several searches from a greedy start."""
+        nodes = node_problem(self.problem)
+        start_Ns = greedy_balance(
+            nodes.load, nodes.open_slots, nodes.node_of_rank, nodes.num_nodes, nodes.target / nodes.target.max(),
+            nodes.min_replicas, nodes.max_filled,
+        )  # fmt: skip
+        start, seconds = score_slots(nodes, start_Ns), NODE_SHARE / NODE_RUNS * self.seconds
+        found = [
+            search_replicas(nodes, start, seconds, NODE_HEAT, (self.seed, NODES, run), self.clock)
+            for run in range(NODE_RUNS)
+        ]
+        return min(found, key=lambda entry: entry.score.key).slots
 
 
 def node_problem(problem: LayerProblem) -> LayerProblem:
     """The same layer with nodes in the place of ranks."""
     nodes = problem.num_nodes
     target_N = problem.target.reshape(nodes, -1).sum(1)
+    # Ranks inside a node cannot be filled to the brim as well: half of what the cap leaves is theirs.
     allowed_N = (problem.allowed.reshape(nodes, -1).sum(1) + target_N) / 2
     return LayerProblem(
         ids=problem.ids,
@@ -119,69 +210,3 @@ def slots_from_nodes(problem: LayerProblem, experts_Ns: np.ndarray) -> np.ndarra
             filled_R[rank] += 1
             load_R[rank] += problem.load[expert]
     return slots_Rs
-
-
-def search_layer(
-    problem: LayerProblem,
-    starts: list[np.ndarray],
-    balanced_Rs: np.ndarray,
-    seconds: float,
-    seed: int,
-    clock: SearchClock,
-) -> Scored:
-    """The best slots found for a layer; `starts` (slots int32 [R, s]) are among the candidates.
-
-    `balanced_Rs` is looked at only where all else is above the limit.
-    """
-    given = [score_slots(problem, slots_Rs) for slots_Rs in starts]
-    # Above the cap, where that is out of reach, a plan may be no further than the best of the starts.
-    limit = max(problem.load_cap, min(1 / entry.score.balancedness for entry in given))
-
-    def plain(entry: Scored) -> tuple[float, float]:
-        return entry.score.plain_key(limit)
-
-    def guarded(entry: Scored) -> tuple[float, float]:
-        return entry.score.guarded_key(limit, problem.num_tokens)
-
-    found: list[Scored] = []
-    if not problem.has_replicas:
-        found.append(score_slots(problem, search_swaps(problem, given[0], seconds, (seed, 1), clock)))
-    elif problem.prefer_local_replicas:
-        # What few visits alone make of it comes close; from there the replica search sees what is near to whom.
-        anywhere = replace(problem, prefer_local_replicas=False)
-        base = search_layer(anywhere, starts, balanced_Rs, 0.5 * seconds, seed, clock)
-        found.append(score_slots(problem, base.slots))
-        found.append(search_replicas(problem, found[-1], 0.4 * seconds, (0.1, 0.01), (seed, 9), clock))
-    elif seconds / proposal_seconds(problem) < MIN_PROPOSALS * starts[0].size * problem.num_ranks:
-        found += search_fixed_shares(problem, given[0], seconds, (seed, 2), clock, SWAP_TOKENS)
-    elif problem.num_nodes == 1:
-        for turn in range(SWAP_SEARCHES):
-            found += search_fixed_shares(problem, given[0], 0.6 / SWAP_SEARCHES * seconds, (seed, 3, turn), clock)
-        best = min([*given, *found], key=guarded)
-        found.append(search_replicas(problem, best, 0.35 * seconds, (0.05, 0.01), (seed, 4), clock))
-    else:
-        nodes = node_problem(problem)
-        start_Ns = greedy_balance(
-            nodes.load, nodes.open_slots, nodes.node_of_rank, nodes.num_nodes, nodes.target / nodes.target.max(),
-            nodes.min_replicas, nodes.max_filled,
-        )  # fmt: skip
-        start = score_slots(nodes, start_Ns)
-        by_node = [
-            search_replicas(nodes, start, 0.3 / NODE_SEARCHES * seconds, (0.5, 0.05), (seed, 5, turn), clock)
-            for turn in range(NODE_SEARCHES)
-        ]
-        best = min(by_node, key=lambda entry: entry.score.key)
-        by_rank = score_slots(problem, slots_from_nodes(problem, best.slots))
-        for turn, heat in enumerate(RANK_HEATS):  # the rule shares tokens anew in between
-            stages: tuple[Stage, ...] = (("ranks", heat),)
-            slots_Rs = search_swaps(problem, by_rank, 0.1 / len(RANK_HEATS) * seconds, (seed, 6, turn), clock, stages)
-            by_rank = score_slots(problem, slots_Rs)
-            found.append(by_rank)
-        found.append(search_replicas(problem, by_rank, 0.55 * seconds, (0.1, 0.01), (seed, 7), clock))
-        found += settle_loads(problem, found[-1], SETTLE_ROUNDS)[1:]
-    best = min([*given, *found], key=guarded)
-    # Whatever a guard is worth, none of the starts may be better on the tokens that were given.
-    best = min([best, *given], key=plain)
-    if plain(best)[0] > 0:
-        best = min([best, score_slots(problem, balanced_Rs)], key=plain)
-    return best

@@ -58,7 +58,7 @@ def router_over(kind: str, mesh: Mesh, dtype: torch.dtype = torch.float32, **set
     router = MeshClient(chosen, mesh.checkpoint, shape, places(kind, mesh.placement.num_ranks)[0])
     mesh.routers.append(router)
     answer = router.apply_membership(mesh.membership())
-    assert answer["lost"] == {}, answer
+    assert answer.lost == {}, answer
     return router
 
 

@@ -1,7 +1,8 @@
-"""Synthetic checkpoints with the exact tensor names and shapes of the Hugging Face hub, one maker a family.
+"""Synthetic checkpoints with the exact tensor names and shapes of the Hugging Face hub, one maker for each scheme.
 
-Independent of the reader's own tables: names are spelled out here as the published checkpoints have them. A maker
-returns the configuration, the stored tensors, and the experts that a reader must give back, in float32.
+Independent of the reader's tables: names are spelled out here as in the published checkpoints. A maker returns the
+configuration, the stored tensors, and the experts that the reader must return, in float32. To test a new naming scheme,
+write a maker and add it to `MAKERS`.
 
 Legend: E experts, D hidden size, I expert intermediate size.
 """
@@ -46,8 +47,8 @@ class Expected:
         return [self.experts[layer, expert] for expert in range(E)]
 
 
-def expert_a_tensor(config: dict[str, Any], layers: Sequence[int], stem: str, names: Sequence[str]) -> Expected:
-    """`stem` has {l} and {e}; `names` are those of gate, up and down."""
+def one_tensor_per_matrix(config: dict[str, Any], layers: Sequence[int], stem: str, names: Sequence[str]) -> Expected:
+    """`stem` contains {l} and {e}; `names` are the names of gate, up and down."""
     out = Expected(config).draw(layers)
     for (layer, expert), weights in out.experts.items():
         for name, weight in zip(names, weights, strict=True):
@@ -63,12 +64,12 @@ def qwen3_moe() -> Expected:
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "num_experts": E, "num_experts_per_tok": 2}
     config |= {"hidden_size": D, "intermediate_size": 40, "moe_intermediate_size": I, "hidden_act": "silu"}
     config |= {"decoder_sparse_step": 1, "mlp_only_layers": [1]}
-    return expert_a_tensor(config, (0, 2, 3), "model.layers.{l}.mlp.experts.{e}.", PROJ)
+    return one_tensor_per_matrix(config, (0, 2, 3), "model.layers.{l}.mlp.experts.{e}.", PROJ)
 
 
 def qwen2_moe() -> Expected:
     out = qwen3_moe()
-    out = expert_a_tensor(
+    out = one_tensor_per_matrix(
         {**out.config, "model_type": "qwen2_moe", "decoder_sparse_step": 2, "mlp_only_layers": []},
         (1, 3),
         "model.layers.{l}.mlp.experts.{e}.",
@@ -81,7 +82,7 @@ def qwen2_moe() -> Expected:
 def mixtral() -> Expected:
     config = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": E, "num_experts_per_tok": 2}
     config |= {"hidden_size": D, "intermediate_size": I, "hidden_act": "silu"}
-    return expert_a_tensor(config, (0, 1), "model.layers.{l}.block_sparse_moe.experts.{e}.", W132)
+    return one_tensor_per_matrix(config, (0, 1), "model.layers.{l}.block_sparse_moe.experts.{e}.", W132)
 
 
 def minimax_m2() -> Expected:
@@ -94,15 +95,15 @@ def minimax_m2() -> Expected:
 def olmoe() -> Expected:
     config = {"model_type": "olmoe", "num_hidden_layers": 2, "num_experts": E, "num_experts_per_tok": 2}
     config |= {"hidden_size": D, "intermediate_size": I, "hidden_act": "silu"}
-    return expert_a_tensor(config, (0, 1), "model.layers.{l}.mlp.experts.{e}.", PROJ)
+    return one_tensor_per_matrix(config, (0, 1), "model.layers.{l}.mlp.experts.{e}.", PROJ)
 
 
 def deepseek(model_type: str, prefix: str = "model.") -> Expected:
     config = {"model_type": model_type, "num_hidden_layers": 4, "n_routed_experts": E, "num_experts_per_tok": 2}
     config |= {"hidden_size": D, "intermediate_size": 40, "moe_intermediate_size": I, "hidden_act": "silu"}
     config |= {"first_k_dense_replace": 1, "moe_layer_freq": 1, "n_shared_experts": 1, "num_nextn_predict_layers": 1}
-    out = expert_a_tensor(config, (1, 2, 3), prefix + "layers.{l}.mlp.experts.{e}.", PROJ)
-    # the multi-token prediction layer, which is not one of the decoder's
+    out = one_tensor_per_matrix(config, (1, 2, 3), prefix + "layers.{l}.mlp.experts.{e}.", PROJ)
+    # the multi-token prediction layer, which is not a decoder layer
     out.tensors[f"{prefix}layers.4.mlp.experts.0.gate_proj.weight"] = torch.zeros(I, D)
     out.tensors[f"{prefix}layers.1.mlp.shared_experts.gate_proj.weight"] = torch.zeros(I, D)
     return out
@@ -200,6 +201,24 @@ def gpt_oss() -> Expected:
     return out
 
 
+def mxfp4_tensors(E: int, D: int, I: int) -> dict[str, torch.Tensor]:
+    """Random routed experts of a gpt-oss layer 0 under the hub's names."""
+    generator = torch.Generator().manual_seed(2)
+    stem = "model.layers.0.mlp.experts."
+
+    def bytes_of(*shape: int) -> torch.Tensor:
+        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
+
+    return {
+        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
+        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
+        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
+        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
+        stem + "down_proj_scales": bytes_of(E, D, I // 32),
+        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
+    }
+
+
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Rows gate 0, up 0, gate 1, up 1, ..."""
     return torch.stack([gate, up], dim=1).flatten(0, 1)
@@ -225,7 +244,7 @@ MAKERS: dict[str, Callable[[], Expected]] = {
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], num_files: int = 1) -> Path:
-    """A checkpoint folder with config.json and one safetensors file, or several with their index."""
+    """Write a checkpoint folder: config.json and one safetensors file, or several and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if num_files == 1:

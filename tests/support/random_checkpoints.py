@@ -1,8 +1,8 @@
-"""Small random checkpoints of the supported families: float32, no tokenizer, sizes that vLLM can run on a CPU.
+"""Small random checkpoints of the supported families, for tests: float32, no tokenizer, sizes that vLLM runs on a CPU.
 
-Weights are drawn so that comparing two engines means something: logits are far apart, every layer's routed
-experts change the outcome, correction and projection biases are not zero. Serve them with
-`skip_tokenizer_init=True` and prompts of token ids below `VOCAB`.
+Weights are drawn so that comparing two engines is meaningful: logits are far apart, every layer's routed experts change
+the result, correction and projection biases are not zero. Serve them with `skip_tokenizer_init=True` and prompts of
+token ids below `VOCAB`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _DEEPSEEK: dict[str, Any] = {
     "n_shared_experts": 1,
     "n_group": 4,
     "topk_group": 2,
-    # As in the real models. With plain rotary embeddings vLLM's CPU build differs from transformers from position 1 on.
+    # As in the real models. With plain rotary embeddings, vLLM's CPU build differs from transformers at position 1.
     "rope_parameters": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -154,7 +154,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 128,
         },
     },
-    # These have no parity test; their names and arithmetic are compared with transformers' own modules.
+    # The families below have no parity test; names and arithmetic are compared with transformers' modules.
     "minimax_m2": {
         **_COMMON,
         "head_dim": 32,
@@ -217,7 +217,7 @@ def _draw(name: str, tensor: torch.Tensor, generator: torch.Generator, zero_expe
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
 
     if ".experts." in name:
-        # Transposed or not, the smaller fan-in is within a factor of two. Biases are as large as a row's output.
+        # Right within a factor of two, transposed or not; biases are as large as a row's output.
         std = 0.5 if name.endswith("_bias") else 2.0 / tensor.shape[-1] ** 0.5
         normal(0.0 if zero_experts else std)
     elif name.endswith("e_score_correction_bias"):

@@ -1,1 +1,1 @@
-"""The expert MLP in C++ for CPUs, and how it is compiled once for a machine. Other compiled code has its own folder."""
+"""The expert MLP in C++ for CPUs, compiled once for each machine. Kernels in other languages have their own folders."""

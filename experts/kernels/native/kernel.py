@@ -1,6 +1,6 @@
 """Our own CPU kernel (native_mlp.cpp): gather, both matrices, activation and weighted sum in one call.
 
-It runs the bf16 dot product of AVX512_BF16 where the processor has it. Legend as in base.py.
+It uses the bf16 dot product of AVX512_BF16 if the processor has it. Legend as in base.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BAD_PAIRS = 1
 
 
 class NativeKernel(ExpertKernel):
-    """Packed weights in huge pages where the system gives them; float32 and bfloat16."""
+    """Packed weights, in huge pages if the system provides them; float32 and bfloat16."""
 
     name = "native"
 
@@ -30,14 +30,16 @@ class NativeKernel(ExpertKernel):
         super().__init__(shape)
         self._library = load_library()
         self._is_bf16 = int(shape.dtype == torch.bfloat16)
-        self._slot_bytes = self._library.em_slot_bytes(self._is_bf16, shape.hidden_size, shape.intermediate_size)
+        self._slot_bytes = self._library.expert_mlp_slot_bytes(
+            self._is_bf16, shape.hidden_size, shape.intermediate_size
+        )
         size = shape.num_layers * shape.num_slots * self._slot_bytes
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._packed = np.frombuffer(memory, dtype=np.uint8)
         activation = shape.activation
-        handle = self._library.em_create(
+        handle = self._library.expert_mlp_create(
             self._is_bf16,
             shape.num_layers,
             shape.num_slots,
@@ -51,13 +53,13 @@ class NativeKernel(ExpertKernel):
             self._loaded_LS.ctypes.data,
         )
         if not handle:
-            raise MemoryError("no memory for the native kernel")
+            raise MemoryError("not enough memory for the native kernel")
         self._handle = ctypes.c_void_p(handle)
-        weakref.finalize(self, self._library.em_destroy, self._handle)
+        weakref.finalize(self, self._library.expert_mlp_destroy, self._handle)
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """float32 and bfloat16 on the CPU, all activations and sizes, where there is a C++ compiler."""
+        """float32 and bfloat16 on the CPU, all activations and sizes; needs a C++ compiler."""
         if shape.device_type != "cpu":
             return f"it runs on the CPU, not on {shape.device}"
         if shape.dtype not in (torch.float32, torch.bfloat16):
@@ -72,10 +74,10 @@ class NativeKernel(ExpertKernel):
         shape = self.shape
         w13 = weights.w13_2ID.to("cpu", shape.dtype).contiguous()
         w2 = weights.w2_DI.to("cpu", shape.dtype).contiguous()
-        # biases are rounded to the model's dtype like all else, then added in float32
+        # round biases to the model's dtype like all other weights; they are added in float32
         b13 = None if weights.b13_2I is None else weights.b13_2I.to("cpu", shape.dtype).float().contiguous()
         b2 = None if weights.b2_D is None else weights.b2_D.to("cpu", shape.dtype).float().contiguous()
-        self._library.em_pack(
+        self._library.expert_mlp_pack(
             self._is_bf16,
             shape.hidden_size,
             shape.intermediate_size,
@@ -98,9 +100,9 @@ class NativeKernel(ExpertKernel):
         weights_N: torch.Tensor,
         out_MD: torch.Tensor,
     ) -> None:
-        """See `ExpertKernel.forward`. Uses as many threads as torch does; the result does not depend on how many."""
+        """See `ExpertKernel.forward`. Uses as many threads as torch; the result does not depend on their number."""
         self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-        status = self._library.em_forward(
+        status = self._library.expert_mlp_forward(
             self._handle,
             layer,
             rows_MD.shape[0],
@@ -116,6 +118,6 @@ class NativeKernel(ExpertKernel):
         )
         if status == BAD_PAIRS:
             self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-            raise AssertionError("the kernel refused pairs that are in order")
+            raise AssertionError("the kernel refused valid pairs")
         if status:
-            raise MemoryError(f"no memory for a call of {rows_MD.shape[0]} rows and {slots_N.shape[0]} pairs")
+            raise MemoryError(f"not enough memory for {rows_MD.shape[0]} rows and {slots_N.shape[0]} pairs")

@@ -1,9 +1,9 @@
 // Grouped gated MLP of one shard on the CPU: y[m] = sum over the pairs of row m of weight * w2 act(w13 x[m]).
 //
-// The pairs of a call are grouped by slot. A slot's rows are gathered into blocks of at most MAX_ROWS; each weight panel
-// (two vectors wide) is streamed from memory once and multiplied with all blocks while it is in cache. Sums stay in
-// float32 registers over the whole reduction; products of slots are added to a float32 y in ascending slot order. So a
-// row's result depends neither on the other rows of the call nor on the number of threads.
+// The pairs of a call are grouped by slot. A slot's rows are gathered into blocks of at most MAX_ROWS. Each weight panel
+// (two vectors wide) is read from memory once and multiplied with all blocks while it is in cache. Sums stay in float32
+// registers over the whole reduction, and each slot's product is added to a float32 y in ascending slot order. So a row's
+// result depends neither on the other rows of the call nor on the number of threads.
 //
 // Legend: D hidden size, I expert intermediate size, M rows, N pairs; words and panels as in native_pack.h.
 
@@ -35,7 +35,7 @@ struct Kernel {
     const uint32_t* weights;
     int64_t slot_words;
     const uint8_t* loaded;  // [num_layers, num_slots]
-    // scratch, kept from call to call
+    // scratch memory, reused between calls
     std::vector<int32_t> starts, rows;
     std::vector<float> pair_weights, y;
     std::vector<uint32_t> x_blocks, h_blocks;
@@ -43,13 +43,13 @@ struct Kernel {
     std::vector<Group> groups;
 };
 
-// What to fetch into the cache during a multiplication: an address, and its step with each word of the reduction.
+// What to prefetch during a multiplication: an address, and its step for each word of the reduction.
 struct Ahead {
     const uint32_t* from;
     int64_t step;
 };
 
-// One block reads a panel as it comes from memory, a distance ahead; several share the work of fetching the next panel.
+// A single block prefetches its own panel, a distance ahead; several blocks each prefetch a part of the next panel.
 Ahead look_ahead(const uint32_t* panel, int64_t words, int b, int num_blocks) {
     if (num_blocks == 1) return {panel + PREFETCH_WORDS, PANEL};
     return {panel + words * PANEL + b * words / num_blocks * PANEL, PANEL / num_blocks};
@@ -101,7 +101,7 @@ struct MultiplyTable {
     }
 };
 
-// Copy the rows of one slot into its blocks: [chunk][row][CHUNK words], so that a row is a constant away from the next.
+// Copy the rows of one slot into its blocks: [chunk][row][CHUNK words], so that rows are a constant distance apart.
 template <class Format>
 void gather(const Kernel& k, const Group& group, const void* rows_any, int64_t row_stride, uint32_t* x_blocks) {
     typedef typename Format::Value Value;
@@ -201,7 +201,7 @@ void write_rows(const Kernel& k, int64_t begin, int64_t end, void* out_any, int6
     }
 }
 
-// Sort the pairs by slot and cut each slot's rows into blocks. False if the pairs do not fit.
+// Sort the pairs by slot and cut each slot's rows into blocks. False if the pairs are invalid.
 bool group_pairs(Kernel& k, int64_t layer, int64_t M, int64_t N, const int32_t* offsets, const int32_t* slots,
                  const float* weights) {
     if (offsets[0] != 0 || offsets[M] != N) return false;
@@ -260,7 +260,7 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stri
         return;
     }
 #if defined(_OPENMP)
-    // Threads share the panels of all slots in the first matrix; in the second each owns a range of y's columns.
+    // In the first matrix, threads share the panels of all slots; in the second, each owns a range of y's columns.
     const int64_t num_groups = k.groups.size(), strips = divide_up(s.panels_I, 4);
     k.x_blocks.resize(std::max<size_t>(k.x_blocks.size(), k.blocks.size() * s.block_D));
     k.h_blocks.resize(std::max<size_t>(k.h_blocks.size(), k.blocks.size() * s.block_I));
@@ -291,12 +291,12 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stri
 
 extern "C" {
 
-int64_t em_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
+int64_t expert_mlp_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
     return Sizes(hidden, width, is_bf16 ? 2 : 1).slot_bytes();
 }
 
-// 1 if several threads are of use.
-int32_t em_has_threads() {
+// 1 if the kernel was compiled for several threads.
+int32_t expert_mlp_has_threads() {
 #if defined(_OPENMP)
     return 1;
 #else
@@ -305,14 +305,14 @@ int32_t em_has_threads() {
 }
 
 // w13 [2 * width, hidden] and w2 [hidden, width] in the format's own type, biases in float32 or null.
-void em_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
+void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
              const float* b2, void* slot) {
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
     (is_bf16 ? pack_slot<BFloat16> : pack_slot<Float32>)(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
 }
 
-// `weights` [layers, slots] of em_slot_bytes each and `loaded` [layers, slots] must outlive the kernel.
-void* em_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
+// `weights` [layers, slots] of expert_mlp_slot_bytes each and `loaded` [layers, slots] must outlive the kernel.
+void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
                 float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded) {
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
     return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
@@ -320,9 +320,9 @@ void* em_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, 
                                      loaded,   {}, {}, {}, {}, {}, {}, {}, {}};
 }
 
-// Multiplies a block and a panel that stay in the innermost cache, `repeats` times: the processor's ceiling for this
-// kernel's inner loop. Returns the floating-point operations done.
-double em_probe(int32_t is_bf16, int64_t repeats) {
+// Multiplies a block and a panel in the innermost cache, `repeats` times: the processor's ceiling for this kernel's inner
+// loop, for benchmarks. Returns the number of floating-point operations.
+double expert_mlp_probe(int32_t is_bf16, int64_t repeats) {
     constexpr int64_t words = CHUNK / 4;
     std::vector<uint32_t> block(MAX_ROWS * ROW_STRIDE), panel(2 * words * PANEL);
     VecF sums[MAX_ROWS * 2];
@@ -331,15 +331,15 @@ double em_probe(int32_t is_bf16, int64_t repeats) {
     return 2.0 * repeats * MAX_ROWS * PANEL * words * (is_bf16 ? 2 : 1);
 }
 
-void em_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+void expert_mlp_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-// 0: done. 1: the pairs do not fit, nothing was computed. 2: no memory for the scratch space.
-int32_t em_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
+// 0: done. 1: the pairs are invalid, nothing was computed. 2: not enough memory for scratch space.
+int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
                    const int32_t* offsets, const int32_t* slots, const float* weights, void* out, int64_t out_stride,
                    int32_t threads) try {
     Kernel& k = *static_cast<Kernel*>(kernel);
     if (layer < 0 || layer >= k.num_layers || !group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
-    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, row_stride, out, out_stride, em_has_threads() ? threads : 1);
+    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, row_stride, out, out_stride, expert_mlp_has_threads() ? threads : 1);
     return 0;
 } catch (const std::bad_alloc&) {
     return 2;

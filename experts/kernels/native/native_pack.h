@@ -1,4 +1,4 @@
-// How a slot's weights lie in memory, and the copy into that layout.
+// The layout of a slot's weights in memory, and the copy into that layout.
 //
 // Legend: D hidden size, I expert intermediate size, K length of a reduction. "Words" are 32 bits: one float32 or two
 // bfloat16 neighbours of a reduction. A packed slot: w13 panels, w2 panels, then the biases in float32.
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int PANEL = 2 * LANES;        // words of a panel at one step of the reduction
 constexpr int CHUNK = 256;              // words of a row that lie together in a block
-constexpr int ROW_STRIDE = CHUNK + 16;  // a cache line more, so that rows do not fall into the same cache sets
-constexpr int PREFETCH_WORDS = 2048;    // how far memory is read ahead where a panel is used once
+constexpr int ROW_STRIDE = CHUNK + 16;  // one cache line more, so that rows do not share cache sets
+constexpr int PREFETCH_WORDS = 2048;    // how far ahead memory is prefetched if a panel is used once
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,7 +36,7 @@ struct Sizes {
     int64_t slot_bytes() const { return divide_up(4 * (w13_words() + w2_words() + b13_words() + panels_D * PANEL), 64) * 64; }
 };
 
-// The word of the reduction that starts at `word`, with zeros beyond the end of the row.
+// Word number `word` of a row, with zeros beyond the row's end.
 template <class Format>
 inline uint32_t word_at(const typename Format::Value* row, int64_t word, int64_t length) {
     typename Format::Value values[Format::GROUP] = {};

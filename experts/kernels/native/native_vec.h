@@ -1,5 +1,5 @@
 // Vector types, activations and the two number formats of native_mlp.cpp, in GCC's portable vector extension.
-// The one intrinsic is the bf16 dot product of AVX512_BF16; without it bf16 pairs are widened to float32.
+// The only intrinsics are those of AVX512_BF16; without it, bf16 pairs are widened to float32.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ static inline VecF min(VecF a, VecF b) { return a < b ? a : b; }
 static inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 
 // exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by the Taylor polynomial of degree 7; within 2 ulp, clamped to finite results.
-// A NaN stays one.
+// NaN stays NaN.
 static inline VecF exp(VecF x) {
     VecF clamped = min(max(x, splat(-87.0f)), splat(88.0f));
     VecF n = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
@@ -66,8 +66,8 @@ static inline VecF exp(VecF x) {
 
 static inline VecF sigmoid(VecF x) { return 1.0f / (1.0f + exp(-x)); }
 
-// x * Phi(x), with Phi by formula 7.1.26 of Abramowitz and Stegun (absolute error of erf below 1.5e-7), whose upper tail
-// is used as it stands for negative x, so that nothing cancels there.
+// x * Phi(x), with Phi by formula 7.1.26 of Abramowitz and Stegun (absolute error of erf below 1.5e-7). For negative x the
+// formula's upper tail is used directly, so that nothing cancels.
 static inline VecF gelu(VecF x) {
     VecF z = (x < 0.0f ? -x : x) * 0.707106781f;
     VecF t = 1.0f / (1.0f + 0.3275911f * z);

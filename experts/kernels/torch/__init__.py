@@ -1,1 +1,1 @@
-"""Expert MLPs made of torch operations, on any device. What needs another library has a folder beside this one."""
+"""Expert MLPs made of torch operations, on any device. Kernels that need another library have their own folders."""

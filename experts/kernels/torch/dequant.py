@@ -1,4 +1,4 @@
-"""The slow but sure quantized kernel: dequantize an expert, then compute as the reference does."""
+"""The slow, simple quantized kernel: dequantize an expert, then compute as the reference does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experts.model.reference_mlp import expert_mlp
 
 
 class TorchDequantKernel(QuantizedStackKernel):
-    """A loop over the active slots that makes plain floats of each: every device, every format, and slow.
+    """A loop over the active slots that dequantizes each expert: every format, on the CPU, and slow.
 
     Legend: R rows of one slot.
     """
@@ -20,7 +20,7 @@ class TorchDequantKernel(QuantizedStackKernel):
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """CPU tensors, of which the values are looked up in tables."""
+        """The CPU only: dequantization looks values up in numpy tables."""
         if shape.device_type != "cpu":
             return f"it runs on the CPU, not on {shape.device}"
         return None if isinstance(shape, QuantizedShape) else "it takes quantized weights"

@@ -1,6 +1,6 @@
 """Kernel made of `torch.nn.functional.grouped_mm`: two grouped matmuls over the pairs sorted by slot. CPU and CUDA.
 
-On CUDA this code was never run by its authors: no GPU was at hand. Legend as in base.py; P pairs sorted by slot.
+Legend as in base.py; P pairs sorted by slot.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ STRIDE_ALIGNMENT_BYTES = 16
 
 
 class GroupedMMKernel(StackedKernel):
-    """`grouped_mm` reads which rows belong to which slot on the device, so that nothing waits for the GPU."""
+    """`grouped_mm` reads the slots' boundaries on the device, so the host never waits for the GPU."""
 
     name = "grouped_mm"
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """Rows of both matrices must be multiples of 16 bytes; on CUDA bfloat16 and compute capability 8.0."""
+        """Rows of both matrices in multiples of 16 bytes; on CUDA, bfloat16 and compute capability 8.0."""
         if not hasattr(F, "grouped_mm"):
             return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
         for field in ("hidden_size", "intermediate_size"):
             if getattr(shape, field) * shape.dtype.itemsize % STRIDE_ALIGNMENT_BYTES:
-                return f"{field} {getattr(shape, field)} in {shape.dtype} is no multiple of 16 bytes"
+                return f"{field} {getattr(shape, field)} in {shape.dtype} is not a multiple of 16 bytes"
         if shape.device_type == "cuda":
             if not torch.cuda.is_available():
                 return "torch sees no CUDA device"

@@ -1,4 +1,4 @@
-"""The plainest kernel: one expert after the other with torch's matmul. Runs on every device; the others are held to it.
+"""The simplest kernel: one expert after another with torch's matmul, on every device.
 
 Legend as in base.py; R rows of one slot.
 """
@@ -20,7 +20,7 @@ class TorchLoopKernel(StackedKernel):
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """Everything that torch runs."""
+        """Everything that torch supports."""
         if shape.device_type == "cuda" and not torch.cuda.is_available():
             return "torch sees no CUDA device"
         return None

@@ -1,4 +1,4 @@
-"""What the kernels made of torch operations share: the activation, and pairs grouped by slot.
+"""What the kernels made of torch operations share: the activation, and pairs sorted by slot.
 
 Legend as in base.py; P pairs sorted by slot.
 """
@@ -14,7 +14,7 @@ from experts.model.spec import ActivationSpec
 
 
 def gated_activation(spec: ActivationSpec, gate_up_P2I: torch.Tensor) -> torch.Tensor:
-    """[P, 2I], gates in the first half, to [P, I] in the same dtype; see `ActivationSpec` for the formulas."""
+    """[P, 2I], gates in the first half, to [P, I] in the same dtype. `ActivationSpec` has the formulas."""
     gate, up = gate_up_P2I.chunk(2, dim=-1)
     if spec.kind == "silu":
         return F.silu(gate) * up
@@ -29,7 +29,7 @@ def gated_activation(spec: ActivationSpec, gate_up_P2I: torch.Tensor) -> torch.T
 
 @dataclass(frozen=True)
 class SortedPairs:
-    """The pairs of a call, stably sorted by slot, so that a slot's rows are neighbours."""
+    """The pairs of a call, stably sorted by slot."""
 
     row_P: torch.Tensor  # int64: row of each pair
     slot_P: torch.Tensor  # int64: slot of each pair
@@ -49,7 +49,7 @@ class SortedPairs:
 def sort_pairs(
     row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor, num_slots: int
 ) -> SortedPairs:
-    """Sort CSR pairs by slot. All CPU tensors; P = N."""
+    """Sort a call's pairs by slot. All tensors on the CPU; P = N."""
     M = row_offsets_M1.shape[0] - 1
     row_N = torch.repeat_interleave(torch.arange(M), row_offsets_M1.diff().long())
     slot_P, order_P = torch.sort(slots_N.long(), stable=True)

@@ -1,2 +1,2 @@
-"""Expert MLPs as Triton programs, and how pairs are cut into tiles for them. Importing these modules needs triton;
-Triton programs of the dispatch live in `experts.dispatch`."""
+"""Expert MLPs as Triton programs, and the tiles that pairs are cut into for them. Only the `_programs` modules need
+triton to be imported. The Triton programs of dispatch are in `experts.dispatch`."""

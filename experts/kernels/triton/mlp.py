@@ -1,9 +1,6 @@
-"""Our own grouped MLP in Triton, for GPUs where vllm is not installed.
+"""Our own grouped MLP in Triton, for GPUs without vllm.
 
-Never run on a GPU by its authors: none was at hand. Its programs were checked against the float64 oracle in Triton's
-interpreter on the CPU (TRITON_INTERPRET=1); tile sizes are reasoned, not measured.
-
-The pairs are known on the CPU, so tiles are cut there and travel in one copy: nothing waits for the GPU. Legend as in
+The CPU knows the pairs, so it cuts the tiles and sends them in one copy: nothing waits for the GPU. Legend as in
 base.py; P pairs sorted by slot.
 """
 
@@ -19,7 +16,7 @@ from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precisio
 
 
 class TritonMlpKernel(ThreePrograms, StackedKernel):
-    """Plain weights."""
+    """The kernel for plain weights."""
 
     name = "triton_mlp"
 
@@ -37,7 +34,7 @@ class TritonMlpKernel(ThreePrograms, StackedKernel):
         h_PI: torch.Tensor,
         y_ND: torch.Tensor,
     ) -> None:
-        from experts.kernels.triton import mlp_programs as triton_jit
+        from experts.kernels.triton import mlp_programs
 
         shape, stacked = self.shape, self._weights
         D, I = shape.hidden_size, shape.intermediate_size
@@ -49,13 +46,13 @@ class TritonMlpKernel(ThreePrograms, StackedKernel):
             "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block, **pairs.options,
         }  # fmt: skip
         run(
-            triton_jit.gate_up, (-(-I // pairs.wide), pairs.num_tiles),
+            mlp_programs.gate_up, (-(-I // pairs.wide), pairs.num_tiles),
             rows_MD, w13, b13, pairs.row_P, pairs.weight_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, shape.activation.alpha, self._limit,
             KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=64, **common,
         )  # fmt: skip
         run(
-            triton_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
+            mlp_programs.down, (-(-D // pairs.wide), pairs.num_tiles),
             h_PI, w2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I,
             BLOCK_D=pairs.wide, BLOCK_I=64, **common,

@@ -1,6 +1,4 @@
-"""The Triton programs of triton_mlp.py. Importing this needs triton.
-
-Never run on a GPU by its authors: none was at hand. Checked in Triton's interpreter on the CPU.
+"""The Triton programs of mlp.py. Importing this needs triton.
 
 Legend: N pairs, P pairs sorted by slot, D hidden size, I expert intermediate size. A tile is three int32: slot, first
 sorted pair, end of the slot's sorted pairs; it covers BLOCK_P pairs from the first.
@@ -96,8 +94,8 @@ def down(
 
 @triton.jit
 def sum_pairs(y_ND, row_offsets_M1, out_MD, out_stride, D, BLOCK_D: tl.constexpr):
-    """out[m] = sum of y over the row's pairs, in their order, so that the result does not vary from run to run."""
-    row = tl.program_id(0)  # rows may be more than the 65,535 that the other axes take
+    """out[m] = sum of y over the row's pairs, in their order, so that every run gives the same bits."""
+    row = tl.program_id(0)  # there may be more rows than the 65,535 that the other axes allow
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_hidden = column < D
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)

@@ -1,7 +1,6 @@
 """Our own grouped MLP in Triton over quantized weights: bytes are widened in registers, rows keep their dtype.
 
-Never run on a GPU by its authors: none was at hand. Its programs were checked against the float64 oracle in Triton's
-interpreter on the CPU (TRITON_INTERPRET=1); tile sizes are reasoned, not measured. Legend as in base.py.
+Legend as in base.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precisio
 
 
 def step_for(block: int) -> int:
-    """Values of a weight row that one step takes: long where few pairs share it, since there bytes in flight count.
+    """Values of a weight row in one step. Long if few pairs share the row, as more bytes are then in flight.
 
     Divides 128, so that no step crosses an FP8 block.
     """
@@ -24,13 +23,13 @@ def step_for(block: int) -> int:
 
 
 class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
-    """As `TritonMlpKernel`; decode then reads a half or a quarter of bfloat16's bytes."""
+    """`TritonMlpKernel` for quantized weights: decode reads a half or a quarter of bfloat16's bytes."""
 
     name = "triton_quantized"
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """Wherever Triton's programs run; router weights on the output only."""
+        """Wherever Triton's programs run, with router weights on the output."""
         if not isinstance(shape, QuantizedShape):
             return "it takes quantized weights"
         if shape.weight_on_input:
@@ -48,7 +47,7 @@ class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
         h_PI: torch.Tensor,
         y_ND: torch.Tensor,
     ) -> None:
-        from experts.kernels.triton import quantized_programs as triton_quantized_jit
+        from experts.kernels.triton import quantized_programs
 
         shape, stack = self.shape, self._weights
         D, I = shape.hidden_size, shape.intermediate_size
@@ -63,13 +62,13 @@ class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
         step = step_for(pairs.block)
         narrow = 64  # two accumulators, and weights that pass through registers
         run(
-            triton_quantized_jit.gate_up, (-(-I // narrow), pairs.num_tiles),
+            quantized_programs.gate_up, (-(-I // narrow), pairs.num_tiles),
             rows_MD, w13, s13, b13, pairs.row_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, w13.shape[2], s13.shape[1] // 2, s13.shape[2], shape.activation.alpha, self._limit,
             KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common,
         )  # fmt: skip
         run(
-            triton_quantized_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
+            quantized_programs.down, (-(-D // pairs.wide), pairs.num_tiles),
             h_PI, w2, s2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I, w2.shape[2], s2.shape[1], s2.shape[2],
             BLOCK_D=pairs.wide, BLOCK_I=step, **common,

@@ -1,11 +1,9 @@
-"""The Triton programs of triton_quantized.py. Importing this needs triton.
+"""The Triton programs of quantized.py. Importing this needs triton.
 
-Never run on a GPU by its authors: none was at hand. Checked in Triton's interpreter on the CPU.
-
-Legend: P pairs sorted by slot, D hidden size, I expert intermediate size, K the dimension summed over, N the one that
-stays; tiles as in triton_jit.py. Weights lie in rows [N] of bytes along K, and become the rows' dtype on the way into
-the product: exactly for E4M3 and FP4, rounded once for INT4. Both small float formats are widened by moving their bits
-to where float16 has them: exponent and mantissa then mean the same but for a power of two.
+Legend: P pairs sorted by slot, D hidden size, I expert intermediate size, K the dimension summed over, N the other one;
+tiles as in mlp_programs.py. Weights are rows [N] of bytes along K, converted to the rows' dtype before the product:
+exactly for E4M3 and FP4, rounded once for INT4. Both small float formats are widened by moving their bits to float16's
+places for exponent and mantissa; the value is then right up to a power of two.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -38,7 +36,7 @@ def _rows_of(
 def _half_bytes(
     bits, scale_GN, FORMAT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Float32 values [BLOCK_B, BLOCK_N] of four-bit codes (int32), of which a GROUPS-th part in turn shares a scale."""
+    """Float32 values [BLOCK_B, BLOCK_N] of four-bit codes (int32); BLOCK_B / GROUPS consecutive rows share a scale."""
     if FORMAT == "mxfp4":
         half = (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
         values = half.to(tl.float32) * _E2M1_FACTOR
@@ -58,7 +56,7 @@ def _add_product(
     """total [BLOCK_P, BLOCK_N] + x times BLOCK_K columns of the weights' rows.
 
     `bytes_N`, `scales_N` point at each row's first byte and first scale. fp8_block: `x0` has all columns, and one scale
-    serves the whole part of a row. Four bits: `x0` has the even columns, `x1` the odd ones.
+    covers this part of a row. Four bits: `x0` has the even columns, `x1` the odd ones.
     """
     if FORMAT == "fp8_block":
         k = start + tl.arange(0, BLOCK_K)
@@ -92,7 +90,7 @@ def gate_up(
 ):  # fmt: skip
     """h[p] = act(gate, up) of row row_P[p], for one tile and BLOCK_I columns.
 
-    `scale_rows`: of gate alone, and so of up; `scale_columns`: of both.
+    `scale_rows`: rows of scales of gate, and as many of up. `scale_columns`: columns of both.
     """
     tile = tl.program_id(1)
     slot = tl.load(tiles + 3 * tile).to(tl.int64)

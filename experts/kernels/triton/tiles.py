@@ -1,4 +1,6 @@
-"""Pairs cut into tiles for Triton programs, and the kernel that runs three programs over them.
+"""Pairs cut into tiles for Triton programs, and the base of the kernels that run three programs over them.
+
+Tile sizes are reasoned, not measured.
 
 Legend: N (row, slot) pairs, P pairs sorted by slot, D hidden size, I expert intermediate size.
 """
@@ -20,15 +22,15 @@ from experts.kernels.base import ExpertKernel, KernelShape
 
 
 def interpreted() -> bool:
-    """True if Triton runs its programs in Python on CPU tensors."""
+    """Whether Triton runs its programs in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cut_tiles(slots_N: np.ndarray, num_slots: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Order that sorts the pairs by slot, int32 [N], and tiles of `block` pairs, int32 [T, 3]: slot, first pair, end.
 
-    `end` is that of the slot's pairs, which may lie within or beyond the tile. Slots [0, 2, 0] and block 2 give the
-    order [0, 2, 1] and the tiles [0, 0, 2] and [2, 2, 3].
+    `end` is the end of the slot's pairs, inside or beyond the tile. Slots [0, 2, 0] and block 2 give the order
+    [0, 2, 1] and the tiles [0, 0, 2] and [2, 2, 3].
     """
     order_P = np.argsort(slots_N, kind="stable").astype(np.int32)
     counts_S = np.bincount(slots_N, minlength=num_slots)
@@ -41,20 +43,20 @@ def cut_tiles(slots_N: np.ndarray, num_slots: int, block: int) -> tuple[np.ndarr
 
 
 def choose_block(num_pairs: int, num_slots: int, most: int = 128) -> int:
-    """Pairs of a tile: the smallest size of Triton's that holds an average slot's, 16 to `most`."""
+    """Pairs of a tile: the smallest power of two from 16 to `most` that holds an average slot's pairs."""
     average = num_pairs / num_slots
     return min(next((block for block in (16, 32, 64) if average <= block), 128), most)
 
 
 @dataclass(frozen=True)
 class TiledPairs:
-    """The pairs of a call as the programs read them, on the rows' device."""
+    """The pairs of a call in the form that the programs read, on the rows' device."""
 
     block: int  # pairs of a tile
     num_tiles: int
     tiles: torch.Tensor  # int32 [3 tiles]
     row_P: torch.Tensor  # int32
-    pair_P: torch.Tensor  # int32: place of a sorted pair in the call
+    pair_P: torch.Tensor  # int32: index of a sorted pair in the call
     offsets_M1: torch.Tensor  # int32
     weight_P: torch.Tensor  # float32
 
@@ -72,7 +74,7 @@ class TiledPairs:
 def tile_pairs(
     row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor, shape: KernelShape
 ) -> TiledPairs:
-    """Sort, cut and send, in one copy that nobody waits for."""
+    """Sort the pairs, cut them into tiles, and send all to the device in one copy that nothing waits for."""
     num_slots, device = shape.num_slots, torch.device(shape.device)
     M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
     block = choose_block(N, num_slots, most_pairs(shape.dtype))
@@ -80,7 +82,7 @@ def tile_pairs(
     row_N = np.repeat(np.arange(M, dtype=np.int32), np.diff(row_offsets_M1.numpy()))
     weight_P = weights_N.numpy()[order_P].view(np.int32)
     parts = (tiles_T3.ravel(), row_N[order_P], order_P, row_offsets_M1.numpy(), weight_P)
-    # Each part begins at a multiple of 16 bytes: Triton compiles anew for addresses that are none.
+    # Each part starts at a multiple of 16 bytes: Triton compiles a second version for other addresses.
     starts = np.cumsum([0, *(-(-part.size // 4) * 4 for part in parts)])
     host = torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
     words = host.numpy()
@@ -94,27 +96,27 @@ def tile_pairs(
 
 
 def each_block(pairs: TiledPairs, dtype: torch.dtype) -> list[TiledPairs]:
-    """The same pairs with every size of tile, to compile for: no request should wait for a compiler."""
+    """The same pairs with every tile size, to compile them all early: no request should wait for a compiler."""
     return [replace(pairs, block=block) for block in (16, 32, 64, 128) if block <= most_pairs(dtype)]
 
 
 def most_pairs(dtype: torch.dtype) -> int:
-    """Of a tile: two float32 accumulators of 128 x 128 do not fit into registers beside float32 operands."""
+    """Most pairs of a tile: two float32 accumulators of 128 x 128 and float32 operands do not fit into registers."""
     return 64 if dtype == torch.float32 else 128
 
 
 def run_program(program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch one of Triton's programs."""
+    """Launch a Triton program."""
     program[grid](*arguments, **options)
 
 
 def compile_program(program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Have one of Triton's programs compiled for such arguments."""
+    """Compile a Triton program for these kinds of arguments."""
     program.warmup(*arguments, grid=grid, **options)
 
 
 def triton_misfit(shape: KernelShape) -> str | None:
-    """Why Triton's programs cannot run where `shape` computes; None if they can."""
+    """Why Triton programs cannot run on the device of `shape`; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreted() and shape.device_type == "cpu":
@@ -127,7 +129,7 @@ def triton_misfit(shape: KernelShape) -> str | None:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 models are served for exactness: no TF32."""
+    """Precision of Triton's dot: no TF32 for float32, because float32 is served for exactness."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -160,13 +162,13 @@ class ThreePrograms(ExpertKernel):
         weights_N: torch.Tensor,
         out_MD: torch.Tensor,
     ) -> None:
-        """See `ExpertKernel.forward`. The same bits for the same call."""
+        """See `ExpertKernel.forward`. Equal calls give equal bits."""
         self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
         shape, N = self.shape, slots_N.shape[0]
         if N == 0:
             out_MD.zero_()
             return
-        from experts.kernels.triton import mlp_programs as triton_jit
+        from experts.kernels.triton import mlp_programs
 
         with torch.cuda.device_of(rows_MD):  # Triton launches on the thread's device
             pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
@@ -178,4 +180,4 @@ class ThreePrograms(ExpertKernel):
             self._compiled = True
             self._matmuls(run_program, layer, rows_MD, pairs, h_PI, y_ND)
             M, D = rows_MD.shape
-            triton_jit.sum_pairs[(M, -(-D // 256))](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
+            mlp_programs.sum_pairs[(M, -(-D // 256))](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)

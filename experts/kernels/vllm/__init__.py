@@ -1,2 +1,2 @@
-"""Expert MLPs that vLLM brings: its CPU, Triton and quantized kernels behind our interface. The plug-in of routers is
-`experts.vllm_plugin`, and shards run without vllm when these kernels are not picked."""
+"""vLLM's expert MLPs (CPU, Triton, quantized) behind our interface. The routers' plug-in is `experts.vllm_plugin`; a
+shard needs vllm only if one of these kernels is picked."""

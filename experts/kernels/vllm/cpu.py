@@ -1,7 +1,7 @@
-"""Kernel made of vLLM's CPU fused MoE (`torch.ops._C.cpu_fused_moe`, vector instructions), where vllm is installed.
+"""Kernel made of vLLM's CPU fused MoE (`torch.ops._C.cpu_fused_moe`, vector instructions); needs vllm.
 
-The operation wants the same number of experts for every row. Ragged pairs go in as rows of their own with top-k 1;
-where all rows have equally many pairs, it gathers and sums by itself. Legend as in base.py; K pairs of a row.
+The operation needs the same number of experts for every row. If all rows have equally many pairs, it gathers and sums
+itself; ragged pairs become rows of their own with top-k 1. Legend as in base.py; K pairs of a row.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.base import KernelShape
+from experts.kernels.stacked import StackedKernel
+from experts.kernels.vllm.common import swigluoai_misfit
 from experts.model.spec import ExpertWeights
 
 ISA = "vec"
 ALIGNMENT = 32  # output columns of both matrices
-SWIGLUOAI = (1.702, 7.0)  # alpha and limit, fixed inside vLLM's kernel
 
 
 def _library_name() -> str:
-    """The extension module that vLLM's CPU platform would load on this processor."""
+    """The extension module that vLLM's CPU platform loads on this processor."""
     if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported():
         return "_C.abi3.so"
     return "_C_AVX512.abi3.so" if torch.cpu._is_avx512_supported() else "_C_AVX2.abi3.so"
@@ -30,14 +31,14 @@ def _library_name() -> str:
 
 @functools.cache
 def _missing_ops() -> str | None:
-    """Why vLLM's operations cannot be had, or None. Loads the library alone: importing vllm would take seconds."""
+    """Why vLLM's operations are not available, or None. Loads only the library: importing vllm takes seconds."""
     if not hasattr(torch.ops._C, "cpu_fused_moe"):
         spec = importlib.util.find_spec("vllm")
         if spec is None or not spec.submodule_search_locations:
             return "vllm is not installed"
         library = Path(spec.submodule_search_locations[0]) / _library_name()
         if not library.exists():
-            return f"this vllm is no CPU build: it has no {library.name}"
+            return f"this vllm is not a CPU build: it has no {library.name}"
         try:
             torch.ops.load_library(str(library))
         except (OSError, RuntimeError) as error:
@@ -48,49 +49,36 @@ def _missing_ops() -> str | None:
     return None
 
 
-class VllmCpuKernel(ExpertKernel):
-    """vLLM's own kernel: what plain vLLM would run for the same experts."""
+class VllmCpuKernel(StackedKernel):
+    """The kernel that plain vLLM runs for the same experts."""
 
     name = "vllm_cpu"
 
-    def __init__(self, shape: KernelShape) -> None:
-        super().__init__(shape)
-        L, S, D, I = shape.num_layers, shape.num_slots, shape.hidden_size, shape.intermediate_size
-        self._w13_LS2ID = torch.zeros(L, S, 2 * I, D, dtype=shape.dtype)
-        self._w2_LSDI = torch.zeros(L, S, D, I, dtype=shape.dtype)
-        self._b13_LS2I = torch.zeros(L, S, 2 * I, dtype=shape.dtype) if shape.has_bias else None
-        self._b2_LSD = torch.zeros(L, S, D, dtype=shape.dtype) if shape.has_bias else None
-
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """Sizes that are multiples of 32, on the CPU, with gpt-oss's own constants if it is its activation."""
+        """The CPU, sizes in multiples of 32, and for swigluoai only gpt-oss's constants."""
         if shape.device_type != "cpu":
             return f"it runs on the CPU, not on {shape.device}"
         for field in ("hidden_size", "intermediate_size"):
             if getattr(shape, field) % ALIGNMENT:
-                return f"{field} {getattr(shape, field)} is no multiple of {ALIGNMENT}"
-        activation = shape.activation
-        if activation.kind == "swigluoai" and (activation.alpha, activation.limit) != SWIGLUOAI:
-            return f"swigluoai has alpha {SWIGLUOAI[0]} and limit {SWIGLUOAI[1]} fixed in it"
-        return _missing_ops()
+                return f"{field} {getattr(shape, field)} is not a multiple of {ALIGNMENT}"
+        return swigluoai_misfit(shape.activation) or _missing_ops()
 
     def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        shape = self.shape
+        shape, stacked = self.shape, self._weights
         w13_2ID = weights.w13_2ID.to("cpu", shape.dtype)
         b13_2I = None if weights.b13_2I is None else weights.b13_2I.to("cpu", shape.dtype)
-        if shape.activation.kind == "swigluoai":  # vLLM's takes gate and up rows in turns
+        if shape.activation.kind == "swigluoai":  # vLLM's expects gate and up rows to alternate
             w13_2ID = w13_2ID.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
             b13_2I = None if b13_2I is None else b13_2I.view(2, -1).t().flatten()
-        for source, target_LS in ((w13_2ID, self._w13_LS2ID), (weights.w2_DI.to("cpu", shape.dtype), self._w2_LSDI)):
+        w2_DI = weights.w2_DI.to("cpu", shape.dtype)
+        for source, target_LS in ((w13_2ID, stacked.w13_LS2ID), (w2_DI, stacked.w2_LSDI)):
             torch.ops._C.prepack_moe_weight(source[None].contiguous(), target_LS[layer, slot : slot + 1], ISA)
-        if self._b13_LS2I is not None and self._b2_LSD is not None:
+        if stacked.b13_LS2I is not None and stacked.b2_LSD is not None:
             assert b13_2I is not None
             assert weights.b2_D is not None
-            self._b13_LS2I[layer, slot].copy_(b13_2I)
-            self._b2_LSD[layer, slot].copy_(weights.b2_D)
-
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self._w13_LS2ID, self._w2_LSDI, self._b13_LS2I, self._b2_LSD) if t is not None]
+            stacked.b13_LS2I[layer, slot].copy_(b13_2I)
+            stacked.b2_LSD[layer, slot].copy_(weights.b2_D)
 
     def forward(
         self,
@@ -129,14 +117,15 @@ class VllmCpuKernel(ExpertKernel):
     def _run(
         self, layer: int, x_MD: torch.Tensor, slots_MK: torch.Tensor, weights_MK: torch.Tensor, y_MD: torch.Tensor
     ) -> None:
+        stacked = self._weights
         torch.ops._C.cpu_fused_moe(
             y_MD,
             x_MD,
-            self._w13_LS2ID[layer],
-            self._w2_LSDI[layer],
-            None if self._b13_LS2I is None else self._b13_LS2I[layer],
-            None if self._b2_LSD is None else self._b2_LSD[layer],
-            # not the operation's own skip_weighted: that overwrites the caller's weights with ones
+            stacked.w13_LS2ID[layer],
+            stacked.w2_LSDI[layer],
+            None if stacked.b13_LS2I is None else stacked.b13_LS2I[layer],
+            None if stacked.b2_LSD is None else stacked.b2_LSD[layer],
+            # not the operation's skip_weighted: it overwrites the caller's weights with ones
             torch.ones_like(weights_MK) if self.shape.weight_on_input else weights_MK,
             slots_MK,
             False,

@@ -1,7 +1,6 @@
-"""Kernels made of vLLM's own for quantized weights on GPUs: FP8 blocks and INT4 (Triton), MXFP4 (Marlin).
+"""Kernels made of vLLM's kernels for quantized weights on GPUs: FP8 blocks and INT4 (Triton), MXFP4 (Marlin).
 
-Never run by its authors: no GPU was at hand. What is checked on the CPU is the way into each one's layout. The names
-they touch are in vllm 0.25.1 and 0.32.0 alike. Legend as in base.py; B bytes of a row.
+The vLLM names used here exist in vllm 0.25.1 and 0.32.0. Legend as in base.py; B bytes of a row.
 """
 
 from __future__ import annotations
@@ -19,17 +18,15 @@ from experts.checkpoint.dequantize import E8M0_BIAS
 from experts.checkpoint.weight_format import FormatName, QuantizedExpert
 from experts.kernels.base import KernelShape
 from experts.kernels.quantized import QuantizedKernel, QuantizedShape, QuantizedStackKernel
-from experts.kernels.vllm.triton import ACTIVATIONS, one_row_a_pair, vllm_misfit
+from experts.kernels.vllm.common import ACTIVATIONS, one_row_per_pair, swigluoai_misfit, vllm_misfit
 
 # Marlin's tiles, as vLLM rounds the sizes of its own MXFP4 layers.
 MARLIN_HIDDEN, MARLIN_WIDTH = 256, 128
-# The constants of gpt-oss's activation are built into vLLM's.
-SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT = 1.702, 7.0
 
 
 @functools.cache
-def _fused() -> SimpleNamespace:
-    """vLLM's functional fused MoE and its configurations; importing vllm takes seconds."""
+def _fused_moe() -> SimpleNamespace:
+    """vLLM's functional fused MoE and its configurations. Importing vllm takes seconds."""
     from vllm.model_executor.layers.fused_moe import config, fused_moe
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
@@ -42,8 +39,8 @@ def _fused() -> SimpleNamespace:
 
 
 @functools.cache
-def _marlin() -> SimpleNamespace:
-    """vLLM's Marlin MoE, its way of packing MXFP4, and its name for FP4."""
+def _marlin_moe() -> SimpleNamespace:
+    """vLLM's Marlin MoE, its packing of MXFP4, and its id of FP4."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_moe_mxfp4_layer_for_marlin
@@ -57,8 +54,8 @@ def _marlin() -> SimpleNamespace:
     )
 
 
-class _VllmQuantizedKernel(QuantizedKernel):
-    """What the three share: when they can run, and ragged pairs as rows of their own."""
+class VllmQuantizedKernel(QuantizedKernel):
+    """What the three kernels share: when they can run, and ragged pairs as rows of their own."""
 
     format_name: ClassVar[FormatName]
     activations: ClassVar[tuple[str, ...]] = ACTIVATIONS
@@ -82,12 +79,12 @@ class _VllmQuantizedKernel(QuantizedKernel):
     @classmethod
     @abstractmethod
     def _misfit(cls, shape: QuantizedShape) -> str | None:
-        """What of `shape` does not fit the layout."""
+        """Why `shape` does not fit the layout, or None."""
 
     @classmethod
     @abstractmethod
     def _library(cls) -> SimpleNamespace:
-        """What is taken from vllm."""
+        """The functions taken from vllm."""
 
     @abstractmethod
     def _experts(self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, ones_N1: torch.Tensor) -> torch.Tensor:
@@ -104,21 +101,21 @@ class _VllmQuantizedKernel(QuantizedKernel):
     ) -> None:
         """See `ExpertKernel.forward`. Rounds each pair's product to the rows' dtype before the sum."""
         self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-        one_row_a_pair(
+        one_row_per_pair(
             self.shape, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD, functools.partial(self._experts, layer)
         )
 
 
-class _VllmStackKernel(_VllmQuantizedKernel, QuantizedStackKernel):
-    """Those that read weights as the checkpoint has them."""
+class VllmStackKernel(VllmQuantizedKernel, QuantizedStackKernel):
+    """The kernels that read weights as the checkpoint stores them."""
 
     @classmethod
     def _library(cls) -> SimpleNamespace:
-        return _fused()
+        return _fused_moe()
 
 
-class VllmFp8Kernel(_VllmStackKernel):
-    """DeepSeek-V3's FP8 blocks; rows are quantized on the way in, too, 128 values a scale."""
+class VllmFp8Kernel(VllmStackKernel):
+    """DeepSeek-V3's FP8 blocks. vLLM quantizes the rows too, with one scale for 128 values."""
 
     name = "vllm_fp8"
     format_name = "fp8_block"
@@ -129,24 +126,24 @@ class VllmFp8Kernel(_VllmStackKernel):
             return "biases are not supported"
         for field in ("hidden_size", "intermediate_size"):
             if getattr(shape, field) % shape.format.group:
-                return f"{field} {getattr(shape, field)} is no multiple of {shape.format.group}"
+                return f"{field} {getattr(shape, field)} is not a multiple of {shape.format.group}"
         return None
 
     def _experts(self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, ones_N1: torch.Tensor) -> torch.Tensor:
-        fused, stack, group = _fused(), self._weights, self.shape.format.group
-        return fused.experts(
+        vllm, stack, group = _fused_moe(), self._weights, self.shape.format.group
+        return vllm.experts(
             x_ND,
             stack.w13_LS2IB[layer].view(torch.float8_e4m3fn),
             stack.w2_LSDB[layer].view(torch.float8_e4m3fn),
             ones_N1,
             slots_N1,
-            activation=fused.activation(self.shape.activation.kind),
-            quant_config=fused.fp8(stack.w13_scale_LS[layer], stack.w2_scale_LS[layer], block_shape=[group, group]),
+            activation=vllm.activation(self.shape.activation.kind),
+            quant_config=vllm.fp8(stack.w13_scale_LS[layer], stack.w2_scale_LS[layer], block_shape=[group, group]),
         )
 
 
-class VllmInt4Kernel(_VllmStackKernel):
-    """Symmetric INT4 with scales for groups of a row."""
+class VllmInt4Kernel(VllmStackKernel):
+    """Symmetric INT4 with one scale for each group of a row."""
 
     name = "vllm_int4"
     format_name = "int4"
@@ -158,28 +155,28 @@ class VllmInt4Kernel(_VllmStackKernel):
         return None if shape.format.group >= 32 else f"groups of {shape.format.group} are not supported"
 
     def _experts(self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, ones_N1: torch.Tensor) -> torch.Tensor:
-        fused, stack = _fused(), self._weights
-        return fused.experts(
+        vllm, stack = _fused_moe(), self._weights
+        return vllm.experts(
             x_ND,
             stack.w13_LS2IB[layer],
             stack.w2_LSDB[layer],
             ones_N1,
             slots_N1,
-            activation=fused.activation(self.shape.activation.kind),
-            quant_config=fused.int4(
+            activation=vllm.activation(self.shape.activation.kind),
+            quant_config=vllm.int4(
                 stack.w13_scale_LS[layer], stack.w2_scale_LS[layer], block_shape=[0, self.shape.format.group]
             ),
         )
 
 
 def _interleaved(rows: torch.Tensor) -> torch.Tensor:
-    """gate 0, up 0, gate 1, up 1, ... out of all gates, then all ups."""
+    """Rows gate 0, up 0, gate 1, up 1, ... from all gates followed by all ups."""
     gate, up = rows.chunk(2)
     return torch.stack([gate, up], dim=1).flatten(0, 1)
 
 
 def _halves_padded(rows: torch.Tensor, width: int, columns: int, value: int) -> torch.Tensor:
-    """Both halves of [2I, columns'] with `width` rows each, and all rows with `columns`."""
+    """Pad both halves of [2I, columns'] to `width` rows each, and all rows to `columns`."""
     parts = [_padded(half, width, columns, value) for half in rows.chunk(2)]
     return torch.cat(parts)
 
@@ -189,9 +186,9 @@ def _padded(rows: torch.Tensor, height: int, columns: int, value: int) -> torch.
 
 
 def for_marlin(weights: QuantizedExpert, hidden_size: int, intermediate_size: int, interleave: bool) -> QuantizedExpert:
-    """One MXFP4 expert of sizes that Marlin takes: zeros, of scale 1, for what is missing.
+    """Pad one MXFP4 expert to sizes that Marlin supports, with zeros of scale 1.
 
-    `interleave`: gate and up alternate, as vLLM's swigluoai wants them.
+    `interleave`: let gate and up rows alternate, as vLLM's swigluoai expects.
     """
     D, I, group = hidden_size, intermediate_size, weights.format.group
     w13 = _halves_padded(weights.w13_2IB, I, D // 2, 0)
@@ -210,8 +207,8 @@ def for_marlin(weights: QuantizedExpert, hidden_size: int, intermediate_size: in
     )
 
 
-class VllmMxfp4Kernel(_VllmQuantizedKernel):
-    """gpt-oss's MXFP4 in Marlin's layout, which only vLLM knows: each expert goes through its packing on the GPU."""
+class VllmMxfp4Kernel(VllmQuantizedKernel):
+    """gpt-oss's MXFP4 in Marlin's layout. Only vLLM knows that layout, so it packs each expert, on the GPU."""
 
     name = "vllm_mxfp4"
     format_name = "mxfp4"
@@ -222,27 +219,23 @@ class VllmMxfp4Kernel(_VllmQuantizedKernel):
         self._hidden_size = -(-shape.hidden_size // MARLIN_HIDDEN) * MARLIN_HIDDEN
         self._width = -(-shape.intermediate_size // MARLIN_WIDTH) * MARLIN_WIDTH
         self._stacked: list[torch.Tensor | None] = []
-        """w13, w2, w13's scales, w2's, b13, b2: [layers, slots, ...] of what the first expert was packed to."""
+        """w13, w2, w13's scales, w2's scales, b13, b2, each [layers, slots, ...]; allocated with the first expert."""
 
     @classmethod
     def _misfit(cls, shape: QuantizedShape) -> str | None:
-        activation = shape.activation
-        if activation.kind == "swigluoai" and (activation.alpha, activation.limit) != (
-            SWIGLUOAI_ALPHA,
-            SWIGLUOAI_LIMIT,
-        ):
-            return f"alpha and limit are built in, not {activation.alpha} and {activation.limit}"
-        return "MXFP4's powers of two do not fit into float16" if shape.dtype == torch.float16 else None
+        if shape.dtype == torch.float16:
+            return "MXFP4's powers of two do not fit into float16"
+        return swigluoai_misfit(shape.activation)
 
     @classmethod
     def _library(cls) -> SimpleNamespace:
-        return _marlin()
+        return _marlin_moe()
 
     def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
         shape = self.shape
         sized = for_marlin(weights, self._hidden_size, self._width, shape.activation.kind == "swigluoai")
         tensors: list[Any] = [sized.w13_2IB, sized.w2_DB, sized.w13_scale, sized.w2_scale, sized.b13_2I, sized.b2_D]
-        packed = _marlin().prepare(
+        packed = _marlin_moe().prepare(
             SimpleNamespace(params_dtype=shape.dtype),
             *(None if t is None else t[None].contiguous().to(shape.device) for t in tensors),
         )
@@ -258,7 +251,7 @@ class VllmMxfp4Kernel(_VllmQuantizedKernel):
         return [t for t in self._stacked if t is not None]
 
     def _experts(self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, ones_N1: torch.Tensor) -> torch.Tensor:
-        marlin, D = _marlin(), self.shape.hidden_size
+        marlin, D = _marlin_moe(), self.shape.hidden_size
         w13, w2, w13_scale, w2_scale, b13, b2 = (None if t is None else t[layer] for t in self._stacked)
         y_ND = marlin.experts(
             F.pad(x_ND, (0, self._hidden_size - D)),

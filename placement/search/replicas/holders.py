@@ -1,90 +1,126 @@
-"""Which ranks hold an expert: lists that a search changes as it moves experts, and what the router of each node sees.
+"""Lists of the ranks that hold each expert, kept up to date as a search moves experts.
 
-E experts, R ranks, N nodes, V views. `holders_ER[e, :num_holders_E[e]]` are the ranks of e, int32, in any order.
+E experts, R ranks, s slots of a rank, N nodes, Q routers that choose from lists of their own. Router 0 chooses from all
+holders. Where routers prefer local replicas, router 1 + n is the one on node n: it chooses from the holders on its
+node, or from all of them if there is none (`placement.rule.local_replicas`).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from placement.compiled import compiled
+from placement.rule.replica_choice import Holders, Nodes
 
 CLOSED = -2  # a slot that the rank does not have
 
 
-@compiled()
-def remove_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> None:
-    for j in range(num_holders_E[expert]):
-        if holders_ER[expert, j] == rank:
-            num_holders_E[expert] -= 1
-            holders_ER[expert, j] = holders_ER[expert, num_holders_E[expert]]
+class RouterHolders(NamedTuple):
+    """The `Holders` of every router: int32 [Q, E] and [Q, E, R]."""
+
+    count_QE: np.ndarray
+    rank_QER: np.ndarray
+
+
+@compiled(forceinline=True)
+def add_holder(holders: Holders, expert: int, rank: int) -> None:
+    holders.rank_ER[expert, holders.count_E[expert]] = rank
+    holders.count_E[expert] += 1
+
+
+@compiled(forceinline=True)
+def remove_holder(holders: Holders, expert: int, rank: int) -> None:
+    for j in range(holders.count_E[expert]):
+        if holders.rank_ER[expert, j] == rank:
+            holders.count_E[expert] -= 1
+            holders.rank_ER[expert, j] = holders.rank_ER[expert, holders.count_E[expert]]
             return
 
 
-@compiled()
-def add_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> None:
-    holders_ER[expert, num_holders_E[expert]] = rank
-    num_holders_E[expert] += 1
-
-
-@compiled()
-def has_holder(holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, rank: int) -> bool:
-    for j in range(num_holders_E[expert]):  # noqa: SIM110
-        if holders_ER[expert, j] == rank:
+@compiled(forceinline=True)
+def has_holder(holders: Holders, expert: int, rank: int) -> bool:
+    for j in range(holders.count_E[expert]):  # noqa: SIM110
+        if holders.rank_ER[expert, j] == rank:
             return True
     return False
 
 
-@compiled()
-def node_spread(
-    holders_ER: np.ndarray, num_holders_E: np.ndarray, expert: int, node_of_rank_R: np.ndarray, num_nodes: int
-) -> int:
-    """On how many different nodes (ranks, where there is one node) the copies of an expert stand."""
-    count = num_holders_E[expert]
-    if num_nodes == 1:
-        return count
+@compiled(forceinline=True)
+def collect_holders(holders: Holders, experts_Rs: np.ndarray) -> int:
+    """Write the holders of all experts, rank by rank; returns how many slots hold an expert."""
+    holders.count_E[:] = 0
+    filled = 0
+    for r in range(experts_Rs.shape[0]):
+        for i in range(experts_Rs.shape[1]):
+            if experts_Rs[r, i] >= 0:
+                add_holder(holders, experts_Rs[r, i], r)
+                filled += 1
+    return filled
+
+
+@compiled(forceinline=True)
+def holders_of(experts_Rs: np.ndarray, num_experts: int) -> Holders:
+    """The holders of all experts in slots int32 [R, s]."""
+    holders = Holders(np.zeros(num_experts, np.int32), np.empty((num_experts, experts_Rs.shape[0]), np.int32))
+    collect_holders(holders, experts_Rs)
+    return holders
+
+
+@compiled(forceinline=True)
+def even_split(holders: Holders, load_E: np.ndarray) -> np.ndarray:
+    """float64 [R]: load of each rank when the replicas of an expert share its load evenly."""
+    load_R = np.zeros(holders.rank_ER.shape[1])
+    for e in range(len(load_E)):
+        for h in range(holders.count_E[e]):
+            load_R[holders.rank_ER[e, h]] += load_E[e] / holders.count_E[e]
+    return load_R
+
+
+@compiled(forceinline=True)
+def is_spread(holders: Holders, expert: int, nodes: Nodes, min_replicas: int) -> bool:
+    """Whether an expert has replicas on `min_replicas` different nodes (ranks, where there is one node)."""
+    count = holders.count_E[expert]
+    if nodes.num == 1:
+        return count >= min_replicas
     distinct = 0
     for j in range(count):
         new = 1
         for i in range(j):
-            if node_of_rank_R[holders_ER[expert, i]] == node_of_rank_R[holders_ER[expert, j]]:
+            if nodes.of_rank_R[holders.rank_ER[expert, i]] == nodes.of_rank_R[holders.rank_ER[expert, j]]:
                 new = 0
         distinct += new
-    return distinct
+    return distinct >= min_replicas
 
 
-@compiled()
-def see_holders(holders_VER: np.ndarray, num_holders_VE: np.ndarray, expert: int, node_of_rank_R: np.ndarray) -> None:
-    """Bring the views of one expert up to date with view 0, which holds all of its ranks.
-
-    View 1 + n is what a router on node n fetches from when near replicas come first (`placement.rule.local_replicas`):
-    the ranks on its node if the expert has any there, else all. With one view there is nothing to do.
-    """
-    for v in range(1, len(num_holders_VE)):
+@compiled(forceinline=True)
+def update_local_holders(routers: RouterHolders, expert: int, nodes: Nodes) -> None:
+    """Bring the lists of the routers on nodes up to date with router 0's, for one expert; with one router, nothing."""
+    count_QE, rank_QER = routers.count_QE, routers.rank_QER
+    for q in range(1, len(count_QE)):
         count = 0
-        for j in range(num_holders_VE[0, expert]):
-            r = holders_VER[0, expert, j]
-            if node_of_rank_R[r] == v - 1:
-                holders_VER[v, expert, count] = r
+        for j in range(count_QE[0, expert]):
+            r = rank_QER[0, expert, j]
+            if nodes.of_rank_R[r] == q - 1:
+                rank_QER[q, expert, count] = r
                 count += 1
         if count == 0:
-            count = num_holders_VE[0, expert]
-            holders_VER[v, expert, :count] = holders_VER[0, expert, :count]
-        num_holders_VE[v, expert] = count
+            count = count_QE[0, expert]
+            rank_QER[q, expert, :count] = rank_QER[0, expert, :count]
+        count_QE[q, expert] = count
 
 
-@compiled()
-def count_far(
-    wanted_K: np.ndarray, num_wanted: int, chosen_E: np.ndarray, node_of_rank_R: np.ndarray, home: int
-) -> int:
+@compiled(forceinline=True)
+def count_remote_ranks(wanted_K: np.ndarray, num_wanted: int, chosen_E: np.ndarray, nodes: Nodes, home: int) -> int:
     """Distinct ranks on other nodes than `home` among those chosen for the first `num_wanted` experts of a token."""
-    far = 0
+    remote = 0
     for i in range(num_wanted):
         rank = chosen_E[wanted_K[i]]
-        if node_of_rank_R[rank] != home:
+        if nodes.of_rank_R[rank] != home:
             new = 1
             for j in range(i):
                 if chosen_E[wanted_K[j]] == rank:
                     new = 0
-            far += new
-    return far
+            remote += new
+    return remote

@@ -1,7 +1,7 @@
-"""Sets of tokens as bits, and the random numbers of the compiled searches.
+"""Sets of tokens as bits.
 
-T tokens, K experts of one, E experts, W words of 64 tokens. A search that asks "how many tokens with expert a visit
-no other expert of this rank" is then a handful of and, not and popcount over W words.
+T tokens, K experts of one, E experts, R ranks, I items, W words of 64 tokens. "How many tokens with expert a want no
+other expert of this rank" is then a handful of and, not and popcount over W words.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
-from placement.rule.replica_choice import popcount
 
 
 @compiled()
@@ -39,12 +38,3 @@ def assigned_token_bits(
             if rank_TK[t, k] >= 0:
                 bits_IW[item_ER[topk_ids_TK[t, k], rank_TK[t, k]], t >> 6] |= bit
     return bits_IW
-
-
-@compiled()
-def count_bits(bits_W: np.ndarray) -> int:
-    """Number of set bits in a row of words."""
-    total = np.int64(0)
-    for w in range(len(bits_W)):
-        total += popcount(np.int64(bits_W[w]))
-    return int(total)

@@ -1,159 +1,121 @@
-"""Annealing from a placement in use, where every expert that moves has its price: the least that evens out loads.
+"""Annealing from a placement in use, where every expert that moves has a price: few moves that even out loads.
 
-I items, G groups (ranks), s slots of a group, P parents (nodes), W words of 64 tokens. Items, groups and their sets of
-tokens are those of the swap search; the energy also counts the items that stand outside of their first group.
+I items, G groups (ranks), s slots of a group; see `placement.search.swaps.state`. The energy also counts the items that
+stand outside the group they started in, their home.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from placement.compiled import compiled
-from placement.search.swaps.swap_search import CLOSED, collect_items, holds, parent_holds, swap_delta
+from placement.search.annealing import as_int64, fullest
+from placement.search.swaps.state import (
+    Groups,
+    Items,
+    SwapState,
+    add_visits,
+    differ,
+    excess_change,
+    is_legal_swap,
+    swap_items,
+    swap_state,
+)
 from placement.xorshift import random_below, random_unit
 
+COOLING_STEPS = 16  # proposals between two changes of heat
+PROPOSAL_KINDS = 4  # two of four take an item off the fullest group, one sends an item home, one is any swap
 
-@compiled()
-def _excess(load: float, allowed: float) -> float:
-    return max(0.0, load / allowed - 1)
+
+class Prices(NamedTuple):
+    """What the energy counts besides visits, in tokens.
+
+    `excess_weight`: a group's load above what is allowed, for one allowed load. `move_cost`: an item that leaves its
+    group. `heat_from`, `heat_to`: geometric.
+    """
+
+    excess_weight: float
+    move_cost: float
+    heat_from: float
+    heat_to: float
+
+
+@compiled(forceinline=True)
+def _num_moved(items: Items, state: SwapState, home_I: np.ndarray, moves: int, a: int, b: int) -> int:
+    """Items away from home, after a swap of two of them."""
+    p, q = state.group_I[a], state.group_I[b]
+    if items.expert_I[a] >= 0:
+        moves += int(q != home_I[a]) - int(p != home_I[a])
+    if items.expert_I[b] >= 0:
+        moves += int(p != home_I[b]) - int(q != home_I[b])
+    return moves
 
 
 @compiled()
 def anneal_few_moves(
-    bits_IW: np.ndarray,
-    load_I: np.ndarray,
-    expert_I: np.ndarray,
-    items_Gs: np.ndarray,
-    parent_G: np.ndarray,
-    allowed_G: np.ndarray,
-    parent_weight: float,
-    excess_weight: float,
-    move_cost: float,
-    spread_parents: bool,
+    items: Items,
+    groups: Groups,
+    prices: Prices,
+    item_Gs: np.ndarray,
     max_moves: int,
-    heat_from: float,
-    heat_to: float,
     proposals: int,
-    state_1: np.ndarray,
+    random_1: np.ndarray,
 ) -> int:
-    """Swap items, at most `max_moves` of which leave their group, towards the least of visits, excess load and moves.
+    """Swap items towards the least of visits, excess load and moves; at most `max_moves` leave their group.
 
-    Visits, `excess_weight` (of a group's load above what is allowed, in allowed loads), `move_cost` and heat are in
-    tokens. `items_Gs` int32 holds the best met afterwards, the start among it; returns how many items moved.
+    `item_Gs` int32 holds the best slots met afterwards, the start among them; returns how many items moved.
     """
-    num_items = len(load_I)
-    num_groups, num_slots = items_Gs.shape
-    home_I = np.zeros(num_items, np.int32)
-    load_G = np.zeros(num_groups)
-    num_parents = 0
-    for g in range(num_groups):
-        num_parents = max(num_parents, parent_G[g] + 1)
-        for i in items_Gs[g]:
-            home_I[i] = g
-            load_G[g] += load_I[i]
-    group_I = home_I.copy()
-    per_parent = num_groups // num_parents
-    any_GW = np.empty((num_groups, bits_IW.shape[1]), np.uint64)
-    one_GW = np.empty_like(any_GW)
-    any_PW = np.empty((num_parents, bits_IW.shape[1]), np.uint64)
-    one_PW = np.empty_like(any_PW)
-    for g in range(num_groups):
-        collect_items(bits_IW, items_Gs[g], any_GW[g], one_GW[g])
-    two_levels = num_parents > 1 and parent_weight > 0
-    if two_levels:
-        for n in range(num_parents):
-            collect_items(bits_IW, items_Gs[n * per_parent : (n + 1) * per_parent].ravel(), any_PW[n], one_PW[n])
-    fullest = 0
-    for g in range(num_groups):
-        if load_G[g] / allowed_G[g] > load_G[fullest] / allowed_G[fullest]:
-            fullest = g
-    best_items_Gs = items_Gs.copy()
+    state = swap_state(items, groups, item_Gs)
+    home_I = state.group_I.copy()
+    num_items, num_slots = len(home_I), item_Gs.shape[1]
+    full = fullest(state.load_G, groups.allowed_G)
+    best_item_Gs = item_Gs.copy()
     energy, best = 0.0, 0.0
     moves, best_moves = 0, 0
-    moved = np.empty(num_items, np.int32)
-    num_moved = 0
-    heat = heat_from
+    away = np.empty(num_items, np.int32)
+    num_away = 0
+    heat = prices.heat_from
     for step in range(proposals):
-        if step % 16 == 0:
-            heat = heat_from * (heat_to / heat_from) ** (step / proposals)
-        kind = random_below(state_1, 4)
+        if step % COOLING_STEPS == 0:
+            heat = prices.heat_from * (prices.heat_to / prices.heat_from) ** (step / proposals)
+        kind = random_below(random_1, PROPOSAL_KINDS)
         if kind < 2:
-            a = items_Gs[fullest, random_below(state_1, num_slots)]
-            b = random_below(state_1, num_items)
-        elif kind == 2 and num_moved:
-            # Back to where it came from.
-            a = moved[random_below(state_1, num_moved)]
-            b = items_Gs[home_I[a], random_below(state_1, num_slots)]
+            a = as_int64(item_Gs[full, random_below(random_1, num_slots)])
+            b = random_below(random_1, num_items)
+        elif kind == 2 and num_away:
+            a = as_int64(away[random_below(random_1, num_away)])
+            b = as_int64(item_Gs[home_I[a], random_below(random_1, num_slots)])
         else:
-            a = random_below(state_1, num_items)
-            b = random_below(state_1, num_items)
-        p, q = group_I[a], group_I[b]
-        expert_a, expert_b = expert_I[a], expert_I[b]
-        if p == q or expert_a == expert_b or min(expert_a, expert_b) == CLOSED:
+            a = random_below(random_1, num_items)
+            b = random_below(random_1, num_items)
+        if not differ(items, state, a, b):
             continue
-        new_moves = moves
-        if expert_a >= 0:
-            new_moves += int(q != home_I[a]) - int(p != home_I[a])
-        if expert_b >= 0:
-            new_moves += int(p != home_I[b]) - int(q != home_I[b])
+        new_moves = _num_moved(items, state, home_I, moves, a, b)
         if new_moves > max_moves:
             continue
-        change = load_I[a] - load_I[b]
-        delta = move_cost * (new_moves - moves) + excess_weight * (
-            _excess(load_G[p] - change, allowed_G[p])
-            + _excess(load_G[q] + change, allowed_G[q])
-            - _excess(load_G[p], allowed_G[p])
-            - _excess(load_G[q], allowed_G[q])
-        )
-        limit = -heat * np.log(random_unit(state_1))
-        if delta > limit + 0.5 * excess_weight:
+        p, q = state.group_I[a], state.group_I[b]
+        moved = items.load_I[a] - items.load_I[b]
+        change = prices.move_cost * (new_moves - moves)
+        change += prices.excess_weight * excess_change(groups, state, p, q, moved)
+        limit = -heat * np.log(random_unit(random_1))
+        if change > limit + 0.5 * prices.excess_weight or not is_legal_swap(items, groups, state, a, b):
             continue
-        if (expert_a >= 0 and holds(items_Gs[q], expert_I, expert_a, b)) or (
-            expert_b >= 0 and holds(items_Gs[p], expert_I, expert_b, a)
-        ):
+        change = add_visits(change, items, groups, state, a, b)
+        if change > limit:
             continue
-        crosses = parent_G[p] != parent_G[q]
-        if (
-            spread_parents
-            and crosses
-            and (
-                (expert_a >= 0 and parent_holds(items_Gs, parent_G, expert_I, parent_G[q], expert_a, b))
-                or (expert_b >= 0 and parent_holds(items_Gs, parent_G, expert_I, parent_G[p], expert_b, a))
-            )
-        ):
-            continue
-        delta += swap_delta(bits_IW[a], bits_IW[b], any_GW[p], one_GW[p], any_GW[q], one_GW[q])
-        if two_levels and crosses:
-            m, n = parent_G[p], parent_G[q]
-            delta += parent_weight * swap_delta(bits_IW[a], bits_IW[b], any_PW[m], one_PW[m], any_PW[n], one_PW[n])
-        if delta > limit:
-            continue
-        for i in range(num_slots):
-            if items_Gs[p, i] == a:
-                items_Gs[p, i] = b
-            if items_Gs[q, i] == b:
-                items_Gs[q, i] = a
-        group_I[a], group_I[b] = q, p
-        load_G[p] -= change
-        load_G[q] += change
-        for g in (p, q):
-            collect_items(bits_IW, items_Gs[g], any_GW[g], one_GW[g])
-        if two_levels and crosses:
-            for n in (parent_G[p], parent_G[q]):
-                collect_items(bits_IW, items_Gs[n * per_parent : (n + 1) * per_parent].ravel(), any_PW[n], one_PW[n])
-        energy += delta
+        swap_items(items, groups, state, a, b)
+        energy += change
         moves = new_moves
-        num_moved = 0
+        num_away = 0
         for i in range(num_items):
-            if group_I[i] != home_I[i] and expert_I[i] >= 0:
-                moved[num_moved] = i
-                num_moved += 1
-        fullest = 0
-        for g in range(num_groups):
-            if load_G[g] / allowed_G[g] > load_G[fullest] / allowed_G[fullest]:
-                fullest = g
+            if state.group_I[i] != home_I[i] and items.expert_I[i] >= 0:
+                away[num_away] = i
+                num_away += 1
+        full = fullest(state.load_G, groups.allowed_G)
         if energy < best - 1e-9:
             best, best_moves = energy, moves
-            best_items_Gs[:] = items_Gs
-    items_Gs[:] = best_items_Gs
+            best_item_Gs[:] = item_Gs
+    item_Gs[:] = best_item_Gs
     return best_moves

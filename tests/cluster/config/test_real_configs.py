@@ -25,7 +25,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @pytest.fixture
 def checkpoints_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+    monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
 
 
 def test_every_config_that_ships_is_checked_here() -> None:

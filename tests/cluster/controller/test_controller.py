@@ -1,103 +1,31 @@
-"""The placement controller in this process, with a clock of its own: whom it takes out, and who may start."""
+"""The placement controller in this process, with a clock of its own: who is taken out, who may start, what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+import asyncio
 
 import pytest
-import yaml
 
-from cluster.controller import deployment as controller_module
-from cluster.controller.deployment import PlacementController
+from cluster.controller.messages import JoinRequest, MembershipAnswer
 from cluster.controller.roster import placement_digest
-from experts.protocol.membership import ShardEndpoint
 from placement.placement import Placement
-from tests.support.waiting import run_async
-
-TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
-PLACEMENT = Placement.linear(2, 6, 3)
-DIGEST = placement_digest(PLACEMENT)
-
-
-def endpoint(rank: int) -> dict[str, Any]:
-    return asdict(ShardEndpoint(rank, f"of-{rank}", "127.0.0.1", 1000 + rank, "host", 1))
-
-
-class Scene:
-    """A controller, the time that it sees, and its callers. Shards beat every second and are lost after five."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = 1000.0
-        self.controller = PlacementController.__new__(PlacementController)
-        monkeypatch.setattr(controller_module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
-
-    async def restart(self) -> None:
-        """A first or a further life."""
-        config = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
-        self.controller = PlacementController.__new__(PlacementController)
-        await self.controller.__init__(config, PLACEMENT.to_json(), None)  # type: ignore[misc]
-        self.controller._watch.cancel()  # the scene says when it looks
-
-    async def serve(self, *ranks: int) -> None:
-        for rank in ranks:
-            assert (await self.controller.join(f"s{rank}", "n", rank))["rank"] == rank
-            assert await self.controller.ready(f"s{rank}", endpoint(rank))
-
-    async def rejoin(self, rank: int, epoch: int) -> None:
-        assert await self.controller.rejoin(f"s{rank}", "n", endpoint(rank), epoch, DIGEST, rank)
-
-    async def seconds(self, count: int, *beating: int) -> None:
-        """Time passes, the controller looks twice a second, and these ranks beat once."""
-        for half in range(2 * count):
-            self.now_s += 0.5
-            if half % 2:
-                for rank in beating:
-                    assert (await self.controller.heartbeat(f"s{rank}", None))["known"]
-            self.controller._look_for_silence(self.now_s)
-
-    async def ranks_for(self, router: str, term: str = "", epoch: int = -1) -> list[int] | None:
-        """Ranks that the membership names which the router gets at once, None if it gets none."""
-        answer = await self.controller.await_membership(router, term, epoch, {}, 0.0)
-        if answer["membership"] is None:
-            return None
-        return [rank for rank, found in enumerate(answer["membership"]["endpoints"]) if found is not None]
-
-
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Scene], Awaitable[None]]], None]:
-    """Runs one scene, from a cold start."""
-
-    def run(act: Callable[[Scene], Awaitable[None]]) -> None:
-        async def whole() -> None:
-            scene = Scene(monkeypatch)
-            await scene.restart()
-            await act(scene)
-
-        run_async(whole(), "the scene to end")
-
-    return run
-
-
-Play = Callable[[Callable[[Scene], Awaitable[None]]], None]
+from tests.cluster.controller.conftest import DIGEST, PLACEMENT, Play, Scene, turns
+from tests.support.serve.statuses import shard_status
 
 
 def test_a_controller_that_stood_still_takes_no_shard_out(play: Play) -> None:
     async def act(scene: Scene) -> None:
         await scene.serve(0, 1, 2)
         await scene.seconds(3, 0, 1, 2)
-        before = (await scene.controller.status())["epoch"]
+        before = (await scene.controller.status()).epoch
         scene.now_s += 60
         await scene.seconds(1, 0, 1)
         status = await scene.controller.status()
-        assert (status["missing_ranks"], status["epoch"]) == ([], before)
+        assert (status.missing_ranks, status.epoch) == ([], before)
         await scene.seconds(3, 0, 1)
-        assert (await scene.controller.status())["missing_ranks"] == []
+        assert (await scene.controller.status()).missing_ranks == []
         await scene.seconds(2, 0, 1)
-        assert (await scene.controller.status())["missing_ranks"] == [2], "a shard that is gone is found as ever"
+        assert (await scene.controller.status()).missing_ranks == [2], "a shard that is gone is found as ever"
 
     play(act)
 
@@ -117,8 +45,8 @@ def test_a_router_starts_without_a_shard_that_was_lost_after_all_were_there(play
 
 def test_after_a_restart_routers_start_once_shards_had_time_to_come_back(play: Play) -> None:
     async def act(scene: Scene) -> None:
-        await scene.rejoin(1, epoch=7)
-        await scene.rejoin(0, epoch=7)
+        assert await scene.rejoin(1, epoch=7)
+        assert await scene.rejoin(0, epoch=7)
         await scene.seconds(4, 0, 1)
         assert await scene.ranks_for("new") is None, "rank 2 may be on its way"
         await scene.seconds(1, 0, 1)
@@ -141,7 +69,7 @@ def test_a_restart_within_a_cold_start_changes_nothing_for_routers(play: Play) -
     async def act(scene: Scene) -> None:
         await scene.serve(0)
         await scene.restart()
-        await scene.rejoin(0, epoch=1)
+        assert await scene.rejoin(0, epoch=1)
         await scene.seconds(30, 0)
         assert await scene.ranks_for("new") is None
         await scene.serve(1, 2)
@@ -154,9 +82,130 @@ def test_a_shard_that_was_late_in_a_cold_start_is_no_sign_of_an_earlier_life(pla
     async def act(scene: Scene) -> None:
         await scene.serve(0, 1)
         for _ in range(3):
-            epoch = (await scene.controller.status())["epoch"]
+            epoch = (await scene.controller.status()).epoch
             await scene.seconds(6, 1)
-            await scene.rejoin(0, epoch)
+            assert await scene.rejoin(0, epoch)
         assert await scene.ranks_for("new") is None
+
+    play(act)
+
+
+def test_a_shard_that_holds_another_placement_gets_no_seat(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        assert not await scene.rejoin(1, epoch=7, digest=placement_digest(Placement.linear(2, 6, 3, 3)))
+        status = await scene.controller.status()
+        assert (status.shards, status.epoch) == ([], 0), "nothing of it is kept"
+        assert await scene.rejoin(1, epoch=7)
+        assert (await scene.controller.status()).epoch > 7
+
+    play(act)
+
+
+def test_a_long_poll_ends_with_the_next_epoch(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.serve(0, 1)
+        polls = [asyncio.create_task(scene.poll(name, wait_s=1000.0)) for name in ("one", "two")]
+        await turns()
+        assert not any(poll.done() for poll in polls)
+        await scene.serve(2)
+        answers = await asyncio.gather(*polls)
+        term = (await scene.controller.status()).term
+        for answer in answers:
+            assert answer.membership is not None
+            assert (answer.term, answer.membership.epoch, answer.waiting_for) == (term, 3, [])
+            assert answer.membership.placement == PLACEMENT
+
+    play(act)
+
+
+def test_a_poll_without_news_names_the_ranks_that_are_missing(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.serve(1)
+        assert await scene.poll("r") == MembershipAnswer("", None, [0, 2])
+
+    play(act)
+
+
+def test_a_shard_without_a_rank_hears_why(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.serve(0, 1, 2)
+        answer = await scene.controller.join(JoinRequest("late", "n", 1))
+        assert (answer.rank, answer.placement, answer.epoch) == (None, None, 3)
+        assert answer.reason == "all 3 ranks are taken"
+        assert (await scene.controller.join(JoinRequest("s1", "n", 1))).placement == PLACEMENT
+
+    play(act)
+
+
+def test_a_shard_that_a_router_gave_up_is_tried_again_once_it_was_heard(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.serve(0, 1, 2)
+        await scene.poll("r", "life", 3, {1: "a1"})
+        before = (await scene.controller.status()).epoch
+        await scene.seconds(60, 0, 1, 2)
+        assert (await scene.controller.status()).epoch > before
+
+    play(act)
+
+
+def test_the_status_shows_routers_and_the_last_heartbeat_of_each_shard(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.serve(0, 1)
+        await scene.poll("r", "life", 1, {1: "a1"})
+        mine, stale = shard_status(0, "a0"), shard_status(1, "an-earlier-one")
+        for status in (mine, stale):
+            assert (await scene.controller.heartbeat(f"s{status.rank}", status)).known
+        answer = await scene.controller.heartbeat("stranger", shard_status(0, "a0", requests=99))
+        assert not answer.known
+        assert answer.epoch == (await scene.controller.status()).epoch
+        scene.now_s += 2
+        found = await scene.controller.status()
+        assert (found.complete, found.missing_ranks, found.num_ranks) == (False, [2], 3)
+        assert found.placement_digest == DIGEST
+        assert {name: (view.epoch, view.lost, view.silent_s) for name, view in found.routers.items()} == {
+            "r": (1, {1: "a1"}, 2)
+        }
+        assert [(seat.shard_id, seat.rank, seat.serving, seat.silent_s) for seat in found.shards] == [
+            ("s0", 0, True, 2),
+            ("s1", 1, True, 2),
+        ]
+        assert [seat.status for seat in found.shards] == [mine, None], "a predecessor's status is not shown"
+
+    play(act)
+
+
+def test_silent_routers_are_forgotten_after_a_while(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.poll("r")
+        await scene.seconds(49)
+        assert list((await scene.controller.status()).routers) == ["r"]
+        await scene.seconds(1)
+        assert (await scene.controller.status()).routers == {}
+
+    play(act)
+
+
+def test_the_placement_says_which_experts_each_rank_holds(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        view = await scene.controller.placement()
+        assert (view.epoch, view.digest, view.placement) == (0, DIGEST, PLACEMENT)
+        assert view.experts_of_rank == [[[0, 1]] * 2, [[2, 3]] * 2, [[4, 5]] * 2]
+
+    play(act)
+
+
+def test_a_controller_whose_watch_ended_is_unhealthy(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        scene.controller._watch = asyncio.create_task(asyncio.sleep(60))
+        await scene.controller.check_health()
+        scene.controller._watch.cancel()
+
+        async def fails() -> None:
+            raise KeyError("seat")
+
+        scene.controller._watch = asyncio.create_task(fails())
+        await turns()
+        with pytest.raises(RuntimeError, match=r"the watch over shards ended: KeyError\('seat'\)"):
+            await scene.controller.check_health()
 
     play(act)

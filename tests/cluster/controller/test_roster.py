@@ -188,7 +188,7 @@ def test_given_up_shards_are_tried_again_only_when_they_live() -> None:
 
 
 def retry_pauses(roster: Roster, now_s: float, count: int, incarnation: str = "a") -> list[int]:
-    """Whole seconds that rank 1 waits for each retry when it is given up again at once."""
+    """Whole seconds that rank 1 waits for each retry when it is given up again immediately."""
     pauses = []
     for _ in range(count):
         roster.given_up(1, incarnation, now_s)
@@ -247,7 +247,7 @@ def test_everyone_who_can_be_seated_is(per_node: int, num_nodes: int, data: st.D
 
 
 class RosterMachine(RuleBasedStateMachine):
-    """Shards that join, load, beat, fall silent and come back, in any order."""
+    """Shards that join, load, send heartbeats, fall silent and come back, in any order."""
 
     def __init__(self) -> None:
         super().__init__()

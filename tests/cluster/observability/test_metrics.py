@@ -1,11 +1,30 @@
-"""The plain /metrics text against hand-made statuses, read back by prometheus_client's own parser."""
+"""Both ways out of the counters against made-up statuses: the /metrics text, and what Ray's metrics agent is given."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.observability.metrics import PREFIX, render
-from tests.support.serve.statuses import router_status
+from cluster.observability import metrics
+from cluster.observability.metrics import PREFIX, RouterMetrics, render
+from tests.support.serve.statuses import controller_status, router_status
+
+COUNTERS = {
+    "steps": 10,
+    "dispatches": 40,
+    "rows": 80,
+    "fan_out_sum": 120,
+    "failovers": 1,
+    "fallback_pairs": 2,
+    "bytes_sent": 1000,
+    "bytes_received": 900,
+}
+SHARD_COUNTERS = {"shard_rows": [30, 50], "shard_pairs": [60, 100]}
+GAUGES = {"epoch": 4, "balancedness": 0.75}
 
 
 def samples(text: bytes) -> dict[tuple[str, ...], float]:
@@ -17,38 +36,129 @@ def samples(text: bytes) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_counters_gauges_and_histograms_say_what_was_counted() -> None:
-    controller = {
-        "epoch": 5,
-        "missing_ranks": [0],
-        "shards": [{"rank": 1, "loaded_bytes": 77, "requests": 40}, {"rank": 0, "serving": False}],
+def test_every_counter_and_gauge_of_a_router_is_in_the_text() -> None:
+    found = samples(render([router_status()], None))
+    expected: dict[tuple[str, ...], float] = {(f"{name}_total", "r1"): value for name, value in COUNTERS.items()}
+    expected |= {(name, "r1"): value for name, value in GAUGES.items()}
+    for name, values in SHARD_COUNTERS.items():
+        expected |= {(f"{name}_total", str(rank), "r1"): value for rank, value in enumerate(values)}
+    expected |= {("shard_connected", "0", "r1"): 0, ("shard_connected", "1", "r1"): 1}
+    expected |= {("requests_unfinished", "r1"): 3, ("controller_up",): 0}
+    assert {key: value for key, value in found.items() if not key[0].startswith("dispatch_seconds")} == expected
+
+
+def test_series_have_types_and_names_that_dashboards_rely_on() -> None:
+    families = text_string_to_metric_families(render([router_status()], controller_status()).decode())
+    types = {family.name.removeprefix(PREFIX): family.type for family in families}
+    assert types == {
+        **dict.fromkeys([*COUNTERS, *SHARD_COUNTERS, "shard_requests"], "counter"),
+        **dict.fromkeys([*GAUGES, "shard_connected", "requests_unfinished"], "gauge"),
+        **dict.fromkeys(["controller_up", "controller_epoch", "ranks_missing", "shard_loaded_bytes"], "gauge"),
+        "dispatch_seconds": "histogram",
     }
-    found = samples(render([router_status()], controller))
-    assert found["rows_total", "r1"] == 80
-    assert found["epoch", "r1"] == 4
-    assert found["shard_pairs_total", "1", "r1"] == 100
-    assert found["shard_connected", "0", "r1"] == 0
-    assert found["shard_connected", "1", "r1"] == 1
-    assert found["controller_epoch",] == 5
-    assert found["ranks_missing",] == 1
-    assert found["shard_loaded_bytes", "1"] == 77
-    assert ("shard_loaded_bytes", "0") not in found
-    assert found["dispatch_seconds_bucket", "1e-05", "r1", "wait"] == 1
-    assert found["dispatch_seconds_bucket", "2e-05", "r1", "wait"] == 3, "buckets are cumulated"
-    assert found["dispatch_seconds_bucket", "5.0", "r1", "wait"] == 3
-    assert found["dispatch_seconds_bucket", "+Inf", "r1", "wait"] == 4
-    assert found["dispatch_seconds_count", "r1", "wait"] == 4
-    assert abs(found["dispatch_seconds_sum", "r1", "wait"] - 10.000035) < 1e-9
 
 
-def test_nothing_there_is_still_a_valid_answer() -> None:
-    assert samples(render([], None))["controller_up",] == 0
+def test_what_the_controller_knows_is_in_the_text() -> None:
+    found = samples(render([], controller_status()))
+    assert found == {
+        ("controller_up",): 1,
+        ("controller_epoch",): 5,
+        ("ranks_missing",): 1,
+        ("shard_loaded_bytes", "1"): 77,
+        ("shard_requests_total", "1"): 40,
+    }
+
+
+def test_histograms_are_cumulated_and_in_seconds() -> None:
+    found = samples(render([router_status()], None))
+    for stage in ("wait", "combine"):
+        assert found["dispatch_seconds_bucket", "1e-05", "r1", stage] == 1
+        assert found["dispatch_seconds_bucket", "2e-05", "r1", stage] == 3
+        assert found["dispatch_seconds_bucket", "5.0", "r1", stage] == 3
+        assert found["dispatch_seconds_bucket", "+Inf", "r1", stage] == 4
+        assert found["dispatch_seconds_count", "r1", stage] == 4
+        assert found["dispatch_seconds_sum", "r1", stage] == pytest.approx(10.000035, abs=1e-9)
+    assert found["dispatch_seconds_count", "r1", "plan_pack"] == 0
 
 
 def test_series_grow_with_routers_and_ranks_only() -> None:
     one, three = (
-        len(samples(render([router_status()], None))),
-        len(samples(render([router_status("a"), router_status("b"), router_status("c")], None))),
+        len(samples(render([router_status(name) for name in names], None))) for names in (["a"], ["a", "b", "c"])
     )
     assert three - 1 == 3 * (one - 1)
-    assert one < 60
+    assert one < 100
+
+
+class RayMetric:
+    """Stands in for Ray's Counter and Gauge; keeps what it was given, by the values of the tags."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.name, self.tag_keys = name, tag_keys
+        self.values: dict[tuple[str, ...], list[float]] = {}
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        assert value > 0, "Ray refuses others"
+        self._note(value, tags)
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self._note(value, tags)
+
+    def _note(self, value: float, tags: dict[str, str]) -> None:
+        assert tuple(tags) == self.tag_keys
+        self.values.setdefault(tuple(tags.values()), []).append(value)
+
+
+@pytest.fixture
+def ray_metrics(monkeypatch: pytest.MonkeyPatch) -> dict[str, RayMetric]:
+    """Every metric made, by name without the prefix."""
+    made: dict[str, RayMetric] = {}
+
+    def make(*args: Any, **kwargs: Any) -> RayMetric:
+        metric = RayMetric(*args, **kwargs)
+        assert metric.name not in made
+        made[metric.name.removeprefix(PREFIX)] = metric
+        return metric
+
+    monkeypatch.setattr(metrics, "ray_metrics", SimpleNamespace(Counter=make, Gauge=make))
+    return made
+
+
+def test_ray_gets_the_growth_of_every_counter_and_the_value_of_every_gauge(ray_metrics: dict[str, RayMetric]) -> None:
+    exporter = RouterMetrics("r1")
+    first = router_status()
+    exporter.export(first)
+    exporter.export(first)
+    wait = first.stage_us.wait
+    more = replace(wait, sum=wait.sum + 2e6, count=wait.count + 5)
+    second = replace(
+        first,
+        **{name: value + 3 for name, value in COUNTERS.items()},
+        shard_rows=[30, 54],
+        shard_pairs=[67, 100],
+        epoch=6,
+        balancedness=0.5,
+        stage_us=replace(first.stage_us, wait=more),
+    )
+    exporter.export(second)
+    exporter.export(second)
+    found = {name: metric.values for name, metric in ray_metrics.items()}
+    assert found == {
+        **{name: {("r1",): [value, 3]} for name, value in COUNTERS.items()},
+        "shard_rows": {("r1", "0"): [30], ("r1", "1"): [50, 4]},
+        "shard_pairs": {("r1", "0"): [60, 7], ("r1", "1"): [100]},
+        "epoch": {("r1",): [4, 4, 6, 6]},
+        "balancedness": {("r1",): [0.75, 0.75, 0.5, 0.5]},
+        "dispatch_stage_seconds": {
+            ("r1", "wait"): [pytest.approx(10.000035), pytest.approx(2.0)],
+            ("r1", "combine"): [pytest.approx(10.000035)],
+        },
+        "dispatch_stage_count": {("r1", "wait"): [4, 5], ("r1", "combine"): [4]},
+    }
+
+
+def test_a_count_that_fell_is_not_exported_again_until_it_exceeds_what_was(ray_metrics: dict[str, RayMetric]) -> None:
+    """Rows of a failed message are uncounted, which a counter of Ray's cannot be told."""
+    exporter = RouterMetrics("r1")
+    for rows in ([30, 50], [30, 45], [30, 52]):
+        exporter.export(router_status(shard_rows=rows))
+    assert ray_metrics["shard_rows"].values["r1", "1"] == [50, 2]

@@ -23,7 +23,7 @@ def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch
 
     from cluster.router.server import llm_config_of
 
-    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+    monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
     config = MeshConfig.from_serve_config(serve_config(name)).llm
     theirs: dict[str, Any] = LLMServer.get_deployment_options(llm_config_of(config))

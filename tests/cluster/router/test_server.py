@@ -1,50 +1,67 @@
-"""A router's own deadlines and its start, over an engine that is made up."""
+"""A router's start and what it answers, over an engine that is made up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.support.waiting import run_async, within
+from cluster.controller.messages import MembershipAnswer
+from cluster.router.messages import TraceSample
+from cluster.router.worker_calls import EngineSilentError
+from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
+from placement.placement import Placement
+from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 router = pytest.importorskip("cluster.router.server", reason="ray.serve.llm needs vllm")
 
-ENDPOINT = {"incarnation": "i"}
+MEMBERSHIP = Membership(
+    3,
+    Placement.linear(1, 3, 3),
+    (*(ShardEndpoint(rank, f"i{rank}", "127.0.0.1", 1000, "host", 1) for rank in range(2)), None),
+)
+REFUSAL = "router r1 has dtype float32, this shard has bfloat16"
+
+
+class Controller:
+    """Has one membership to give, then nothing more."""
+
+    def __init__(self) -> None:
+        self.deregistered: list[str] = []
+        self.polls = 0
+
+    async def await_membership(self, request: Any, timeout_s: float) -> MembershipAnswer:
+        self.polls += 1
+        if self.polls > 1:
+            await asyncio.Event().wait()
+        return MembershipAnswer("t", MEMBERSHIP, [])
+
+    async def deregister_router(self, router_id: str, timeout_s: float) -> None:
+        self.deregistered.append(router_id)
 
 
 class Server(router.ExpertMeshLLMServer):
     """A router whose worker gives the answers of `answers`, and none to anything else."""
 
     def __init__(self, answers: dict[str, Any], apply_s: float = 10.0) -> None:
-        self._mesh = SimpleNamespace(deadlines=SimpleNamespace(apply_s=apply_s, connect_s=0.0, membership_s=10.0))
-        self._identity = SimpleNamespace(replica_id="r1")
+        deadlines = SimpleNamespace(apply_s=apply_s, connect_s=0.0, membership_s=10.0, probe_s=10.0)
+        mesh: Any = SimpleNamespace(deadlines=deadlines, http=SimpleNamespace(healthy_within_s=10.0))
+        self.controller: Any = Controller()
+        self._set_up(mesh, "r1", self.controller)
         self._metrics = SimpleNamespace(export=lambda _: None)
-        self._status: dict[str, Any] = {}
-        self._reading = None
-        self._term = "t"
-        self._missed_readings = 0
-        self._loops = []
         self.answers = answers
-        self.calls = 0
-        self.asked: Callable[[int], Any] = lambda count: None
-        self.membership = {"epoch": 3, "endpoints": [ENDPOINT, ENDPOINT, None]}
+        self.calls: list[tuple[Any, ...]] = []
 
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = (), kwargs: Any = None):
-        self.calls += 1
-        self.asked(self.calls)
+        self.calls.append((method, *args))
         if method not in self.answers:
             await asyncio.Event().wait()  # as vLLM's engines: a timeout is not theirs to keep
         return [self.answers[method]]
-
-    async def _first_membership(self, timeout_s: float) -> dict[str, Any]:
-        return {"term": "t", "membership": self.membership}
-
-    async def _follow(self) -> None:
-        await asyncio.Event().wait()
 
     def __del__(self) -> None:
         """There is no engine to end."""
@@ -57,6 +74,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(router.LLMServer, "start", nothing)
     monkeypatch.setattr(router.LLMServer, "check_health", nothing)
+    monkeypatch.setattr(router, "unfinished_requests", lambda server: 5)
 
 
 def run(coroutine: Any) -> Any:
@@ -66,54 +84,30 @@ def run(coroutine: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda server: server.mesh_status(), "expertmesh_status in 0.05 s"),
+        (lambda server: server.mesh_status(), r"expertmesh_status in 0\.05 s"),
         (lambda server: server.mesh_trace(), "expertmesh_trace"),
         (lambda server: server.mesh_clear_trace(), "expertmesh_clear_trace"),
         (lambda server: server.start(), "expertmesh_apply_membership"),
-        (lambda server: server._connect_ahead(server.membership), "expertmesh_connect_ahead"),
     ],
 )
-def test_a_worker_that_does_not_answer_is_not_waited_for(call: Any, named: str) -> None:
-    with pytest.raises(router.EngineSilentError, match=named):
+def test_a_worker_that_does_not_answer_is_not_waited_for(call: Callable[[Server], Awaitable[Any]], named: str) -> None:
+    with pytest.raises(EngineSilentError, match=named):
         run(call(Server({}, apply_s=0.05)))
 
 
-def test_any_number_of_callers_at_one_time_cost_the_engine_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/metrics and the status are asked for without limit, and each reading comes between two steps."""
-    monkeypatch.setattr(router, "unfinished_requests", lambda server: 0)
-    server = Server({"expertmesh_status": {"epoch": 3}})
-
-    async def ask() -> None:
-        answers = await asyncio.gather(*(server.mesh_status() for _ in range(50)))
-        assert [answer["epoch"] for answer in answers] == [3] * 50
-        assert server.calls == 1
-        server.answers = {"expertmesh_status": {"epoch": 4}}
-        assert (await server.mesh_status())["epoch"] == 4, "an answer is not kept for later"
-
-    run(ask())
+def test_the_status_is_the_workers_and_what_the_replica_knows() -> None:
+    worker = router_status("r1", term="", pid=0, unfinished_requests=0).to_dict()
+    server = Server({"expertmesh_status": worker})
+    server._epochs.term = "life"
+    expected = router_status("r1", term="life", pid=os.getpid(), unfinished_requests=5)
+    assert run(server.mesh_status()) == expected
 
 
-def test_a_router_whose_engine_stays_silent_is_unhealthy_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router, "WATCH_S", 0.01)
-
-    async def check() -> None:
-        server = Server({}, apply_s=0.02)
-        answered, asked_again = asyncio.Event(), asyncio.Event()
-        server._metrics = SimpleNamespace(export=lambda _: answered.set())
-        server.asked = lambda count: count > router.MAX_MISSED_READINGS and asked_again.set()
-        await server.check_health()
-        watch = asyncio.create_task(server._watch())
-        try:
-            await within(asked_again.wait(), "one reading more than may be missed")
-            with pytest.raises(router.EngineSilentError, match="answered none of"):
-                await server.check_health()
-            server.answers["expertmesh_status"] = {"lost": {}}
-            await within(answered.wait(), "the counters to be exported")
-            await server.check_health()
-        finally:
-            watch.cancel()
-
-    run(check())
+def test_a_trace_bears_the_routers_name_and_clearing_reaches_the_worker() -> None:
+    server = Server({"expertmesh_trace": b"npz", "expertmesh_clear_trace": None})
+    assert run(server.mesh_trace()) == TraceSample("r1", b"npz")
+    run(server.mesh_clear_trace())
+    assert server.calls == [("expertmesh_trace",), ("expertmesh_clear_trace",)]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +120,52 @@ def test_a_router_whose_engine_stays_silent_is_unhealthy_until_it_answers(monkey
     ],
 )
 def test_a_router_that_all_shards_refuse_does_not_start(connected: list[int], refused: list[int], starts: bool) -> None:
-    lost = {str(rank): "router r1 has dtype float32, this shard has bfloat16" for rank in range(3)}
-    applied = {"connected": connected, "lost": lost, "refused": refused}
-    server = Server({"expertmesh_apply_membership": applied, "expertmesh_status": {}})
+    applied = AppliedMembership(3, connected, dict.fromkeys(range(3), REFUSAL), refused)
+    server = Server({"expertmesh_apply_membership": applied.to_dict(), "expertmesh_status": router_status().to_dict()})
+
+    async def start() -> None:
+        await server.start()
+        await server.check_health()
+        assert [task.get_name() for task in server._loops] == ["follow", "watch"]
+        assert server.calls[0] == ("expertmesh_apply_membership", MEMBERSHIP.to_dict(), None)
+        for task in server._loops:
+            task.cancel()
+
     if starts:
-        run(server.start())
+        run(start())
     else:
         with pytest.raises(RuntimeError, match="no shard takes this router: router r1 has dtype float32, this shard"):
             run(server.start())
+
+
+def test_a_router_whose_loop_ended_is_unhealthy() -> None:
+    async def check() -> None:
+        server = Server({})
+
+        async def fails() -> None:
+            raise KeyError("epoch")
+
+        server._loops = [asyncio.create_task(fails(), name="follow")]
+        await asyncio.wait(server._loops)
+        with pytest.raises(RuntimeError, match=r"follow of this router ended: KeyError\('epoch'\)"):
+            await server.check_health()
+
+    run(check())
+
+
+def test_a_router_that_closes_ends_its_loops_and_tells_the_controller_and_the_engine() -> None:
+    async def check() -> None:
+        server = Server({})
+        ended: list[str] = []
+
+        async def shutdown() -> None:
+            ended.append("engine")
+
+        server.engine = SimpleNamespace(shutdown=shutdown)
+        server._loops = [asyncio.create_task(asyncio.sleep(60))]
+        await server.close()
+        await asyncio.wait(server._loops)
+        assert server._loops[0].cancelled()
+        assert (server.controller.deregistered, ended) == (["r1"], ["engine"])
+
+    run(check())

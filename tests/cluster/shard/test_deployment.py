@@ -11,22 +11,27 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.controller.deployment import PlacementController
+from cluster.controller.messages import JoinRequest
 from cluster.ray_joints import ReplicaIdentity
 from cluster.shard import deployment as expert_shard
 from cluster.shard.deployment import ExpertShard
 from experts.protocol.membership import ShardEndpoint
+from experts.protocol.status import ShardStatus
 from experts.shard import server as shard_server
 from placement.placement import Placement
+from tests.support.serve.statuses import shard_status
 from tests.support.waiting import run_async
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 PLACEMENT = Placement.linear(2, 8, 4, 2)
 
 
-def config() -> dict[str, Any]:
+def config(join_timeout_s: float = 30) -> dict[str, Any]:
     args = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
-    return {**args, "membership": {"heartbeat_s": 0.01, "lost_after_s": 30, "join_timeout_s": 30, "drain_s": 0}}
+    times = {"heartbeat_s": 0.01, "lost_after_s": 30, "join_timeout_s": join_timeout_s, "drain_s": 0}
+    return {**args, "membership": times}
 
 
 class FakeServer:
@@ -35,7 +40,8 @@ class FakeServer:
     def __init__(self, settings: Any) -> None:
         self.endpoint: ShardEndpoint | None = None
         self.loading, self.may_listen = threading.Event(), threading.Event()
-        self.facts: dict[str, Any] = {"alive": True, "fault": None}
+        self.facts: dict[str, Any] = {}
+        self.stopped = False
 
     def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
         self.loading.set()
@@ -43,12 +49,12 @@ class FakeServer:
         self.endpoint = ShardEndpoint(rank, "a", "127.0.0.1", 1000, "host", 1)
         return self.endpoint
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> ShardStatus:
         assert self.endpoint is not None
-        return {"rank": self.endpoint.rank, "incarnation": "a", **self.facts}
+        return shard_status(self.endpoint.rank, **self.facts)
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        self.stopped = True
 
 
 class Shard(ExpertShard):
@@ -58,7 +64,7 @@ class Shard(ExpertShard):
         """No farewell."""
 
 
-class Cluster:
+class Cluster(ControllerClient):
     """One controller at a time, and a shard that Serve calls the second, on the second node, whose rank here is 2."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +79,13 @@ class Cluster:
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         if method in self.deaf_to:
-            raise expert_shard.ControllerLostError(f"no answer to {method}")
+            raise ControllerLostError(f"no answer to {method}")
         answer = await getattr(self.controller, method)(*args)
         self.asked.append((method, args, answer))
         return answer
 
-    call_with_retry = call
+    async def call_with_retry(self, method: str, *args: Any, timeout_s: float, pause_s: float = 0.5) -> Any:
+        return await self.call(method, *args, timeout_s=timeout_s)
 
     async def restart_controller(self) -> None:
         controller: Any = PlacementController.__new__(PlacementController)
@@ -88,7 +95,7 @@ class Cluster:
 
     async def begin_loading(self) -> asyncio.Task[None]:
         """The start of the shard, which goes on until its server may listen."""
-        assert (await self.controller.join("a1", "a", 0))["rank"] == 0
+        assert (await self.controller.join(JoinRequest("a1", "a", 0))).rank == 0
         start: Any = self.shard.__init__(config())  # type: ignore[misc]
         task = asyncio.create_task(start)
         await self.until(lambda: hasattr(self.shard, "_server") and self.shard._server.loading.is_set())
@@ -98,6 +105,11 @@ class Cluster:
         """The whole scene has a deadline."""
         while not condition():
             await asyncio.sleep(0)
+
+    async def fill_all_ranks(self) -> None:
+        """With shards that Serve gave other ranks than ours, so that ours is no successor of theirs."""
+        for index in range(4):
+            assert (await self.controller.join(JoinRequest(f"x{index}", "ab"[index // 2], 9))).rank == index
 
     def seats(self) -> dict[int, str]:
         return {seat.rank: seat.shard_id for seat in self.controller._roster.seats}
@@ -150,7 +162,7 @@ def test_a_controller_that_restarts_as_loading_ends_learns_who_serves(play: Play
         cluster.deaf_to = {"heartbeat", "join"}
         await cluster.restart_controller()
         if taken:
-            assert (await cluster.controller.join("x", "b", 2))["rank"] == 2
+            assert (await cluster.controller.join(JoinRequest("x", "b", 2))).rank == 2
         cluster.shard._server.may_listen.set()
         if taken:
             with pytest.raises(RuntimeError, match="rank 2 was given to another shard while this one loaded"):
@@ -168,8 +180,85 @@ def test_a_shard_that_computes_nothing_is_not_healthy(play: Play) -> None:
         cluster.shard._server.may_listen.set()
         await start
         await cluster.shard.check_health()
-        cluster.shard._server.facts["fault"] = "CUDA error"
+        cluster.shard._server.facts = {"fault": "CUDA error"}
         with pytest.raises(RuntimeError, match="computes nothing: CUDA error"):
             await cluster.shard.check_health()
+        cluster.shard._server.facts = {"alive": False}
+        with pytest.raises(RuntimeError, match="compute loop has ended"):
+            await cluster.shard.check_health()
+
+    play(act)
+
+
+def test_a_shard_whose_rank_went_to_another_restarts(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        cluster.shard._server.may_listen.set()
+        await start
+        cluster.deaf_to = {"heartbeat"}
+        await cluster.restart_controller()
+        assert (await cluster.controller.join(JoinRequest("x", "b", 2))).rank == 2
+        cluster.deaf_to = set()
+        await cluster.until(lambda: cluster.shard._fault is not None)
+        with pytest.raises(RuntimeError, match="the controller has another shard or placement for rank 2; restarting"):
+            await cluster.shard.check_health()
+
+    play(act)
+
+
+def test_a_shard_that_serves_tells_its_status_and_hears_of_epochs(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        cluster.shard._server.may_listen.set()
+        await start
+        cluster.controller._roster.raise_epoch_above(41)
+        await cluster.until(lambda: cluster.shard._epoch == 42)
+        await cluster.until(lambda: cluster.asked[-1][0] == "heartbeat")
+        assert cluster.asked[-1][1] == ("b1", cluster.shard._server.status())
+        await cluster.restart_controller()
+        await cluster.until(lambda: cluster.seats() == {2: "b1"})
+        assert cluster.controller._roster.epoch > 42, "it goes on above what the shard has heard"
+
+    play(act)
+
+
+def test_a_shard_without_a_rank_asks_until_one_is_free(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.fill_all_ranks()
+        start: Any = cluster.shard.__init__(config())  # type: ignore[misc]
+        task = asyncio.create_task(start)
+        await cluster.until(lambda: [method for method, *_ in cluster.asked].count("join") >= 3)
+        await cluster.controller.leave("x3")
+        await cluster.until(lambda: cluster.shard._server.loading.is_set())
+        assert cluster.seats()[3] == "b1"
+        cluster.shard._server.may_listen.set()
+        await task
+
+    play(act)
+
+
+def test_a_shard_that_gets_no_rank_in_time_says_why(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.fill_all_ranks()
+        start: Any = cluster.shard.__init__(config(join_timeout_s=0.05))  # type: ignore[misc]
+        with pytest.raises(RuntimeError, match=r"no rank within 0\.05 s: all 4 ranks are taken"):
+            await start
+
+    play(act)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_shard_that_stops_leaves_first_if_the_controller_answers(play: Play, answers: bool) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        cluster.shard._server.may_listen.set()
+        await start
+        cluster.deaf_to = set() if answers else {"leave"}
+        await ExpertShard.__del__(cluster.shard)  # type: ignore[misc]
+        assert cluster.seats() == ({0: "a1"} if answers else {0: "a1", 2: "b1"})
+        assert cluster.shard._server.stopped
+        assert cluster.shard._heart is not None
+        with pytest.raises(asyncio.CancelledError):
+            await cluster.shard._heart
 
     play(act)

@@ -1,4 +1,4 @@
-"""FP8 blocks and MXFP4 against plain float64 arithmetic written straight from their definitions."""
+"""FP8 blocks and MXFP4 against float64 arithmetic written from their definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.dequantize import dequantize_fp8_block, dequantize_mxfp4
-from tests.support.hub_names import FP8, deepseek_fp8, random_fp8, write
+from tests.support.hub_names import FP8, deepseek_fp8, mxfp4_tensors, random_fp8, write
 
 
 def fp8_value(byte: int) -> float:
@@ -66,7 +66,7 @@ def test_fp8_covers_every_byte() -> None:
 def test_mxfp4(rows: int, blocks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(256, (rows, blocks, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(250, (rows, blocks), dtype=torch.uint8, generator=generator)  # beyond lies infinity
+    scales = torch.randint(250, (rows, blocks), dtype=torch.uint8, generator=generator)  # larger ones give infinity
     got = dequantize_mxfp4(packed, scales)
     assert np.array_equal(got.double().numpy(), mxfp4_oracle(packed, scales))
 
@@ -136,20 +136,7 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     config = {"model_type": "gpt_oss", "num_hidden_layers": 1, "num_local_experts": E, "num_experts_per_tok": 2}
     config |= {"hidden_size": D, "intermediate_size": I, "hidden_act": "silu", "swiglu_limit": 7.0}
     config |= {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]}}
-    generator = torch.Generator().manual_seed(2)
-    stem = "model.layers.0.mlp.experts."
-
-    def bytes_of(*shape: int) -> torch.Tensor:
-        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
-
-    tensors = {
-        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
-        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
-        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
-        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
-        stem + "down_proj_scales": bytes_of(E, D, I // 32),
-        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
-    }
+    stem, tensors = "model.layers.0.mlp.experts.", mxfp4_tensors(E, D, I)
     checkpoint = ExpertCheckpoint.open(write(tmp_path, config, tensors))
     checkpoint.check()
     assert checkpoint.spec.quantization == "mxfp4"

@@ -1,4 +1,4 @@
-"""What the reader gives is what transformers' own expert modules compute with, for every family that it can build."""
+"""The reader returns the weights that transformers' expert modules compute with, for every family it can build."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 5
 
 def run_one_expert(module: Any, family: str, expert: int, num_experts: int, rows_MD: torch.Tensor) -> torch.Tensor:
     """One expert of transformers' module, with router weight 1."""
-    if family == "llama4_text":  # takes rows for every expert
+    if family == "llama4_text":  # expects rows for every expert
         return module(rows_MD.repeat(num_experts, 1)).view(num_experts, *rows_MD.shape)[expert]
     ids = torch.full((len(rows_MD), 1), expert)
     return module(rows_MD, ids, torch.ones(len(rows_MD), 1)).reshape(rows_MD.shape)

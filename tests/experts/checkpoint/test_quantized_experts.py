@@ -1,4 +1,4 @@
-"""Experts that are read as they are stored: the bytes are the checkpoint's, the values those of `read_expert`."""
+"""Experts read as they are stored: the bytes are the checkpoint's, the values those of `read_expert`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.weight_format import WeightFormat
-from tests.support.hub_names import FP8_CONFIG, deepseek_fp8, write
+from tests.support.hub_names import FP8_CONFIG, deepseek_fp8, mxfp4_tensors, write
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
 D, I, E = 96, 64, 3
@@ -34,7 +34,7 @@ def config_of(model_type: str, **more: Any) -> dict[str, Any]:
 
 
 def int4_checkpoint(folder: Path, **weights: Any) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Its values are kept under the weights' plain names, which the files do not have."""
+    """(folder, plain values by the weights' names); the files have only the packed tensors."""
     generator = torch.Generator().manual_seed(3)
     stored: dict[str, torch.Tensor] = {}
     values: dict[str, torch.Tensor] = {}
@@ -80,25 +80,12 @@ def test_fp8_blocks(tmp_path: Path) -> None:
 
 
 def test_mxfp4_comes_apart_into_gate_and_up(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(2)
-    stem = "model.layers.0.mlp.experts."
-
-    def bytes_of(*shape: int) -> torch.Tensor:
-        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
-
-    tensors = {
-        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
-        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
-        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
-        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
-        stem + "down_proj_scales": bytes_of(E, D, I // 32),
-        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
-    }
+    tensors = mxfp4_tensors(E, D, I)
     config = config_of("gpt_oss", quantization_config={"quant_method": "mxfp4"})
     checkpoint = ExpertCheckpoint.open(write(tmp_path, config, tensors))
     assert checkpoint.weight_format == WeightFormat("mxfp4", 32)
     assert_same_values(checkpoint)
-    rows = tensors[stem + "gate_up_proj_blocks"][2].view(2 * I, D // 2)
+    rows = tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"][2].view(2 * I, D // 2)
     assert torch.equal(checkpoint.read_quantized(0, 2).w13_2IB, torch.cat([rows[0::2], rows[1::2]]))
 
 
@@ -141,7 +128,7 @@ def test_plain_experts_have_no_format(tmp_path: Path) -> None:
     folder, tensors = deepseek_fp8(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == FP8_CONFIG
-    # A quantized model whose experts were left out of it.
+    # A quantized model whose experts were not quantized.
     plain = {k: v.to(torch.bfloat16) for k, v in tensors.items() if not k.endswith("_scale_inv")}
     checkpoint = ExpertCheckpoint.open(write(tmp_path, config, plain))
     assert checkpoint.weight_format is None

@@ -1,4 +1,4 @@
-"""Only the asked-for bytes are touched, nothing is copied that need not be, and broken files are named."""
+"""Reads touch only the requested bytes and copy only if they must; broken files are named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_reads_no_byte_of_another_expert(tmp_path: Path, name: str, monkeypatch:
 
 
 def test_an_expert_of_a_file_larger_than_memory(tmp_path: Path) -> None:
-    """A sparse file of a tebibyte: reading more of it than one expert would not come back."""
+    """A sparse file of a tebibyte: reading more than one expert would not finish."""
     experts, size_D, size_I = 1024, 16384, 8192
     each = size_D * size_I * 2
     names = [(e, p) for e in range(experts) for p in ("down_proj", "gate_proj", "up_proj")]
@@ -97,7 +97,7 @@ def test_a_view_outlives_its_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fate", ["deleted", "replaced"])
 def test_a_checked_checkpoint_outlives_its_files(tmp_path: Path, fate: str) -> None:
-    """A router reads its first expert when the last shard that held it is lost, which may be days after the start."""
+    """A router first reads an expert when its last shard is lost, perhaps days after the start."""
     made = MAKERS["olmoe"]()
     folder = write(tmp_path, made.config, made.tensors, num_files=2)
     checkpoint = ExpertCheckpoint.open(folder)
@@ -115,7 +115,7 @@ def test_a_checked_checkpoint_outlives_its_files(tmp_path: Path, fate: str) -> N
 
 @pytest.mark.parametrize("shift", [1, 2, 4])
 def test_unaligned_tensors_are_read(tmp_path: Path, shift: int) -> None:
-    """A header of any length puts the data at any offset; older writers did not pad."""
+    """Older writers did not pad the header, so data may start at any offset."""
     made = MAKERS["mixtral"]()
     folder = write(tmp_path, made.config, made.tensors)
     data = (folder / "model.safetensors").read_bytes()
@@ -228,7 +228,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (b"", "header length -1 in a file of 0 bytes"),
         (struct.pack("<Q", 1 << 60) + whole[8:], "header length 1152921504606846976 in a file of"),
         (whole[:8] + b"x" + whole[9:], "the header is not JSON"),
-        (struct.pack("<Q", 2) + b"[]", "the header is no JSON object but a list"),
+        (struct.pack("<Q", 2) + b"[]", "the header is a JSON list, expected an object"),
         (whole.replace(b'"F32"', b'"F16"', 1), "bytes, expected .* of F16"),
         (whole.replace(b"data_offsets", b"data_0ffsets", 1), "header entry of .* is malformed"),
     ):

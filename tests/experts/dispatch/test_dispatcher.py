@@ -23,9 +23,9 @@ from tests.support.small_mesh import (
     Mesh,
     assert_matches,
     in_processes,
-    local,
     make_router,
     mesh_of,
+    one_process,
     oracle,
     random_batch,
     replicated,
@@ -52,7 +52,7 @@ def linear() -> Placement:
 
 def test_the_one_process_form_is_the_definition(model: Path) -> None:
     batch = random_batch(9)
-    got_TD = local(model).forward(1, batch.x_TD, batch.weights_TK, batch.ids_TK)
+    got_TD = one_process(model).forward(1, batch.x_TD, batch.weights_TK, batch.ids_TK)
     assert_matches(got_TD, expected(model, batch, layer=1))
 
 
@@ -76,7 +76,7 @@ def test_half_precision(model: Path, dtype: torch.dtype, tolerance: float, fault
     mesh.links[1].wait_faults = [None, fault]
     got_TD = mesh.forward(batch)
     assert got_TD.dtype == dtype
-    exact_TD = local(model, FLOAT32).forward(0, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
+    exact_TD = one_process(model, FLOAT32).forward(0, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
     scale = exact_TD.abs().max().item()
     torch.testing.assert_close(got_TD.float(), exact_TD, rtol=tolerance, atol=tolerance * scale)
 
@@ -118,7 +118,7 @@ def test_a_call_that_does_not_fit_is_refused_by_name(model: Path) -> None:
 
 
 def test_before_the_first_membership_nobody_is_asked(model: Path) -> None:
-    dispatcher = Dispatcher(LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, FLOAT32), 8, 1.0, local(model))
+    dispatcher = Dispatcher(LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, FLOAT32), 8, 1.0, one_process(model))
     batch = random_batch(1)
     with pytest.raises(RuntimeError, match="no membership was applied yet"):
         dispatcher.forward(0, batch.x_TD, batch.weights_TK, batch.ids_TK)
@@ -126,9 +126,9 @@ def test_before_the_first_membership_nobody_is_asked(model: Path) -> None:
 
 def test_a_refused_membership_changes_nothing(model: Path) -> None:
     mesh, batch = fake_mesh(model, linear()), random_batch(4)
-    with pytest.raises(ValueError, match=r"for 2 layers of 7 experts, the model has 2 of 6"):
+    with pytest.raises(ValueError, match=r"for 2 layers of 7 experts, the model for 2 of 6"):
         mesh.dispatcher.apply(Membership(2, Placement.linear(2, 7, 3), (None,) * 3), {}, {})
-    other = FakeLink(1, linear(), mesh.dispatcher.shape, 64, local(model))
+    other = FakeLink(1, linear(), mesh.dispatcher.shape, 64, one_process(model))
     other.send_tensor = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="use one transport for all"):
         mesh.dispatcher.apply(Membership(2, linear(), (None,) * 3), {0: mesh.links[0], 1: other}, {})
@@ -225,7 +225,7 @@ def test_any_faults_in_any_round_leave_the_result_alone(model: Path, data: st.Da
     batch = random_batch(data.draw(st.integers(0, 12)), seed=data.draw(st.integers(0, 5)), dtype=dtype)
     for layer in (0, 1):
         got_TD = mesh.forward(batch, layer)
-        exact_TD = local(model).forward(layer, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
+        exact_TD = one_process(model).forward(layer, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
         if dtype == FLOAT32:
             assert_matches(got_TD, exact_TD)
         else:
@@ -262,10 +262,10 @@ def test_shards_give_what_the_definition_gives(mesh: Mesh, num_tokens: int) -> N
         batch = random_batch(num_tokens, seed=layer)
         assert_matches(run(router, layer, batch), oracle(mesh.checkpoint, layer, batch))
     status = router.status()
-    assert (status["failovers"], status["fallback_pairs"], status["lost"]) == (0, 0, {})
-    assert status["rows"] == NUM_LAYERS * num_tokens
-    assert status["transports"] == {0: "shm", 1: "shm", 2: "shm"}
-    assert status["stage_us"]["wait"]["count"] == NUM_LAYERS * max(1, -(-num_tokens // 16))
+    assert (status.failovers, status.fallback_pairs, status.lost) == (0, 0, {})
+    assert status.rows == NUM_LAYERS * num_tokens
+    assert status.transports == {0: "shm", 1: "shm", 2: "shm"}
+    assert status.stage_us.wait.count == NUM_LAYERS * max(1, -(-num_tokens // 16))
 
 
 def test_all_tokens_on_one_shard(mesh: Mesh) -> None:
@@ -275,7 +275,7 @@ def test_all_tokens_on_one_shard(mesh: Mesh) -> None:
         batch.x_TD, torch.cat([batch.weights_TK, torch.ones(30, 1)], 1), torch.cat([batch.ids_TK, shape_k], 1)
     )
     assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-    assert sorted(router.status()["shard_rows"])[0] == 0
+    assert sorted(router.status().shard_rows)[0] == 0
 
 
 def test_several_routers_at_once(mesh: Mesh) -> None:
@@ -299,7 +299,7 @@ def test_several_routers_at_once(mesh: Mesh) -> None:
         thread.join(120)
         assert not thread.is_alive()
     assert failures == []
-    assert {f"router-{n}" for n in range(4)} <= set(mesh.shards[0].status()["routers"])
+    assert {f"router-{n}" for n in range(4)} <= set(mesh.shards[0].status().routers)
 
 
 def _drive_in_process(mesh_parts: tuple, index: int, pipe: object) -> None:
@@ -312,7 +312,7 @@ def _drive_in_process(mesh_parts: tuple, index: int, pipe: object) -> None:
         layer, batch = step % NUM_LAYERS, random_batch(1 + (5 * index + step) % 20, seed=1000 * index + step)
         difference_TD = run(router, layer, batch) - oracle(router.dispatcher.fallback._checkpoint, layer, batch)
         worst = max(worst, difference_TD.abs().max().item())
-    pipe.send((applied["lost"], router.status()["fallback_pairs"], worst))
+    pipe.send((applied.lost, router.status().fallback_pairs, worst))
 
 
 def test_routers_in_processes_of_their_own(mesh: Mesh) -> None:

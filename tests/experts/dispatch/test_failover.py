@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts.dispatch.dispatcher import Pending
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.errors import ShardLostError
+from experts.protocol.membership import AppliedMembership
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
@@ -54,12 +56,12 @@ def check_step(mesh: Mesh, router: MeshClient, seed: int, num_tokens: int = 20) 
 def check_went_on_without(mesh: Mesh, router: MeshClient, rank: int, reason: str) -> None:
     """The shard is out, once, with its reason; without replicas, its experts were computed here."""
     status = router.status()
-    assert set(status["lost"]) == {rank}
-    assert reason in status["lost"][rank]
-    assert status["connected"] == [r for r in range(NUM_RANKS) if r != rank]
-    assert status["failovers"] == 1
-    assert (status["fallback_pairs"] == 0) == has_replicas(mesh)
-    assert status["last_success_age_s"] is not None
+    assert set(status.lost) == {rank}
+    assert reason in status.lost[rank]
+    assert status.connected == [r for r in range(NUM_RANKS) if r != rank]
+    assert status.failovers == 1
+    assert (status.fallback_pairs == 0) == has_replicas(mesh)
+    assert status.last_success_age_s is not None
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -73,7 +75,7 @@ def test_killed_between_begin_and_finish(mesh: Mesh, rank: int) -> None:
     assert_matches(router.finish(pending), oracle(mesh.checkpoint, 0, batch))
     check_went_on_without(mesh, router, rank, "closed the connection")
     check_step(mesh, router, 10)
-    assert router.status()["failovers"] == 1
+    assert router.status().failovers == 1
 
 
 def test_killed_while_idle(mesh: Mesh) -> None:
@@ -108,15 +110,15 @@ def test_stopped_then_continued(mesh: Mesh) -> None:
     mesh.shards[1].signal(signal.SIGCONT)
     for seed in range(20, 30):
         check_step(mesh, router, seed)
-    await_true(lambda: mesh.shards[1].status()["routers"] == [], "the shard's letting go of the router")
-    assert mesh.shards[1].status()["requests"] <= answered
+    await_true(lambda: mesh.shards[1].status().routers == [], "the shard's letting go of the router")
+    assert mesh.shards[1].status().requests <= answered
     # The next epoch brings it back, alive as it is.
     applied = router.apply_membership(mesh.membership(epoch=2))
-    assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}, "refused": []}
-    fallback = router.status()["fallback_pairs"]
+    assert applied == AppliedMembership(2, [0, 1, 2], {}, [])
+    fallback = router.status().fallback_pairs
     check_step(mesh, router, 40)
     status = router.status()
-    assert (status["lost"], status["failovers"], status["fallback_pairs"]) == ({}, 1, fallback)
+    assert (status.lost, status.failovers, status.fallback_pairs) == ({}, 1, fallback)
 
 
 @pytest.mark.parametrize("dead", [(0, 1), (0, 1, 2)], ids=["two", "all"])
@@ -130,13 +132,13 @@ def test_several_die_at_once(mesh: Mesh, dead: tuple[int, ...]) -> None:
     assert_matches(router.finish(pending), oracle(mesh.checkpoint, 1, batch))
     check_step(mesh, router, 10)
     status = router.status()
-    assert set(status["lost"]) == set(dead)
-    assert status["fallback_pairs"] > 0
+    assert set(status.lost) == set(dead)
+    assert status.fallback_pairs > 0
     if len(dead) == NUM_RANKS:
-        assert status["connected"] == []
-        computed = status["fallback_pairs"]
+        assert status.connected == []
+        computed = status.fallback_pairs
         check_step(mesh, router, 20)
-        assert router.status()["fallback_pairs"] == computed + NUM_LAYERS * 20 * 3
+        assert router.status().fallback_pairs == computed + NUM_LAYERS * 20 * 3
 
 
 def test_another_dies_during_the_repetition(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,26 +156,26 @@ def test_another_dies_during_the_repetition(model: Path, monkeypatch: pytest.Mon
         mesh.shards[0].signal(signal.SIGSTOP)
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
         status = router.status()
-        assert set(status["lost"]) == {0, 1}
-        assert (status["connected"], status["fallback_pairs"]) == ([2], 0)
+        assert set(status.lost) == {0, 1}
+        assert (status.connected, status.fallback_pairs) == ([2], 0)
         check_step(mesh, router, 10)
 
 
 def test_in_the_middle_of_a_large_step(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty tokens in messages of at most seven rows: a shard dies after the second."""
     router, batch = mesh.router(max_rows_per_dispatch=7), random_batch(40, seed=3)
-    dispatcher, rounds = router.dispatcher, []
-    post = dispatcher._post
+    dispatcher, starts = router.dispatcher, []
+    begin_batch = dispatcher._begin_batch
 
-    def post_and_kill(pending: object, start: int) -> None:
-        rounds.append(start)
-        if len(rounds) == 3:
+    def kill_and_begin(pending: Pending) -> None:
+        starts.append(pending.stop)
+        if len(starts) == 3:
             mesh.shards[1].signal(signal.SIGKILL)
-        post(pending, start)  # type: ignore[arg-type]
+        begin_batch(pending)
 
-    monkeypatch.setattr(dispatcher, "_post", post_and_kill)
+    monkeypatch.setattr(dispatcher, "_begin_batch", kill_and_begin)
     assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-    assert rounds == [0, 7, 14, 21, 28, 35]
+    assert starts == [0, 7, 14, 21, 28, 35]
     check_went_on_without(mesh, router, 1, "closed the connection")
 
 
@@ -183,27 +185,27 @@ def test_a_router_that_dies_leaves_the_others_alone(mesh: Mesh) -> None:
     first.begin(0, batch.x_TD, batch.weights_TK, batch.ids_TK)
     first.close()
     check_step(mesh, second, 0)
-    await_true(lambda: mesh.shards[0].status()["routers"] == ["second"], "the first router's leaving")
+    await_true(lambda: mesh.shards[0].status().routers == ["second"], "the first router's leaving")
 
 
 def test_restarted_shard_comes_back_with_the_next_epoch(mesh: Mesh) -> None:
     router = mesh.router()
     mesh.shards[1].signal(signal.SIGKILL)
     check_step(mesh, router, 0)
-    fallback = router.status()["fallback_pairs"]
+    fallback = router.status().fallback_pairs
     kept = {rank: router.dispatcher.links[rank] for rank in (0, 2)}
     old = mesh.shards[1].endpoint
     mesh.restart(1)
     assert mesh.shards[1].endpoint.incarnation != old.incarnation
     applied = router.apply_membership(mesh.membership(epoch=2))
-    assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}, "refused": []}
+    assert applied == AppliedMembership(2, [0, 1, 2], {}, [])
     assert {rank: router.dispatcher.links[rank] for rank in kept} == kept
     check_step(mesh, router, 10)
     status = router.status()
-    assert (status["epoch"], status["lost"], status["failovers"]) == (2, {}, 1)
-    assert status["fallback_pairs"] == fallback
-    assert mesh.shards[1].status()["requests"] == NUM_LAYERS
-    assert mesh.shards[1].status()["last_epoch"] == 2
+    assert (status.epoch, status.lost, status.failovers) == (2, {}, 1)
+    assert status.fallback_pairs == fallback
+    assert mesh.shards[1].status().requests == NUM_LAYERS
+    assert mesh.shards[1].status().last_epoch == 2
 
 
 def test_half_precision_survives_too(model: Path) -> None:
@@ -214,4 +216,4 @@ def test_half_precision_survives_too(model: Path) -> None:
         got_TD, expected_TD = run(router, 0, batch), oracle(mesh.checkpoint, 0, batch)
         # Weights, inner activations and parts have 8 bits each.
         torch.testing.assert_close(got_TD.double(), expected_TD, rtol=0.05, atol=0.05 * expected_TD.abs().max().item())
-        assert router.status()["fallback_pairs"] > 0
+        assert router.status().fallback_pairs > 0

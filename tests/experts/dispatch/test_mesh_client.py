@@ -18,7 +18,7 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.errors import UnsupportedModelError
-from experts.protocol.membership import Membership, ShardEndpoint
+from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from experts.protocol.settings import RouterSettings
 from experts.transports.base import RouterLink
 from placement.placement import Placement
@@ -59,8 +59,8 @@ def test_before_the_first_epoch(mesh: Mesh) -> None:
     router = mesh.router(apply=False)
     assert not router.attached
     status = router.status()
-    assert (status["epoch"], status["connected"], status["lost"]) == (-1, [], {})
-    assert status["last_success_age_s"] is None
+    assert (status.epoch, status.connected, status.lost) == (-1, [], {})
+    assert status.last_success_age_s is None
     router.attach_static()
     assert not router.attached, "no membership came with the settings"
 
@@ -73,7 +73,7 @@ def test_a_membership_can_come_with_the_settings(mesh: Mesh) -> None:
     check(mesh, router)
     router.apply_membership(mesh.membership(epoch=4))
     router.attach_static()
-    assert router.status()["epoch"] == 4
+    assert router.status().epoch == 4
 
 
 def test_an_older_epoch_is_refused_and_the_same_one_taken_again(mesh: Mesh) -> None:
@@ -82,8 +82,8 @@ def test_an_older_epoch_is_refused_and_the_same_one_taken_again(mesh: Mesh) -> N
     links = dict(router.dispatcher.links)
     with pytest.raises(ValueError, match="epoch 4 is older than the current epoch 5"):
         router.apply_membership(mesh.membership(epoch=4))
-    assert router.status()["epoch"] == 5
-    assert router.apply_membership(mesh.membership(epoch=5))["connected"] == [0, 1]
+    assert router.status().epoch == 5
+    assert router.apply_membership(mesh.membership(epoch=5)).connected == [0, 1]
     assert router.dispatcher.links == links
     check(mesh, router)
 
@@ -93,9 +93,9 @@ def test_a_placement_of_another_model_is_refused_before_anyone_is_called(mesh: M
     links = dict(router.dispatcher.links)
     nowhere = ShardEndpoint(0, "x", "127.0.0.1", 1, "x", 1)
     other = Membership(2, Placement.linear(NUM_LAYERS, 8, 1), (nowhere,))
-    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model has 2 of 6"):
+    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model for 2 of 6"):
         router.apply_membership(other)
-    assert (router.status()["epoch"], router.dispatcher.links) == (1, links)
+    assert (router.status().epoch, router.dispatcher.links) == (1, links)
     check(mesh, router)
 
 
@@ -105,7 +105,7 @@ def test_links_to_known_incarnations_are_kept(mesh: Mesh) -> None:
     router.apply_membership(mesh.membership(epoch=2))
     assert router.dispatcher.links == links
     for shard in mesh.shards.values():
-        assert shard.status()["routers"].count("keeper") == 1
+        assert shard.status().routers.count("keeper") == 1
     check(mesh, router)
 
 
@@ -113,17 +113,17 @@ def test_a_rank_without_a_shard_is_served_from_the_checkpoint(mesh: Mesh) -> Non
     router = mesh.router(router_id="half")
     dropped = router.dispatcher.links[1]
     applied = router.apply_membership(mesh.membership(epoch=2, without=(1,)))
-    assert applied == {"epoch": 2, "connected": [0], "lost": {1: "no shard has this rank yet"}, "refused": []}
+    assert applied == AppliedMembership(2, [0], {1: "no shard has this rank yet"}, [])
     with pytest.raises(Exception, match="closed"):
         dropped.post(0)
-    await_true(lambda: "half" not in mesh.shards[1].status()["routers"], "shard 1's letting go of the router")
+    await_true(lambda: "half" not in mesh.shards[1].status().routers, "shard 1's letting go of the router")
     check(mesh, router)
     status = router.status()
-    assert (status["failovers"], status["fallback_pairs"] > 0) == (0, True)
-    assert status["last_success_age_s"] is not None
-    assert router.apply_membership(mesh.membership(epoch=3))["lost"] == {}
+    assert (status.failovers, status.fallback_pairs > 0) == (0, True)
+    assert status.last_success_age_s is not None
+    assert router.apply_membership(mesh.membership(epoch=3)).lost == {}
     check(mesh, router)
-    assert router.status()["fallback_pairs"] == status["fallback_pairs"]
+    assert router.status().fallback_pairs == status.fallback_pairs
 
 
 def test_a_shard_restarted_while_the_router_was_idle_is_connected_anew(model: Path) -> None:
@@ -132,11 +132,11 @@ def test_a_shard_restarted_while_the_router_was_idle_is_connected_anew(model: Pa
         router = mesh.router()
         kept, old = router.dispatcher.links[0], router.dispatcher.links[1]
         mesh.restart(1)
-        assert router.apply_membership(mesh.membership(epoch=2))["connected"] == [0, 1]
+        assert router.apply_membership(mesh.membership(epoch=2)).connected == [0, 1]
         assert router.dispatcher.links[0] is kept
         assert router.dispatcher.links[1] is not old
         check(mesh, router)
-        assert (router.status()["failovers"], router.status()["lost"]) == (0, {})
+        assert (router.status().failovers, router.status().lost) == (0, {})
 
 
 def test_fewer_and_more_ranks(model: Path, mesh: Mesh) -> None:
@@ -144,15 +144,15 @@ def test_fewer_and_more_ranks(model: Path, mesh: Mesh) -> None:
     with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3)) as wider:
         router = mesh.router()
         check(mesh, router)
-        before = router.status()["shard_pairs"]
+        before = router.status().shard_pairs
         router.apply_membership(replace(wider.membership(), epoch=2))
         check(mesh, router, seed=1)
-        after = router.status()["shard_pairs"]
+        after = router.status().shard_pairs
         assert len(after) == 3
         assert after[:2] >= before
         router.apply_membership(mesh.membership(epoch=3))
         check(mesh, router, seed=2)
-        assert router.status()["num_ranks"] == len(router.status()["shard_pairs"]) == 2
+        assert router.status().num_ranks == len(router.status().shard_pairs) == 2
         router.close()
 
 
@@ -168,14 +168,14 @@ def test_shards_that_cannot_be_reached_are_named_with_their_reasons(mesh: Mesh) 
         )
         router = mesh.router(apply=False, connect_timeout_s=3.0)
         applied = router.apply_membership(Membership(1, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3), endpoints))
-    assert applied["connected"] == []
-    assert set(applied["lost"]) == {0, 1, 2}
-    assert applied["refused"] == [2]
-    assert "the router wants an-older-one" in applied["lost"][2]
-    assert all(applied["lost"].values())
+    assert applied.connected == []
+    assert set(applied.lost) == {0, 1, 2}
+    assert applied.refused == [2]
+    assert "the router wants an-older-one" in applied.lost[2]
+    assert all(applied.lost.values())
     check(mesh, router)
     assert router.attached
-    assert router.status()["lost"] == applied["lost"]
+    assert router.status().lost == applied.lost
 
 
 def test_a_connection_that_fails_in_the_router_itself_costs_no_other_one(
@@ -192,8 +192,8 @@ def test_a_connection_that_fails_in_the_router_itself_costs_no_other_one(
 
     monkeypatch.setattr(router._connector, "_open_link", short_of_descriptors)
     applied = router.apply_membership(mesh.membership())
-    assert (applied["connected"], applied["refused"]) == ([0], [])
-    assert "Too many open files" in applied["lost"][1]
+    assert (applied.connected, applied.refused) == ([0], [])
+    assert "Too many open files" in applied.lost[1]
     check(mesh, router)
 
 
@@ -202,11 +202,11 @@ def test_a_stopped_shard_is_not_waited_for_longer_than_the_deadline(model: Path)
         mesh.shards[1].signal(signal.SIGSTOP)
         router = mesh.router(apply=False, connect_timeout_s=3.0)
         applied = router.apply_membership(mesh.membership())
-        assert (applied["connected"], set(applied["lost"])) == ([0], {1})
+        assert (applied.connected, set(applied.lost)) == ([0], {1})
         check(mesh, router)
         mesh.shards[1].signal(signal.SIGCONT)
         # The same epoch again is how a controller has a router try once more.
-        await_true(lambda: router.apply_membership(mesh.membership())["lost"] == {}, "the connection")
+        await_true(lambda: router.apply_membership(mesh.membership()).lost == {}, "the connection")
         check(mesh, router)
 
 
@@ -218,14 +218,14 @@ def test_a_slow_shard_is_connected_to_in_the_background(model: Path) -> None:
         mesh.shards[1].signal(signal.SIGSTOP)
         await_true(lambda: router.connect_ahead(first.endpoints) == [1], "shard 0's connection")
         applied = router.apply_membership(first, wait_s=0.0)
-        assert (applied["connected"], applied["lost"][1]) == ([0], "still connecting")
+        assert (applied.connected, applied.lost[1]) == ([0], "still connecting")
         check(mesh, router)
         mesh.shards[1].signal(signal.SIGCONT)
         await_true(lambda: router.connect_ahead(later.endpoints) == [], "the connections")
         applied = router.apply_membership(later, wait_s=0.0)
-        assert applied == {"epoch": 2, "connected": [0, 1, 2], "lost": {}, "refused": []}
+        assert applied == AppliedMembership(2, [0, 1, 2], {}, [])
         check(mesh, router, seed=1)
-        assert [shard.status()["routers"] for shard in mesh.shards.values()] == [[router.router_id]] * 3
+        assert [shard.status().routers for shard in mesh.shards.values()] == [[router.router_id]] * 3
 
 
 def test_a_connection_that_no_epoch_takes_is_closed(model: Path) -> None:
@@ -234,8 +234,8 @@ def test_a_connection_that_no_epoch_takes_is_closed(model: Path) -> None:
         membership = mesh.membership()
         await_true(lambda: router.connect_ahead(membership.endpoints) == [], "the connections")
         router.connect_ahead(membership.endpoints[:1])
-        await_true(lambda: mesh.shards[1].status()["routers"] == [], "the shard's letting go of the router")
-        assert router.apply_membership(mesh.membership(without=(1,)))["connected"] == [0]
+        await_true(lambda: mesh.shards[1].status().routers == [], "the shard's letting go of the router")
+        assert router.apply_membership(mesh.membership(without=(1,))).connected == [0]
         check(mesh, router)
 
 
@@ -292,12 +292,12 @@ def test_replicas_on_the_own_host_come_first_if_wanted(model: Path) -> None:
         check(mesh, router)
         held = set(mesh.placement.experts_of_rank(0)[0].tolist()) - {-1}
         wanted = random_batch(11, seed=0).ids_TK.flatten().tolist()
-        pairs_R = router.status()["shard_pairs"]
+        pairs_R = router.status().shard_pairs
         assert pairs_R[0] == sum(expert in held for expert in wanted), "all that is near is fetched there"
         assert sum(pairs_R) == len(wanted)
         mesh.shards[0].signal(signal.SIGKILL)
         check(mesh, router, seed=1)
-        assert router.status()["fallback_pairs"] == 0, "what was near is had elsewhere too"
+        assert router.status().fallback_pairs == 0, "what was near is had elsewhere too"
         near_to_none = mesh.router(apply=False, prefer_local_replicas=True)
         near_to_none.apply_membership(replace(membership, endpoints=(None, *endpoints[1:])))
         check(mesh, near_to_none, seed=2)

@@ -94,4 +94,4 @@ def test_every_result_is_right_whatever_happens_to_shards(tmp_path: Path, transp
         heal(mesh)
         router.apply_membership(mesh.membership(epoch=EPOCHS + 1))
         check_step(mesh, router, chance)
-        assert router.status()["failovers"] > 0
+        assert router.status().failovers > 0

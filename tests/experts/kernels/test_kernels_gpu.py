@@ -1,4 +1,4 @@
-"""The same oracle for every kernel that runs on a CUDA device."""
+"""The same oracle for every kernel that runs on CUDA devices."""
 
 from __future__ import annotations
 

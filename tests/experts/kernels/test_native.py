@@ -1,4 +1,4 @@
-"""What only the C++ kernel promises: the same bits for any batch and thread count, and every processor's code path."""
+"""What only the C++ kernel promises: the same bits for any batch and thread count, on every processor's code path."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_thread_counts_do_not_change_a_bit(num_rows, dtype, threads):
 @functools.cache
 def variant(folder: Path, flag: str) -> ctypes.CDLL:
     target = folder / f"variant{flag}.so"
-    native_build._compile(
-        native_build._find_compiler(), Path(native.__file__).with_name("native_mlp.cpp"), target, flag
+    native_build.compile_source(
+        native_build.find_compiler(), Path(native.__file__).with_name("native_mlp.cpp"), target, flag
     )
     library = ctypes.CDLL(str(target))
-    native_build._declare(library)
+    native_build.declare_functions(library)
     return library
 
 
@@ -85,10 +85,10 @@ def test_processors_with_fewer_instructions(flag, monkeypatch, tmp_path_factory,
 
 def test_the_library_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPERTMESH_CACHE", str(tmp_path / "cache"))
-    first = native_build._build()
+    first = native_build.build_library()
     stamp = first.stat().st_mtime_ns
-    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert native_build._build() == first
+    monkeypatch.setattr(native_build, "compile_source", lambda *_: pytest.fail("compiled again"))
+    assert native_build.build_library() == first
     assert first.stat().st_mtime_ns == stamp
 
 
@@ -96,7 +96,7 @@ def test_no_compiler_is_a_reason_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(native_build.NativeBuildError, match=r"no C\+\+ compiler"):
-        native_build._build()
+        native_build.build_library()
 
 
 def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
@@ -106,4 +106,4 @@ def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("EXPERTMESH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(native_build.NativeBuildError, match="no such target"):
-        native_build._build()
+        native_build.build_library()

@@ -79,11 +79,11 @@ def test_a_missing_device_is_a_reason():
 
 def test_the_trial_is_cut_to_its_bytes():
     huge = KernelShape(60, 64, 7168, 2048, ActivationSpec("silu"), dtype=torch.bfloat16)
-    trial = pick._trial_shape(huge)
+    trial = pick.trial_shape(huge)
     assert (trial.num_layers, trial.num_slots) == (1, 1)  # one such expert is more than the trial's bytes
-    middling = pick._trial_shape(dataclasses.replace(huge, hidden_size=2048, intermediate_size=768))
+    middling = pick.trial_shape(dataclasses.replace(huge, hidden_size=2048, intermediate_size=768))
     assert middling.num_slots == pick.TRIAL_WEIGHT_BYTES // middling.expert_bytes
-    small = pick._trial_shape(SHAPE)
+    small = pick.trial_shape(SHAPE)
     assert (small.num_layers, small.num_slots) == (2, 4)
 
 

@@ -1,4 +1,4 @@
-"""Shards that keep the bytes of a checkpoint in FP8 blocks: the values of plain floats, at a quarter of the memory."""
+"""Shards that keep FP8 blocks as stored: the values of plain floats, in a quarter of the memory."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def test_parity_and_memory(model: Path, kernel: str) -> None:
         status = mesh.shards[0].status()
     matrix = 3 * D * I
     expected = matrix + 3 * 4 * 4 if kernel == "torch_dequant" else 4 * matrix
-    assert status["kernel"] == kernel
-    assert status["loaded_bytes"] == NUM_LAYERS * NUM_EXPERTS // 2 * expected
+    assert status.kernel == kernel
+    assert status.loaded_bytes == NUM_LAYERS * NUM_EXPERTS // 2 * expected

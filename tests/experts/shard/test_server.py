@@ -1,4 +1,4 @@
-"""One shard: what it refuses and survives, what it reports, and slots that change while it serves."""
+"""One shard: what it refuses, survives and reports, and slots that change while it serves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from experts.checkpoint import CheckpointError
 from experts.protocol.errors import ShardRejectedError
-from experts.protocol.membership import ShardEndpoint
+from experts.protocol.membership import AppliedPlacement, ShardEndpoint
 from experts.protocol.settings import ShardSettings
 from experts.protocol.wire import (
     H_DTYPE,
@@ -44,8 +44,8 @@ from tests.support.packed_request import HIDDEN, ROW_BYTES, pack
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    local,
     mesh_of,
+    one_process,
     oracle,
     random_batch,
     replicated,
@@ -97,19 +97,19 @@ def link(mesh: Mesh) -> Iterator[RouterLink]:
 
 
 def ask(link: RouterLink, nbytes: int) -> np.ndarray:
-    """The header of the answer."""
+    """The header of the reply."""
     link.post(nbytes)
     link.wait(time.monotonic() + 30)
     return header_of(link.recv_buffer)
 
 
 def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
-    """The next request is answered, and right."""
+    """The next request is answered correctly."""
     x_D = torch.linspace(-1, 1, HIDDEN)
     header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
     assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
     y_D = torch.from_numpy(link.recv_buffer[HEADER_BYTES : HEADER_BYTES + ROW_BYTES].view(np.float32))
-    expected = local(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
+    expected = one_process(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
     assert_matches(y_D[None], expected)
 
 
@@ -151,15 +151,15 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("kind", BAD_REQUESTS)
 def test_a_bad_request_goes_back_and_the_loop_lives_on(mesh: Mesh, model: Path, link: RouterLink, kind: str) -> None:
     spoil, text = BAD_REQUESTS[kind]
-    errors = mesh.shards[0].status()["errors"]
+    errors = mesh.shards[0].status().errors
     header = ask(link, spoil(link, pack(link.send_buffer, 7, [0, 1])))
     assert header[H_STATUS] == STATUS_REJECTED
     assert error_text(link.recv_buffer).startswith("BadRequestError: ")
     assert text in error_text(link.recv_buffer)
     check_serves(link, model)
     status = mesh.shards[0].status()
-    assert (status["errors"], status["alive"]) == (errors + 1, True)
-    assert text in status["last_error"]
+    assert (status.errors, status.alive) == (errors + 1, True)
+    assert text in status.last_error
 
 
 def test_an_expert_of_another_shard_is_named(mesh: Mesh, model: Path, link: RouterLink) -> None:
@@ -181,7 +181,7 @@ def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> 
 
 
 def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, model: Path, link: RouterLink) -> None:
-    with contextlib.suppress(ShardRejectedError):  # refused at the door is as well
+    with contextlib.suppress(ShardRejectedError):  # being refused is fine too
         tiny = open_link(mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
         tiny.post(8)
         with pytest.raises(Exception, match="shard 0"):
@@ -212,20 +212,20 @@ def test_a_router_that_does_not_fit_is_refused_at_the_door(mesh: Mesh, changes: 
 
 def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
     before = mesh.shards[1].status()
-    assert (before["rank"], before["epoch"], before["kernel"]) == (1, 1, "torch_loop")
-    assert before["loaded_experts"] == NUM_LAYERS * 3
-    assert before["loaded_bytes"] == NUM_LAYERS * 3 * 4 * 3 * HIDDEN * 40
-    assert before["pid"] == mesh.shards[1].process.pid
-    assert before["weights_digest"] != mesh.shards[0].status()["weights_digest"]
+    assert (before.rank, before.epoch, before.kernel) == (1, 1, "torch_loop")
+    assert before.loaded_experts == NUM_LAYERS * 3
+    assert before.loaded_bytes == NUM_LAYERS * 3 * 4 * 3 * HIDDEN * 40
+    assert before.pid == mesh.shards[1].process.pid
+    assert before.weights_digest != mesh.shards[0].status().weights_digest
     router, batch = mesh.router(router_id="counted"), random_batch(9)
     run(router, 0, batch)
     after = mesh.shards[1].status()
-    assert after["requests"] == before["requests"] + 1
-    assert after["rows"] == before["rows"] + int((batch.ids_TK >= 3).any(1).sum())
-    assert after["pairs"] == before["pairs"] + int((batch.ids_TK >= 3).sum())
-    assert "counted" in after["routers"]
+    assert after.requests == before.requests + 1
+    assert after.rows == before.rows + int((batch.ids_TK >= 3).any(1).sum())
+    assert after.pairs == before.pairs + int((batch.ids_TK >= 3).sum())
+    assert "counted" in after.routers
     router.close()
-    await_true(lambda: "counted" not in mesh.shards[1].status()["routers"], "the router's leaving")
+    await_true(lambda: "counted" not in mesh.shards[1].status().routers, "the router's leaving")
 
 
 def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) -> None:
@@ -236,19 +236,19 @@ def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) ->
     with mesh_of(model, first, slots_per_rank=6) as mesh:
         router = mesh.router()
         for shard in mesh.shards.values():
-            assert shard.call("apply_placement", second.to_json(), 5) == {"loaded": NUM_LAYERS * 3, "epoch": 5}
+            assert shard.call("apply_placement", second.to_json(), 5) == AppliedPlacement(NUM_LAYERS * 3, 5)
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert router.status()["lost"] == {}, "the old epoch is served until the slots are needed"
+        assert router.status().lost == {}, "the old epoch is served until the slots are needed"
         mesh.placement, mesh.epoch = second, 5
         router.apply_membership(mesh.membership())
         assert_matches(run(router, 1, batch), oracle(mesh.checkpoint, 1, batch))
-        assert router.status()["lost"] == {}
+        assert router.status().lost == {}
         shard = mesh.shards[0]
         with pytest.raises(ValueError, match="epoch 4 is older than this shard's 5"):
             shard.call("apply_placement", first.to_json(), 4)
-        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint has 2 of 6"):
+        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint for 2 of 6"):
             shard.call("apply_placement", Placement.linear(NUM_LAYERS, 8, 2).to_json(), 6)
-        assert shard.status()["epoch"] == 5
+        assert shard.status().epoch == 5
 
 
 def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path, tmp_path: Path) -> None:
@@ -258,11 +258,11 @@ def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path
         values = {"model_path": str(model), "dtype": "float32", "kernel": "torch_loop", **settings}
         return ShardServer(ShardSettings(**values))
 
-    with pytest.raises(RuntimeError, match="was not started yet"):
+    with pytest.raises(RuntimeError, match=r"is not started yet; call start\(\) first"):
         server().status()
-    with pytest.raises(ValueError, match="rank 2 is not among the placement's ranks 0 to 1"):
+    with pytest.raises(ValueError, match="rank is 2, expected one of the placement's ranks, 0 to 1"):
         server().start(placement, 2, 1)
-    with pytest.raises(ValueError, match="slots_per_rank is 2, the placement needs 3"):
+    with pytest.raises(ValueError, match="slots_per_rank is 2, the placement needs at least 3"):
         server(slots_per_rank=2).start(placement, 0, 1)
     with pytest.raises(ValueError, match="the placement is for 3 layers"):
         server().start(Placement.linear(3, NUM_EXPERTS, 2), 0, 1)
@@ -274,7 +274,7 @@ def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path
         running.start(placement, 0, 1)
     running.stop()
     running.stop()
-    assert not running.status()["alive"]
+    assert not running.status().alive
 
 
 def test_stopping_a_shard_is_seen_by_its_routers(model: Path) -> None:
@@ -283,7 +283,7 @@ def test_stopping_a_shard_is_seen_by_its_routers(model: Path) -> None:
         mesh.shards[0].call("stop")
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
         assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert list(router.status()["lost"]) == [0]
+        assert list(router.status().lost) == [0]
 
 
 def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Path, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         link = open_link(endpoint)
         check_serves(link, model)
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-        assert "/vllm/" not in maps, "a shard needs vllm only where its kernel comes from there"
+        assert "/vllm/" not in maps, "a shard needs vllm only if its kernel comes from vllm"
         _, log = process.communicate(timeout=60)  # closes stdin
         assert process.returncode == 0
         assert b"12 of 12 experts loaded" in log

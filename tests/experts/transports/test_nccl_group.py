@@ -1,4 +1,4 @@
-"""NcclGroup's own part, with a made-up process group in NCCL's place: torch's answers as its source has them."""
+"""NcclGroup around a fake process group, which answers as torch's source does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experts.transports.torch_groups import ROUTER, SHARD, NcclGroup
 
 
 class Work:
-    """As ProcessGroupNCCL's: asking for success is an error by itself, wait() raises what went wrong."""
+    """Like ProcessGroupNCCL's work: is_success() always raises, wait() raises the work's error."""
 
     def __init__(self, error: str | None = None, done: bool = True) -> None:
         self.error, self.done = error, done
@@ -32,7 +32,7 @@ class Work:
 
 
 class Group:
-    """Every send and receive answers with `work`."""
+    """Every send and receive returns `work`."""
 
     def __init__(self) -> None:
         self.work = Work()
@@ -53,8 +53,8 @@ class Group:
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     made = Group()
-    monkeypatch.setattr(torch_groups, "_nccl_group", lambda *_: made)
-    monkeypatch.setattr(torch_groups, "prepare", lambda: None)
+    monkeypatch.setattr(torch_groups, "nccl_process_group", lambda *_: made)
+    monkeypatch.setattr(torch_groups, "share_gpus_if_asked", lambda: None)
     return made
 
 
@@ -115,10 +115,10 @@ def test_a_group_is_made_without_watchdog_and_leaves_the_environment_as_it_was(
 
     make.Options = Options  # type: ignore[attr-defined]
     bindings = type("Bindings", (), {"ProcessGroupNCCL": make})
-    monkeypatch.setattr(torch_groups, "_torch_bindings", lambda: bindings)
+    monkeypatch.setattr(torch_groups, "torch_bindings", lambda: bindings)
     for name in ("TORCH_NCCL_NONBLOCKING_TIMEOUT", "TORCH_FR_BUFFER_SIZE"):
         monkeypatch.setenv(name, "7")
-    assert torch_groups._nccl_group(None, SHARD, 3.0) == "group"  # type: ignore[arg-type]
+    assert torch_groups.nccl_process_group(None, SHARD, 3.0) == "group"  # type: ignore[arg-type]
     assert seen["TORCH_NCCL_BLOCKING_WAIT"] == "1"
     assert seen["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ

@@ -1,4 +1,4 @@
-"""The store over which the two ends of a torch pair meet."""
+"""The store through which the two ends of a torch pair meet."""
 
 from __future__ import annotations
 

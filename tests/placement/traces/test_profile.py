@@ -116,7 +116,7 @@ def test_what_was_recorded_before_can_be_kept(prompts, server) -> None:
     Server.recorded = 10
     assert profile(prompts, server, "--keep") == 0
     assert ActivationTrace.load_npz(prompts.parent / "new.npz").num_tokens == 11
-    with pytest.raises(ValueError, match="keep has no meaning"):
+    with pytest.raises(ValueError, match="so keep is not possible"):
         profile_server(server, [Prompt(text="a", domain="code")], keep=True)
 
 

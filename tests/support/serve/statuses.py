@@ -1,33 +1,89 @@
-"""Made-up statuses of routers."""
+"""Made-up statuses of routers, shards and the controller, as the processes would report them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from cluster.controller.messages import ControllerStatus, RouterView, SeatView
 from experts.dispatch.stats import Histogram
+from experts.protocol.membership import ShardEndpoint
+from experts.protocol.status import RouterStatus, ShardStatus, StageHistograms
 
 
-def router_status(name: str = "r1") -> dict[str, Any]:
-    """The status of a router that is connected to rank 1 of two."""
+def router_status(router_id: str = "r1", **changes: Any) -> RouterStatus:
+    """A router of two ranks that has lost rank 0; every counter has a value of its own."""
     stage = Histogram()
     for microseconds in (5, 15, 15, 10_000_000):
         stage.add(microseconds * 1000)
-    return {
-        "router_id": name,
-        "num_ranks": 2,
-        "connected": [1],
-        "epoch": 4,
-        "steps": 10,
-        "dispatches": 40,
-        "rows": 80,
-        "fan_out_sum": 120,
-        "failovers": 1,
-        "fallback_pairs": 2,
-        "bytes_sent": 1000,
-        "bytes_received": 900,
-        "balancedness": 0.75,
-        "shard_rows": [30, 50],
-        "shard_pairs": [60, 100],
-        "unfinished_requests": 3,
-        "stage_us": {"wait": stage.to_dict()},
-    }
+    status = RouterStatus(
+        router_id=router_id,
+        epoch=4,
+        num_ranks=2,
+        connected=[1],
+        transports={1: "shm"},
+        lost={0: "gone"},
+        layers=4,
+        steps=10,
+        dispatches=40,
+        rows=80,
+        fan_out_sum=120,
+        failovers=1,
+        fallback_pairs=2,
+        bytes_sent=1000,
+        bytes_received=900,
+        balancedness=0.75,
+        shard_rows=[30, 50],
+        shard_pairs=[60, 100],
+        last_success_age_s=0.5,
+        stage_us=StageHistograms(plan_pack=Histogram().snapshot(), wait=stage.snapshot(), combine=stage.snapshot()),
+        params=7,
+        resident_bytes=8,
+        term="life",
+        pid=9,
+        unfinished_requests=3,
+    )
+    return replace(status, **changes)
+
+
+def shard_status(rank: int = 1, incarnation: str = "a", **changes: Any) -> ShardStatus:
+    """A sound shard that has answered 40 requests."""
+    status = ShardStatus(
+        rank=rank,
+        epoch=4,
+        pid=11,
+        incarnation=incarnation,
+        endpoint=ShardEndpoint(rank, incarnation, "127.0.0.1", 1000 + rank, "host", 11),
+        alive=True,
+        fault=None,
+        routers=["r1"],
+        kernel="torch_loop",
+        loaded_experts=12,
+        loaded_bytes=77,
+        weights_digest="d",
+        requests=40,
+        rows=50,
+        pairs=100,
+        errors=0,
+        compute_ns=6,
+        last_error=None,
+        last_epoch=4,
+    )
+    return replace(status, **changes)
+
+
+def controller_status() -> ControllerStatus:
+    """Rank 1 serves, rank 0 loads."""
+    return ControllerStatus(
+        term="life",
+        epoch=5,
+        complete=False,
+        missing_ranks=[0],
+        num_ranks=2,
+        placement_digest="p",
+        routers={"r1": RouterView(4, {0: "b"}, 0.25)},
+        shards=[
+            SeatView("s0", "n", 0, False, 1.5, None, None),
+            SeatView("s1", "n", 1, True, 0.5, 11, shard_status(1)),
+        ],
+    )

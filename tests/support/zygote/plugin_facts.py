@@ -1,4 +1,4 @@
-"""Jobs of `engine_zygote` that inspect vLLM and the plug-in without an engine. They report facts and assert nothing."""
+"""Jobs of `engine_zygote` that look at vLLM and the plug-in without an engine; they report and assert nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def error_of(function: Callable[..., Any], *arguments: Any) -> str | None:
-    """The error that calling it raises, with its causes; None if it raises none."""
+    """What calling it raises, with all that led to it; None if nothing."""
     try:
         function(*arguments)
     except Exception as error:
@@ -24,7 +24,7 @@ def error_of(function: Callable[..., Any], *arguments: Any) -> str | None:
 
 
 def joints(emit: Any) -> None:
-    """The signatures of everything that experts.vllm_plugin.joints imports from vLLM."""
+    """The shapes of everything of vLLM that experts.vllm_plugin.joints imports."""
     import torch
     import vllm
     from vllm.model_executor.custom_op import op_registry_oot
@@ -56,11 +56,12 @@ def joints(emit: Any) -> None:
 
     import experts.vllm_plugin.worker as worker
     from experts.vllm_plugin.layer import MeshExpertsMixin, NoLocalWeights, register
+    from experts.vllm_plugin.loader import LOAD_FORMAT
 
     register()  # a second time
 
     class SomebodysExperts(RoutedExperts):
-        """A layer like that of the Transformers backend."""
+        """As the Transformers backend has one."""
 
     ops = ("begin", "finish")
     runner_source = inspect.getsource(moe_runner)
@@ -79,7 +80,7 @@ def joints(emit: Any) -> None:
             isinstance(SomebodysExperts.__new__(SomebodysExperts), MeshExpertsMixin),
         ],
         schemas={name: str(getattr(torch.ops.expertmesh, name).default._schema) for name in ops},
-        loader=_loader_of(worker.LOAD_FORMAT),
+        loader=_loader_of(LOAD_FORMAT),
         clashes=_clashes(worker.ExpertMeshWorker),
     )
 
@@ -92,14 +93,14 @@ def _loader_of(load_format: str) -> str:
 
 
 def _clashes(extension: type) -> list[str]:
-    """Names that vLLM's workers use: vLLM refuses an extension that defines one of them."""
+    """Names that vLLM's workers have themselves: it refuses an extension that has one of them."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     return [name for name in dir(extension) if not name.startswith("__") and hasattr(CPUWorker, name)]
 
 
 def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
-    """What `check_engine` answers to engine arguments: {case: message}, None if it accepts them."""
+    """What `check_engine` says of engine arguments: {case: message}, None where it takes them."""
     from vllm.engine.arg_utils import EngineArgs
 
     from experts.protocol.settings import RouterSettings
@@ -123,13 +124,13 @@ def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
 
 
 def verification(emit: Any) -> None:
-    """What `verify_model` answers to models with layers left unreplaced, and `_split_graphs` to CUDA graphs."""
+    """What `verify_model` says of models that were not replaced as a whole, and `split_graphs` of CUDA graphs."""
     import torch
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from experts.vllm_plugin.layer import register
     from experts.vllm_plugin.loader import verify_model
-    from experts.vllm_plugin.refusals import _split_graphs
+    from experts.vllm_plugin.refusals import split_graphs
 
     register()
 
@@ -148,7 +149,7 @@ def verification(emit: Any) -> None:
     def graphs(mode: str, eager: bool = False, device: str = "cuda") -> Any:
         compilation = SimpleNamespace(cudagraph_mode=mode, splitting_ops=["vllm::attention"])
         config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=eager))
-        return error_of(_split_graphs, config, device) or compilation.splitting_ops
+        return error_of(split_graphs, config, device) or compilation.splitting_ops
 
     emit(
         own_experts=error_of(verify_model, model_with(OwnExperts())),
@@ -162,7 +163,7 @@ def verification(emit: Any) -> None:
 
 
 def reading(emit: Any, model: str) -> None:
-    """What loading touches: the names it yields, and the bytes of the checkpoint's files mapped by this process."""
+    """What loading touches: names that come, and bytes of the checkpoint's files that this process mapped in."""
     import torch
     from vllm.config.load import LoadConfig
 
@@ -184,7 +185,7 @@ def reading(emit: Any, model: str) -> None:
 
 
 def _mapped_in(folder: str) -> dict[str, int]:
-    """Resident bytes of this process's mappings of the files in a folder."""
+    """Resident bytes of this process' mappings of the files in a folder."""
     found: dict[str, int] = {}
     name = None
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -16,9 +16,17 @@ from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.http.errors import OpenAIApp, add_error_handlers, response_for
+from cluster.http.errors import OpenAIApp, add_error_handlers, error_body, response_for
 from cluster.http.gate import Gate
+from cluster.router.client import RouterLostError
 from tests.support.waiting import run_async, within
+
+
+class OpenAIError(Exception):
+    """As Ray Serve LLM's."""
+
+    def __init__(self, status_code: int, message: str) -> None:
+        self.status_code, self.message = status_code, message
 
 
 class Body(BaseModel):
@@ -62,6 +70,9 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
             "ray": RayError("actor died at 10.0.0.1"),
             "queue": BackPressureError(3, 2),
             "no_router": DeploymentUnavailableError(DeploymentID("Router", "llm")),
+            "timeout": TimeoutError(),
+            "lost": RouterLostError("a router did not answer mesh_trace in 5 s"),
+            "of_ray_serve_llm": OpenAIError(422, "top_k is 0"),
         }[kind]
 
     # What Serve does with an app that it is given.
@@ -110,6 +121,9 @@ def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
         ("ray", 503, "try again", "10.0.0.1"),
         ("queue", 503, "queued", "Traceback"),
         ("no_router", 503, "no router is available", "Traceback"),
+        ("timeout", 503, "no answer in time", "Traceback"),
+        ("lost", 503, "a router did not answer mesh_trace in 5 s", "Traceback"),
+        ("of_ray_serve_llm", 422, "top_k is 0", "Traceback"),
     ],
 )
 def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, told: str, untold: str) -> None:
@@ -119,7 +133,7 @@ def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, t
             error = check_error(response, status)
             assert told in error["message"]
             assert untold not in response.text
-            assert ("retry-after" in response.headers) == (status == 503)
+            assert response.headers.get("retry-after") == ("7" if status == 503 else None)
 
     run_async(run())
 
@@ -161,6 +175,41 @@ def test_keys(header: str | None, admitted: bool) -> None:
     run_async(run())
 
 
+KEY = "sk-0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("key", "admitted"),
+    [
+        (KEY, True),
+        (f"  {KEY} ", True),
+        (KEY[:-1], False),
+        (KEY[:-1] + "e", False),
+        (KEY[:16], False),
+        (KEY[:16] + KEY[:16], False),
+        (KEY + "0", False),
+        ("x" + KEY[1:], False),
+        (KEY.upper(), False),
+        ("", False),
+    ],
+)
+def test_every_character_of_a_key_counts(key: str, admitted: bool) -> None:
+    async def run() -> None:
+        async with client(make_app(frozenset({"another", KEY}))[0]) as http:
+            response = await http.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+            assert response.status_code == (200 if admitted else 401)
+
+    run_async(run())
+
+
+def test_without_keys_everyone_may() -> None:
+    async def run() -> None:
+        async with client(make_app()[0]) as http:
+            assert (await http.get("/v1/models")).status_code == 200
+
+    run_async(run())
+
+
 def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
     async def run() -> None:
         app, events = make_app(max_pending=1)
@@ -192,8 +241,30 @@ def test_a_cancelled_request_gives_its_slot_back() -> None:
     run_async(run())
 
 
-def test_an_error_of_a_router_that_is_the_clients_fault_stays_400() -> None:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("prompt is too long"), 400), (BackPressureError(3, 2), 503), (KeyError("engine"), 503)],
+)
+def test_an_error_of_a_router_is_the_clients_fault_only_if_it_says_so(error: Exception, status: int) -> None:
     class RemoteError(RayError):
-        cause = ValueError("prompt is too long")
+        cause = error
 
-    assert response_for(RemoteError(), 1).status_code == 400
+    assert response_for(RemoteError(), 1).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (400, "invalid_request_error", None),
+        (401, "authentication_error", "invalid_api_key"),
+        (404, "not_found_error", "not_found"),
+        (405, "invalid_request_error", None),
+        (408, "timeout_error", None),
+        (500, "server_error", None),
+        (503, "overloaded_error", None),
+    ],
+)
+def test_types_and_codes_are_openais(status: int, kind: str, code: str | None) -> None:
+    body = {"message": "m", "type": kind, "param": None, "code": code}
+    assert error_body(status, "m") == {"error": body}
+    assert error_body(status, "m", "p", "c") == {"error": {**body, "param": "p", "code": "c"}}

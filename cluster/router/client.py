@@ -1,0 +1,65 @@
+"""How the HTTP side asks all routers: the answers that come, and one line of error for each router without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.ray_joints import broadcast
+from cluster.router.messages import GenerationHealth, TraceSample
+from experts.protocol.status import RouterStatus
+
+
+class RouterLostError(RuntimeError):
+    """A router that the answer needs did not answer; the message has a line for each one."""
+
+
+class RouterClient:
+    """Methods of all replicas of one router deployment. Answers come in no order."""
+
+    def __init__(self, routers: DeploymentHandle) -> None:
+        self._routers = routers
+
+    async def statuses(self, *, timeout_s: float) -> tuple[list[RouterStatus], list[str]]:
+        """(statuses, one line for each router without one)."""
+        return await self.ask_each("mesh_status", timeout_s)
+
+    async def generation_health(self, *, timeout_s: float) -> tuple[list[GenerationHealth], list[str]]:
+        """(healths, one line for each router without one)."""
+        return await self.ask_each("generation_health", timeout_s)
+
+    async def traces(self, *, timeout_s: float) -> dict[str, bytes]:
+        """Sampled routing decisions of all routers (.npz; no bytes if nothing was recorded). Raises RouterLostError."""
+        samples: list[TraceSample] = await self._ask_all("mesh_trace", timeout_s)
+        return {sample.router_id: sample.npz for sample in samples}
+
+    async def clear_traces(self, *, timeout_s: float) -> None:
+        """All routers drop what they sampled. Raises RouterLostError."""
+        await self._ask_all("mesh_clear_trace", timeout_s)
+
+    async def ask_each(self, method: str, timeout_s: float) -> tuple[list[Any], list[str]]:
+        """(answers that come within `timeout_s`, one line for each router that fails or is silent)."""
+        try:
+            answers = await broadcast(self._routers, method, timeout_s)
+        except Exception as error:
+            return [], [_why(error, "the routers", method, timeout_s)]
+        errors = [_why(a, "a router", method, timeout_s) for a in answers if isinstance(a, BaseException)]
+        return [answer for answer in answers if not isinstance(answer, BaseException)], errors
+
+    async def _ask_all(self, method: str, timeout_s: float) -> list[Any]:
+        answers, errors = await self.ask_each(method, timeout_s)
+        if errors:
+            raise RouterLostError("; ".join(errors))
+        return answers
+
+
+def _why(error: BaseException, who: str, method: str, timeout_s: float) -> str:
+    """One line on a call without an answer."""
+    cause = getattr(error, "cause", None) or error  # Ray's errors carry what was raised on the other side
+    if isinstance(cause, DeploymentUnavailableError):
+        return "no router is available"
+    if isinstance(cause, TimeoutError):
+        return f"{who} did not answer {method} in {timeout_s:g} s"
+    return f"{who} failed at {method}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"

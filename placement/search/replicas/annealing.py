@@ -1,0 +1,190 @@
+"""Annealing of slots with replicas, judged by what the rule for choosing replicas makes of every move.
+
+A move changes one or two slots. Only tokens that want the experts in them are covered anew, by the very code that
+routers run (`cover_token`). Most moves are bad and are given up after a few dozen of those tokens. Energy, in tokens:
+
+    sum over tokens of (ranks visited + node_weight * nodes visited)
+    + penalty * T * sum over ranks of max(0, load / allowed - 1)
+
+Where routers prefer local replicas, each token's router has its own holders and counts its own loads, and `node_weight`
+is paid for ranks visited on other nodes instead. P (token, expert) pairs, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from placement.compiled import compiled
+from placement.search.annealing import (
+    EXCESS_TOLERANCE,
+    Best,
+    Schedule,
+    excess_of,
+    fullest,
+    heat_and_penalty,
+    keep_best,
+    total_excess,
+)
+from placement.search.replicas.holders import update_local_holders
+from placement.search.replicas.moves import (
+    Move,
+    SwapChance,
+    keeps_spread,
+    move_holders,
+    move_slots,
+    propose_move,
+    restore_holders,
+)
+from placement.search.replicas.state import Limits, State, Tokens, accept_trial, all_holders, cover_all, cover_anew
+from placement.xorshift import random_below, random_unit
+
+HALF_OF_MOVES = SwapChance(0, 1, 2)
+FIRST_LOOK = 48  # tokens covered anew before a move is first judged; doubled each time
+HOT_RANK_DRAWS = 4  # one in so many moves starts from the fullest rank while one is above its limit
+COOLING_STEPS = 16  # proposals between two changes of heat and penalty
+
+
+@compiled()
+def anneal_replicas(
+    tokens: Tokens, limits: Limits, schedule: Schedule, state: State, best: Best, random_1: np.ndarray
+) -> None:
+    """Run one part of an annealing schedule.
+
+    `state` and `random_1` are advanced; everything but the slots is computed anew at the start. `best` gets the best
+    slots met, the start among them; loads up to `EXCESS_TOLERANCE` above the limits count as within.
+    """
+    filled, visits = cover_all(tokens, limits, state)
+    holders = all_holders(state)
+    load_R, trial_load_R = state.covering.load_R, state.trial.load_R
+    excess = total_excess(load_R, limits.allowed_R)
+    keep_best(best, state.experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
+    heat, penalty = 0.0, 0.0
+    for step in range(schedule.iterations):
+        if step % COOLING_STEPS == 0:
+            heat, penalty = heat_and_penalty(schedule, step, len(tokens.ids_TK))
+        rank = random_below(random_1, len(load_R))
+        if excess > 0 and random_below(random_1, HOT_RANK_DRAWS) == 0:
+            rank = fullest(load_R, limits.allowed_R, rank)
+        num_free = limits.max_filled - filled
+        move = propose_move(rank, state.experts_Rs, holders, num_free, HALF_OF_MOVES, random_1)
+        if move.rank < 0:
+            continue
+        threshold = -heat * np.log(random_unit(random_1))
+        # Most moves above the limits need no look at tokens.
+        likely_limit = threshold - 0.5 * penalty * (_likely_excess(limits, state, move, excess) - excess)
+        if likely_limit < -0.5 * (1 + limits.node_weight) * _num_wanting(tokens, move):
+            continue
+
+        _apply(limits, state, move)
+        accepted, rows, change = False, -1, 0.0
+        if keeps_spread(holders, move, limits.nodes, limits.min_replicas):
+            rows, change = _cover_trial(tokens, limits, state, move, likely_limit)
+        new_excess = excess
+        if rows >= 0:
+            new_excess = total_excess(trial_load_R, limits.allowed_R)
+            accepted = change <= threshold - penalty * (new_excess - excess)
+        if not accepted:
+            _undo(limits, state, move)
+            continue
+        accept_trial(tokens, state, rows)
+        filled += move_slots(state.experts_Rs, move)
+        visits += change
+        excess = new_excess
+        keep_best(best, state.experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
+
+
+@compiled(forceinline=True)
+def _likely_excess(limits: Limits, state: State, move: Move, excess: float) -> float:
+    """The excess load after a move if replicas keep their shares: an estimate from loads alone."""
+    load_R, load_ER, allowed_R = state.covering.load_R, state.covering.load_ER, limits.allowed_R
+    gone, came = 0.0, 0.0
+    if move.leaving >= 0:
+        gone = load_ER[move.leaving, move.rank]
+    if move.coming >= 0:
+        if move.other_rank >= 0:
+            came = load_ER[move.coming, move.other_rank]
+        else:
+            holders = all_holders(state)
+            for h in range(holders.count_E[move.coming]):
+                came += load_ER[move.coming, holders.rank_ER[move.coming, h]]
+            came /= holders.count_E[move.coming] + 1
+    after = excess - excess_of(load_R[move.rank], allowed_R[move.rank])
+    after += excess_of(load_R[move.rank] - gone + came, allowed_R[move.rank])
+    if move.other_rank >= 0:
+        after -= excess_of(load_R[move.other_rank], allowed_R[move.other_rank])
+        after += excess_of(load_R[move.other_rank] + gone - came, allowed_R[move.other_rank])
+    elif move.coming >= 0:
+        after = min(after, excess)
+    return after
+
+
+@compiled(forceinline=True)
+def _num_wanting(tokens: Tokens, move: Move) -> int:
+    """(token, expert) pairs of the experts of a move."""
+    count = np.int64(0)
+    for expert in (move.leaving, move.coming):
+        if expert >= 0:
+            count += tokens.start_E[expert + 1] - tokens.start_E[expert]
+    return int(count)
+
+
+@compiled(forceinline=True)
+def _update_routers(limits: Limits, state: State, move: Move) -> None:
+    for expert in (move.leaving, move.coming):
+        if expert >= 0:
+            update_local_holders(state.routers, expert, limits.nodes)
+
+
+@compiled(forceinline=True)
+def _apply(limits: Limits, state: State, move: Move) -> None:
+    """Update the holders that routers choose from; slots stay until the move is accepted."""
+    move_holders(all_holders(state), move)
+    _update_routers(limits, state, move)
+
+
+@compiled(forceinline=True)
+def _undo(limits: Limits, state: State, move: Move) -> None:
+    restore_holders(all_holders(state), move)
+    _update_routers(limits, state, move)
+
+
+@compiled(forceinline=True)
+def _cover_trial(tokens: Tokens, limits: Limits, state: State, move: Move, likely_limit: float) -> tuple[int, float]:
+    """Cover anew the tokens that want an expert of the move: how many, and the change of weighted visits.
+
+    (-1, 0) if it is given up: after 48, 96, ... tokens the change of all of them is estimated, and a move that is two
+    standard errors above `likely_limit` is not worth going on with.
+    """
+    trial, token_P = state.trial, tokens.token_P
+    trial.pairs_QR[:] = state.covering.pairs_QR
+    trial.load_R[:] = state.covering.load_R
+    at_a, end_a, at_b, end_b = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+    if move.leaving >= 0:
+        at_a, end_a = tokens.start_E[move.leaving], tokens.start_E[move.leaving + 1]
+    if move.coming >= 0:
+        at_b, end_b = tokens.start_E[move.coming], tokens.start_E[move.coming + 1]
+    total = (end_a - at_a) + (end_b - at_b)
+    change, squares = 0.0, 0.0
+    rows, next_look = 0, FIRST_LOOK
+    while at_a < end_a or at_b < end_b:
+        # Merged by token, so that a token that wants both is covered once.
+        if at_b >= end_b or (at_a < end_a and token_P[at_a] <= token_P[at_b]):
+            t = token_P[at_a]
+            if at_b < end_b and token_P[at_b] == t:
+                at_b += 1
+                total -= 1
+            at_a += 1
+        else:
+            t = token_P[at_b]
+            at_b += 1
+        of_token = cover_anew(tokens, limits, state, t, rows)
+        rows += 1
+        change += of_token
+        squares += of_token * of_token
+        if rows == next_look:
+            next_look *= 2
+            scale = total / rows
+            spread = np.sqrt(max(0.0, squares - change * change / rows)) * scale
+            if change * scale - 2.0 * spread > likely_limit:
+                return -1, 0.0
+    return rows, change

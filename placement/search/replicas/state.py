@@ -1,0 +1,222 @@
+"""The state of a search with replicas: slots, who holds what, and what the rule for choosing replicas makes of it.
+
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, Q routers (see `holders`), P (token, expert) pairs.
+All are NamedTuples of arrays, which compiled code passes on at no cost.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from placement.compiled import compiled
+from placement.rule.replica_choice import CoverScratch, Holders, Nodes, cover_scratch, cover_token
+from placement.search.problem import LayerProblem
+from placement.search.replicas.holders import (
+    RouterHolders,
+    collect_holders,
+    count_remote_ranks,
+    update_local_holders,
+)
+
+
+class Tokens(NamedTuple):
+    """What tokens want; never changed. Tokens are in random order.
+
+    `ids_TK` int32, distinct experts, -1 at the end of a row; `width_T` int64, how many there are; `router_T` int32, the
+    token's router; `pair_weight_E` float64, the load of one pair. `token_P[start_E[e] : start_E[e + 1]]` are the tokens
+    that want expert e, int32, ascending.
+    """
+
+    ids_TK: np.ndarray
+    width_T: np.ndarray
+    router_T: np.ndarray
+    pair_weight_E: np.ndarray
+    token_P: np.ndarray
+    start_E: np.ndarray
+
+
+class Limits(NamedTuple):
+    """What slots must keep to, and what a visited node costs, in visited ranks; `allowed_R` float64, largest loads."""
+
+    nodes: Nodes
+    node_weight: float
+    min_replicas: int
+    max_filled: int
+    allowed_R: np.ndarray
+
+
+class Covering(NamedTuple):
+    """What the rule makes of the slots as they stand.
+
+    `pairs_QR` int64, pairs that each router sent to each rank; `load_R` and `load_ER` float64; `rank_TK` int16, the
+    rank chosen for each expert of a token; `visits_T` float64, weighted visits.
+    """
+
+    pairs_QR: np.ndarray
+    load_R: np.ndarray
+    load_ER: np.ndarray
+    rank_TK: np.ndarray
+    visits_T: np.ndarray
+
+
+class Trial(NamedTuple):
+    """What a move would make of it: `pairs_QR` and `load_R` after it, and the tokens covered anew, row by row."""
+
+    pairs_QR: np.ndarray
+    load_R: np.ndarray
+    token_T: np.ndarray
+    rank_TK: np.ndarray
+    visits_T: np.ndarray
+
+
+class State(NamedTuple):
+    """All that a search changes. `experts_Rs` int32: -1 an empty slot, -2 one that the rank does not have."""
+
+    experts_Rs: np.ndarray
+    routers: RouterHolders
+    covering: Covering
+    trial: Trial
+    chosen_E: np.ndarray
+    scratch: CoverScratch
+
+
+@compiled()
+def pairs_by_expert(ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """`token_P` and `start_E` of `Tokens`."""
+    num_tokens, top_k = ids_TK.shape
+    start_E = np.zeros(num_experts + 1, np.int64)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            if ids_TK[t, k] >= 0:
+                start_E[ids_TK[t, k] + 1] += 1
+    for e in range(num_experts):
+        start_E[e + 1] += start_E[e]
+    next_E = start_E[:-1].copy()
+    token_P = np.empty(start_E[num_experts], np.int32)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            expert = ids_TK[t, k]
+            if expert >= 0:
+                token_P[next_E[expert]] = t
+                next_E[expert] += 1
+    return token_P, start_E
+
+
+def tokens_of(problem: LayerProblem) -> Tokens:
+    """The tokens of a layer, each with its router."""
+    token_P, start_E = pairs_by_expert(problem.ids, problem.num_experts)
+    width_T = (problem.ids >= 0).sum(1)
+    router_T = 1 + problem.home_T if problem.prefer_local_replicas else np.zeros(problem.num_tokens, np.int32)
+    return Tokens(problem.ids, width_T, router_T, problem.pair_weight, token_P, start_E)
+
+
+def limits_of(problem: LayerProblem) -> Limits:
+    """The limits of a layer."""
+    return Limits(problem.nodes, problem.weight_of_node, problem.min_replicas, problem.max_filled, problem.allowed)
+
+
+def state_of(problem: LayerProblem, experts_Rs: np.ndarray) -> State:
+    """A state with a copy of the slots, int32 [R, s]; `cover_all` fills in the rest."""
+    num_tokens, top_k = problem.ids.shape
+    num_experts, num_ranks = problem.num_experts, problem.num_ranks
+    num_routers = 1 + problem.num_nodes if problem.prefer_local_replicas else 1
+    return State(
+        experts_Rs.astype(np.int32),
+        RouterHolders(
+            np.zeros((num_routers, num_experts), np.int32), np.empty((num_routers, num_experts, num_ranks), np.int32)
+        ),
+        Covering(
+            np.zeros((num_routers, num_ranks), np.int64),
+            np.zeros(num_ranks),
+            np.zeros((num_experts, num_ranks)),
+            np.empty((num_tokens, top_k), np.int16),
+            np.zeros(num_tokens),
+        ),
+        Trial(
+            np.empty((num_routers, num_ranks), np.int64),
+            np.empty(num_ranks),
+            np.empty(num_tokens, np.int32),
+            np.empty((num_tokens, top_k), np.int16),
+            np.empty(num_tokens),
+        ),
+        np.empty(num_experts, np.int32),
+        cover_scratch(num_ranks, problem.num_nodes),
+    )
+
+
+@compiled(forceinline=True)
+def all_holders(state: State) -> Holders:
+    """The holders as router 0 sees them: all."""
+    return Holders(state.routers.count_QE[0], state.routers.rank_QER[0])
+
+
+@compiled(forceinline=True)
+def cover(tokens: Tokens, limits: Limits, state: State, t: int, pairs_QR: np.ndarray) -> float:
+    """Apply the rule to one token; returns its weighted visits. Its ranks are in `state.chosen_E` afterwards."""
+    wanted_K, width, router = tokens.ids_TK[t], tokens.width_T[t], tokens.router_T[t]
+    holders = Holders(state.routers.count_QE[router], state.routers.rank_QER[router])
+    ranks, nodes = cover_token(wanted_K, width, holders, limits.nodes, pairs_QR[router], state.chosen_E, state.scratch)
+    if router > 0:
+        nodes = count_remote_ranks(wanted_K, width, state.chosen_E, limits.nodes, router - 1)
+    return ranks + limits.node_weight * nodes
+
+
+@compiled()
+def cover_all(tokens: Tokens, limits: Limits, state: State) -> tuple[int, float]:
+    """Apply the rule to all tokens, from the slots alone; returns filled slots, and weighted visits of all tokens."""
+    filled = collect_holders(all_holders(state), state.experts_Rs)
+    for e in range(state.routers.count_QE.shape[1]):
+        update_local_holders(state.routers, e, limits.nodes)
+    covering = state.covering
+    covering.pairs_QR[:] = 0
+    covering.load_R[:] = 0.0
+    covering.load_ER[:] = 0.0
+    visits = 0.0
+    for t in range(len(tokens.ids_TK)):
+        covering.visits_T[t] = cover(tokens, limits, state, t, covering.pairs_QR)
+        visits += covering.visits_T[t]
+        for k in range(tokens.width_T[t]):
+            expert = tokens.ids_TK[t, k]
+            rank = state.chosen_E[expert]
+            covering.rank_TK[t, k] = rank
+            covering.load_R[rank] += tokens.pair_weight_E[expert]
+            covering.load_ER[expert, rank] += tokens.pair_weight_E[expert]
+    return filled, visits
+
+
+@compiled(forceinline=True)
+def cover_anew(tokens: Tokens, limits: Limits, state: State, t: int, row: int) -> float:
+    """Cover one token as the next row of the trial; returns the change of its weighted visits."""
+    covering, trial = state.covering, state.trial
+    width, router = tokens.width_T[t], tokens.router_T[t]
+    for k in range(width):
+        rank = covering.rank_TK[t, k]
+        trial.pairs_QR[router, rank] -= 1
+        trial.load_R[rank] -= tokens.pair_weight_E[tokens.ids_TK[t, k]]
+    change = cover(tokens, limits, state, t, trial.pairs_QR) - covering.visits_T[t]
+    for k in range(width):
+        expert = tokens.ids_TK[t, k]
+        rank = state.chosen_E[expert]
+        trial.rank_TK[row, k] = rank
+        trial.load_R[rank] += tokens.pair_weight_E[expert]
+    trial.visits_T[row] = covering.visits_T[t] + change
+    trial.token_T[row] = t
+    return change
+
+
+@compiled(forceinline=True)
+def accept_trial(tokens: Tokens, state: State, num_rows: int) -> None:
+    """Take over the first rows of the trial."""
+    covering, trial = state.covering, state.trial
+    for row in range(num_rows):
+        t = trial.token_T[row]
+        for k in range(tokens.width_T[t]):
+            expert = tokens.ids_TK[t, k]
+            covering.load_ER[expert, covering.rank_TK[t, k]] -= tokens.pair_weight_E[expert]
+            covering.load_ER[expert, trial.rank_TK[row, k]] += tokens.pair_weight_E[expert]
+            covering.rank_TK[t, k] = trial.rank_TK[row, k]
+        covering.visits_T[t] = trial.visits_T[row]
+    covering.pairs_QR[:] = trial.pairs_QR
+    covering.load_R[:] = trial.load_R

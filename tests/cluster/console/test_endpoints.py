@@ -1,0 +1,146 @@
+"""Status, metrics and placement while routers or the controller are slow, dying or not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from cluster.console import endpoints
+from cluster.console.endpoints import ENDPOINTS, Console
+from cluster.controller.client import ControllerLostError
+from cluster.controller.messages import PlacementView
+from cluster.http.errors import OpenAIApp, add_error_handlers
+from cluster.router.client import RouterClient
+from cluster.router.messages import TraceSample
+from placement.placement import Placement
+from tests.support.router_handle import RouterHandle
+from tests.support.serve.statuses import controller_status, router_status
+from tests.support.waiting import run_async
+
+TIMEOUT_S = 0.2
+NO_ROUTER = DeploymentUnavailableError(DeploymentID("Router", "llm"))
+PLACEMENT = PlacementView(3, "d", Placement.linear(1, 2, 2), [[[0]], [[1]]])
+
+
+class Controller:
+    """A controller that answers, or (lost) does not."""
+
+    def __init__(self, lost: bool = False) -> None:
+        self._lost = lost
+
+    async def status(self, timeout_s: float) -> Any:
+        return self._answer(controller_status())
+
+    async def placement(self, timeout_s: float) -> Any:
+        return self._answer(PLACEMENT)
+
+    def _answer(self, answer: Any) -> Any:
+        if self._lost:
+            raise ControllerLostError("the placement controller is away")
+        return answer
+
+
+def get(
+    path: str, replicas: list[Any] | Exception = NO_ROUTER, method: str = "GET", controller_lost: bool = False
+) -> httpx.Response:
+    """One request to an app with the routes and error handlers of the service."""
+    config: Any = SimpleNamespace(
+        routers=SimpleNamespace(trace_tokens=10),
+        deadlines=SimpleNamespace(apply_s=TIMEOUT_S),
+        http=SimpleNamespace(retry_after_s=3),
+    )
+    controller: Any = Controller(controller_lost)
+    handle: Any = RouterHandle(replicas)
+    console = Console(config, controller, RouterClient(handle))
+
+    async def run() -> httpx.Response:
+        app = OpenAIApp()
+        add_error_handlers(app, 3)
+        for name, route in ENDPOINTS.items():
+            route(app)(getattr(console, name))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
+            return await asyncio.wait_for(client.request(method, path), 30)
+
+    return run_async(run())
+
+
+@pytest.fixture(autouse=True)
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "STATUS_TIMEOUT_S", TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "names", "errors"),
+    [
+        ([router_status("a"), None], ["a"], ["a router did not answer mesh_status in 0.2 s"]),
+        (NO_ROUTER, [], ["no router is available"]),
+        ([router_status("a"), router_status("b")], ["a", "b"], []),
+    ],
+)
+def test_routers_that_do_not_answer_hide_nothing_else(
+    replicas: list[Any] | Exception, names: list[str], errors: list[str]
+) -> None:
+    status = get("/expertmesh/status", replicas)
+    assert status.status_code == 200, status.text
+    body = status.json()
+    assert [router["router_id"] for router in body["routers"]] == names
+    assert (body["controller"]["epoch"], body["errors"]) == (5, errors)
+
+    metrics = get("/metrics", replicas)
+    assert metrics.status_code == 200
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
+    assert [sample.labels["router"] for sample in families["expertmesh_epoch"].samples] == names
+    assert families["expertmesh_controller_epoch"].samples[0].value == 5
+
+
+def test_the_status_is_what_each_process_reports() -> None:
+    body = get("/expertmesh/status", [router_status("a")]).json()
+    as_json = json.loads(json.dumps([controller_status().to_dict(), router_status("a").to_dict()]))
+    assert body == {"controller": as_json[0], "routers": [as_json[1]], "errors": []}
+
+
+def test_a_controller_that_is_away_hides_no_router() -> None:
+    body = get("/expertmesh/status", [router_status("a"), None], controller_lost=True).json()
+    assert body["controller"] is None
+    assert [router["router_id"] for router in body["routers"]] == ["a"]
+    assert body["errors"] == [
+        "a router did not answer mesh_status in 0.2 s",
+        "the placement controller does not answer",
+    ]
+    text = get("/metrics", [router_status("a")], controller_lost=True).text
+    assert "expertmesh_controller_up 0.0" in text
+    assert 'expertmesh_steps_total{router="a"} 10.0' in text
+
+
+def test_the_placement_is_the_controllers() -> None:
+    assert get("/expertmesh/placement").json() == PLACEMENT.to_dict()
+    response = get("/expertmesh/placement", controller_lost=True)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "3")
+    assert response.json()["error"]["message"] == "the placement controller is away"
+
+
+@pytest.mark.parametrize(("method", "call"), [("GET", "mesh_trace"), ("DELETE", "mesh_clear_trace")])
+@pytest.mark.parametrize(
+    ("replicas", "told"),
+    [([TraceSample("a", b""), None], "a router did not answer {} in 0.2 s"), (NO_ROUTER, "no router is available")],
+)
+def test_what_needs_every_router_is_503_without_one(
+    method: str, call: str, replicas: list[Any] | Exception, told: str
+) -> None:
+    response = get("/expertmesh/trace", replicas, method)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "3")
+    assert response.json()["error"]["message"] == told.format(call)
+
+
+def test_clearing_the_trace_answers_with_nothing() -> None:
+    response = get("/expertmesh/trace", [TraceSample("a", b"")], "DELETE")
+    assert (response.status_code, response.content) == (204, b"")

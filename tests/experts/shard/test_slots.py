@@ -1,0 +1,327 @@
+"""The slot table alone, with a kernel that only notes what it is given and a clock that a test moves.
+
+L MoE layers, E logical experts, s slots of this shard in a layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
+from experts.model.spec import ExpertWeights
+from experts.shard import slots as slots_module
+from experts.shard.slots import SlotTable
+from placement.placement import Placement
+
+LAYERS, EXPERTS, HIDDEN, INNER = 2, 6, 4, 5
+
+
+class Weights:
+    """A checkpoint in memory, of distinct numbers; `changed` alters one value of one tensor."""
+
+    def __init__(self, changed: dict[tuple[int, int], tuple[str, int]] | None = None) -> None:
+        self.spec = SimpleNamespace(num_layers=LAYERS, num_experts=EXPERTS)
+        self.changed = changed or {}
+        self.read: list[tuple[str, int, int]] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def read_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
+        self.read.append(("floats", layer, expert))
+        self.dtypes.add(dtype)
+        first = torch.arange(2 * INNER * HIDDEN, dtype=dtype).reshape(2 * INNER, HIDDEN)
+        last = -torch.arange(HIDDEN * INNER, dtype=dtype).reshape(HIDDEN, INNER)
+        for tensor, name in ((first, "w13"), (last, "w2")):
+            if self.changed.get((layer, expert), ("",))[0] == name:
+                tensor.view(-1)[self.changed[layer, expert][1]] += 0.5
+        return ExpertWeights(w13_2ID=first, w2_DI=last, b13_2I=None, b2_D=None)
+
+    def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
+        self.read.append(("quantized", layer, expert))
+        first = torch.arange(32, dtype=torch.uint8).reshape(4, 8)
+        last = torch.arange(32, 64, dtype=torch.uint8).reshape(4, 8)
+        for tensor, name in ((first, "w13"), (last, "w2")):
+            if self.changed.get((layer, expert), ("",))[0] == name:
+                tensor.view(-1)[self.changed[layer, expert][1]] += 1
+        scale = torch.ones(4, 1)
+        return QuantizedExpert(WeightFormat("int4", 16), first, scale, last, scale)
+
+
+@dataclass
+class NotingKernel:
+    """What stands in each slot, by (layer, slot)."""
+
+    takes_quantized: bool = False
+    shape: Any = field(default_factory=lambda: SimpleNamespace(expert_bytes=1_000_000))
+    set: list[tuple[int, int]] = field(default_factory=list)
+    before_set: Callable[[int, int], None] = lambda layer, slot: None
+
+    def set_slot(self, layer: int, slot: int, weights: Any) -> None:
+        self.before_set(layer, slot)
+        self.set.append((layer, slot))
+
+
+def table(num_slots: int = 3, kernel: NotingKernel | None = None, weights: Weights | None = None) -> SlotTable:
+    return SlotTable(weights or Weights(), kernel or NotingKernel(), num_slots, torch.float32)  # type: ignore[arg-type]
+
+
+def placement(*ranks: list[int]) -> Placement:
+    """Ranks with the same experts in both layers; -1 is an empty slot."""
+    row = [expert for rank in ranks for expert in rank]
+    return Placement(len(ranks), 1, EXPERTS, np.array([row] * LAYERS))
+
+
+HALVES = placement([0, 1, 2], [3, 4, 5])
+OTHERS = placement([3, 4, 5], [0, 1, 2])
+
+
+class Clock:
+    """The time that the slot table sees."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        self.asleep: Callable[[], None] = lambda: None
+        monkeypatch.setattr(slots_module, "time", SimpleNamespace(monotonic=lambda: self.now_s, sleep=self.sleep))
+
+    def sleep(self, seconds: float) -> None:
+        assert 0 < seconds < 0.01, "a request lasts milliseconds"
+        self.now_s += 1.0
+        self.asleep()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+# --- what is loaded, and where -------------------------------------------------------------------------------------
+
+
+def test_an_empty_table_holds_nothing() -> None:
+    slots = table()
+    assert slots.slot_of_expert_LE.tolist() == [[-1] * EXPERTS] * LAYERS
+    assert slots.slot_of_expert_LE.dtype == np.int32
+    assert (slots.num_loaded, slots.loaded_bytes, slots.num_slots) == (0, 0, 3)
+
+
+def test_a_rank_gets_its_experts_in_every_layer_and_no_others() -> None:
+    kernel, weights = NotingKernel(), Weights()
+    slots = table(kernel=kernel, weights=weights)
+    assert slots.load(HALVES, 1) == 6
+    assert slots.slot_of_expert_LE.tolist() == [[-1, -1, -1, 0, 1, 2]] * LAYERS
+    assert weights.read == [("floats", layer, expert) for layer in range(LAYERS) for expert in (3, 4, 5)]
+    assert weights.dtypes == {torch.float32}
+    assert kernel.set == [(layer, slot) for layer in range(LAYERS) for slot in range(3)]
+    assert (slots.num_loaded, slots.loaded_bytes) == (6, 6_000_000)
+    assert slots.load(HALVES, 1) == 0, "nothing is loaded twice"
+    assert len(kernel.set) == 6
+
+
+def test_layers_may_hold_different_experts_in_different_slots() -> None:
+    slots = table()
+    slots.load(Placement(2, 1, EXPERTS, np.array([[5, 0, 3, 1, 2, 4], [1, 2, 4, 0, 3, 5]])), 0)
+    assert slots.slot_of_expert_LE.tolist() == [[0, -1, -1, 1, -1, 2], [-1, 0, 1, -1, 2, -1]]
+
+
+def test_empty_places_of_a_placement_and_repeats_take_no_slot() -> None:
+    weights = Weights()
+    slots = table(weights=weights)
+    assert slots.load(placement([0, -1, 0], [1, 2, 3], [4, 5, -1]), 0) == 2
+    assert slots.slot_of_expert_LE.tolist() == [[0, -1, -1, -1, -1, -1]] * LAYERS
+    assert slots.load(placement([0, 1, 2], [3, 4, 5], [-1, -1, -1]), 0) == 4, "into the slots that stayed empty"
+    assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, -1, -1, -1]] * LAYERS
+
+
+def test_experts_stay_until_their_slots_are_needed() -> None:
+    slots = table(num_slots=5)
+    slots.load(HALVES, 0)
+    assert slots.load(placement([2, 3, 4], [0, 1, 5]), 0) == 4
+    assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, 3, 4, -1]] * LAYERS
+    assert slots.load(placement([2, 3, 5], [0, 1, 4]), 0) == 2
+    assert slots.slot_of_expert_LE.tolist() == [[-1, 1, 2, 3, 4, 0]] * LAYERS, "the first that nobody wants gives way"
+
+
+def test_a_placement_that_needs_more_slots_is_refused_when_the_last_is_gone() -> None:
+    slots = table(num_slots=2)
+    with pytest.raises(ValueError, match=r"layer 0 .* more experts than the 2 slots of this shard"):
+        slots.load(HALVES, 0)
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 6), (3, 6), (2, 4), (2, 8)])
+def test_a_placement_of_another_model_is_refused_before_anything_is_read(layers: int, experts: int) -> None:
+    weights = Weights()
+    text = f"the placement is for {layers} layers of {experts} experts, the checkpoint has 2 of 6"
+    with pytest.raises(ValueError, match=text):
+        table(weights=weights).load(Placement.linear(layers, experts, 2), 0)
+    assert weights.read == []
+
+
+def test_kernels_of_quantized_weights_get_them_as_they_are_stored() -> None:
+    weights = Weights()
+    slots = table(kernel=NotingKernel(takes_quantized=True), weights=weights)
+    slots.load(HALVES, 0)
+    assert {form for form, *_ in weights.read} == {"quantized"}
+
+
+# --- while requests are served ------------------------------------------------------------------------------------
+
+
+def test_a_table_that_somebody_reads_is_never_written_to() -> None:
+    slots = table()
+    tables = [slots.slot_of_expert_LE]
+    kernel_saw: list[list[list[int]]] = []
+    slots._kernel.before_set = lambda layer, slot: kernel_saw.append(slots.slot_of_expert_LE.tolist())
+    slots.load(HALVES, 0)
+    tables.append(slots.slot_of_expert_LE)
+    held = slots.slot_of_expert_LE.tolist()
+    kernel_saw.clear()
+    slots.load(OTHERS, 0)
+    assert tables[0].tolist() == [[-1] * EXPERTS] * LAYERS
+    assert tables[1].tolist() == held
+    # Who looks while a slot is filled finds neither what stood there nor what is to come.
+    assert kernel_saw[0] == [[-1, 1, 2, -1, -1, -1], [0, 1, 2, -1, -1, -1]]
+    assert kernel_saw[1] == [[-1, -1, 2, 0, -1, -1], [0, 1, 2, -1, -1, -1]]
+
+
+def test_a_slot_is_refilled_only_after_the_request_that_may_use_it(clock: Clock) -> None:
+    slots = table()
+    slots.load(HALVES, 0)
+    order: list[str] = []
+
+    def end() -> None:
+        order.append("slept")
+        assert slots.slot_of_expert_LE[0, 0] == -1, "no later request finds the old expert"
+        if len(order) == 3:
+            slots.end_request()
+
+    clock.asleep = end
+    slots._kernel.before_set = lambda layer, slot: order.append("set")
+    slots.begin_request()
+    slots.load(OTHERS, 0)
+    assert order == ["slept"] * 3 + ["set"] * 6
+
+
+def test_an_empty_slot_is_filled_while_a_request_runs(clock: Clock) -> None:
+    slots = table()
+    slots.begin_request()
+    assert slots.load(HALVES, 0) == 6
+    assert clock.now_s == 100.0, "nobody waited"
+
+
+def test_the_request_after_that_one_is_not_waited_for(clock: Clock) -> None:
+    slots = table()
+    slots.load(HALVES, 0)
+    waits = 0
+
+    def next_request() -> None:
+        nonlocal waits
+        waits += 1
+        slots.end_request()
+        slots.begin_request()
+
+    clock.asleep = next_request
+    slots.begin_request()
+    slots.load(OTHERS, 0)
+    assert waits == 6, "once for each slot that is refilled"
+
+
+def test_a_request_that_never_ends_is_an_error_after_a_minute(clock: Clock) -> None:
+    slots = table()
+    slots.load(HALVES, 0)
+    slots.begin_request()
+    with pytest.raises(TimeoutError, match=r"a request has computed for 60\.0 s"):
+        slots.load(OTHERS, 0)
+    assert clock.now_s == 161.0
+    slots.end_request()
+    assert slots.load(OTHERS, 0) == 6
+
+
+def test_what_could_not_be_filled_is_neither_what_stood_there_nor_what_was_to_come() -> None:
+    slots = table()
+    slots.load(HALVES, 0)
+
+    def out_of_memory(layer: int, slot: int) -> None:
+        raise RuntimeError("not enough memory")
+
+    slots._kernel.before_set = out_of_memory
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        slots.load(OTHERS, 0)
+    assert slots.slot_of_expert_LE.tolist() == [[-1, 1, 2, -1, -1, -1], [0, 1, 2, -1, -1, -1]]
+    slots._kernel.before_set = lambda layer, slot: None
+    assert slots.load(HALVES, 0) == 1
+    assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, -1, -1, -1]] * LAYERS
+
+
+# --- the digest ---------------------------------------------------------------------------------------------------
+
+
+def digest(changed: dict[tuple[int, int], tuple[str, int]] | None = None, quantized: bool = False) -> str:
+    slots = table(6, NotingKernel(takes_quantized=quantized), Weights(changed))
+    slots.load(placement([0, 1, 2, 3, 4, 5]), 0)
+    return slots.digest()
+
+
+def test_the_digest_is_sixteen_hex_digits_and_the_same_for_the_same_weights() -> None:
+    assert digest() == digest()
+    assert len(digest()) == 16
+    assert int(digest(), 16) >= 0
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("place", [("w13", 0), ("w13", 15), ("w2", -16), ("w2", -1)])
+def test_the_digest_tells_other_weights_in_any_expert_of_any_layer(place: tuple[str, int], quantized: bool) -> None:
+    found = {digest({(layer, expert): place}, quantized) for layer in range(LAYERS) for expert in range(EXPERTS)}
+    assert len(found | {digest(quantized=quantized)}) == LAYERS * EXPERTS + 1
+
+
+def test_the_digest_tells_floats_apart_that_bytes_alone_would_not() -> None:
+    assert digest({(0, 0): ("w13", 3)}) != digest({(0, 0): ("w13", 4)})
+
+
+def test_the_digest_says_what_is_held_however_it_came_there() -> None:
+    first, second, both, none = table(6), table(6), table(6), table(6)
+    first.load(HALVES, 0)
+    second.load(HALVES, 1)
+    both.load(HALVES, 1)
+    both.load(HALVES, 0)
+    assert len({first.digest(), second.digest(), both.digest(), none.digest()}) == 4, "all experts are of equal weights"
+    whole = table(6)
+    whole.load(placement([0, 1, 2, 3, 4, 5]), 0)
+    assert both.digest() == whole.digest()
+    narrow = table(3)
+    narrow.load(HALVES, 0)
+    narrow.load(OTHERS, 0)
+    assert narrow.digest() == second.digest(), "what gave way counts no more"
+
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_every_two_seconds_and_at_the_end(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    kernel = NotingKernel()
+
+    def wait(layer: int, slot: int) -> None:
+        clock.now_s += 1.0
+
+    kernel.before_set = wait
+    with caplog.at_level(logging.INFO, slots_module.__name__):
+        table(6, kernel).load(placement([0, 1, 2, 3], [4, 5, -1, -1]), 0)
+    # (rank, experts so far, experts in all, MB so far, MB/s)
+    assert [record.args for record in caplog.records] == [
+        (0, 3, 8, 3.0, 1.0),
+        (0, 6, 8, 6.0, 1.0),
+        (0, 8, 8, 8.0, 1.0),
+    ]
+
+
+def test_a_load_that_takes_no_time_is_told_as_one(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, slots_module.__name__):
+        table().load(HALVES, 1)
+    assert [record.args[:3] for record in caplog.records] == [(1, 6, 6)]  # type: ignore[index]
