@@ -38,6 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     hidden = [str(path) for path in files if "pytest.mark.gpu" not in path.read_text()]
     if hidden:
         raise pytest.UsageError(f"name pytest.mark.gpu in the files whose tests have it: {', '.join(sorted(hidden))}")
+    for item in items:
+        if "triton_device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("triton") is None:
+            raise pytest.UsageError(
+                f"{item.nodeid} needs triton_device: mark it triton, or 'make test-triton' skips it"
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -237,7 +237,7 @@ def test_gpu_tests_and_benchmarks_need_neither_ray_nor_vllm():
     modules += [f"tests.experts.kernels.{name}" for name in ("test_kernels_gpu", "test_quantized")]
     modules += [
         "tests.experts.dispatch.captured.test_fixed_dispatch",
-        "tests.experts.dispatch.rows.test_triton_programs",
+        "tests.experts.dispatch.captured.test_triton_plan",
     ]
     blocked = "for name in ('ray', 'vllm', 'pydantic'): sys.modules[name] = None"
     code = f"import sys\n{blocked}\nimport {', '.join(modules)}"

@@ -23,6 +23,7 @@ from experts.kernels.pick import random_pairs, random_weights
 from experts.kernels.quantized import QuantizedShape
 from experts.kernels.triton import mlp as triton_mlp
 from experts.kernels.triton import quantized as triton_quantized
+from experts.kernels.triton import tiles
 from experts.model.spec import ActivationSpec
 from experts.protocol.membership import Membership
 from placement.placement import Placement
@@ -40,7 +41,7 @@ TYPES = {
     torch.int64: "i64",
 }  # fmt: skip
 NOTHING = torch.zeros(0)
-PAIRS = triton_mlp.TiledPairs(16, 0, *5 * [NOTHING])
+PAIRS = tiles.TiledPairs(16, 0, *5 * [NOTHING])
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -111,7 +112,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 def check_kernel(compiled: Compiled, kernel: Any) -> None:
     """Only the first call compiles, for every tile size; weights are prefetched."""
     forward(kernel, 4)
-    sizes = len(triton_mlp.each_block(PAIRS, kernel.shape.dtype))
+    sizes = len(tiles.each_block(PAIRS, kernel.shape.dtype))
     assert compiled.names == [*(sizes + 1) * ["gate_up", "down"], "sum_pairs"]  # and the call itself
     known = set(compiled.codes)
     for num_rows in (1, 5, 30, 61, 203):

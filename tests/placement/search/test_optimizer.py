@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from placement.placement import Placement
@@ -69,7 +69,7 @@ def test_limits_hold(seed, num_nodes, ranks_per_node, num_experts, spare, min_re
         )
         request.check_experts(num_experts)
     except ValueError:
-        return  # impossible, and refused
+        reject()  # impossible
     placement = optimize(trace, request).placement
     map_LRs = placement.physical_to_logical_map.reshape(2, num_ranks, -1)
     assert ((map_LRs >= 0).sum(2) <= slots_R).all()

@@ -14,6 +14,7 @@ import torch
 from placement.rule.replica_choice import choose_replicas
 from tests.support.routing_cases import brute_messages, make_case
 
+pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 POISON = -77
 # tokens, top-k, experts, ranks, nodes
 CASES = [(0, 2, 4, 2, 1), (1, 1, 3, 1, 1), (1, 4, 8, 3, 1), (9, 3, 7, 3, 1), (23, 8, 32, 8, 1), (40, 6, 16, 5, 1)]

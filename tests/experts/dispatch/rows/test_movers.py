@@ -27,11 +27,12 @@ from tests.support.routing_cases import Case, brute_messages, make_case
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 NUM_LAYERS, LAYER, SEQ = 2, 1, 41
 POISON = 0xA5
+ON_TRITON = [pytest.mark.gpu, pytest.mark.triton]
 # mover, dtype, where rows travel
 FORMS = [
     *[("host", dtype, "messages") for dtype in (FLOAT32, BFLOAT16)],
     *[("torch", FLOAT16, "messages"), *[("torch", dtype, "tensors") for dtype in (FLOAT32, BFLOAT16, FLOAT16)]],
-    *[("triton", dtype, "tensors") for dtype in (FLOAT32, BFLOAT16, FLOAT16)],
+    *[pytest.param(("triton", dtype, "tensors"), marks=ON_TRITON) for dtype in (FLOAT32, BFLOAT16, FLOAT16)],
 ]
 SIZES = [(0, 2, 4, 2, 1), (1, 4, 8, 3, 1), (11, 4, 9, 3, 1)]
 
@@ -208,6 +209,8 @@ def test_routing_reaches_the_host(request, form, num_tokens, ids_dtype):
         assert (batch.topk_ids_TK.dtype, batch.topk_weights_TK.dtype) == (np.int32, np.float32)
 
 
+@pytest.mark.gpu
+@pytest.mark.triton
 def test_unaligned_rows_are_refused(triton_device):
     from experts.dispatch.rows.triton_mover import TritonRowMover
 
