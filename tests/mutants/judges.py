@@ -10,7 +10,7 @@ from pathlib import Path
 class Judge:
     """Patterns of test files, the quickest first.
 
-    `compiled`: with Numba's compiler. Otherwise by its interpreter, which saves the seconds that compiling a mutant takes.
+    `compiled`: with Numba's compiler, else by its interpreter, which saves the seconds that a mutant takes to compile.
     """
 
     patterns: tuple[str, ...]
@@ -31,24 +31,21 @@ def _tests(*patterns: str, compiled: bool = False) -> Judge:
     return Judge(tuple(f"tests/{pattern}" for pattern in patterns), compiled)
 
 
-_CHECKPOINT = _tests(
-    "experts/checkpoint/test_dequantize.py",
-    "experts/checkpoint/test_families.py",
-    "experts/checkpoint/test_quantized_experts.py",
-    "experts/checkpoint/test_reading.py",
-)
-_RULE = _tests("placement/rule/test_*.py")
+_CHECKPOINT = _tests("experts/checkpoint/test_[!p]*.py")  # but for parity, which needs transformers' models
+_GATE = "cluster/http/test_gate*.py"
 
 JUDGES = {
-    "cluster/http/gate.py": _tests("cluster/http/test_gate_keys.py", "cluster/http/test_http_side.py"),
-    "cluster/http/errors.py": _tests("cluster/http/test_error_statuses.py", "cluster/http/test_http_side.py"),
-    "cluster/controller/roster.py": _tests("cluster/controller/test_roster*.py"),
+    "cluster/http/gate.py": _tests("cluster/http/test_gate_keys.py", _GATE),
+    "cluster/http/errors.py": _tests("cluster/http/test_error_statuses.py", _GATE),
+    "cluster/observability/metrics.py": _tests("cluster/observability/test_metrics*.py"),
+    "cluster/controller/roster.py": _tests("cluster/controller/test_roster_edges.py", "cluster/controller/test_r*.py"),
+    "cluster/controller/deployment.py": _tests("cluster/controller/test_[!i]*.py"),  # but for the initial placement
     "experts/protocol/wire.py": _tests("experts/protocol/test_wire*.py"),
     "experts/shard/request.py": _tests("experts/shard/test_request*.py"),
     "experts/shard/slots.py": _tests("experts/shard/test_slots.py"),
-    "placement/rule/evaluate.py": _RULE,
-    "placement/rule/local_replicas.py": _RULE,
-    "placement/rule/replica_choice.py": _RULE,
+    "placement/rule/evaluate.py": _tests("placement/rule/test_evaluate_figures.py", "placement/rule/test_*.py"),
+    "placement/rule/local_replicas.py": _tests("placement/rule/test_local_replicas.py"),
+    "placement/rule/replica_choice.py": _tests("placement/rule/test_replica*.py"),
     "experts/checkpoint/dequantize.py": _CHECKPOINT,
     "experts/checkpoint/families.py": _CHECKPOINT,
     "experts/checkpoint/hf_config.py": _CHECKPOINT,
