@@ -7,19 +7,23 @@ GPU_PYTHON ?= python3
 GPU_ARGS ?=
 CONFIG ?= configs/tiny-cpu.yaml
 LOCK := requirements/cpu.lock
+PYTHONS := 3.11 3.12 3.13
 TORCH := 2.13.0
 TRITON := 3.6.0
+TRITON_READY := $(VENV)/.triton-$(TRITON)
+TRITON_COMPILES := tests/experts/kernels/test_compiles.py
+TRITON_TESTS := tests/experts/kernels tests/experts/dispatch
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-cluster rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
+.PHONY: help serve test test-triton test-cluster rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
 
-help: ## what there is
+help: ## list what `make` can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # torch first: its CPU build is no ordinary package. Where pip finds it under its own name, good; elsewhere uv knows
 # PyTorch's CPU index by itself. The lock is complete, so nothing resolves dependencies at install time.
 $(READY): $(LOCK) pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(0 if v in "$(PYTHONS)".split() else f"{sys.executable} is Python {v}, expected one of $(PYTHONS); set PYTHON=python3.11")'
 	@echo "==> creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -q --disable-pip-version-check uv
@@ -36,20 +40,28 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PY) -m experts.precompile
 	@touch $@
 
-serve: $(READY) ## install if needed, then serve $(CONFIG); prints the URL and a curl line when ready
+# In a folder of its own, so that vllm does not see it. Its interpreter and its compiler need no GPU.
+$(TRITON_READY): $(READY)
+	@echo "==> installing triton $(TRITON)"
+	@rm -rf $(VENV)/triton
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
+	@touch $@
+
+serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; prints the URL and a curl line when ready
 	@$(PY) -m serve_app $(CONFIG)
 
-test: $(READY) ## the whole test suite
-	$(PY) -m pytest
+test: $(READY) ## the whole test suite but for Triton's programs
+	$(PY) -m pytest -m "not triton"
+
+test-triton: $(TRITON_READY) ## Triton's programs in its interpreter and through its compiler, without a GPU (fetches 190 MB)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest -m triton $(TRITON_TESTS) --deselect $(TRITON_COMPILES)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest $(TRITON_COMPILES)
 
 test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespaces (needs root)
 	$(PY) -m pytest -m cluster
 
-# Triton in a folder of its own, so that vllm does not see it: its interpreter and its compiler need no GPU.
-rehearse-gpu: $(READY) ## what of the GPU code can be tested without a GPU (fetches triton, 190 MB)
-	@test -d $(VENV)/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest tests/experts/kernels tests/experts/dispatch/rows tests/experts/dispatch/captured tests/experts/transports tests/benchmarks
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest tests/experts/kernels/test_compiles.py
+rehearse-gpu: test-triton ## all GPU code that runs without a GPU: test-triton, pairs over gloo, the benchmarks with tiny sizes
+	$(PY) -m pytest tests/experts/transports tests/benchmarks
 	$(PY) -m benchmarks.gpu --device cpu
 
 # With the machine's own Python: the environment above has torch's CPU build.
@@ -59,10 +71,11 @@ test-gpu: ## what needs a CUDA device, with GPU_PYTHON=python3 (which has torch 
 bench-gpu: ## every GPU benchmark, likewise; GPU_ARGS="--quick" or "--only kernels,router"
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy and codespell
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
 
 bench: $(READY) ## every benchmark, as tables and JSON under bench-results/
 	$(PY) -m benchmarks
@@ -70,8 +83,14 @@ bench: $(READY) ## every benchmark, as tables and JSON under bench-results/
 bench-quick: $(READY) ## the same, few runs: does it work, not how fast
 	$(PY) -m benchmarks --quick
 
-lock: ## resolve the lock file anew
-	$(VENV)/bin/uv pip compile --python-version 3.11 --override requirements/overrides.txt requirements/cpu.in -o $(LOCK)
+# Where PyTorch's CPU index is out of reach: LOCK_ARGS="--find-links FOLDER", with a folder that holds torch's CPU wheel.
+LOCK_ARGS ?= --torch-backend cpu
+lock: ## resolve the lock file anew, and check it for every Python that is promised
+	$(VENV)/bin/uv pip compile -q --no-header --no-annotate $(LOCK_ARGS) --python-version $(firstword $(PYTHONS)) --override requirements/overrides.txt requirements/cpu.in -o $(LOCK)
+	@sed -i '1i # Resolved by `make lock`; installed with --no-deps, which leaves out torchvision, torchaudio, torchcodec and triton on purpose.' $(LOCK)
+	@grep -v '^torch==' $(LOCK) > $(VENV)/lock-without-torch.txt
+	@for python in $(PYTHONS); do echo "==> wheels for Python $$python"; \
+	  $(VENV)/bin/uv pip compile -q --no-deps --only-binary :all: --python-version $$python $(VENV)/lock-without-torch.txt -o $(VENV)/lock-$$python.txt || exit 1; done
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache bench-results

@@ -1,11 +1,11 @@
-"""The two Serve applications, and the command that serves them on this machine.
+"""The builders of the two Serve applications, and the command that serves them on this machine.
 
-As import paths of a Serve config (see configs/):
+Import paths in a Serve config (see configs/):
 
     import_path: serve_app:build_experts   args: sections model, shards, placement, membership
     import_path: serve_app:build_llm       args: sections model, routers, transport, deadlines, http
 
-As a command: `python -m serve_app configs/tiny-cpu.yaml`.
+The command: `python -m serve_app configs/tiny-cpu.yaml`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from cluster.config.parse import parse
 if TYPE_CHECKING:
     from ray.serve.deployment import Application
 
-# Ray is imported below only: it reads its environment on import, and the command has a word to say about that.
+# Ray is imported inside functions: it reads its environment on import, and the command sets that environment first.
 
 
 def build_experts(args: dict[str, Any]) -> Application:
-    """The application of shards and their controller. Raises ConfigError naming the key."""
+    """The application with the shards and their controller. Raises ConfigError with the key."""
     from cluster.build import experts_application
 
     return experts_application(parse(ExpertsAppConfig, args))
 
 
 def build_llm(args: dict[str, Any]) -> Application:
-    """The application of routers and the OpenAI API. Raises ConfigError naming the key."""
+    """The application with the routers and the OpenAI API. Raises ConfigError with the key."""
     from cluster.build import llm_application
 
     return llm_application(parse(LLMAppConfig, args))

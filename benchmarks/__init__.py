@@ -1,2 +1,5 @@
-"""What `make bench` runs: each module prints a table and writes JSON under bench-results/. Checks that must hold are
-tests."""
+"""What `make bench` runs. Each module prints a table and writes JSON under bench-results/.
+
+Folders: `data_plane` (no engine), `placement` (the planner alone), `serving` (whole engines and services), `gpu`. A
+benchmark reports whether a goal is met; what must hold is a test.
+"""

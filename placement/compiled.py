@@ -1,8 +1,8 @@
-"""Numba functions whose cache follows the source: `@compiled()` in place of `@njit(cache=True)`.
+"""Numba functions with a cache that follows the sources: `@compiled()` instead of `@njit(cache=True)`.
 
-Numba keys a cached function on its own file alone. A changed callee in another file then goes unnoticed, and a router
-would run yesterday's rule for choosing replicas after an upgrade. Here the cache folder is named after the content of
-every source that may be compiled together, so a changed source starts an empty folder.
+Numba keys a cached function on its own file alone, so a change to a callee in another file would go unnoticed: after an
+upgrade, a router would run yesterday's rule for choosing replicas. Here the cache folder is named after the content of
+all sources that may be compiled together, so a changed source starts with an empty folder.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _STALE_AFTER_S = 30 * 86_400.0
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: `numba.njit(nogil=True, **options)`, cached until a source that it may call changes."""
+    """Decorator: `numba.njit(nogil=True, **options)`, cached until a source it may call changes."""
 
     def wrap(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(nogil=True, **options)(function)
         if config.DISABLE_JIT:
             return dispatcher
-        # Numba reads the folder once, while it sets up the function's cache.
+        # Numba reads the folder once, when it sets up the function's cache.
         before, config.CACHE_DIR = config.CACHE_DIR, str(_compiled_folder(function.__module__.partition(".")[0]))
         try:
             dispatcher.enable_caching()
@@ -49,7 +49,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def cache_folder() -> Path:
     """Where compiled code is kept: `$EXPERTMESH_CACHE`, else `$XDG_CACHE_HOME/expertmesh`, else `~/.cache/expertmesh`.
 
-    A folder of this process alone where that cannot be written.
+    If that is not writable, a temporary folder of this process.
     """
     base = os.environ.get("EXPERTMESH_CACHE")
     folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
@@ -70,8 +70,8 @@ def _temporary_folder() -> Path:
 def compiled_sources(root: Path, package: str) -> list[Path]:
     """The files under `root` that decide what a compiled function of `package` does.
 
-    Those with compiled functions, in the package and in those it may call, and the project's modules that they import
-    constants from. A package that is not listed may call all of them.
+    These are the files with compiled functions, in the package and those it may call, and the project's modules they
+    import constants from. A package that is not listed may call all of them.
     """
     index = _PACKAGES.index(package) if package in _PACKAGES else len(_PACKAGES) - 1
     texts = {
@@ -100,7 +100,7 @@ def _compiled_folder(package: str) -> Path:
 
 
 def _drop_stale(cache: Path) -> None:
-    """Remove folders of sources that no process has used for a month."""
+    """Remove the folders of sources that no process has used for a month."""
     for folder in cache.glob("numba-*"):
         with contextlib.suppress(FileNotFoundError):  # another process cleans up as well
             if time.time() - folder.stat().st_mtime > _STALE_AFTER_S:

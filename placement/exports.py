@@ -1,6 +1,6 @@
-"""Other engines' formats: placements out to vLLM and SGLang, routing traces in from them.
+"""Placements in the formats of vLLM and SGLang.
 
-L layers, E experts, S slots, M most replicas of an expert, T tokens, K experts of one token.
+L layers, E experts, S slots, M most replicas of an expert.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def export_vllm(placement: Placement, *, fill_empty: bool = False) -> dict[str, 
     """The placement under the names and in the shapes of vLLM's `EplbState`, as plain JSON values.
 
     `physical_to_logical_map` [L, S], `logical_to_physical_map` [L, E, M] padded with -1, `logical_replica_count`
-    [L, E], one row for each MoE layer; beside them the settings that an engine needs to have as many slots. vLLM 0.32
-    reads no map at start: it is for an EPLB policy that returns it. See `export_sglang` for empty slots.
+    [L, E], one row for each MoE layer, and the settings that give an engine as many slots. vLLM 0.32 reads no map at
+    start; this is for an EPLB policy that returns it. See `export_sglang` for empty slots.
     """
     placement = _filled(placement, fill_empty)
     return {
@@ -43,12 +43,12 @@ def export_sglang(
     num_hidden_layers: int | None = None,
     fill_empty: bool = False,
 ) -> dict[str, Any]:
-    """What SGLang's `--init-expert-location` reads as JSON: `physical_to_logical_map` alone, any other key fails there.
+    """What SGLang's `--init-expert-location` reads as JSON: only `physical_to_logical_map`, as it rejects other keys.
 
-    SGLang wants a row for each decoder layer: `layers` names the decoder layer of each row, `num_hidden_layers` how
-    many there are; the others get experts in order, which nothing reads. Start it with `--ep-num-redundant-experts`
-    S - E. Its slots cannot be empty: a placement with empty slots raises ValueError, or with `fill_empty` repeats an
-    expert of the same rank, which changes no fan-out, but draws load there, as engines split it evenly over replicas.
+    SGLang needs a row for each decoder layer: `layers` gives the decoder layer of each row, `num_hidden_layers` their
+    total. Other layers get experts in order, which nothing reads. Start SGLang with `--ep-num-redundant-experts` S - E.
+    Its slots cannot be empty: empty slots raise ValueError. With `fill_empty` they repeat an expert of the same rank.
+    That changes no fan-out, but draws load there, since engines split it evenly over replicas.
     """
     placement = _filled(placement, fill_empty)
     rows_LS = placement.physical_to_logical_map
@@ -72,7 +72,7 @@ def _filled(placement: Placement, fill_empty: bool) -> Placement:
         return placement
     if not fill_empty:
         raise ValueError(
-            f"layer {empty[0][0]}: slot {empty[0][1]} is empty ({len(empty)} in all), the engine needs an "
+            f"layer {empty[0][0]}: slot {empty[0][1]} is empty ({len(empty)} in all), but the engine needs an "
             "expert in each; plan without empty slots or fill them (fill_empty)"
         )
     filled_LRs = map_LS.reshape(placement.num_layers, placement.num_ranks, -1).copy()
@@ -80,6 +80,6 @@ def _filled(placement: Placement, fill_empty: bool) -> Placement:
         rank, local = divmod(slot, placement.slots_per_rank)
         held = placement.experts_of_rank(rank)[layer]
         held = held[held >= 0]
-        # A rank without any expert takes one of the layer's.
+        # A rank without experts takes any of the layer's.
         filled_LRs[layer, rank, local] = held[local % len(held)] if len(held) else slot % placement.num_experts
     return Placement(placement.num_ranks, placement.num_nodes, placement.num_experts, filled_LRs.reshape(map_LS.shape))

@@ -1,7 +1,7 @@
-"""A placement: which logical expert stands in which slot of which rank, in each layer.
+"""A placement: which logical expert each slot of each rank holds, in every layer.
 
 L layers, E logical experts, S slots (physical experts), R ranks, s slots of one rank (S // R), M most replicas of
-an expert. Slots are dealt to ranks in order, `S // R` each; ranks to nodes likewise. An empty slot is -1, so a rank
+an expert. Slots are dealt to ranks in order, `S // R` each, and ranks to nodes likewise. An empty slot is -1; a rank
 with fewer slots than the others is padded with -1.
 """
 
@@ -11,20 +11,32 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 EMPTY = -1
 
 
+class ModelSize(Protocol):
+    """Whatever is of one model: a placement, a trace, a checkpoint's spec."""
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer."""
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Slots of every layer and the ranks and nodes that hold them.
+    """The slots of every layer, and the ranks and nodes that have them.
 
-    `physical_to_logical_map` int32 [L, S]; with 2 ranks, `[[0, 1, 2, 0]]` puts experts 0 and 1 on rank 0, and
-    expert 2 and a second replica of expert 0 on rank 1. Raises ValueError, naming layer, expert and rank, if an
-    expert has no slot, an id is out of range, or the slots, ranks and nodes do not divide.
+    `physical_to_logical_map` int32 [L, S]; with 2 ranks, `[[0, 1, 2, 0]]` puts experts 0 and 1 on rank 0, and expert 2
+    and a second replica of expert 0 on rank 1. Raises ValueError, naming layer, expert and rank, if an expert has no
+    slot, an id is out of range, or slots, ranks and nodes do not divide evenly.
     """
 
     num_ranks: int
@@ -38,7 +50,7 @@ class Placement:
             raise ValueError(
                 f"physical_to_logical_map must be integers [layers, slots], got {given.dtype} {list(given.shape)}"
             )
-        # Before they are cast: 2**32 would become expert 0.
+        # Checked before the cast: 2**32 would become expert 0.
         if given.size and max(-int(given.min()), int(given.max())) >= 2**31:
             raise ValueError(
                 f"physical_to_logical_map holds {given.min()} to {given.max()}, expected -1 to {self.num_experts - 1}"
@@ -99,12 +111,12 @@ class Placement:
 
     @property
     def node_of_rank_R(self) -> np.ndarray:
-        """int32 [R]: the node that each rank stands on."""
+        """int32 [R]: the node of each rank."""
         return (np.arange(self.num_ranks) // self.ranks_per_node).astype(np.int32)
 
     @cached_property
     def logical_replica_count(self) -> np.ndarray:
-        """int32 [L, E]: slots that hold each expert."""
+        """int32 [L, E]: the number of slots that hold each expert."""
         count_LE = np.zeros((self.num_layers, self.num_experts), np.int32)
         layer_N, slot_N = np.nonzero(self.physical_to_logical_map >= 0)
         np.add.at(count_LE, (layer_N, self.physical_to_logical_map[layer_N, slot_N]), 1)
@@ -112,7 +124,7 @@ class Placement:
 
     @cached_property
     def logical_to_physical_map(self) -> np.ndarray:
-        """int32 [L, E, M]: the slots that hold each expert in ascending order, padded with -1."""
+        """int32 [L, E, M]: the slots that hold each expert, ascending, padded with -1."""
         table_LEM = np.full((self.num_layers, self.num_experts, int(self.logical_replica_count.max())), EMPTY, np.int32)
         filled_LE = np.zeros((self.num_layers, self.num_experts), np.int32)
         every_layer = np.arange(self.num_layers)
@@ -126,7 +138,7 @@ class Placement:
 
     @cached_property
     def slots_LER(self) -> np.ndarray:
-        """int32 [L, E, R]: the slot of each expert on each rank, its first if it has several there, -1 if none."""
+        """int32 [L, E, R]: the first slot of each expert on each rank, -1 if it has none there."""
         table_LER = np.full((self.num_layers, self.num_experts, self.num_ranks), EMPTY, np.int32)
         every_layer = np.arange(self.num_layers)
         for slot in reversed(range(self.num_slots)):
@@ -136,7 +148,7 @@ class Placement:
         return table_LER
 
     def experts_of_rank(self, rank: int) -> np.ndarray:
-        """int32 [L, s]: the logical expert in each local slot of a rank, -1 for an empty slot."""
+        """int32 [L, s]: the logical expert in each slot of a rank, -1 for an empty slot."""
         if not 0 <= rank < self.num_ranks:
             raise ValueError(f"rank {rank} is out of range, expected 0 to {self.num_ranks - 1}")
         return self.physical_to_logical_map[:, rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
@@ -162,7 +174,7 @@ class Placement:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Placement:
-        """The placement in what `to_json` wrote; keys beside the four are left to their readers.
+        """The placement in what `to_json` wrote; other keys are ignored.
 
         `num_nodes` defaults to 1 and `num_experts` to the largest id plus one. Raises ValueError on a missing or
         malformed key.
@@ -196,21 +208,21 @@ class Placement:
 
     @classmethod
     def load(cls, path: str | Path) -> Placement:
-        """Read a JSON file; raises ValueError naming the file if it holds no valid placement."""
+        """Read a JSON file. Raises ValueError, naming the file, if it holds no valid placement."""
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
-        except (ValueError, RecursionError) as error:  # the latter: JSON that is nested without end
+        except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def linear(
         cls, num_layers: int, num_experts: int, num_ranks: int, num_nodes: int = 1, min_replicas: int = 1
     ) -> Placement:
-        """Contiguous blocks of experts on ranks, the same in every layer; no trace needed.
+        """Contiguous blocks of experts on ranks, the same in every layer; needs no trace.
 
-        With `min_replicas` above 1 the further copies of an expert stand on other ranks, and on other nodes where
-        there are several. The experts of one rank have their copies on as many different ranks as possible, so that
-        a lost rank's load spreads over them. Raises ValueError if there are not enough ranks or nodes for that.
+        With `min_replicas` above 1, the other replicas of an expert are on other ranks, and on other nodes if there are
+        several. The replicas of one rank's experts are on as many different ranks as possible, so that the load of a
+        lost rank spreads over them. Raises ValueError if there are not enough ranks or nodes for that.
         """
         if min(num_layers, num_experts, num_ranks, num_nodes, min_replicas) < 1:
             raise ValueError(
@@ -227,7 +239,7 @@ class Placement:
             node, local = divmod(rank, per_node)
             for index, expert in enumerate(block.tolist()):
                 for copy in range(min_replicas - 1):
-                    # Rotations of the ranks: each gives every rank as many copies as it gives away.
+                    # Rotations of the ranks: each gives every rank as many replicas as it gives away.
                     turn = index * (min_replicas - 1) + copy
                     if num_nodes > 1:
                         other_node = (node + 1 + turn % (num_nodes - 1)) % num_nodes
@@ -241,17 +253,17 @@ class Placement:
 
 
 def check_replicas_fit(min_replicas: int, num_ranks: int, num_nodes: int) -> None:
-    """Raise ValueError unless `min_replicas` copies can stand on different ranks, and nodes if there are several."""
+    """Raise ValueError unless there are enough ranks, and nodes if there are several, for `min_replicas` replicas."""
     if min_replicas > num_ranks:
         raise ValueError(f"{min_replicas} replicas on different ranks need {min_replicas} ranks, there are {num_ranks}")
     if num_nodes > 1 and min_replicas > num_nodes:
         raise ValueError(f"{min_replicas} replicas on different nodes need {min_replicas} nodes, there are {num_nodes}")
 
 
-def check_trace_fits(num_layers: int, num_experts: int, placement: Placement) -> None:
-    """Raise ValueError if a placement is of another model than the trace."""
-    if (placement.num_layers, placement.num_experts) != (num_layers, num_experts):
+def check_same_model(name: str, one: ModelSize, other_name: str, other: ModelSize) -> None:
+    """Raise ValueError with both sizes unless two things are of the same model: "the placement", "the trace"."""
+    if (one.num_layers, one.num_experts) != (other.num_layers, other.num_experts):
         raise ValueError(
-            f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, "
-            f"the trace {num_layers} of {num_experts}"
+            f"{name} is for {one.num_layers} layers of {one.num_experts} experts, "
+            f"{other_name} for {other.num_layers} of {other.num_experts}"
         )

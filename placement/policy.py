@@ -1,4 +1,7 @@
-"""The placements that a server's config can ask for by name."""
+"""The placements that a server's config can ask for by name.
+
+L layers, E experts, R ranks, s slots of a rank.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from placement.placement import EMPTY, Placement
+from placement.placement import EMPTY, ModelSize, Placement, check_same_model
 from placement.search.optimizer import NOMINAL_SECONDS_A_LAYER, optimize, search_seconds
 from placement.search.problem import PlanRequest, canonical_order, greedy_slots
 from placement.search.replica_budget import spread_replicas
@@ -16,70 +19,55 @@ from placement.traces.trace import ActivationTrace
 
 logger = logging.getLogger(__name__)
 
-SIZED_FOR = 0.35  # of the time budget: what is left is for a machine that is slower than nominal, or busy
+SIZED_FOR = 0.35  # of the request's seconds: the rest is for a machine that is busy, or slower than nominal
 PolicyName = Literal["linear", "random", "greedy", "optimized"]
 
 
+def fewest_slots(model: ModelSize, num_ranks: int, num_nodes: int = 1, min_replicas: int = 1) -> int:
+    """Slots a rank that hold every expert `min_replicas` times in linear order."""
+    linear = Placement.linear(model.num_layers, model.num_experts, num_ranks, num_nodes, min_replicas)
+    return linear.slots_per_rank
+
+
 def build_placement(
-    policy: str,
-    *,
-    num_layers: int,
-    num_experts: int,
-    num_ranks: int,
-    num_nodes: int = 1,
-    slots_per_rank: int | None = None,
-    min_replicas: int = 1,
-    trace: ActivationTrace | None = None,
-    seed: int = 0,
-    time_budget_s: float = 20.0,
-    load_cap: float = 1.05,
-    prefer_local_replicas: bool = False,
+    policy: str, request: PlanRequest, model: ModelSize, trace: ActivationTrace | None = None
 ) -> Placement:
     """A placement by policy.
 
-    `linear` and `random` need no trace; `greedy` balances loads; `optimized` plans fan-out under `load_cap` within
-    `time_budget_s`, by a search that is sized for a part of that: same arguments, same placement, however busy the
-    machine, or else a warning in the log; `prefer_local_replicas` as of `PlanRequest`. `slots_per_rank` None gives as
-    many as the experts and `min_replicas` need; only `linear` leaves the slots beyond that empty. Raises ValueError if
-    the policy is unknown, lacks its trace, the trace is of another model, or the slots do not suffice.
+    `linear` and `random` need no trace and ignore loads; only `linear` leaves slots empty that experts do not need.
+    `greedy` balances the trace's loads. `optimized` plans fan-out under the request's load cap, within its `seconds`,
+    by a search sized for a part of that. So the same arguments give the same placement however busy the machine is, or
+    else the log has a warning. Raises ValueError if the policy is unknown, lacks its trace, the trace is of another
+    model, or the slots do not suffice.
     """
     if policy not in get_args(PolicyName):
         raise ValueError(f"placement policy is {policy!r}, expected one of {', '.join(get_args(PolicyName))}")
-    linear = Placement.linear(num_layers, num_experts, num_ranks, num_nodes, min_replicas)
-    slots = linear.slots_per_rank if slots_per_rank is None else slots_per_rank
-    request = PlanRequest(
-        num_ranks,
-        num_nodes,
-        slots,
-        load_cap=load_cap,
-        min_replicas=min_replicas,
-        prefer_local_replicas=prefer_local_replicas,
-        seed=seed,
-    )
-    request.check_experts(num_experts)
+    request.check_experts(model.num_experts)
     if policy == "linear":
-        if slots < linear.slots_per_rank:
-            raise ValueError(
-                f"{slots} slots a rank are too few for a linear placement, it takes {linear.slots_per_rank}"
-            )
-        return pad_slots(linear, slots)
+        return _linear_placement(model, request)
     if policy == "random":
-        return random_placement(num_layers, num_experts, request)
+        return random_placement(model, request)
     if trace is None:
         raise ValueError(f"placement policy {policy!r} needs a trace")
-    if (trace.num_layers, trace.num_experts) != (num_layers, num_experts):
-        raise ValueError(
-            f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
-            f"the model {num_layers} of {num_experts}"
-        )
+    check_same_model("the trace", trace, "the model", model)
     if policy == "greedy":
         return greedy_placement(trace, request)
-    sized = replace(request, seconds=SIZED_FOR * time_budget_s)
-    seconds = search_seconds(sized, num_layers, trace.num_tokens)
-    result = optimize(trace, replace(sized, seconds=time_budget_s, effort=seconds / NOMINAL_SECONDS_A_LAYER))
+    if request.seconds is not None and request.effort is None:
+        sized = replace(request, seconds=SIZED_FOR * request.seconds)
+        nominal_s = search_seconds(sized, trace.num_layers, trace.num_tokens)
+        request = replace(request, effort=nominal_s / NOMINAL_SECONDS_A_LAYER)
+    result = optimize(trace, request)
     for note in result.notes:
         logger.warning("placement: %s", note)
     return result.placement
+
+
+def _linear_placement(model: ModelSize, request: PlanRequest) -> Placement:
+    num_ranks, slots = request.num_ranks, int(request.open_slots_R.min())
+    linear = Placement.linear(model.num_layers, model.num_experts, num_ranks, request.num_nodes, request.min_replicas)
+    if slots < linear.slots_per_rank:
+        raise ValueError(f"{slots} slots a rank are too few for a linear placement, it takes {linear.slots_per_rank}")
+    return pad_slots(linear, slots)
 
 
 def pad_slots(placement: Placement, slots_per_rank: int) -> Placement:
@@ -100,11 +88,11 @@ def greedy_placement(trace: ActivationTrace, request: PlanRequest) -> Placement:
     return _by_loads(load_LE, orders, filled_L, request)
 
 
-def random_placement(num_layers: int, num_experts: int, request: PlanRequest) -> Placement:
-    """Experts and replicas at random: greedy balancing of random loads, which keeps the constraints."""
-    load_LE = np.random.default_rng(request.seed).uniform(0.9, 1.1, (num_layers, num_experts))
-    filled_L = np.full(num_layers, int(request.open_slots_R.sum()))
-    return _by_loads(load_LE, [np.arange(num_experts)] * num_layers, filled_L, request)
+def random_placement(model: ModelSize, request: PlanRequest) -> Placement:
+    """Experts and replicas at random: greedy balancing of random loads, which keeps the request's constraints."""
+    load_LE = np.random.default_rng(request.seed).uniform(0.9, 1.1, (model.num_layers, model.num_experts))
+    filled_L = np.full(model.num_layers, int(request.open_slots_R.sum()))
+    return _by_loads(load_LE, [np.arange(model.num_experts)] * model.num_layers, filled_L, request)
 
 
 def _by_loads(load_LE: np.ndarray, order_LE: list[np.ndarray], filled_L: np.ndarray, request: PlanRequest) -> Placement:

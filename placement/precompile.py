@@ -1,7 +1,7 @@
 """Compile the planner, so that the first `--seconds` all go into planning: `python -m placement.precompile`.
 
-Numba's results are kept in the user's cache, in a folder named after the sources (`placement.compiled`). Compiling
-takes half a minute; a planner that has to do it first has that much less time.
+Compiled code is kept in the user's cache, in a folder named after the sources (`placement.compiled`). Compiling takes
+half a minute or more, which a planner would otherwise lose from its time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from placement.traces.trace import ActivationTrace
 
 
 def main() -> None:
-    """Run every compiled function once on a made-up trace of eight experts."""
+    """Run every compiled function once, on a made-up trace of eight experts."""
     start_s = time.perf_counter()
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(8)[:2] for _ in range(64)])[:, None]

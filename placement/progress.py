@@ -1,4 +1,4 @@
-"""A progress bar for whatever takes over two seconds, on standard error, and only where a person can see it."""
+"""A progress bar for work that takes over two seconds, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ WIDTH = 30
 
 
 class ProgressBar:
-    """Used as a context; `update(done, total)` from one thread. Draws nothing in the first two seconds."""
+    """A context manager; call `update(done, total)` from one thread. Draws nothing in the first two seconds."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._begun = time.monotonic()
+        self._start_s = time.monotonic()
         self._drawn = False
 
     def __enter__(self) -> ProgressBar:
@@ -23,7 +23,7 @@ class ProgressBar:
 
     def update(self, done: int, total: int) -> None:
         """Draw `done` of `total`."""
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._start_s
         if not sys.stderr.isatty() or seconds < QUIET_SECONDS:
             return
         filled = WIDTH * done // max(total, 1)

@@ -1,4 +1,4 @@
-"""The machines a placement is for: shards on GPUs in nodes in racks, and what lies between them.
+"""The machines a placement is for: shards in nodes in racks, and the links between them.
 
 R ranks (shards), N nodes. Ranks are numbered in the order in which racks, nodes and shards are listed.
 """
@@ -19,7 +19,7 @@ LINK_CLASSES = ("rank", "node", "rack", "cluster")  # index: how far apart, as i
 
 
 class TopologyError(ValueError):
-    """A topology that cannot be used; the message is one line that names the key or the node."""
+    """A topology that cannot be used. The message is one line that names the key or the node."""
 
 
 class _Strict(BaseModel):
@@ -27,14 +27,14 @@ class _Strict(BaseModel):
 
 
 class Link(_Strict):
-    """What one end of a connection can send, to all others of the class together."""
+    """What one end of a connection can send to all others of its class together."""
 
     bandwidth_bytes_per_s: float = Field(gt=0, description="Bytes a second, one direction, of one shard's end.")
     latency_s: float = Field(ge=0, description="Seconds from sending the first byte to its arrival.")
 
 
 class Links(_Strict):
-    """One link for each class; the defaults are nominal figures of the hardware, to be replaced by measured ones."""
+    """One link for each class. The defaults are nominal figures of the hardware; replace them by measured ones."""
 
     rank: Link = Field(
         default=Link(bandwidth_bytes_per_s=1.5e12, latency_s=2e-6), description="Within a shard: device memory."
@@ -51,12 +51,13 @@ class Links(_Strict):
         default=Link(bandwidth_bytes_per_s=45e9, latency_s=25e-6), description="Across racks; less if oversubscribed."
     )
     checkpoint: Link = Field(
-        default=Link(bandwidth_bytes_per_s=2e9, latency_s=1e-3), description="Where weights are read from otherwise."
+        default=Link(bandwidth_bytes_per_s=2e9, latency_s=1e-3),
+        description="Storage that weights are read from if no rank has them.",
     )
 
 
 class _Shards(_Strict):
-    count: int = Field(default=1, ge=1, description="So many shards alike.")
+    count: int = Field(default=1, ge=1, description="How many shards of this kind the node has.")
     memory_bytes: int = Field(gt=0, description="Memory for expert weights on each shard.")
     speed: float = Field(default=1.0, gt=0, description="Speed relative to the other shards.")
 
@@ -78,14 +79,14 @@ class _File(_Strict):
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """Where each rank stands, and what it has.
+    """The node and rack of each rank, its memory and speed, and the links.
 
     Attributes:
         node_of_rank_R: int32 [R], ascending from 0 without a gap.
         rack_of_node_N: int32 [N], likewise.
         memory_bytes_R: int64 [R], memory for expert weights.
         speed_R: float64 [R], relative speed.
-        links: of each class.
+        links: one of each class.
         node_names: N names.
     """
 
@@ -150,9 +151,9 @@ class Topology:
         return distance_RR.astype(np.int8)
 
     def slots_per_rank(self, expert_bytes: int, num_layers: int) -> tuple[int, ...]:
-        """Slots of each rank in a layer that its memory holds, for all layers to have equally many.
+        """Slots in each layer that each rank has memory for, the same number in every layer.
 
-        Raises TopologyError if no rank can hold one expert of each layer.
+        Raises TopologyError if no rank can hold one expert of every layer.
         """
         if expert_bytes < 1 or num_layers < 1:
             raise TopologyError(f"{expert_bytes} bytes an expert, {num_layers} layers: each must be at least 1")
@@ -164,16 +165,6 @@ class Topology:
             )
         return tuple(slots_R.tolist())
 
-    def check_even(self) -> None:
-        """Raise TopologyError unless nodes have equally many ranks, which placements need."""
-        ranks_N = np.bincount(self.node_of_rank_R)
-        if len(set(ranks_N.tolist())) > 1:
-            least, most = int(ranks_N.argmin()), int(ranks_N.argmax())
-            raise TopologyError(
-                f"node {self.node_names[least]} has {ranks_N[least]} shards, {self.node_names[most]} has "
-                f"{ranks_N[most]}: a placement deals ranks to nodes evenly"
-            )
-
     @classmethod
     def uniform(
         cls,
@@ -183,7 +174,7 @@ class Topology:
         memory_bytes: int = 80 * 10**9,
         links: Links | None = None,
     ) -> Topology:
-        """Ranks all alike, equally many a node; one rack unless `nodes_per_rack` says otherwise."""
+        """Identical ranks, equally many on each node; one rack unless `nodes_per_rack` is given."""
         if num_ranks < 1 or num_nodes < 1 or num_ranks % num_nodes:
             raise TopologyError(f"{num_ranks} ranks cannot be dealt evenly to {num_nodes} nodes")
         if nodes_per_rack is not None and nodes_per_rack < 1:
@@ -198,7 +189,7 @@ class Topology:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Topology:
-        """Read a YAML file of `links` and `racks` (of `nodes`, of `shards`).
+        """Read a YAML file with `links` and `racks`, which have `nodes`, which have `shards`.
 
         Example:
             links: {rack: {bandwidth_bytes_per_s: 25.0e+9, latency_s: 1.0e-5}}
@@ -213,7 +204,7 @@ class Topology:
         except OSError as error:
             raise TopologyError(f"{path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TopologyError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+            raise TopologyError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         try:
             return cls.from_data(data)
         except TopologyError as error:
@@ -221,13 +212,13 @@ class Topology:
 
     @classmethod
     def from_data(cls, data: Any) -> Topology:
-        """What `from_yaml` reads, as plain data."""
+        """The topology in plain data, as `from_yaml` reads it."""
         if not isinstance(data, dict):
             raise TopologyError(f"a topology is a mapping with `racks`, got {type(data).__name__}")
         try:
             file = _File.model_validate(data)
         except ValidationError as error:
-            # A misspelt key is told before the one that it leaves missing.
+            # Report a misspelt key before the missing key it causes.
             first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
             where = ".".join(str(part) for part in first["loc"])
             given = "" if first["type"] == "missing" else f", got {first['input']!r}"
@@ -262,13 +253,13 @@ def topology_from_ray(
 
     Args:
         nodes: dictionaries with `Alive`, `NodeID`, `NodeName`, `NodeManagerAddress`, `Resources` and `Labels`. Dead
-            nodes, and nodes without a GPU where GPUs are counted, are left out. Nodes are ordered by rack, then
-            by address, so that the same cluster gives the same ranks.
-        memory_bytes: for expert weights on each shard; a mapping gives it for each accelerator type, as Ray names
-            them (`H100`, from the resource `accelerator_type:H100`), `cpu` for nodes without one.
-        speed: relative speed of each accelerator type; a type that is not named is refused. None: all equal.
+            nodes are left out, and nodes without a GPU if GPUs are counted. Nodes are sorted by rack, then by address,
+            so that the same cluster always gives the same ranks.
+        memory_bytes: for expert weights on each shard. A mapping gives it for each accelerator type, as Ray names them
+            (`H100`, from the resource `accelerator_type:H100`), and for `cpu`: nodes without an accelerator.
+        speed: relative speed of each accelerator type; all types must be given. None: all equal.
         shards_per_node: shards on each node; None: one for each GPU.
-        rack_label: the node label that names the rack; nodes without it share one.
+        rack_label: the node label that names the rack; nodes without it share one rack.
 
     Raises TopologyError naming the node.
     """

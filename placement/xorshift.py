@@ -32,5 +32,5 @@ def random_unit(random_1: np.ndarray) -> float:
 
 
 def random_state(*seeds: int) -> np.ndarray:
-    """uint64 [1]: a state for `next_random` that follows from the given seeds."""
+    """uint64 [1]: a state for `next_random`, determined by the seeds."""
     return np.maximum(np.random.SeedSequence(seeds).generate_state(1, np.uint64), np.uint64(1))

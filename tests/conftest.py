@@ -1,4 +1,4 @@
-"""For every test: nothing that a test started outlives the suite."""
+"""For every test: no process that a test started outlives the suite."""
 
 from __future__ import annotations
 
@@ -6,51 +6,46 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Children inherit it through whatever chain of parents, so that orphans are found too.
+# Children inherit it through any chain of parents, so that orphans are found too.
 _MARK_NAME = "EXPERTMESH_TEST_SESSION"
 _MARK = f"{_MARK_NAME}={secrets.token_hex(8)}"
 os.environ[_MARK_NAME] = _MARK.partition("=")[2]
 
-# Python's own helpers, which end with the process that they serve.
+# Python's own helpers: they end with the process they serve.
 _EXPECTED = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 
 def _marked_processes() -> Iterator[tuple[int, str]]:
-    """(pid, command line) of every process that some test of this session started."""
+    """(pid, command line) of every process that a test of this session started."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if _MARK.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 if int(folder.name) != os.getpid() and command:
                     yield int(folder.name), command
-        except OSError:  # it ended meanwhile, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/run_gpu.py searches files for the mark `gpu`, since importing them needs packages that may be missing."""
+    files = {item.path for item in items if item.get_closest_marker("gpu") is not None}
+    hidden = [str(path) for path in files if "pytest.mark.gpu" not in path.read_text()]
+    if hidden:
+        raise pytest.UsageError(f"name pytest.mark.gpu in the files whose tests have it: {', '.join(sorted(hidden))}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _reap() -> Iterator[None]:
-    """End what tests left behind, and say what it was."""
+    """Kill the processes that tests left behind, and name them."""
     yield
     for pid, command in list(_marked_processes()):
         if not any(name in command for name in _EXPECTED):
             print(f"\nleft behind by a test and killed now: process {pid}: {command[:200]}")
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def free_ports() -> Callable[[int], list[int]]:
-    """A function that gives so many different ports that nobody listens on."""
-
-    def find(count: int) -> list[int]:
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-            return [one.getsockname()[1] for one in sockets]
-
-    return find

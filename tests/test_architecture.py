@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,9 +46,16 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in SOURCES}
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """The nodes of a file that the tests look at: imports and calls."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom | ast.Call))
+
+
 def imports_of(path: Path) -> Iterator[tuple[str, int]]:
     """(module, line) of everything that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -128,7 +136,7 @@ def private_imports() -> Iterator[str]:
     for path in SOURCES:
         if path.relative_to(ROOT).parts[0] in ("tests", "examples"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ROOMS:
                 names = [alias.name for alias in node.names if alias.name.startswith("_")]
                 if names:
@@ -137,6 +145,17 @@ def private_imports() -> Iterator[str]:
 
 def test_no_file_imports_the_private_names_of_another() -> None:
     assert list(private_imports()) == []
+
+
+def test_what_tests_share_is_in_tests_support() -> None:
+    """A test module or a conftest that lends names cannot be moved or run without the tests that borrow them."""
+    borrowed = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in SOURCES
+        for module, line in imports_of(path)
+        if any(part.startswith("test_") or part == "conftest" for part in module.split("."))
+    ]
+    assert borrowed == []
 
 
 def test_planning_needs_no_framework() -> None:

@@ -1,1 +1,2 @@
-"""Benchmarks of dispatch, transports, shards and kernels without an engine. Whole engines are `benchmarks.serving`."""
+"""Benchmarks of dispatch, transports, shards, kernels and fail-over. Throughput of whole engines and services is in
+`benchmarks.serving`."""

@@ -1,10 +1,10 @@
-"""One of three shards dies, or stops answering, under 32 streams: what do the streams notice?
+"""One of three shards dies or stops answering under 32 streams: what do the streams notice?
 
-    python -m benchmarks.failover [--quick]
+    python -m benchmarks.data_plane.failover [--quick]
 
-The tiny model in float32; each case starts its own three shards and engine, generates once undisturbed, then again with
-the fault in mid-stream. Goals: no request fails, no token changes, and the longest gap between two tokens of a stream
-stays under 0.5 s for a killed process and under the dispatch deadline plus 0.5 s for a stopped one.
+The tiny model in float32. Each case starts three shards and an engine, generates once undisturbed, and again with the
+fault in mid-stream. Goals: no request fails, no token changes, and the longest gap between two tokens of a stream stays
+under 0.5 s for a killed process and under the dispatch time-out plus 0.5 s for a stopped one.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ import sys
 import time
 from typing import Any
 
-from experts.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
-
 from benchmarks.common import ROOT, TINY_MODEL, print_table, save
+from benchmarks.processes import run_tied
+from experts.vllm_plugin.engine_kwargs import CPU_ROUTER_ENV, router_engine_kwargs
 
 STREAMS = 32
-DEADLINE_S = 1.0
+DISPATCH_TIMEOUT_S = 1.0
 
 
 def case(fault: str, replicas: int, new_tokens: int) -> dict[str, Any]:
-    """Run one case in this process; see `main`."""
+    """Run one case in this process, which becomes an engine. Returns its row."""
     os.environ.update(
         CPU_ROUTER_ENV,
         VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR",
         VLLM_CPU_OMP_THREADS_BIND=",".join(str(c) for c in sorted(os.sched_getaffinity(0))),
     )  # fmt: skip
-    from experts.settings import RouterSettings
-    from placement.tables import Placement
-
     from benchmarks.common import real_prompts
-    from benchmarks.mesh import ShardProcesses
+    from benchmarks.data_plane.mesh import ShardProcesses
     from experts.checkpoint import ExpertCheckpoint
+    from experts.protocol.settings import RouterSettings
+    from placement.placement import Placement
 
     spec = ExpertCheckpoint.open(TINY_MODEL).spec
     placement = Placement.linear(spec.num_layers, spec.num_experts, 3, min_replicas=replicas)
@@ -46,7 +45,7 @@ def case(fault: str, replicas: int, new_tokens: int) -> dict[str, Any]:
         settings = RouterSettings(
             model_path=str(TINY_MODEL),
             membership=shards.membership.to_dict(),
-            dispatch_timeout_ms=DEADLINE_S * 1000,
+            dispatch_timeout_ms=DISPATCH_TIMEOUT_S * 1000,
         )
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -87,12 +86,12 @@ def case(fault: str, replicas: int, new_tokens: int) -> dict[str, Any]:
             os.kill(shards.processes[1].pid, signal.SIGKILL)
     return {
         "fault": {"kill": "kill -9", "stop": "SIGSTOP"}[fault],
-        "copies": replicas,
+        "replicas": replicas,
         "failed": failed + sum(len(t) != new_tokens for t in disturbed.values()),
         "tokens_changed": sum(a != b for i in disturbed for a, b in zip(disturbed[i], undisturbed[i], strict=True)),
         "longest_gap_s": longest_s,
         "usual_gap_s": usual_s,
-        "goal_s": 0.5 + (DEADLINE_S if fault == "stop" else 0.0),
+        "goal_s": 0.5 + (DISPATCH_TIMEOUT_S if fault == "stop" else 0.0),
         "failovers": status["failovers"],
         "fallback_pairs": status["fallback_pairs"],
     }
@@ -113,13 +112,14 @@ def main() -> None:
     rows = []
     for fault, replicas in (("kill", 2), ("kill", 1), ("stop", 2), ("stop", 1)):
         order = json.dumps([fault, replicas, 24 if args.quick else 96])
-        outcome = subprocess.run(
-            [sys.executable, "-m", "benchmarks.failover", "--case", order],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, timeout=600,
+        outcome = run_tied(
+            [sys.executable, "-m", "benchmarks.data_plane.failover", "--case", order],
+            timeout_s=600, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        outcome.check_returncode()
         rows.append(json.loads(outcome.stdout.splitlines()[-1]))
     print_table(f"One of three shards lost under {STREAMS} streams", list(rows[0]), [list(r.values()) for r in rows])
-    save("failover", {"streams": STREAMS, "deadline_s": DEADLINE_S, "rows": rows})
+    save("failover", {"streams": STREAMS, "dispatch_timeout_s": DISPATCH_TIMEOUT_S, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experts.membership import Membership, ShardEndpoint
-from experts.settings import ShardSettings
-from placement.tables import Placement
-
 from benchmarks.common import ROOT
 from experts.checkpoint import ExpertCheckpoint
+from experts.protocol.membership import Membership, ShardEndpoint
+from experts.protocol.settings import ShardSettings
+from placement.placement import Placement
 
 
 class ShardProcesses:
-    """Starts one process a shard, waits until each is ready, and ends them on exit. A context manager."""
+    """A process for each shard; ready when constructed, ended on exit. A context manager.
+
+    Raises RuntimeError if a shard ends before it is ready.
+    """
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class ShardProcesses:
         shard = ShardSettings(model_path=str(model), dtype=dtype, **settings)  # type: ignore[arg-type]
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(self.placement.num_ranks):
-            command = [sys.executable, "-m", "experts.shard_server", "--settings", shard.model_dump_json()]
+            command = [sys.executable, "-m", "experts.shard.server", "--settings", shard.model_dump_json()]
             command += ["--placement", self._placement_file, "--rank", str(rank), "--until-stdin-closes"]
             core = None if cores is None else cores[rank % len(cores)]
             self.processes.append(

@@ -1,11 +1,11 @@
-"""What recording a routing trace costs a router: decode steps with it and without it, in turns. Goal: under 1 %.
+"""What recording a routing trace costs a router: decode steps with and without it, in turns. Goal: under 1 %.
 
-    python -m benchmarks.recorder_cost [--quick] [--model tiny|bench|both] [--batch 64]
+    python -m benchmarks.data_plane.recorder_cost [--quick] [--model tiny|bench|both] [--batch 64]
 
-One engine with two shards generates from distinct prompts, and every other step is recorded; a pair is two steps that
-follow one another, which of them is recorded changes from pair to pair. "measured" is the median difference of a pair
-over the median step, with the bounds of 95 % of bootstrapped medians; "alone" is the recorder's own time for the ids of
-such a step over the same step. The reservoir is full, as in a server that has run for a while.
+One engine with two shards generates from distinct prompts. Steps come in pairs, one recorded and one not, in an order
+that alternates from pair to pair. "measured" is the median difference within a pair relative to the median step, with
+bounds that hold 95 % of bootstrapped medians. "alone" is the recorder's own time for one step's ids relative to the
+same step. The reservoir is full, as in a server that has run for a while.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, TINY_MODEL, bench_model, print_table, real_prompts, save
+from benchmarks.processes import run_tied
 
 GOAL_PERCENT = 1.0
 CAPACITY = 20_000  # RouterSettings.trace_tokens' default
@@ -30,13 +31,14 @@ MODELS = {"tiny": "float32", "bench": "bfloat16"}
 
 
 def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, Any]:
-    """One row; makes this process an engine, so once a process."""
+    """One row. It turns this process into an engine, so call it once a process."""
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR"
     )
-    from experts.engine_kwargs import router_engine_kwargs
-    from experts.settings import RouterSettings
     from vllm import LLM, SamplingParams
+
+    from experts.protocol.settings import RouterSettings
+    from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     settings = RouterSettings(
         model_path=str(model), membership_by_rpc=True, dispatch_timeout_ms=60_000, trace_tokens=CAPACITY
@@ -46,14 +48,14 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
         "max_num_batched_tokens": 4096, "enable_prefix_caching": False, "seed": 0, "async_scheduling": False,
     }  # fmt: skip
     llm = LLM(**router_engine_kwargs(settings, engine_kwargs))
-    # Not earlier: vllm cannot set up an engine on a CPU in a process that has imported numba.
-    from benchmarks.mesh import ShardProcesses
-    from experts.vllm_plugin import current_router
+    # Not earlier: on a CPU, vllm cannot set up an engine in a process that has imported numba.
+    from benchmarks.data_plane.mesh import ShardProcesses
+    from experts.vllm_plugin.layer import current_client
 
-    rounds = -(-num_pairs // PAIRS_A_ROUND)  # sequences stay short, so that steps are alike
+    rounds = -(-num_pairs // PAIRS_A_ROUND)  # short sequences keep steps alike
     with ShardProcesses(model, dtype, num_ranks=2) as shards:
         llm.collective_rpc("expertmesh_apply_membership", args=(shards.membership.to_dict(),))
-        router = current_router()
+        router = current_client()
         recording = router.recorder
         silent = type(recording)(router.shape, 0)
         _fill(recording, router.shape, batch)
@@ -64,7 +66,7 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
         for round_number in range(rounds):
             for index, prompt in enumerate(prompts):
                 engine.add_request(f"{round_number}-{index}", {"prompt_token_ids": prompt}, params)
-            for _ in range(40):  # prefill, and what warms up
+            for _ in range(40):  # prefill and warm-up
                 engine.step()
             for pair in range(PAIRS_A_ROUND):
                 took_s = {}
@@ -94,7 +96,7 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
 
 
 def _steps(shape: Any, batch: int, count: int) -> list[list[np.ndarray]]:
-    """Made-up ids of some steps, layer by layer."""
+    """Random ids of some steps, layer by layer."""
     rng = np.random.default_rng(0)
     draw = rng.random((count, shape.num_layers, batch, shape.num_experts)).argsort(-1)[..., : shape.top_k]
     return [list(step) for step in draw.astype(np.int32)]
@@ -108,7 +110,7 @@ def _fill(recorder: Any, shape: Any, batch: int) -> None:
 
 
 def _alone_s(recorder: Any, shape: Any, batch: int) -> float:
-    """Median seconds that the recorder takes for a step."""
+    """Median seconds the recorder takes for a step."""
     steps, took_s = _steps(shape, batch, 8), []
     for number in range(2000):
         start_s = time.perf_counter()
@@ -131,7 +133,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int)
-    parser.add_argument("--row", action="store_true", help="measure in this process and print JSON, for main's use")
+    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     pairs = args.pairs or (100 if args.quick else 1000)
     if args.row:
@@ -142,15 +144,15 @@ def main() -> None:
         return
     rows = []
     for name in MODELS if args.model == "both" else [args.model]:
-        command = [sys.executable, "-m", "benchmarks.recorder_cost", "--row", "--model", name]
-        done = subprocess.run(
+        command = [sys.executable, "-m", "benchmarks.data_plane.recorder_cost", "--row", "--model", name]
+        done = run_tied(
             [*command, "--batch", str(args.batch), "--pairs", str(pairs)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"the engine of {name} ended with status {done.returncode}:\n{done.stderr[-4000:]}")
         rows.append(json.loads(done.stdout))
-    print_table("Recording, per decode step", list(rows[0]), [list(row.values()) for row in rows])
+    print_table("Cost of recording, per decode step", list(rows[0]), [list(row.values()) for row in rows])
     save("recorder_cost", {"rows": rows})
 
 

@@ -1,11 +1,11 @@
-"""Dispatch and combine against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
+"""Dispatch and combine against a bare ping-pong of the same bytes on the same transport. Goal: at most 1.5 times.
 
-    python -m benchmarks.round_trip [--quick]
+    python -m benchmarks.data_plane.round_trip [--quick]
 
 Both sides talk to the same number of shard processes on the same host and cores. The shards run the real compute loop
-with an expert kernel that only copies rows, so that what is timed is everything but the experts: plan, pack, wire,
-request check, reply, combine. The bare side copies a message of the same length in, posts it to every shard, waits for
-all, and copies each answer out; its peers answer without looking. Runs are interleaved, medians are compared.
+with an expert kernel that only copies rows, so the time covers everything but the experts: plan, pack, wire, request
+check, reply, combine. The bare side copies a message of the same length in, posts it to every shard, waits for all, and
+copies each answer out; its peers answer without reading. Runs are interleaved, and medians are compared.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from experts.dispatcher import Dispatcher
-from experts.layer_shape import LayerShape
-from experts.membership import Membership, ShardEndpoint, host_id
-from experts.shard_loop import ShardLoop
-from experts.wire import reply_capacity, request_capacity
-from placement.tables import Placement
 
 from benchmarks.common import median, print_table, save
+from experts.dispatch.dispatcher import Dispatcher
+from experts.dispatch.layer_shape import LayerShape
+from experts.protocol.membership import Membership, ShardEndpoint, host_id
+from experts.protocol.wire import HEADER_BYTES, reply_capacity, request_capacity
+from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
 from experts.transports.shm import ShmDoorbell
+from placement.placement import Placement
 
 GOAL = 1.5
+START_TIMEOUT_S = 300.0
 
 
 class CopyKernel:
-    """An expert kernel that costs as little as can be: every row is its own answer."""
+    """The cheapest expert kernel: every row is its own answer."""
 
     name = "copy"
 
@@ -48,7 +49,7 @@ class CopyKernel:
 
 
 def _shard(pipe: Connection, rank: int, shape: LayerShape, spin_us: float, bare_reply_bytes: int, core: int) -> None:
-    """A shard process: the real loop with CopyKernel, or a peer that answers `bare_reply_bytes` unseen."""
+    """A shard process: the real loop with CopyKernel, or a peer that answers with `bare_reply_bytes` bytes."""
     os.sched_setaffinity(0, {core})
     bell = ShmDoorbell(spin_us)
     channels: list[Any] = []
@@ -95,14 +96,14 @@ def _start(shape: LayerShape, ranks: int, spin_us: float, bare_reply_bytes: int)
         process.start()
         processes.append((process, ours))
     for _, pipe in processes:
-        if not pipe.poll(60):
-            raise TimeoutError("a shard process did not report its endpoint within 60 s")
+        if not pipe.poll(START_TIMEOUT_S):
+            raise TimeoutError(f"a shard process did not report its endpoint within {START_TIMEOUT_S:.0f} s")
         endpoints.append(pipe.recv())
     return processes, endpoints
 
 
 def measure(tokens: int, ranks: int, dtype: torch.dtype, spin_us: float, turns: int) -> dict[str, Any]:
-    """Interleaved turns of both sides; medians over all round trips."""
+    """One row: medians over all round trips of both sides, whose turns are interleaved."""
     shape = LayerShape(num_layers=1, num_experts=64, top_k=8, hidden_size=512, dtype=dtype)
     row_bytes = shape.row_bytes
     hello = Hello(
@@ -111,15 +112,16 @@ def measure(tokens: int, ranks: int, dtype: torch.dtype, spin_us: float, turns: 
     )  # fmt: skip
     placement = Placement.linear(1, 64, ranks)
     meshed, endpoints = _start(shape, ranks, spin_us, 0)
-    dispatcher = Dispatcher(shape, tokens, 30.0, None)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(shape, tokens, 30.0, fallback=None)
     links = {e.rank: connect(e, hello, "cpu", spin_us, time.monotonic() + 30) for e in endpoints}
     dispatcher.apply(Membership(1, placement, tuple(endpoints)), links, {})
     x_TD = torch.randn(tokens, 512).to(dtype)
     ids_TK = torch.stack([torch.randperm(64)[:8] for _ in range(tokens)]).int()
     weights_TK = torch.rand(tokens, 8)
-    dispatcher.forward(0, x_TD, weights_TK, ids_TK)
-    request_bytes = dispatcher._nbytes_R.tolist()
-    reply_bytes = [128 + int(rows) * row_bytes for rows in dispatcher._rows_R]
+    pending = dispatcher.begin(0, x_TD, weights_TK, ids_TK)
+    request_bytes = pending.plan.nbytes_R.tolist()
+    reply_bytes = [HEADER_BYTES + int(rows) * row_bytes for rows in pending.plan.rows_R]
+    dispatcher.finish(pending)
     bare, bare_endpoints = _start(shape, ranks, spin_us, max(reply_bytes))
     bare_links = [connect(e, hello, "cpu", spin_us, time.monotonic() + 30) for e in bare_endpoints]
     payload = np.random.default_rng(0).integers(0, 255, max(request_bytes), np.uint8)
@@ -171,7 +173,9 @@ def main() -> None:
     cases = [(64, 2, torch.bfloat16), (64, 2, torch.float32), (1, 2, torch.bfloat16), (64, 4, torch.bfloat16)]
     rows = [measure(tokens, ranks, dtype, args.spin_us, turns) for tokens, ranks, dtype in cases]
     print_table(
-        "Dispatch + combine against a bare ping-pong of the same bytes", list(rows[0]), [list(r.values()) for r in rows]
+        "Dispatch and combine against a bare ping-pong of the same bytes",
+        list(rows[0]),
+        [list(r.values()) for r in rows],
     )
     save("round_trip", {"rows": rows, "spin_us": args.spin_us})
 

@@ -1,11 +1,10 @@
-"""What a router does in a MoE layer besides the wire and the experts: plan, pack, unpack, combine.
+"""A router's own work in a MoE layer, without wire and experts: plan, pack, unpack, combine.
 
-    python -m benchmarks.router_overhead [--quick]
+    python -m benchmarks.data_plane.router_overhead [--quick]
 
-Overhead: one core, 4 shards, 64 tokens, top-8, hidden 512, float32 and bf16; the sum of plan+pack and combine as the
-dispatcher itself does them, Python included. Goal: at most 60 microseconds in the median.
-
-The round trip is `benchmarks.round_trip`.
+One core, 4 shards, 64 tokens, top-8, hidden 512, float32 and bf16: the time of a whole dispatch, Python included, with
+links that answer immediately. Goal: a median of at most 60 microseconds. `benchmarks.data_plane.round_trip` measures
+round trips.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import time
 from typing import Any
 
 import torch
-from experts.layer_shape import LayerShape
 
 from benchmarks.common import median, print_table, save
-from experts.precompile import loopback_dispatcher
+from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.loopback import loopback_dispatcher
 
 OVERHEAD_GOAL_US = 60.0
 
 
 def measure_overhead(dtype: torch.dtype, tokens: int, ranks: int, runs: int) -> dict[str, Any]:
-    """Median microseconds of a whole begin+finish with links that answer at once."""
+    """One row: median microseconds of a whole begin and finish with links that answer immediately."""
     shape = LayerShape(num_layers=1, num_experts=64, top_k=8, hidden_size=512, dtype=dtype)
     dispatcher = loopback_dispatcher(shape, ranks, tokens)
     x_TD = torch.randn(tokens, 512).to(dtype)
@@ -62,7 +61,7 @@ def main() -> None:
         for tokens, ranks in ((1, 4), (16, 4), (64, 4), (256, 4), (64, 2), (64, 8))
     ]
     print_table(
-        "Router overhead a MoE layer, hidden 512, top-8 of 64 experts, microseconds (median)",
+        "Router overhead per MoE layer, hidden 512, top-8 of 64 experts, median microseconds",
         list(rows[0]),
         [list(row.values()) for row in rows],
     )

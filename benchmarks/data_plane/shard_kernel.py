@@ -1,12 +1,12 @@
-"""Expert kernels against the machine's bound: rows a second of one MoE layer on one shard, by kernel and row count.
+"""Expert kernels against the machine's bound: rows per second of one MoE layer on one shard, by kernel and row count.
 
-    python -m benchmarks.shard_kernel [--quick] [--device cuda] [--shape bench|qwen3-30b|deepseek-v3|all] [--threads 1]
+    python -m benchmarks.data_plane.shard_kernel [--quick] [--device cuda] [--shape NAME|all] [--threads 1]
 
-The bound of a call is the larger of its floating-point work over the measured matmul peak and its bytes (weights of the
-slots that it touches, rows in and out) over the measured read bandwidth. Weights of as many layers as exceed the caches
-are used in turns. Pairs are ragged, four a row on average, as a shard of two gets them from a top-8 router; "uniform"
-rows have exactly four, the form in which vLLM's CPU kernel runs inside vLLM. Kernels and probes run in turns, medians
-count. With one CPU thread the time is that thread's CPU time, so that other load on the machine disturbs less.
+The bound of a call is the larger of two times: its floating-point work at the measured matmul peak, and its bytes
+(weights of the slots it touches, rows in and out) at the measured read bandwidth. Layers take turns, enough of them to
+exceed the caches. Pairs are ragged, four per row on average, as one of two shards gets them from a top-8 router;
+"uniform" rows have exactly four, the form in which vLLM's CPU kernel runs inside vLLM. Kernels and probes take turns;
+medians count. With one CPU thread, the time is that thread's CPU time, which other load on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from experts.kernels.native_build import load_library
-from experts.spec import ActivationSpec
 
 from benchmarks.common import median, print_table, save
 from experts.kernels import KERNELS, ExpertKernel, KernelShape
+from experts.kernels.native.build import load_library
 from experts.kernels.pick import random_pairs, random_weights
+from experts.model.spec import ActivationSpec
 
 # hidden, width, slots, layers
 SHAPES = {
@@ -50,7 +50,7 @@ def time_s(call: Callable[[], None], device: str) -> float:
 
 
 class Probes:
-    """The machine's two ceilings. The best of all probes counts: a ceiling is what was ever reached."""
+    """The machine's two ceilings: the best of all probes."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         size = 1024 if device == "cpu" else 8192
@@ -60,7 +60,7 @@ class Probes:
         self._memory = torch.ones(PROBE_BYTES[device] // 4, device=device)
         self.peak_flops = 0.0
         self.read_bytes_per_s = 0.0
-        # torch's matmul is far from the peak on some processors: our own inner loop in cache is a second probe.
+        # torch's matmul is far from the peak on some processors; our own inner loop, in cache, is a second probe.
         native = KERNELS["native"].supports(KernelShape(1, 1, 1, 1, ActivationSpec("silu"), dtype=dtype, device=device))
         self._library = load_library() if native is None else None
         self._is_bf16 = int(dtype == torch.bfloat16)
@@ -88,14 +88,14 @@ class Probes:
 
 
 def uniform_pairs(num_rows: int, num_slots: int) -> Pairs:
-    """Exactly PAIRS_PER_ROW distinct slots a row."""
+    """Exactly PAIRS_PER_ROW distinct slots for each row."""
     order = torch.rand(num_rows, num_slots).argsort(dim=1)[:, :PAIRS_PER_ROW]
     offsets = torch.arange(num_rows + 1, dtype=torch.int32) * order.shape[1]
     return offsets, order.flatten().int().contiguous(), torch.rand(order.numel())
 
 
 def build_kernels(shape: KernelShape) -> tuple[dict[str, ExpertKernel], dict[str, str]]:
-    """All kernels that support the shape, filled with random experts; and why the others do not."""
+    """(all kernels that support the shape, filled with random experts; why the others do not, by name)."""
     kernels: dict[str, ExpertKernel] = {}
     refused: dict[str, str] = {}
     weights = random_weights(shape)
@@ -115,7 +115,7 @@ def build_kernels(shape: KernelShape) -> tuple[dict[str, ExpertKernel], dict[str
 def measure(
     shape: KernelShape, kernels: dict[str, ExpertKernel], probes: Probes, num_rows: int, pattern: str, turns: int
 ) -> dict[str, Any]:
-    """Median rows a second of each kernel for one call of `num_rows`, and the work that the call is."""
+    """Median time of each kernel for one call of `num_rows`, and the call's work and bytes."""
     make = uniform_pairs if pattern == "uniform" else (lambda m, s: random_pairs(m, s, PAIRS_PER_ROW))
     calls = [make(num_rows, shape.num_slots) for _ in range(shape.num_layers)]
     rows_MD = torch.randn(num_rows, shape.hidden_size).to(shape.device, shape.dtype)
@@ -145,7 +145,7 @@ def measure(
 
 
 def compare(name: str, dtype: torch.dtype, device: str, quick: bool, turns: int) -> dict[str, Any]:
-    """All kernels on one shape and dtype, as a table and a record."""
+    """Print the table of all kernels on one shape and dtype; returns it as a record."""
     hidden, width, slots, layers = SHAPES[name]
     shape = KernelShape(layers, slots, hidden, width, ActivationSpec("silu"), dtype=dtype, device=device)
     kernels, refused = build_kernels(shape)
@@ -190,7 +190,7 @@ def compare(name: str, dtype: torch.dtype, device: str, quick: bool, turns: int)
 
 
 def main() -> None:
-    """Command line."""
+    """Print the tables and write bench-results/shard_kernel.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two row counts, two turns: does it work, not how fast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,16 +1,21 @@
-"""One pair's round trip against a bare ping-pong of the same bytes over the same transport. Goal: at most 1.5 times.
+"""One pair's round trip against a bare ping-pong of the same bytes on the same transport. Goal: at most 1.5 times.
 
-    python -m benchmarks.transport_pingpong [--quick] [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
+    python -m benchmarks.data_plane.transport_pingpong [--quick]
+        [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
 
-Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer unseen.
-bare: for shm, two compiled loops on a shared page and a futex; for gloo, isend and irecv of a two-rank group, each side
-in one thread, lengths known beforehand. link: `RouterLink.post` and `wait` against a doorbell, poll and reply, with the
-length in the message. tcp: a blocking socket, for scale. Turns are interleaved; medians over all round trips.
+Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer without
+reading. Turns are interleaved; medians are over all round trips.
+
+    link  `RouterLink.post` and `wait` against a doorbell, poll and reply, with the length in the message
+    bare  shm: two compiled loops on a shared page and a futex
+          gloo: isend and irecv of a two-rank group, one thread on each side, lengths known in advance
+    tcp   a blocking socket, for scale
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import socket
@@ -23,9 +28,10 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from experts.membership import ShardEndpoint, host_id
 
 from benchmarks.common import median, print_table, save
+from benchmarks.processes import tied
+from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import ControlListener, Hello
@@ -46,7 +52,7 @@ _PING, _PONG, _PEER_SLEEPS, _OWN_SLEEPS = 0, 64, 128, 192
 
 @compiled()
 def _shm_peer(address: int, spin_ns: int) -> None:
-    """Answer pings 1, 2, 3, ... until one of 0xFFFFFFFF comes."""
+    """Answer pings 1, 2, 3, ... until 0xFFFFFFFF."""
     seen = 0
     while True:
         value = atomics.wait_while_equal(address + _PING, address + _PEER_SLEEPS, seen, spin_ns, 10_000_000_000)
@@ -69,11 +75,11 @@ def _hello(transport: str) -> Hello:
 
 
 def serve(mode: str, host: str, argument: int) -> None:
-    """A peer process; prints what the other side has to know as one JSON line, and ends with its standard input."""
+    """Body of a peer process. It prints the facts the other side needs as JSON, and ends with its standard input."""
     if mode == "link":
         _serve_links(host)
     elif mode == "shm":
-        _tell({})
+        _report({})
         _shm_peer(SharedRegion(argument, _PAGE + 2 * CAPACITY).address, int(_SPIN_US * 1000))
     elif mode == "gloo":
         _serve_gloo(host)
@@ -81,7 +87,7 @@ def serve(mode: str, host: str, argument: int) -> None:
         _serve_tcp(host)
 
 
-def _tell(facts: dict[str, Any]) -> None:
+def _report(facts: dict[str, Any]) -> None:
     print(json.dumps(facts), flush=True)
 
 
@@ -95,7 +101,7 @@ def _serve_links(host: str) -> None:
         channels.remove,
         _LIMIT_S,
     )
-    _tell({"port": listener.port, "host_id": host_id()})
+    _report({"port": listener.port, "host_id": host_id()})
     start_s = time.monotonic()
     while channels or time.monotonic() < start_s + _LIMIT_S:
         bell.wait(0.2)
@@ -107,7 +113,7 @@ def _serve_links(host: str) -> None:
 
 def _serve_gloo(host: str) -> None:
     meeting = Meeting(host)
-    _tell(meeting.details())
+    _report(meeting.details())
     group = GlooGroup(meeting.accept(time.monotonic() + _LIMIT_S), SHARD, host, _LIMIT_S)
     data = torch.zeros(CAPACITY, dtype=torch.uint8)
     while True:
@@ -115,7 +121,7 @@ def _serve_gloo(host: str) -> None:
         if not length:
             return
         arriving = group.recv(data[:length])
-        _tell({"ready": length})
+        _report({"ready": length})
         while True:
             group.wait(arriving, None)
             last = bool(data[0])
@@ -127,7 +133,7 @@ def _serve_gloo(host: str) -> None:
 
 def _serve_tcp(host: str) -> None:
     with socket.create_server((host, 0)) as server:
-        _tell({"port": server.getsockname()[1]})
+        _report({"port": server.getsockname()[1]})
         connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     view = memoryview(bytearray(CAPACITY))
@@ -138,20 +144,20 @@ def _serve_tcp(host: str) -> None:
 
 
 class Peer:
-    """A peer's process and what it told."""
+    """A peer's process, and the facts it printed."""
 
     def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
-        command = [sys.executable, "-m", "benchmarks.transport_pingpong", "--serve", mode, "--peer-host", host]
-        self.process = subprocess.Popen(
-            [*prefix, *command, "--argument", str(argument)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=[argument] if argument else [],
-        )
-        self.facts = self.told()
+        command = [*prefix, sys.executable, "-m", "benchmarks.data_plane.transport_pingpong"]
+        self._stack = contextlib.ExitStack()
+        self.process = self._stack.enter_context(
+            tied(
+                [*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[argument] if argument else [],
+            )
+        )  # fmt: skip
+        self.facts = self.read()
 
-    def told(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """The next line from the peer."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -159,7 +165,7 @@ class Peer:
             raise RuntimeError("a peer process ended early")
         return json.loads(line)
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Send the peer a line."""
         stdin: IO[str] | None = self.process.stdin
         assert stdin is not None
@@ -167,9 +173,8 @@ class Peer:
         stdin.flush()
 
     def end(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.communicate()
+        """End the process."""
+        self._stack.close()
 
 
 Turn = Callable[[int, int], list[float]]
@@ -186,7 +191,7 @@ def _timed(round_trip: Callable[[bool], None], count: int) -> list[float]:
 
 
 def link_turns(transport: str, prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """Our link."""
+    """Turns of our link."""
     peer = Peer("link", prefix, host)
     endpoint = ShardEndpoint(0, "1", host, peer.facts["port"], peer.facts["host_id"], 0)
     link = connect(endpoint, _hello(transport), "cpu", _SPIN_US, time.monotonic() + _LIMIT_S)
@@ -205,7 +210,7 @@ def link_turns(transport: str, prefix: list[str], host: str) -> tuple[Turn, Peer
 
 
 def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """Two compiled loops."""
+    """Turns of two compiled loops."""
     region = SharedRegion.create(_PAGE + 2 * CAPACITY, "bench")
     peer = Peer("shm", prefix, host, region.descriptor)
     out, back = region.bytes[_PAGE:][:CAPACITY], region.bytes[_PAGE + CAPACITY :]
@@ -226,7 +231,7 @@ def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
 
 
 def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """isend and irecv of a two-rank group."""
+    """Turns of isend and irecv in a two-rank group."""
     peer = Peer("gloo", prefix, host)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))
@@ -246,15 +251,15 @@ def bare_gloo_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
             del sending
             landing[:nbytes] = back[:nbytes]
 
-        peer.say(str(nbytes))
-        assert peer.told() == {"ready": nbytes}
+        peer.write(str(nbytes))
+        assert peer.read() == {"ready": nbytes}
         return _timed(round_trip, count)
 
     return turn, peer
 
 
 def tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """A blocking socket."""
+    """Turns of a blocking socket."""
     peer = Peer("tcp", prefix, host)
     connection = socket.create_connection((host, peer.facts["port"]))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -272,7 +277,7 @@ def tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
 
 
 def measure(transport: str, sizes: tuple[int, ...], turns: int, count: int, prefix: list[str], host: str) -> list[Any]:
-    """Rows of the table for one transport."""
+    """The table's rows for one transport."""
     sides: dict[str, tuple[Turn, Peer]] = {"link": link_turns(transport, prefix, host)}
     if transport == "shm":
         sides["bare"] = bare_shm_turns(prefix, host)

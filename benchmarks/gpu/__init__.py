@@ -1,1 +1,1 @@
-"""Benchmarks that need a CUDA device. Each has a rehearsal without one: `--device cpu`."""
+"""Benchmarks that need a CUDA device. Each can be rehearsed without one: `--device cpu`."""

@@ -1,6 +1,6 @@
-"""What the GPU benchmarks share: ceilings measured in the same run, timing on the device, what was left out and why.
+"""Shared by the GPU benchmarks: ceilings measured in the same run, timing on the device, what was left out and why.
 
-Every benchmark also runs with `--device cpu`: a rehearsal with tiny sizes, whose figures mean nothing.
+Every benchmark also runs with `--device cpu`, a rehearsal with tiny sizes whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ L2_BYTES = 256 << 20  # more than any GPU's last-level cache
 
 @dataclass
 class Report:
-    """One benchmark's tables, and what it did not do."""
+    """One benchmark's tables, and what it left out."""
 
     name: str
     device: str
@@ -29,7 +29,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)
 
     def table(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Print rows of the same keys."""
+        """Print rows, which share their keys, and keep them."""
         if not rows:
             self.leave_out(title, "it has no rows, see above")
             return
@@ -37,13 +37,13 @@ class Report:
         print_table(title, list(rows[0]), [list(row.values()) for row in rows])
 
     def leave_out(self, what: str, why: str) -> None:
-        """Say at once, and again at the end, that something was not measured."""
+        """Print now, and again at the end, that something was not measured."""
         line = f"left out: {what}: {why}"
         print(line, flush=True)
         self.left_out.append(line)
 
     def end(self, **facts: Any) -> None:
-        """Write bench-results/NAME.json (not in a rehearsal) and repeat what was left out."""
+        """Repeat what was left out and, unless this is a rehearsal, write bench-results/NAME.json."""
         for line in self.left_out:
             print(line)
         if self.device == "cpu":
@@ -53,7 +53,7 @@ class Report:
 
 
 def arguments(text: str | None, more: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
-    """The command line of a GPU benchmark. Exits with a message when the device is not there."""
+    """The command line of a GPU benchmark. Exits with a message if there is no such device."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes and turns: does it work, not how fast")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal with tiny sizes")
@@ -68,19 +68,19 @@ def arguments(text: str | None, more: Callable[[argparse.ArgumentParser], None] 
 
 
 def absent(*modules: str) -> str | None:
-    """Which of some modules are not installed, in words; None if all are there."""
+    """A sentence on which modules are not installed; None if all are."""
     gone = [name for name in modules if importlib.util.find_spec(name) is None]
     return f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} not installed" if gone else None
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device."""
+    """Wait until the device is idle."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def wall_us(call: Callable[[], object], device: str, runs: int) -> list[float]:
-    """Microseconds of each call, the device's work included: the host waits for it every time."""
+    """Microseconds of each call including the device's work, which the host waits for every time."""
     times = []
     for _ in range(runs):
         synchronize(device)
@@ -91,13 +91,13 @@ def wall_us(call: Callable[[], object], device: str, runs: int) -> list[float]:
     return times
 
 
-SLEEP_CYCLES = 60_000_000  # some 30 ms
+SLEEP_CYCLES = 60_000_000  # about 30 ms
 
 
 def device_us(call: Callable[[], object], device: str, runs: int, repeats: int = 5) -> float:
-    """Microseconds of a call when calls follow one another and the host is ahead: the median of `repeats` trains.
+    """Microseconds of a call when calls queue up on the device: the median of `repeats` trains of `runs` calls.
 
-    Each train is queued behind a kernel that sleeps, so that what Python takes to launch a call does not count.
+    Each train is queued behind a kernel that sleeps, so Python's launch time does not count.
     """
     if device == "cpu":
         return median(wall_us(call, device, runs))
@@ -117,14 +117,14 @@ def device_us(call: Callable[[], object], device: str, runs: int, repeats: int =
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device was seen to reach in this run."""
+    """The best this device reached in this run."""
 
     read_bytes_per_s: float
     copy_bytes_per_s: float
     matmul_flops: float
 
     def line(self) -> str:
-        """In words."""
+        """One line of text."""
         return (
             f"ceilings measured in this run: {self.read_bytes_per_s / 1e9:,.0f} GB/s read, "
             f"{self.copy_bytes_per_s / 1e9:,.0f} GB/s copied (read and written), "
@@ -133,7 +133,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """The best of several turns each: a ceiling is what was ever reached. Takes some seconds."""
+    """Measure each ceiling as the best of several turns. Takes some seconds."""
     on_cpu = device == "cpu"
     size, nbytes = (128, 1 << 20) if on_cpu else (8192, 4 << 30)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

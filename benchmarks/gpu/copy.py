@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.copy [--quick] [--device cpu]
 
-A router dispatches 64 tokens to two shards, layer after layer, first undisturbed, then while the one shard sends the
-other an expert again and again over a pair of their own, in pieces of several sizes. Printed: the copy's bandwidth,
-alone and beside dispatches, and the dispatch's median and 99th percentile before and meanwhile.
+A router dispatches 64 tokens to two shards, layer after layer: first undisturbed, then while one shard keeps sending
+the other an expert over a pair of their own, in pieces of several sizes. The table has the copy's bandwidth, alone and
+beside dispatches, and the dispatch's median and 99th percentile, before and during the copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SENDER, RECEIVER = 0, 1
 
 
 def copy_rate(peers: Pool, nbytes: int, piece: int, times: int) -> float:
-    """GB/s of sending `nbytes` in pieces, `times` over."""
+    """GB/s of sending `nbytes` in pieces, `times` times."""
     count = times * -(-nbytes // piece)
     peers.order(SENDER, "copy", "between", piece, count, True)
     peers.order(RECEIVER, "copy", "between", piece, count, False)
@@ -35,7 +35,7 @@ def copy_rate(peers: Pool, nbytes: int, piece: int, times: int) -> float:
 
 
 def beside(peers: Pool, forward: Any, nbytes: int, piece: int, times: int) -> tuple[float, list[float]]:
-    """(the copy's GB/s, microseconds of the layers that ran meanwhile)."""
+    """(the copy's GB/s, microseconds of each layer that ran during it)."""
     rate: list[float] = []
     failed: list[BaseException] = []
 
@@ -84,17 +84,17 @@ def main() -> None:
             for piece in pieces:
                 before = dispatch_us(forward, layers, peers.device)
                 alone = copy_rate(peers, nbytes, piece, times)
-                beside_rate, meanwhile = beside(peers, forward, nbytes, piece, times)
+                beside_rate, during_us = beside(peers, forward, nbytes, piece, times)
                 rows.append(
                     {
                         "piece MB": piece / 1e6,
                         "copy alone GB/s": alone,
                         "beside dispatches": beside_rate,
                         "dispatch_us before": median(before),
-                        "meanwhile": median(meanwhile),
+                        "during": median(during_us),
                         "p99 before": percentile(before, 0.99),
-                        "p99 meanwhile": percentile(meanwhile, 0.99),
-                        "layers meanwhile": len(meanwhile),
+                        "p99 during": percentile(during_us, 0.99),
+                        "layers during": len(during_us),
                     }
                 )
             if dispatcher.lost:

@@ -1,12 +1,12 @@
-"""The plug-in end to end on a GPU: vLLM as a router with two shards beside plain vLLM; same tokens, and how quick.
+"""The plug-in end to end on a GPU: vLLM as a router with two shards against plain vLLM, by tokens and by speed.
 
     python -m benchmarks.gpu.engine [--quick] [--device cpu]
 
 The model is a random Qwen3-MoE of about 1 billion parameters (hidden 1024, 12 layers, 64 experts, top-8, width 384),
-made on first use in the temporary folder. Each side is a process of its own, alone on the GPU but for its shards;
-greedy, all prompts at once. `same` counts requests whose tokens all equal plain vLLM's, `prefix` is the mean share of
-tokens before the first that differs: random weights leave many near ties, which bfloat16 (and TF32, in vLLM's fused MoE
-in float32) break one way or the other.
+made on first use in the temporary folder. Each side is a process of its own and shares the GPU with its shards only.
+Decoding is greedy, with all prompts submitted together. `same` counts requests whose tokens all equal plain vLLM's;
+`prefix` is the mean share of tokens before the first difference. Random weights leave many near ties, which bfloat16
+(and TF32, in vLLM's fused MoE in float32) breaks either way.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.common import ROOT, TINY_MODEL
 from benchmarks.gpu.common import Report, absent, arguments
+from benchmarks.processes import run_tied
 from experts.transports.nccl_sharing import SHARE_GPUS
 
 SIDE_LIMIT_S = 900.0
@@ -34,7 +35,7 @@ VOCABULARY = 32000
 
 
 def random_model() -> Path:
-    """The folder of the model above."""
+    """The folder of the model described above."""
     path = Path(tempfile.gettempdir()) / "expertmesh-gpu-bench-model"
     if (path / "config.json").exists():
         return path
@@ -53,13 +54,13 @@ def random_model() -> Path:
 
 
 def prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
-    """Distinct random prompts."""
+    """`count` distinct random prompts of `length` tokens."""
     generator = torch.Generator().manual_seed(count)
     return torch.randint(10, vocabulary, (count, length), generator=generator).tolist()
 
 
 def engine_arguments(model: Path, dtype: str, eager: bool, device: str) -> dict[str, Any]:
-    """What both sides start vLLM with."""
+    """The engine options of both sides."""
     found: dict[str, Any] = {
         "model": str(model),
         "dtype": dtype,
@@ -71,12 +72,12 @@ def engine_arguments(model: Path, dtype: str, eager: bool, device: str) -> dict[
         "skip_tokenizer_init": True,
         "seed": 0,
     }
-    # The other ranks need their share of the GPU.
+    # The shards need their share of the GPU.
     return found if device == "cpu" else found | {"gpu_memory_utilization": 0.4}
 
 
 def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Process body: {batch: {"tokens_per_s", "tokens"}} and what the router says of itself."""
+    """Body of a side's process: {batch: {"tokens_per_s", "tokens"}}, and the router's status."""
     from vllm import LLM, SamplingParams
 
     from benchmarks.data_plane.mesh import ShardProcesses
@@ -103,7 +104,7 @@ def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for batch in order["batches"]:
             asked = [{"prompt_token_ids": ids} for ids in prompts(batch, order["prompt_tokens"], order["vocabulary"])]
-            llm.generate(asked, params, use_tqdm=False)  # warms up
+            llm.generate(asked, params, use_tqdm=False)  # warm-up
             speeds = []
             for _ in range(order["turns"]):
                 start_s = time.perf_counter()
@@ -119,16 +120,15 @@ def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_side(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """`serve` in a process of its own. RuntimeError with the end of what it printed."""
+    """`serve` in a process of its own. Raises RuntimeError with the end of its output."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         command = [sys.executable, "-m", "benchmarks.gpu.engine", "--device", order["device"], "--serve", side]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", SHARE_GPUS: "1", "HF_HUB_OFFLINE": "1"}
         if order["device"] == "cpu":
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        done = subprocess.run(
+        done = run_tied(
             [*command, "--model", str(model), "--order", json.dumps(order), "--answer", answer.name],
-            cwd=ROOT, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SIDE_LIMIT_S, check=False,
+            timeout_s=SIDE_LIMIT_S, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         text = answer.read()
     if done.returncode or not text:
@@ -137,7 +137,7 @@ def run_side(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def agreement(tokens: list[list[int]], expected: list[list[int]]) -> tuple[int, float]:
-    """(requests that are the same, mean share of tokens before the first that differs)."""
+    """(number of equal requests, mean share of tokens before the first difference)."""
     shares = []
     for got, wanted in zip(tokens, expected, strict=True):
         same = next((at for at, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b), len(wanted))
@@ -146,7 +146,7 @@ def agreement(tokens: list[list[int]], expected: list[list[int]]) -> tuple[int, 
 
 
 def rows_of(results: dict[str, dict[str, Any]], order: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table of one way to run."""
+    """The table's rows for one order."""
     rows = []
     for batch in map(str, order["batches"]):
         plain = results["vllm"][batch]

@@ -1,12 +1,12 @@
-"""Expert kernels on a GPU against its ceilings, and beside vLLM's fused MoE where that runs.
+"""Expert kernels on a GPU against its ceilings and, where it runs, vLLM's fused MoE.
 
     python -m benchmarks.gpu.kernels [--quick] [--shape NAME] [--device cpu]
 
-A call's bytes are those of the experts that it touches plus its rows in and out, its work 6 D I operations a pair.
-Pairs are ragged, four a row on average, as a shard of two gets them from a top-8 router. `call_us` is a call that the
-host waits for, as a shard's loop does; `device_us` calls that follow one another, which the shares are made of. Weights
-of several layers are used in turns, so that no cache holds what is read. Goals: 0.8 of the read bandwidth where bytes
-bound, 0.7 of the matmul peak where work does, and at least vLLM's speed.
+A call's bytes are the experts it touches plus its rows in and out; its work is 6 D I operations per pair. Pairs are
+ragged, four per row on average, as one of two shards gets them from a top-8 router. `call_us` is a call the host waits
+for, as a shard's loop does; `device_us` is one of several queued calls, and the shares are computed from it. Layers
+take turns, so that no cache holds the weights. Goals: 0.8 of the read bandwidth where bytes are the bound, 0.7 of the
+matmul peak where work is, and at least vLLM's speed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SLOW = ("torch_loop", "torch_dequant")  # the definition, not a contender
 
 
 def shape_of(name: str, device: str, format_name: str | None) -> KernelShape:
-    """What to build kernels for; as many layers as no cache can hold."""
+    """The shape to build kernels for, with more layers than a cache can hold."""
     hidden, width, slots, _ = (REHEARSAL if device == "cpu" else SHAPES)[name]
     gpt_oss = name.startswith("gpt-oss")
     values: dict[str, Any] = {
@@ -60,13 +60,13 @@ def shape_of(name: str, device: str, format_name: str | None) -> KernelShape:
             return KernelShape(layers, **values)
         return QuantizedShape(layers, **values, format=form)
 
-    # One row touches few slots: their bytes alone, times the layers, have to exceed the cache.
+    # One row touches few slots; their bytes in all layers together must exceed the cache.
     few = PAIRS_PER_ROW * made(1).expert_bytes
     return made(2 if device == "cpu" else min(8, max(2, -(-L2_BYTES // few))))
 
 
 def build(shape: KernelShape, report: Report, label: str) -> dict[str, ExpertKernel]:
-    """Every kernel that serves the shape, filled; the others are named with their reasons."""
+    """Every kernel that supports the shape, filled; the report names the others with their reasons."""
     kernels = {}
     weights = random_weights(shape, torch.Generator().manual_seed(0))
     form = shape.format.name if isinstance(shape, QuantizedShape) else None
@@ -82,7 +82,7 @@ def build(shape: KernelShape, report: Report, label: str) -> dict[str, ExpertKer
                 for layer, slot in itertools.product(range(shape.num_layers), range(shape.num_slots)):
                     kernel.set_slot(layer, slot, weights)
                 kernels[name] = kernel
-            except Exception as error:  # one kernel that fails must not cost the others' figures
+            except Exception as error:  # one failing kernel must not cost the others' figures
                 reason = f"failed to start: {type(error).__name__}: {error}"
         if reason is not None:
             report.leave_out(f"{label}, kernel {name}", reason)
@@ -90,7 +90,7 @@ def build(shape: KernelShape, report: Report, label: str) -> dict[str, ExpertKer
 
 
 def measure(kernel: ExpertKernel, num_rows: int, runs: int) -> dict[str, float]:
-    """Times of one call, and what work it is."""
+    """Times of one call, and its pairs and slots."""
     shape = kernel.shape
     generator = torch.Generator().manual_seed(num_rows)
     calls = [random_pairs(num_rows, shape.num_slots, PAIRS_PER_ROW, generator) for _ in range(max(4, shape.num_layers))]
@@ -116,7 +116,7 @@ def measure(kernel: ExpertKernel, num_rows: int, runs: int) -> dict[str, float]:
 def row_of(
     label: str, kernel: ExpertKernel, num_rows: int, found: dict[str, float], ceilings: Ceilings
 ) -> dict[str, Any]:
-    """One line of the table. `share` is that of the ceiling that bounds the call, `goal` what it has to reach."""
+    """One row of the table. `share` is the share of the ceiling that bounds the call, `goal` what it should reach."""
     shape = kernel.shape
     row_bytes = 2 * num_rows * shape.hidden_size * shape.dtype.itemsize
     nbytes = found["slots"] * shape.expert_bytes + row_bytes
@@ -139,7 +139,7 @@ def row_of(
 
 
 def beside_vllm(rows: list[dict[str, Any]]) -> None:
-    """Add how much quicker each kernel is than vLLM's on the same call; "-" where vLLM's did not run."""
+    """Add the speed-up of each kernel over vLLM's on the same call; "-" where vLLM's did not run."""
     theirs = {(row["weights"], row["rows"]): row["device_us"] for row in rows if row["kernel"].startswith("vllm_")}
     for row in rows:
         vllm_us = theirs.get((row["weights"], row["rows"]))
@@ -147,7 +147,7 @@ def beside_vllm(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """One table a shape."""
+    """Print one table per shape."""
 
     def more(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--shape", choices=list(SHAPES), help="one shape only")

@@ -1,6 +1,6 @@
 """Shard processes on GPUs for the benchmarks of pairs: the real compute loop, a bare peer, and a pair between shards.
 
-Over NCCL; in a rehearsal on the CPU over gloo, with rows apart from messages as NCCL has them.
+They use NCCL; a rehearsal on the CPU uses gloo, with rows apart from messages as with NCCL.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIMIT_S = 120.0
 
 
 class CopyKernel:
-    """An expert kernel that costs as little as can be: every row is its own answer."""
+    """The cheapest expert kernel: every row is its own answer."""
 
     name = "copy"
 
@@ -51,7 +51,7 @@ class CopyKernel:
 
 
 def make_group(device: str, folder: str, name: str, rank: int) -> PairGroup:
-    """One end of a pair that meets in a file."""
+    """One end of a pair; both ends meet in a file."""
     store = FileStore(str(Path(folder) / name), 2)
     if device == "cpu":
         return GlooGroup(store, rank, "127.0.0.1", LIMIT_S)
@@ -59,12 +59,12 @@ def make_group(device: str, folder: str, name: str, rank: int) -> PairGroup:
 
 
 def wait(group: PairGroup, work: Any) -> None:
-    """Within LIMIT_S."""
+    """Wait for a transfer, for at most LIMIT_S."""
     group.wait(work, time.monotonic() + LIMIT_S)
 
 
 class _Peer:
-    """What a shard process does besides its loop, one order at a time."""
+    """A shard process's work beside its loop, one order at a time."""
 
     def __init__(self, device: str, folder: str) -> None:
         self._device = device
@@ -73,11 +73,11 @@ class _Peer:
         self._stop = threading.Event()
 
     def pair(self, name: str, rank: int) -> None:
-        """Meet the other end."""
+        """Connect to the other end."""
         self._groups[name] = make_group(self._device, self._folder, name, rank)
 
     def bare(self, name: str, request_bytes: int, reply_bytes: int, count: int) -> None:
-        """Answer `count` messages unseen."""
+        """Answer `count` messages without reading them."""
         group = self._groups[name]
         message, reply = (torch.zeros(n, dtype=torch.uint8, device=self._device) for n in (request_bytes, reply_bytes))
         for _ in range(count):
@@ -85,7 +85,7 @@ class _Peer:
             wait(group, group.send(reply))
 
     def copy(self, name: str, nbytes: int, count: int, sends: bool) -> list[float]:
-        """Send or receive `nbytes` `count` times, each answered by one byte; microseconds of each."""
+        """Send or receive `nbytes` `count` times, each acknowledged by a small message; microseconds of each."""
         group = self._groups[name]
         weights = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         token = torch.zeros(16, dtype=torch.uint8, device=self._device)
@@ -98,7 +98,7 @@ class _Peer:
 
 
 def _shard(pipe: Connection, rank: int, device: str, shape: LayerShape, folder: str) -> None:
-    """Process body: the loop in its thread; orders (method of _Peer, arguments) here, until "end"."""
+    """Process body: the loop in its thread; orders (a method of _Peer, its arguments) here, until "end"."""
     torch.set_num_threads(1)
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -130,7 +130,7 @@ def _shard(pipe: Connection, rank: int, device: str, shape: LayerShape, folder: 
 
 @dataclass
 class Pool:
-    """Shards, and this process as their router."""
+    """Running shards, with this process as their router."""
 
     device: str
     folder: str
@@ -140,11 +140,11 @@ class Pool:
     pipes: list[Connection] = field(default_factory=list)
 
     def order(self, rank: int, name: str, *values: Any) -> None:
-        """Tell a shard to do something; `answer` has to follow."""
+        """Give a shard an order; a call of `answer` must follow."""
         self.pipes[rank].send((name, *values))
 
     def answer(self, rank: int) -> Any:
-        """What came of the last order."""
+        """The result of the last order; raises its exception, or TimeoutError."""
         if not self.pipes[rank].poll(LIMIT_S):
             raise TimeoutError(f"shard {rank} did not answer within {LIMIT_S:.0f} s")
         found = self.pipes[rank].recv()
@@ -153,7 +153,7 @@ class Pool:
         return found
 
     def dispatcher(self, max_rows: int) -> Dispatcher:
-        """Connected to all shards, linear placement."""
+        """A dispatcher connected to all shards, with a linear placement."""
         shape, num_ranks = self.shape, len(self.endpoints)
         hello = Hello(
             "bench", "gloo_split" if self.device == "cpu" else "nccl", "x",
@@ -169,7 +169,7 @@ class Pool:
 
 @contextlib.contextmanager
 def pool(device: str, num_shards: int, shape: LayerShape) -> Iterator[Pool]:
-    """Running shards, ended afterwards. ValueError without a GPU."""
+    """Running shards, ended with the context. Raises ValueError without a GPU."""
     os.environ[SHARE_GPUS] = "1"  # here and in the shards
     router_device, devices = ("cpu", ["cpu"] * num_shards) if device == "cpu" else spread(num_shards)
     context = multiprocessing.get_context("spawn")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu.round_trip [--quick] [--device cpu]
 
-Shards are processes that run the real loop with an expert kernel that only copies rows, so that what is timed is
-everything but the experts. The bare side sends each shard as many bytes, receives as many, and waits for all; its peers
-answer unseen. Turns are interleaved, medians compared. Ranks that share a GPU take turns on it, too, and may
-talk over sockets: their figures tell how both sides compare, not what a link between two GPUs gives.
+Shards are processes that run the real loop with an expert kernel that only copies rows, so the time covers everything
+but the experts. The bare side sends each shard as many bytes, receives as many, and waits for all; its peers answer
+without reading. Turns are interleaved, and medians are compared. Ranks that share a GPU take turns on it and may talk
+over sockets: their figures compare the two sides only, not links between GPUs.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def dispatch_us(forward: Any, count: int, device: str) -> list[float]:
 
 
 class BareSide:
-    """This end of the bare exchange."""
+    """The router's end of the bare exchange."""
 
     def __init__(self, peers: Pool, message_bytes: list[int], name: str) -> None:
         self._peers = peers
-        self._name = name  # a file can be met in once only
+        self._name = name  # two ends can meet in a file only once
         self._ranks = [rank for rank, nbytes in enumerate(message_bytes) if nbytes]
         self._groups: dict[int, PairGroup] = {}
         for rank in self._ranks:
@@ -85,8 +85,9 @@ def measure(peers: Pool, num_tokens: int, turns: int, count: int) -> dict[str, A
         return dispatcher.forward(0, x_TD, weights_TK, ids_TK)
 
     try:
-        forward()
-        row_bytes = [int(rows) * shape.row_bytes for rows in dispatcher._rows_R]
+        pending = dispatcher.begin(0, x_TD, weights_TK, ids_TK)
+        row_bytes = [int(rows) * shape.row_bytes for rows in pending.plan.rows_R]
+        dispatcher.finish(pending)
         bare_side = BareSide(peers, row_bytes, f"bare-{num_tokens}")
         mesh: list[float] = []
         bare: list[float] = []

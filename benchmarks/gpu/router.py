@@ -1,17 +1,17 @@
-"""What a router does in a MoE layer on a GPU besides the wire and the experts: plan, pack, unpack, combine.
+"""A router's own work in a MoE layer on a GPU, without wire and experts: plan, pack, unpack, combine.
 
     python -m benchmarks.gpu.router [--quick] [--device cpu]
 
-64 and 256 tokens, top-8 of 256 experts, 8 shards, hidden 7168, bfloat16; shards answer at once with what lies in the
-receive buffers.
+64 and 256 tokens, top-8 of 256 experts, 8 shards, hidden 7168, bfloat16. Shards answer immediately with what the
+receive buffers hold.
 
     eager     the dispatcher as an engine drives it: routing to the host, plan there, one launch to pack, one to combine
-    fixed     messages of fixed capacity, planned on the device; launched one by one
+    fixed     messages of fixed capacity, planned on the device and launched one by one
     captured  the same, several layers in one CUDA graph
 
-`layer_us` is a layer's time when layers follow one another and the host waits at the end only; `floor_us` the time that
-the copied ceiling of this run needs for the rows alone. Goals: 40 microseconds a layer, 20 captured. `replicas` has
-every expert on two shards, so that one of them is chosen for each pair.
+`layer_us` is a layer's time when layers follow one another and the host waits only at the end. `floor_us` is the time
+the rows alone need at this run's copy ceiling. Goals: 40 microseconds per layer, 20 captured. `replicas` has every
+expert on two shards, so that dispatch chooses one for each pair.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from experts.transports.base import RouterLink
 from placement.placement import Placement
 
 EAGER_GOAL_US, CAPTURED_GOAL_US = 40.0, 20.0
-LAYERS = 8  # of a captured graph
+LAYERS = 8  # in a captured graph
 
 
 class DeviceLoopback(LoopbackLink):
-    """A loopback link whose rows lie on a device."""
+    """A loopback link with its rows on a device."""
 
     def __init__(self, rank: int, shape: LayerShape, max_rows: int, device: str) -> None:
         super().__init__(rank, shape, max_rows)
@@ -46,7 +46,7 @@ class DeviceLoopback(LoopbackLink):
 
 
 def place(shape: LayerShape, num_ranks: int, replicas: bool) -> Placement:
-    """Linear; with `replicas` every expert a second time, half the ranks further on."""
+    """A linear placement; `replicas` adds a second copy of every expert, half the ranks further on."""
     linear = Placement.linear(shape.num_layers, shape.num_experts, num_ranks)
     if not replicas:
         return linear
@@ -58,20 +58,20 @@ def place(shape: LayerShape, num_ranks: int, replicas: bool) -> Placement:
 
 
 def step_of(shape: LayerShape, num_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weights and ids of a step."""
+    """Random x [T, D], weights [T, K] and ids [T, K] of a step."""
     x_TD = torch.randn(num_tokens, shape.hidden_size, device=device).to(shape.dtype)
     ids_TK = torch.rand(num_tokens, shape.num_experts).argsort(1)[:, : shape.top_k].int().to(device)
     return x_TD, torch.rand(num_tokens, shape.top_k, device=device), ids_TK.contiguous()
 
 
 def floor_us(dispatcher: Dispatcher, shape: LayerShape, num_tokens: int, ceilings: Ceilings) -> float:
-    """Rows read and written to pack, read and written to combine."""
-    rows = int(dispatcher._rows_R.sum())
+    """Microseconds to read and write the rows, once to pack and once to combine, at the copy ceiling."""
+    rows = dispatcher.stats.fan_out_sum // dispatcher.stats.dispatches
     return (3 * rows + num_tokens) * shape.row_bytes / ceilings.copy_bytes_per_s * 1e6
 
 
 def train_us(call: Callable[[], object], device: str, layers: int, turns: int) -> float:
-    """Median microseconds of a call among `layers` that follow one another."""
+    """Median microseconds of one of `layers` consecutive calls."""
     times = []
     for _ in range(turns):
         synchronize(device)
@@ -84,7 +84,7 @@ def train_us(call: Callable[[], object], device: str, layers: int, turns: int) -
 
 
 def eager(shape: LayerShape, num_tokens: int, num_ranks: int, replicas: bool, device: str) -> tuple[Any, Dispatcher]:
-    """(a call that is one layer, its dispatcher)."""
+    """(a call that runs one layer, its dispatcher)."""
     dispatcher = Dispatcher(shape, num_tokens, 30.0, fallback=None)
     links: dict[int, RouterLink] = {rank: DeviceLoopback(rank, shape, num_tokens, device) for rank in range(num_ranks)}
     membership = Membership(1, place(shape, num_ranks, replicas), (None,) * num_ranks)
@@ -94,7 +94,7 @@ def eager(shape: LayerShape, num_tokens: int, num_ranks: int, replicas: bool, de
 
 
 def fixed(shape: LayerShape, num_tokens: int, num_ranks: int, replicas: bool, device: str) -> Any:
-    """A call that is one layer of fixed capacity."""
+    """A call that runs one layer of fixed capacity."""
     from experts.dispatch.captured.fixed_dispatch import FixedDispatch
 
     dispatch = FixedDispatch(shape, num_tokens, num_ranks, 1, replicas, torch.device(device))

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu [--quick] [--only NAME,...] [--device cpu]`: every GPU benchmark, one table each.
 
-It says first what the machine has, runs each benchmark as a process of its own with a limit of time, and says last what
-was left out and why. The exit status counts the benchmarks that did not run to their end; a missed goal is no failure.
+It prints facts about the machine, runs each benchmark in a process of its own with a time limit, and ends with what was
+left out and why. The exit status is the number of benchmarks that did not finish; a missed goal is no failure.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from benchmarks.common import ROOT, hardware, versions
 from benchmarks.gpu.common import absent
+from benchmarks.processes import tied
 
 ENDS_S = time.monotonic() + float(os.environ.get("GPU_BUDGET_S", "1e9"))  # see tests/run_gpu.py
-# name: (limit in seconds, packages without which it cannot run)
+# name: (limit in seconds, packages it needs)
 BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
     "kernels": (900.0, ("numba", "safetensors")),
     "router": (300.0, ("numba", "safetensors")),
@@ -29,7 +31,7 @@ BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
 
 
 def facts() -> dict[str, object]:
-    """The machine and its software, as the figures' heading needs them."""
+    """The machine and its software, for the heading of the figures."""
     import torch
 
     found: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "hardware": hardware()}
@@ -52,42 +54,32 @@ def _version_of(package: str) -> str:
 
 
 def run(name: str, more: list[str], limit_s: float) -> tuple[str, list[str]]:
-    """(how it ended, what it left out); its output goes to standard output as it comes."""
+    """(how it ended, what it left out). Its output is passed on as it comes."""
     limit_s = min(limit_s, max(ENDS_S - time.monotonic(), 5.0))
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", f"benchmarks.gpu.{name}", *more],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    start_s = time.monotonic()
-    timer = _end_at(process, limit_s)
     left_out: list[str] = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("left out: ") and line.strip() not in left_out:
-            left_out.append(line.strip())
-    status = process.wait()
-    timer.cancel()
-    seconds = time.monotonic() - start_s
+    with tied(
+        [sys.executable, "-u", "-m", f"benchmarks.gpu.{name}", *more],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        start_s = time.monotonic()
+        timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))  # its shards too
+        timer.daemon = True
+        timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("left out: ") and line.strip() not in left_out:
+                left_out.append(line.strip())
+        status = process.wait()
+        timer.cancel()
+        seconds = time.monotonic() - start_s
     if seconds >= limit_s:
-        return f"was ended after {limit_s:.0f} s", left_out
+        return f"ended after {limit_s:.0f} s, its limit", left_out
     return ("done" if status == 0 else f"failed with status {status}") + f" in {seconds:.0f} s", left_out
 
 
-def _end_at(process: subprocess.Popen[str], limit_s: float):  # type: ignore[no-untyped-def]
-    import threading
-
-    def end() -> None:
-        os.killpg(process.pid, signal.SIGKILL)  # its shards too
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
 def main() -> int:
-    """Run all."""
+    """Run the benchmarks; returns how many did not finish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes and turns: does it work, not how fast")
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="names, separated by commas")
@@ -111,9 +103,9 @@ def main() -> int:
         if lacking is None:
             ends[name], left_out[name] = run(name, more, limit_s)
         else:
-            ends[name] = f"was not run: {lacking}"
+            ends[name] = f"not run: {lacking}"
             print(ends[name])
-    print("\n=== in short")
+    print("\n=== summary")
     for name, end in ends.items():
         print(f"  {name}: {end}")
         for line in left_out.get(name, []):

@@ -1,1 +1,2 @@
-"""Benchmarks of the planner: no process, no engine. Placements under a running service are `benchmarks.serving`."""
+"""Benchmarks of the planner, without processes or engines. Placements in a running service are in
+`benchmarks.serving`."""

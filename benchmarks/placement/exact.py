@@ -1,6 +1,6 @@
-"""Rows with a known answer: small cases against the exact optimum, and the examples that others published.
+"""Rows with a known answer: small cases against the exact optimum, and published examples.
 
-T tokens, K experts of one, E experts, R ranks, s slots of a rank.
+T tokens, K experts per token, E experts, R ranks, s slots per rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from placement.traces.trace import ActivationTrace
 
 TOLERANCE = 1.01
 
-# github.com/deepseek-ai/EPLB, README: 12 experts in 4 groups, 16 slots, 8 GPUs on 2 nodes, and the map shown there.
+# github.com/deepseek-ai/EPLB, README: 12 experts in 4 groups, 16 slots, 8 GPUs on 2 nodes, and its map.
 DEEPSEEK_LOADS = (
     (90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86),
     (20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27),
@@ -35,12 +35,12 @@ FLASHLB_LARGEST = 205.0
 
 
 def hits_of_masks(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """int64 [2^E]: how many tokens want at least one expert of each set of experts (bit e: expert e)."""
+    """int64 [2^E]: for each set of experts (bit e: expert e), how many tokens pick at least one of them."""
     want_T = np.zeros(len(ids_TK), np.int64)
     for column in ids_TK.T:
         want_T |= np.where(column >= 0, np.int64(1) << np.maximum(column, 0).astype(np.int64), 0)
     count = np.bincount(want_T, minlength=1 << num_experts)
-    # Sum over subsets: tokens whose experts all lie in a set; those that miss a set entirely lie in its complement.
+    # Sum over subsets: tokens with all experts in a set. Tokens with none in a set have all in its complement.
     within = count.astype(np.int64)
     for bit in range(num_experts):
         view = within.reshape(-1, 2, 1 << bit)
@@ -49,10 +49,10 @@ def hits_of_masks(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def least_fan_out(ids_TK: np.ndarray, num_experts: int, num_ranks: int, load_cap: float) -> float:
-    """The least fan-out of any placement with one slot an expert, equally many on each rank, under a cap; inf if none.
+    """The least fan-out of any placement with one slot per expert and equally full ranks, under a load cap; or inf.
 
-    By dynamic programming over sets of experts: ranks are interchangeable, and what a rank costs depends on its own
-    experts alone. Exact; for 12 experts or so.
+    Exact, for up to about 12 experts: dynamic programming over sets of experts, since ranks are interchangeable and a
+    rank's cost depends only on its own experts.
     """
     slots = num_experts // num_ranks
     hits = hits_of_masks(ids_TK, num_experts)
@@ -71,7 +71,7 @@ def least_fan_out(ids_TK: np.ndarray, num_experts: int, num_ranks: int, load_cap
         following: dict[int, float] = {}
         for used, cost in best.items():
             free = ~used & (len(masks) - 1)
-            lowest = free & -free  # the lowest expert left goes to the next rank, which counts each partition once
+            lowest = free & -free  # the lowest expert left goes to the next rank, so each partition counts once
             for block in blocks[((blocks & used) == 0) & ((blocks & lowest) != 0)]:
                 key = used | int(block)
                 value = cost + float(hits[block])
@@ -82,7 +82,7 @@ def least_fan_out(ids_TK: np.ndarray, num_experts: int, num_ranks: int, load_cap
 
 
 def random_case(seed: int) -> tuple[np.ndarray, int, int]:
-    """Tokens int16 [T, K] with groups of experts that are liked together, the number of experts and of ranks."""
+    """(int16 [T, K] tokens that prefer groups of experts, number of experts, number of ranks)."""
     rng = np.random.default_rng((seed, 41))
     num_experts, num_ranks = [(8, 2), (8, 4), (9, 3), (10, 2), (12, 2), (12, 3), (12, 4)][seed % 7]
     top_k = int(rng.integers(2, 5))
@@ -93,7 +93,7 @@ def random_case(seed: int) -> tuple[np.ndarray, int, int]:
 
 
 def exact_rows(quick: bool) -> Iterator[Row]:
-    """How many of 200 random small cases come within 1 % of the exact optimum."""
+    """The share of 200 random small cases within 1 % of the exact optimum."""
     cases = 40 if quick else 200
     within, worst, cpu_s, solved, feasible = 0, 1.0, 0.0, 0, 0
     for seed in range(cases):
@@ -110,7 +110,7 @@ def exact_rows(quick: bool) -> Iterator[Row]:
             continue
         feasible += 1
         if 1 / float(figures.balancedness[0]) > cap + 1e-9:
-            continue  # over the cap although the exact solver keeps to it: not solved
+            continue  # over the cap, which the exact solver keeps: not solved
         solved += 1
         ratio = float(figures.fan_out[0]) / exact
         within += ratio <= TOLERANCE
@@ -127,7 +127,7 @@ def exact_rows(quick: bool) -> Iterator[Row]:
 
 
 def golden_rows() -> Iterator[Row]:
-    """Published examples: the largest rank load."""
+    """Published examples, by balancedness and largest rank load."""
     loads = np.array(DEEPSEEK_LOADS, float)
     request = PlanRequest(8, 2, 2, objective="balance")
     published = Placement(8, 2, 12, np.array(DEEPSEEK_MAP))

@@ -1,4 +1,4 @@
-"""Rows on made-up models of DeepSeek's size: balance alone, time to plan and to refresh, and how cost grows."""
+"""Rows on synthetic models of DeepSeek's size: balance alone, time to plan and to refresh, and how cost grows."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ GROUPS = 8
 
 
 def counts_trace(load_LE: np.ndarray, top_k: int = 8) -> ActivationTrace:
-    """Loads alone, no sets."""
+    """A trace with loads only, no tokens."""
     counts = np.rint(load_LE).astype(np.int64)
     return ActivationTrace(np.zeros((0, len(load_LE), top_k), np.int16), load_LE.shape[1], counts=counts)
 
 
 def lognormal_loads(layers: int, experts: int, sigma: float, seed: int) -> np.ndarray:
-    """float64 [L, E], about 10^4 an expert."""
+    """float64 [L, E], about 10^4 per expert."""
     return np.random.default_rng(seed).lognormal(0, sigma, (layers, experts)) * 1e4
 
 
 def tokens_of_loads(load_LE: np.ndarray, tokens: int, top_k: int, seed: int) -> ActivationTrace:
-    """Tokens that pick experts in proportion to load, without liking any two together: for the node fan-out."""
+    """Tokens that pick experts independently, in proportion to load: for the node fan-out."""
     rng = np.random.default_rng(seed)
     ids = np.empty((tokens, len(load_LE), top_k), np.int16)
     for layer, load_E in enumerate(load_LE):
@@ -41,13 +41,13 @@ def tokens_of_loads(load_LE: np.ndarray, tokens: int, top_k: int, seed: int) -> 
 
 
 def even_balance(placement: Placement, load_LE: np.ndarray) -> np.ndarray:
-    """float64 [L]: balancedness when replicas share evenly."""
+    """float64 [L]: balancedness when replicas share load evenly."""
     load_LR = even_split_loads(placement, load_LE)
     return load_LR.mean(1) / load_LR.max(1)
 
 
 def balance_rows(quick: bool) -> Iterator[Row]:
-    """58 layers of 256 experts on 64 ranks by load alone, then random shapes against EPLB."""
+    """58 layers of 256 experts on 64 ranks, planned by load alone; then random shapes against EPLB."""
     layers = 8 if quick else 58
     for sigma in (0.5, 1.0):
         load_LE = lognormal_loads(layers, 256, sigma, 0)
@@ -83,7 +83,7 @@ def balance_rows(quick: bool) -> Iterator[Row]:
 
 
 def _never_below_eplb(quick: bool) -> Row:
-    """The least lead over EPLB, layer by layer, over random shapes and loads."""
+    """The smallest lead over EPLB in any layer, over random shapes and loads."""
     rng = np.random.default_rng(7)
     least, layers = np.inf, 0
     timer = Timer()
@@ -104,11 +104,11 @@ def _never_below_eplb(quick: bool) -> Row:
         least = min(least, float((even_balance(ours, load_LE) - even_balance(theirs, load_LE)).min()))
         layers += len(load_LE)
     figures = {"least_lead": least, "layers": layers}
-    return Row("random shapes, least lead over EPLB", "balance", 7, figures, ">= 0", least >= -1e-9, cpu_s=cpu_s)
+    return Row("random shapes, smallest lead over EPLB", "balance", 7, figures, ">= 0", least >= -1e-9, cpu_s=cpu_s)
 
 
 def time_rows(quick: bool) -> Iterator[Row]:
-    """A cold plan of 58 x 256 from 20,000 tokens in 10 s, and a warm refresh of it."""
+    """A cold plan of 58 x 256 from 20,000 tokens in 10 s, and its warm refresh."""
     layers, tokens = (8, 5000) if quick else (58, 20_000)
     whole = not quick
     trace = synthetic_trace(tokens, num_layers=layers)
@@ -124,7 +124,7 @@ def time_rows(quick: bool) -> Iterator[Row]:
         placement = timer.run(lambda: eplb_placement(trace.load(), request, GROUPS))
         yield Row(case, "vLLM EPLB, 8 groups", 0, scored(placement, later), **timer.times())
     placement = timer.run(lambda: optimize(trace, request)).placement
-    # A goal in seconds is one of the whole model; part of it is run by --quick, without a verdict.
+    # Goals in seconds are for the whole model. --quick runs a part of it, without a verdict.
     goal = "10 s" if whole else "10 s for 58 layers"
     met = timer.wall_s <= 10.0 if whole else None
     yield Row(case, "cold plan", 0, scored(placement, later), goal, met, **timer.times())
@@ -144,10 +144,10 @@ BASE = {"num_tokens": 2500, "num_layers": 2, "num_experts": 128}
 
 
 def scaling_rows(quick: bool) -> Iterator[Row]:
-    """Processor time of a plan, a refresh and an evaluation as tokens, layers and experts grow, and the exponents.
+    """Processor time of a plan, a refresh and an evaluation as tokens, layers and experts grow, with exponents.
 
-    The plan's search is switched off but for its least size, since by design it takes the time that it is given;
-    what is left is what grows: reading the trace, starts, scoring by the rule.
+    The plan's search runs at its smallest size, since by design it takes the time it is given. What remains is what
+    grows: reading the trace, starts, scoring by the rule.
     """
     steps = (1, 4) if quick else (1, 2, 4, 8)
     _time_of(**BASE)

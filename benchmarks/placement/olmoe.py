@@ -1,4 +1,4 @@
-"""Rows on OLMoE-1B-7B's routing: planned on one half of the tokens, scored on the other; and drift between domains."""
+"""Rows on OLMoE-1B-7B's routing: planned on some tokens and scored on the others; drift between domains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMORY_WINDOWS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, the cap to plan under, and the goal (most fan-out, least balancedness)."""
+    """A shape, the load cap to plan under, and the goal (highest fan-out, lowest balancedness)."""
 
     ranks: int
     nodes: int
@@ -66,12 +66,12 @@ CASES = (
 )
 
 
-# Seed of the split, and the share of the tokens to plan on.
+# (seed of the split, share of the tokens to plan on)
 SPLITS = ((0, 0.5), (1, 0.5), (2, 0.5), (0, 0.8), (1, 0.8), (2, 0.8))
 
 
 def olmoe_rows(quick: bool) -> Iterator[Row]:
-    """Each case on several splits: linear, greedy, EPLB, and the planner."""
+    """Each case on several splits: linear, greedy, EPLB and the planner."""
     trace = load_trace(TRACE)
     splits = ((0, 0.5),) if quick else SPLITS
     shapes_done = set()
@@ -99,10 +99,10 @@ def olmoe_rows(quick: bool) -> Iterator[Row]:
 
 
 def balance_of_even_plan(placement: Placement, trace: ActivationTrace, num_tokens: int, seed: int) -> float:
-    """Balancedness that `num_tokens` drawn at random would show if the ranks' loads were even in truth.
+    """The balancedness that `num_tokens` random tokens would show if the ranks' true loads were even.
 
-    What chance alone leaves of 1, so that no plan can be expected to score above it on that many tokens. The spread of
-    a token's load over ranks is taken from the placement, by the rule that dispatch uses.
+    Chance alone keeps it below 1, and no plan can be expected to score higher on that many tokens. The spread of a
+    token's load over ranks is the placement's, by the rule dispatch uses.
     """
     rng = np.random.default_rng(seed)
     balance = []
@@ -131,19 +131,19 @@ def _baselines(
 
 
 def _windows(trace: ActivationTrace, seed: int) -> list[ActivationTrace]:
-    """Windows of `WINDOW_TOKENS` tokens drawn from a domain, each token as often as chance has it.
+    """Windows of `WINDOW_TOKENS` tokens drawn from a domain, with replacement.
 
-    A domain has 1,252 to 2,688 tokens, too few for windows without a token in common; so these are what a stream with
-    the domain's routing would show, and differ as such windows do.
+    A domain has 1,252 to 2,688 tokens, too few for disjoint windows. These windows show what a stream with the domain's
+    routing would show, and differ as its windows would.
     """
     rng = np.random.default_rng(seed)
     return [trace.take(rng.integers(trace.num_tokens, size=WINDOW_TOKENS)) for _ in range(DRIFT_WINDOWS)]
 
 
 def drift_rows(quick: bool) -> Iterator[Row]:
-    """Planned on one domain, served with another, planned anew on every window; each figure is of the window served.
+    """Planned on one domain, served with another, and replanned on every window; figures are of the window served.
 
-    The first window meets the old plan, the second what was made of the first, and each later one what was made of
+    The first window meets the old plan, the second a plan made from the first, and each later one a plan made from
     the `MEMORY_WINDOWS` before it.
     """
     trace = load_trace(TRACE)

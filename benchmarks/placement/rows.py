@@ -1,4 +1,4 @@
-"""Rows of the placement benchmark, and the balancers that the planner is held against.
+"""Rows of the placement benchmark, and the balancers the planner is compared with.
 
 L layers, E experts, S slots.
 """
@@ -21,10 +21,10 @@ from placement.traces.trace import ActivationTrace
 
 @dataclass
 class Row:
-    """One figure of the table: what was planned, by what, how it fared, and the goal if there is one.
+    """One row of the table: what was planned, by which planner, its figures, and its goal if there is one.
 
-    `met` is None where a row has no goal. `cpu_s` is processor time of the planning call alone, so that it means the
-    same on a busy machine; `wall_s` is what a clock showed.
+    `met` is None without a goal. `cpu_s` is the processor time of the planning call alone, which means the same on a
+    busy machine; `wall_s` is its wall-clock time.
     """
 
     case: str
@@ -59,20 +59,20 @@ class Timer:
         self.cpu_s = self.wall_s = float("nan")
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """What the call returns."""
+        """Time the call and return its result."""
         cpu, wall = time.process_time(), time.perf_counter()
         result = call()
         self.cpu_s, self.wall_s = time.process_time() - cpu, time.perf_counter() - wall
         return result
 
     def times(self) -> dict[str, float]:
-        """As a Row takes them."""
+        """Keyword arguments of a Row."""
         return {"cpu_s": self.cpu_s, "wall_s": self.wall_s}
 
 
 @functools.cache
 def eplb_policy() -> Any:
-    """vLLM's EPLB policy, None where vllm is not installed."""
+    """vLLM's EPLB policy; None if vllm is not installed."""
     try:
         from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
     except ImportError:
@@ -83,7 +83,7 @@ def eplb_policy() -> Any:
 def eplb_placement(
     load_LE: np.ndarray, request: PlanRequest, num_groups: int, current: Placement | None = None
 ) -> Placement:
-    """What vLLM's EPLB makes of the loads; with `current`, slots that can stay do."""
+    """The placement vLLM's EPLB makes for the loads. With `current`, it keeps slots where it can."""
     import torch
 
     old = None if current is None else torch.from_numpy(current.physical_to_logical_map.astype(np.int64))
@@ -99,13 +99,13 @@ def eplb_placement(
 
 
 def scored(placement: Placement, trace: ActivationTrace) -> dict[str, float]:
-    """Figures of a placement on a trace, by the rule that dispatch uses."""
+    """Figures of a placement on a trace, by the rule dispatch uses."""
     figures = evaluate(placement, trace).summary()
     return {key: value for key, value in figures.items() if key != "tokens"}
 
 
 def moved_experts(old: Placement, new: Placement) -> int:
-    """Expert copies that a rank must fetch: those that it holds now and did not hold before, over all layers."""
+    """Replicas that ranks must fetch, over all layers: those a rank holds in `new` but not in `old`."""
     moved = 0
     for layer in range(old.num_layers):
         for rank in range(old.num_ranks):

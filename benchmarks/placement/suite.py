@@ -1,7 +1,7 @@
 """The placement planner against published balancers, exact optima and its goals: `python -m benchmarks.placement`.
 
-Every row has its seed and time; plans are scored on tokens that they were not made from. The default takes some six
-minutes of one core, `--quick` one. A missed goal is printed as such and is no failure.
+Every row shows its seed and time. Plans are scored on tokens they were not made from. The default takes about six
+minutes of one core, `--quick` one. A missed goal is printed as MISSED and is no failure.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {
     "golden": ("Published examples", lambda quick: golden_rows()),
     "exact": ("Exact optimum", exact_rows),
     "olmoe": ("OLMoE-1B-7B, planned on half of the tokens, scored on the others", olmoe_rows),
-    "drift": ("Drift between domains of OLMoE, a plan each window of 2,000 tokens", drift_rows),
+    "drift": ("Drift between domains of OLMoE, one plan per window of 2,000 tokens", drift_rows),
     "balance": ("Balance alone, lognormal loads, replicas share evenly", balance_rows),
     "time": ("Time on one core", time_rows),
-    "scaling": ("How cost grows", scaling_rows),
+    "scaling": ("Growth of cost", scaling_rows),
 }
 VERDICT = {None: "", True: "met", False: "MISSED"}
 
 
 def print_rows(title: str, rows: list[Row]) -> None:
-    """One table; a column for each figure that some row has."""
+    """Print one table, with a column for each figure that any row has."""
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
 
     def cell(value: float | None) -> str:
@@ -51,13 +51,13 @@ def print_rows(title: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Run the sections asked for; print tables, write JSON."""
+    """Run the chosen sections; print tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer splits, layers and cases")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="this section alone; may be repeated")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="only this section; may be repeated")
     args = parser.parse_args()
     if eplb_policy() is None:
-        print("vllm is not installed: rows of its EPLB are left out")
+        print("vllm is not installed: the rows of its EPLB are left out")
     sections = {}
     for name in args.only or SECTIONS:
         title, make = SECTIONS[name]

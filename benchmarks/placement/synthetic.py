@@ -1,6 +1,6 @@
-"""Made-up routing of a large model: loads are lognormal, and experts come in groups that tokens of a topic prefer.
+"""Synthetic routing of a large model: lognormal loads, and groups of experts that tokens of one topic prefer.
 
-T tokens, L layers, E experts, K experts of one token.
+T tokens, L layers, E experts, P topics, K experts per token.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def synthetic_trace(
     seed: int = 0,
     token_seed: int = 0,
 ) -> ActivationTrace:
-    """Top-k by Gumbel noise over log loads, plus `affinity` for the experts of the token's topic.
+    """Top-k of log loads with Gumbel noise, plus `affinity` for the experts of the token's topic.
 
-    `seed` makes the model (loads, topics), `token_seed` the tokens: other tokens of one model differ in that alone.
+    `seed` determines the model (loads, topics), `token_seed` the tokens drawn from it.
     """
     model = np.random.default_rng((seed, num_layers, num_experts))
     logit_LE = model.normal(0, sigma, (num_layers, num_experts))

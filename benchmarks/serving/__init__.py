@@ -1,2 +1,2 @@
-"""Benchmarks of whole engines and services, and the hosts that they run on. What needs no engine is
+"""Benchmarks of whole engines and services, and the hosts they run on. Benchmarks of the data plane alone are in
 `benchmarks.data_plane`."""

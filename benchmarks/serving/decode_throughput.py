@@ -1,11 +1,11 @@
-"""Output tokens/s, time to first token and between tokens: plain vLLM, vLLM TP=2, and one router with two shards.
+"""Output tokens/s, time to first token, time between tokens: plain vLLM, vLLM with TP=2, one router with two shards.
 
     python -m benchmarks.serving.decode_throughput [--quick] [--model bench|tiny|both]
 
 Every side gets the same cores, the same prompts (distinct, from the standard library's source) and the same engine
-settings; runs are interleaved, medians of at least five, and a side whose turn it is not is stopped: vLLM's idle
-workers would take the cores. Goal: at least 0.95 times the better vLLM at batch 64, 1.0
-times at 256.
+settings. Runs are interleaved; medians of at least five count. Only one side runs at a time; the others are paused,
+since vLLM's idle workers would take the cores. Goals: at least 0.95 times the better vLLM at batch 64, 1.0 times at
+256.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, TINY_MODEL, bench_model, median, percentile, print_table, save
+from benchmarks.processes import tied
 
+ENGINE_SIDE = (sys.executable, "-m", "benchmarks.serving.engine_side")
 SIDES = ("vllm", "tp2", "mesh")
 NAMES = {"vllm": "vLLM, one process", "tp2": "vLLM, TP=2", "mesh": "expertmesh, 1 router + 2 shards"}
 GOALS = {64: 0.95, 256: 1.0}
 
 
 class Side:
-    """An engine_side process and its children; stopped but while it runs."""
+    """A running engine_side process with its children, paused except during its own runs."""
 
-    def __init__(self, name: str, model: Path, dtype: str) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serving.engine_side", name, str(model), dtype],
-            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        self._read()
+        self._process = process
+
+    def pause(self) -> None:
+        """Stop the process and its children, so that vLLM's idle workers leave the cores to the other sides."""
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
+        """The next line from the process. Raises RuntimeError if it has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -57,28 +59,39 @@ class Side:
         order = {"batch": batch, "new_tokens": new_tokens, "prompt_tokens": prompt_tokens, "status": status}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        outcome = self._read()
-        self._signal(signal.SIGSTOP)
+        outcome = self.read()
+        self.pause()
         return outcome
 
     def close(self) -> None:
-        """End the process."""
+        """Let the process end by itself, within 60 s."""
         assert self._process.stdin is not None
         with contextlib.suppress(ProcessLookupError):
             self._signal(signal.SIGCONT)
         self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait(10)
+
+
+@contextlib.contextmanager
+def started(name: str, model: Path, dtype: str) -> Iterator[Side]:
+    """A paused side; it ends with the context, and with this process."""
+    with tied(
+        [*ENGINE_SIDE, name, str(model), dtype],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        side = Side(name, process)
+        side.read()
+        side.pause()
+        yield side
+        side.close()
 
 
 def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens: int, sides: list[str]) -> list[Any]:
-    """Rows of {model, batch, side, tokens_per_s, ratio, ttft/gap percentiles}."""
-    running = [Side(name, model, dtype) for name in sides]
+    """The table's rows for one model, one for each batch and side."""
     rows: list[dict[str, Any]] = []
-    try:
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(started(name, model, dtype)) for name in sides]
         for side in running:
             side.run(4, 8, 32)
         for batch in batches:
@@ -107,9 +120,6 @@ def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens:
                         "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
                     }
                 )
-    finally:
-        for side in running:
-            side.close()
     return rows
 
 

@@ -1,9 +1,9 @@
-"""One side of the decode benchmark: an engine in a process of its own, told over standard input what to run.
+"""One side of the decode benchmark: an engine in a process of its own that takes orders on standard input.
 
     python -m benchmarks.serving.engine_side vllm|tp2|mesh MODEL DTYPE
 
-Prints one JSON line when ready and one for each run; reads {"batch", "new_tokens", "prompt_tokens"} a line, ends with
-its standard input.
+It prints one JSON line when ready and one for each run, reads {"batch", "new_tokens", "prompt_tokens"} from each line,
+and ends with its standard input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 def _environment(side: str) -> None:
-    """vLLM reads these when it is imported. All sides get the same cores."""
+    """Set what vLLM reads when it is imported. All sides get the same cores."""
     every = ",".join(str(c) for c in CORES)
     binding = "|".join(str(c) for c in CORES[:2]) if side == "tp2" else every
     if side == "mesh":
@@ -35,7 +35,7 @@ def _environment(side: str) -> None:
 
 
 def run(llm: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Generate `new_tokens` for each prompt, all submitted at once; throughput, first-token and inter-token times."""
+    """Generate `new_tokens` for each prompt, all submitted together; throughput, first-token and inter-token times."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -70,7 +70,7 @@ def main() -> None:
     """Serve runs until standard input ends."""
     side, model, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     _environment(side)
-    # vllm prints on standard output; that is ours for results.
+    # vllm prints to standard output, which is for results.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from benchmarks.common import real_prompts

@@ -4,9 +4,9 @@
     host 1 (10.213.0.2) --+-- bridge in a namespace of its own
     host 2 (10.213.0.3) --+
 
-Each host has a folder of its own at the path `Host.folder`, the same path on all of them, as hosts do: Ray's sockets
-and logs go there. Nothing of the machine's own network is touched. What runs in a namespace is killed before it is
-removed, and what an earlier run left behind, because it was killed itself, is removed by the next one.
+Each host has a folder of its own at the path `Host.folder`, the same path on all hosts: Ray's sockets and logs go
+there. The machine's own network is not touched. The hosts' processes are killed before the hosts are removed. If this
+process is killed, a shell removes them; if that is killed too, the next run does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.processes import AtExit
+
 _PREFIX = "expertmesh"
 _CLONE_NEWNET = 0x40000000
 _LIMIT_S = 30.0
+# Arguments: the hosts' folder, and all namespaces.
+_REMOVE_HOSTS = """
+folder="$1"
+shift
+for name; do
+    while pids=$(ip netns pids "$name") && [ -n "$pids" ]; do kill -KILL $pids; sleep 0.1; done
+    ip netns del "$name"
+done
+rm -rf "$folder"
+"""
 
 
 class NamespacesRefusedError(RuntimeError):
-    """This user may not make network namespaces here; the message says what the system answered."""
+    """This user may not create network namespaces here; the message is the system's answer."""
 
 
 def _ip(*arguments: str) -> str:
@@ -50,20 +62,20 @@ class Host:
     port: str
     folder: str
     disk: str
-    """What stands behind `folder` on this host, as the rest of the machine sees it."""
+    """The folder behind `folder` on this host, as the rest of the machine sees it."""
 
     def command(self, *words: str) -> list[str]:
-        """The command that runs `words` on this host."""
-        # `ip netns exec` gives the process a view of mounts of its own, and the binding ends with that.
+        """The command line that runs `words` on this host."""
+        # `ip netns exec` gives the process its own view of mounts; the binding ends with that view.
         bind = 'mount --bind "$0" "$1" && shift && exec "$@"'
         return ["ip", "netns", "exec", self.name, "sh", "-c", bind, self.disk, self.folder, *words]
 
     def popen(self, *words: str, **options: Any) -> subprocess.Popen[str]:
-        """Start a process on this host; it dies with the hosts at the latest."""
+        """Start a process on this host. It is killed with the hosts, if it runs that long."""
         return subprocess.Popen(self.command(*words), text=True, **options)
 
     def cut(self) -> None:
-        """Pull the plug: no packet in or out, and nobody is told."""
+        """Pull the plug: no packet gets in or out, and no connection is closed."""
         _ip("-n", self.switch, "link", "set", self.port, "down")
 
     def join(self) -> None:
@@ -71,37 +83,37 @@ class Host:
         _ip("-n", self.switch, "link", "set", self.port, "up")
 
     def limit(self, mbit_per_s: float | None, burst_bytes: int = 1 << 15) -> None:
-        """Let this host send so many megabits a second at most (a token bucket of `burst_bytes`); None: no limit."""
-        with contextlib.suppress(NamespacesRefusedError):  # there may be none to undo
+        """Limit what this host sends to `mbit_per_s` (a token bucket of `burst_bytes`); None removes the limit."""
+        with contextlib.suppress(NamespacesRefusedError):  # there may be no limit to remove
             _ip("netns", "exec", self.name, "tc", "qdisc", "del", "dev", "eth0", "root")
         if mbit_per_s is not None:
             bucket = ["rate", f"{mbit_per_s}mbit", "burst", str(burst_bytes), "latency", "500ms"]
             _ip("netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *bucket)
 
     def link_bytes(self) -> tuple[int, int]:
-        """What has crossed this host's interface so far, Ethernet headers included: (bytes sent, bytes received)."""
+        """(bytes sent, bytes received) by this host's interface so far, including Ethernet headers."""
         [interface] = json.loads(_ip("-n", self.name, "-s", "-j", "link", "show", "dev", "eth0"))
         counters = interface["stats64"]
         return int(counters["tx"]["bytes"]), int(counters["rx"]["bytes"])
 
     def pids(self) -> list[int]:
-        """Processes on this host."""
+        """Ids of the processes on this host."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def kill_all(self) -> None:
-        """Kill every process on this host, and wait until they are gone."""
+        """Kill every process on this host and wait until they are gone. Raises TimeoutError."""
         limit_s = time.monotonic() + _LIMIT_S
         while pids := self.pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > limit_s:
-                raise TimeoutError(f"processes {pids} on host {self.name} outlive SIGKILL")
+                raise TimeoutError(f"processes {pids} on host {self.name} survive SIGKILL")
             time.sleep(0.01)
 
 
 def enter(name: str) -> None:
-    """Move the calling thread, and what it starts, into namespace `name`."""
+    """Move the calling thread, and processes it starts, into the namespace `name`."""
     descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
@@ -121,21 +133,22 @@ def _remove_leftovers() -> None:
 
 @contextlib.contextmanager
 def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
-    """`count` hosts that reach each other. Raises NamespacesRefusedError where the user may not make them."""
+    """`count` hosts that reach each other. Raises NamespacesRefusedError where the user may not create them."""
     if shutil.which("ip") is None:
         raise NamespacesRefusedError("there is no `ip` command (iproute2)")
     _remove_leftovers()
-    switch = f"{_PREFIX}-{os.getpid()}-switch"
+    switch, *names = (f"{_PREFIX}-{os.getpid()}-{word}" for word in ("switch", *range(count)))
     made: list[Host] = []
-    base = tempfile.mkdtemp(prefix="mesh")  # short, since Unix sockets will stand in it
+    base = tempfile.mkdtemp(prefix="mesh")  # short, because it will hold Unix sockets
+    at_exit = AtExit(_REMOVE_HOSTS, base, *names, switch)
     folder = os.path.join(base, "own")
     os.mkdir(folder)
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
         _ip("-n", switch, "link", "set", "bridge", "up")
-        for number in range(count):
-            name, port, address = f"{_PREFIX}-{os.getpid()}-{number}", f"port{number}", f"10.213.0.{number + 1}"
+        for number, name in enumerate(names):
+            port, address = f"port{number}", f"10.213.0.{number + 1}"
             _ip("netns", "add", name)
             disk = os.path.join(base, str(number))
             os.mkdir(disk)
@@ -145,7 +158,7 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
             _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
-            # Leads nowhere, but programs learn their own address by asking for the way to some public one.
+            # It leads nowhere, but programs find their own address by looking up the route to a public one.
             _ip("-n", name, "route", "add", "default", "via", "10.213.0.254")
         yield made
     finally:
@@ -155,3 +168,4 @@ def hosts_on_a_switch(count: int) -> Iterator[list[Host]]:
         with contextlib.suppress(NamespacesRefusedError):
             _ip("netns", "del", switch)
         shutil.rmtree(base, ignore_errors=True)
+        at_exit.cancel()

@@ -3,13 +3,13 @@
     python -m benchmarks.serving.placement_end_to_end [--quick] [--mbit 40] [--slots-per-rank 10]
         [--placements linear,eplb,...]
 
-Two network namespaces joined by a switch; on each a router (vLLM) and two of the four shards; `tc tbf` limits what each
-host sends. Placements are planned for the trace in examples/tiny-moe and run on prompts from other documents, of all
-four domains at once. Bytes are those of the interface and those of the routers' own counters. Predicted is what the
-planner says of the tokens that the routers recorded in the run, by the rule that dispatch uses; "off" is how much it
-is off. A placement with "+near" behind its name has routers take replicas on their own host first; "near" is planned
-for that, the others are not.
-Needs the right to make network namespaces, and `ip` and `tc`; else it says so and ends.
+Two network namespaces joined by a switch, each with a router (vLLM) and two of the four shards; `tc tbf` limits what
+each host sends. Placements are planned for the trace in examples/tiny-moe and run on prompts from other documents, with
+all four domains mixed. Bytes come from the interface and from the routers' own counters. The planner predicts both for
+the tokens the routers recorded in the run, by the rule dispatch uses; "off" is the prediction's relative error.
+
+With "+near" after a placement's name, routers prefer replicas on their own host; "near" is planned for that, the others
+are not. The benchmark needs the right to create network namespaces, `ip` and `tc`; without them it skips itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from experts.protocol.wire import exchange_bytes
 from placement.placement import Placement
 from placement.policy import build_placement
 from placement.rule.evaluate import evaluate
-from placement.rule.local_replicas import keep_near
+from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import choose_replicas
 from placement.search.problem import PlanRequest
 from placement.traces.profile import read_prompts
@@ -47,31 +47,28 @@ TRACE, PROMPTS = TINY_MODEL / "trace.npz", TINY_MODEL / "prompts-unseen.jsonl"
 NUM_HOSTS, NUM_SHARDS, PORT = 2, 4, 8000
 ROW_BYTES = 4 * 256  # float32, hidden 256
 PLANNERS = ("linear", "greedy", "eplb", "optimized", "near")
-NEAR = "+near"  # after a planner's name: routers take replicas on their own host first
+NEAR = "+near"  # after a planner's name: routers prefer replicas on their own host
 
 
 def plan(name: str, trace: ActivationTrace, args: Any) -> Placement:
-    """The placement by one of PLANNERS."""
+    """The placement made by one of PLANNERS."""
     if name == "eplb":
         return eplb_placement(trace.load(), PlanRequest(NUM_SHARDS, args.nodes, args.slots_per_rank), num_groups=1)
     near = name == "near"
-    return build_placement(
-        "optimized" if near else name,
-        num_layers=trace.num_layers,
-        num_experts=trace.num_experts,
+    request = PlanRequest(
         num_ranks=NUM_SHARDS,
         num_nodes=NUM_HOSTS if near else args.nodes,
         prefer_local_replicas=near,
         slots_per_rank=args.slots_per_rank,
         min_replicas=args.min_replicas,
-        trace=trace,
-        time_budget_s=args.plan_seconds,
+        seconds=args.plan_seconds,
         load_cap=args.load_cap,
     )
+    return build_placement("optimized" if near else name, request, trace, trace)
 
 
 def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
-    """Both applications; Ray's resources put one router and two shards on each host."""
+    """Both applications. Ray's resources put one router and two shards on each host."""
     model = {"id": "tiny-moe", "path": str(TINY_MODEL), "dtype": "float32"}
     head = {"head": 0.01}
     experts = {
@@ -109,7 +106,7 @@ def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
 
 
 class Cluster:
-    """The running cluster, as `benchmarks.serving.serve_side` on its head sees it."""
+    """The running cluster, seen through `benchmarks.serving.serve_side` on its head."""
 
     def __init__(self, hosts: list[Host]) -> None:
         environment = ray_environment()
@@ -126,7 +123,7 @@ class Cluster:
             )  # fmt: skip
 
     def order(self, **order: Any) -> dict[str, Any]:
-        """One order; see serve_side."""
+        """Give one order and return the answer; see serve_side."""
         assert self._side.stdin is not None
         assert self._side.stdout is not None
         self._side.stdin.write(json.dumps(order) + "\n")
@@ -137,30 +134,30 @@ class Cluster:
         return dict(json.loads(line))
 
     def routers(self) -> list[dict[str, Any]]:
-        """Their counters."""
+        """The routers' status, with their counters."""
         return list(json.loads(self.order(get="/expertmesh/status")["body"])["routers"])
 
     def link_bytes(self) -> int:
-        """What has crossed the link between the hosts, both ways."""
+        """Bytes that crossed the link between the hosts, both ways."""
         return sum(self.hosts[0].link_bytes())
 
     def trace(self, router: str) -> ActivationTrace:
-        """What a router recorded since it was cleared."""
+        """The trace a router recorded since it was last cleared."""
         path = f"/expertmesh/trace?router={urllib.parse.quote(router)}"
         return ActivationTrace.load_npz(io.BytesIO(bytes.fromhex(self.order(get=path)["body"])))
 
 
 def own_ranks(router: dict[str, Any]) -> np.ndarray:
-    """bool [R]: the shards on the router's host, which are those that it reaches through shared memory."""
+    """bool [R]: the shards on the router's host, which it reaches through shared memory."""
     return np.array([router["transports"].get(str(rank)) == "shm" for rank in range(NUM_SHARDS)])
 
 
 def predict(placement: Placement, trace: ActivationTrace, local_R: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, pairs) [L, R] that the tokens of a trace take to each shard, by the rule that dispatch uses."""
+    """(rows, pairs) [L, R] that a trace's tokens send to each shard, by the rule dispatch uses."""
     if local_R is None:
         evaluation = evaluate(placement, trace)
         return evaluation.rows_LR, evaluation.load_LR
-    slots_LER = keep_near(placement.slots_LER, local_R)
+    slots_LER = keep_local(placement.slots_LER, local_R)
     rows_LR, pairs_LR = np.zeros((2, trace.num_layers, NUM_SHARDS))
     for layer in range(trace.num_layers):
         ids_TK = trace.ids_of_layer(layer)
@@ -173,7 +170,7 @@ def predict(placement: Placement, trace: ActivationTrace, local_R: np.ndarray | 
 
 
 def measure(cluster: Cluster, placement: Placement, near: bool, prompts: list[str], args: Any) -> dict[str, Any]:
-    """One run of all prompts: what was sent, and what the planner makes of the tokens that the routers recorded."""
+    """One run of all prompts: what was sent, and what the planner predicts for the tokens the routers recorded."""
     cluster.order(delete="/expertmesh/trace")
     before, link_before = cluster.routers(), cluster.link_bytes()
     run = cluster.order(run=prompts, new_tokens=args.new_tokens, concurrency=args.concurrency)
@@ -216,18 +213,18 @@ def measure(cluster: Cluster, placement: Placement, near: bool, prompts: list[st
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Cluster]:
-    """The cluster; NamespacesRefusedError where it cannot be made."""
+    """The cluster. Raises NamespacesRefusedError where it cannot be created."""
     with hosts_on_a_switch(NUM_HOSTS) as hosts:
-        for host in hosts:  # so that it is refused now rather than after minutes
+        for host in hosts:  # a missing right shows now, not after minutes
             host.limit(1000)
             host.limit(None)
         yield Cluster(hosts)
 
 
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a placement: medians over its runs."""
+    """One row per placement: medians over its runs."""
     trace = ActivationTrace.load_npz(TRACE)
-    prompts = [prompt.text for prompt in read_prompts(PROMPTS)]  # domains take turns, so that every batch mixes them
+    prompts = [prompt.text for prompt in read_prompts(PROMPTS)]  # domains alternate, so every batch mixes them
     prompts = [prompts[i] for i in np.argsort(np.arange(len(prompts)) % (len(prompts) // 4), kind="stable")]
     prompts = prompts[: args.prompts]
     names = args.placements.split(",")
@@ -257,7 +254,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _stop(number: int, frame: Any) -> None:
-    """The hosts are removed on the way out, which a second signal (`timeout` sends two) must not cut short."""
+    """Interrupt once: a second signal (`timeout` sends two) must not cut the removal of the hosts short."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -266,25 +263,25 @@ def main() -> None:
     """Print the table and write bench-results/placement_end_to_end.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--mbit", type=float, default=40.0, help="megabits a second that each host may send")
+    parser.add_argument("--mbit", type=float, default=40.0, help="megabits per second each host may send")
     parser.add_argument("--slots-per-rank", type=int, default=10)
     parser.add_argument(
         "--nodes",
         type=int,
         default=1,
-        help="nodes to plan for: with a router on each host a row is as likely to cross the link wherever it goes, so "
-        "that fan-out is what counts; 2 where copies have to stand on different hosts",
+        help="nodes to plan for. With a router on each host, every row is equally likely to cross the link, so fan-out "
+        "is what counts; 2 places replicas on different hosts",
     )
-    parser.add_argument("--min-replicas", type=int, default=1, help="copies of every expert, on different hosts")
+    parser.add_argument("--min-replicas", type=int, default=1, help="replicas of every expert, on different shards")
     parser.add_argument("--load-cap", type=float, default=1.1)
     parser.add_argument(
         "--placements",
         default="linear,eplb,eplb+near,optimized,near",
-        help="of " + ", ".join(PLANNERS) + f", each with {NEAR} or without",
+        help="comma-separated, of " + ", ".join(PLANNERS) + f", each with or without {NEAR}",
     )
     parser.add_argument("--turns", type=int, default=1, help="deployments of each placement")
     parser.add_argument("--runs", type=int, help="runs of each deployment")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of a run")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts per run")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--plan-seconds", type=float, default=10.0)
@@ -296,7 +293,7 @@ def main() -> None:
     try:
         rows = compare(args)
     except NamespacesRefusedError as refused:
-        print(f"  skipped: no hosts of our own can be made here: {refused}")
+        print(f"  skipped: network namespaces cannot be created here: {refused}")
         return
     print_table(
         f"Two hosts, {args.mbit:g} Mbit/s each, 2 routers, {NUM_SHARDS} shards of {args.slots_per_rank} slots",

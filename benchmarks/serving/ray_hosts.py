@@ -1,5 +1,4 @@
-"""A Ray cluster with a node on each of several hosts (`benchmarks.serving.hosts`), for tests and benchmarks across
-hosts."""
+"""A Ray cluster with one node on each of several hosts (`benchmarks.serving.hosts`), for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from benchmarks.common import ROOT
 from benchmarks.serving.hosts import Host
 
 GCS_PORT = 6379
-START_S = 420.0
+START_TIMEOUT_S = 420.0
 
 
 @dataclass(frozen=True)
 class Node:
-    """What Ray is told of one host: its CPUs, and resources by which deployments are pinned to it."""
+    """One host as Ray sees it: its CPUs, and the resources that pin deployments to it."""
 
     host: Host
     num_cpus: int
@@ -29,12 +28,12 @@ class Node:
 
     @property
     def log(self) -> Path:
-        """What `ray start` said there."""
+        """The output of `ray start` on this host."""
         return Path(self.host.disk) / "ray-start.log"
 
 
 def ray_environment() -> dict[str, str]:
-    """Environment of every process of one cluster, with a token of its own."""
+    """Environment of every process of one cluster, with the cluster's own token."""
     return {
         **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
         "PYTHONPATH": str(ROOT),
@@ -48,20 +47,20 @@ def ray_environment() -> dict[str, str]:
 
 
 def start_ray(nodes: Sequence[Node], environment: dict[str, str]) -> str:
-    """Start Ray on all hosts, the first one as head; returns the cluster's address. It ends with the hosts.
+    """Start Ray on all hosts, with the first as head; returns the cluster's address. Ray ends with the hosts.
 
-    Raises RuntimeError with what `ray start` said.
+    Raises RuntimeError with the output of `ray start`.
     """
     head = nodes[0].host
     address = f"{head.address}:{GCS_PORT}"
     as_head = ["--head", f"--port={GCS_PORT}", f"--temp-dir={head.folder}", "--no-monitor", "--include-dashboard=false"]
-    # All at once, since most of a start is waiting; the others wait for the head by themselves.
+    # All in parallel, since most of a start is waiting; the other nodes wait for the head.
     starts = [
         _start(node, environment, *(as_head if number == 0 else [f"--address={address}"]))
         for number, node in enumerate(nodes)
     ]
     for node, start in zip(nodes, starts, strict=True):
-        if start.wait(START_S) != 0:
+        if start.wait(START_TIMEOUT_S) != 0:
             raise RuntimeError(f"ray start on {node.host.name} failed:\n{node.log.read_text()}")
     return address
 

@@ -1,12 +1,12 @@
-"""The side of a benchmark that stands in the cluster: deploys Serve configs on a running Ray cluster, sends requests.
+"""The side of a benchmark inside the cluster: it deploys Serve configs on a running Ray cluster and sends requests.
 
     python -m benchmarks.serving.serve_side RAY_ADDRESS PORT
 
-Reads orders as JSON lines, answers each with one, ends with its standard input:
+It reads orders as JSON lines, answers each with one line, and ends with its standard input:
 
-    {"deploy": SERVE_CONFIG}    afresh what stands in `experts`; answers once every router has every shard of it
+    {"deploy": SERVE_CONFIG}    restarts the shards; answers once every router is connected to every shard
     {"run": [PROMPT, ...], "new_tokens": N, "concurrency": C}    answers {"seconds", "tokens", "prompt_tokens"}
-    {"get" | "delete": PATH}    answers {"status", "body"}, a body that is no text as hexadecimal digits
+    {"get" | "delete": PATH}    answers {"status", "body"}; a binary body comes as hexadecimal digits
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-DEPLOY_S, REQUEST_S = 300.0, 200.0
+DEPLOY_TIMEOUT_S, REQUEST_TIMEOUT_S = 300.0, 200.0
 EXPERTS = "experts"
 
 
 class ServeSide:
-    """One cluster's Serve, through Ray and through HTTP."""
+    """Serve on one cluster, through Ray and through HTTP."""
 
     def __init__(self, address: str, port: int) -> None:
         import ray
@@ -36,7 +36,7 @@ class ServeSide:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
 
     def deploy(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Routers stay as they are if their application's arguments do; shards are always started anew."""
+        """Deploy a config. Routers stay if their application's arguments do; shards always restart."""
         from ray import serve
 
         from cluster.ray_joints import deploy_config
@@ -45,7 +45,7 @@ class ServeSide:
         if EXPERTS in serve.status().applications:
             serve.delete(EXPERTS)
         deploy_config(config)
-        _wait(self._complete, DEPLOY_S)
+        _wait(self._complete, DEPLOY_TIMEOUT_S)
         return {"seconds": time.monotonic() - start_s}
 
     def _complete(self) -> bool:
@@ -53,7 +53,7 @@ class ServeSide:
 
         applications = serve.status().applications.values()
         if any(application.status != "RUNNING" for application in applications):
-            return False  # routers of the config before may answer still
+            return False  # routers of the previous config may still answer
         if self.request("GET", "/health")["status"] != 200:
             return False
         status = json.loads(self.request("GET", "/expertmesh/status")["body"])
@@ -69,7 +69,7 @@ class ServeSide:
         )
 
     def run(self, prompts: list[str], new_tokens: int, concurrency: int) -> dict[str, float]:
-        """Complete all prompts greedily, so many at once."""
+        """Complete all prompts greedily, `concurrency` at a time."""
         model = json.loads(self.request("GET", "/v1/models")["body"])["data"][0]["id"]
 
         def complete(prompt: str) -> tuple[int, int]:
@@ -87,8 +87,8 @@ class ServeSide:
         return {"seconds": seconds, "tokens": sum(c for c, _ in counts), "prompt_tokens": sum(p for _, p in counts)}
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """{"status", "body"}; status 0 where nothing answered."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=REQUEST_S)
+        """{"status", "body"}; status 0 if nothing answered."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=REQUEST_TIMEOUT_S)
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {"Content-Type": "application/json"})
@@ -102,16 +102,16 @@ class ServeSide:
             connection.close()
 
 
-def _wait(condition: Callable[[], bool], limit_s: float) -> None:
-    end_s = time.monotonic() + limit_s
+def _wait(condition: Callable[[], bool], timeout_s: float) -> None:
+    end_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end_s:
-            raise TimeoutError(f"not deployed within {limit_s} s")
+            raise TimeoutError(f"not deployed within {timeout_s} s")
         time.sleep(0.3)
 
 
 def main() -> None:
-    """Serve orders until standard input ends."""
+    """Carry out orders until standard input ends."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     side = ServeSide(sys.argv[1], int(sys.argv[2]))

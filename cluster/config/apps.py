@@ -1,4 +1,4 @@
-"""The arguments of the two applications."""
+"""The arguments of the two applications, and the settings that routers and shards get from them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 class ExpertsAppConfig(StrictModel):
     """Arguments of `serve_app:build_experts`: the shards and their controller."""
 
-    model: ModelSection = Field(description="Which model; the same in both applications.")
+    model: ModelSection = Field(description="The model; the same in both applications.")
     shards: ShardsSection = Field(description="The expert shards.")
-    placement: PlacementSection = Field(default=PlacementSection(), description="Which expert stands where.")
-    membership: MembershipSection = Field(default=MembershipSection(), description="How shards are followed.")
+    placement: PlacementSection = Field(default=PlacementSection(), description="Which expert each slot holds.")
+    membership: MembershipSection = Field(default=MembershipSection(), description="How shards are tracked.")
 
     def shard_settings(self, bind_host: str) -> ShardSettings:
-        """What one shard of this application is told; `bind_host` is the address that routers reach it at."""
+        """Settings of one shard; `bind_host` is the address at which routers reach it."""
         return ShardSettings(
             model_path=self.model.path,
             dtype=self.model.dtype,
@@ -40,17 +40,19 @@ class ExpertsAppConfig(StrictModel):
 class LLMAppConfig(StrictModel):
     """Arguments of `serve_app:build_llm`: the routers and the HTTP side."""
 
-    model: ModelSection = Field(description="Which model; the same in both applications.")
+    model: ModelSection = Field(description="The model; the same in both applications.")
     routers: RoutersSection = Field(default=RoutersSection(), description="The vLLM engines.")
-    transport: TransportSection = Field(default=TransportSection(), description="How rows travel.")
-    deadlines: DeadlinesSection = Field(default=DeadlinesSection(), description="Bounds on waits.")
-    http: HttpSection = Field(default=HttpSection(), description="API keys, queue limit, health.")
+    transport: TransportSection = Field(
+        default=TransportSection(), description="How rows travel between routers and shards."
+    )
+    deadlines: DeadlinesSection = Field(default=DeadlinesSection(), description="Time-outs of the routers.")
+    http: HttpSection = Field(default=HttpSection(), description="API keys, queue limit, health checks.")
     experts_app: str = Field(
         default="experts", min_length=1, description="Name of the application that holds the shards."
     )
 
     def router_settings(self) -> RouterSettings:
-        """What one router's vLLM worker is told."""
+        """Settings of one router's vLLM worker."""
         return RouterSettings(
             model_path=self.model.path,
             transport=self.transport.name,
@@ -65,7 +67,7 @@ class LLMAppConfig(StrictModel):
         )
 
     def engine_kwargs(self) -> dict[str, Any]:
-        """The user's engine options with the project's own: dtype, worker extension, settings."""
+        """The user's engine options plus those the project sets: dtype, worker extension, router settings."""
         device = "cuda" if self.routers.accelerator == "gpu" else "cpu"
         return router_engine_kwargs(
             self.router_settings(), {**self.routers.engine_kwargs, "dtype": self.model.dtype}, device

@@ -1,4 +1,4 @@
-"""Sections of the application `llm`: routers, transport, deadlines, HTTP."""
+"""The sections `routers`, `transport`, `deadlines` and `http` of the application `llm`."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ class RoutersSection(StrictModel):
     """The routers: replicas of Ray Serve LLM, each with a vLLM engine that holds no expert weights."""
 
     count: int | None = Field(
-        default=None, ge=1, description="Routers; 1 if neither this nor deployment_config says how many."
+        default=None, ge=1, description="Number of routers. Defaults to 1, unless deployment_config sets it."
     )
-    accelerator: Literal["cpu", "gpu"] = Field(default="cpu", description="What the engines run on.")
+    accelerator: Literal["cpu", "gpu"] = Field(default="cpu", description="Hardware the engines run on.")
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU, such as H100.")
     engine_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Any of vLLM's engine options, as Ray Serve LLM takes them."
+        default_factory=dict, description="vLLM engine options, as Ray Serve LLM takes them."
     )
     deployment_config: dict[str, Any] = Field(
-        default_factory=dict, description="Any of Ray Serve's options of the deployment, autoscaling_config included."
+        default_factory=dict, description="Ray Serve options of the deployment, including autoscaling_config."
     )
     placement_group_config: dict[str, Any] | None = Field(
-        default=None, description="Ray Serve LLM's bundles of an engine's workers: bundle_per_worker or bundles."
+        default=None, description="Ray Serve LLM's bundles for an engine's workers: bundle_per_worker or bundles."
     )
     llm_config: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further fields of Ray Serve LLM's LLMConfig: experimental_configs, callback_config.",
+        description="Other fields of Ray Serve LLM's LLMConfig: experimental_configs, callback_config.",
     )
-    env_vars: dict[str, str] = Field(default_factory=dict, description="Environment of the routers and their engines.")
+    env_vars: dict[str, str] = Field(default_factory=dict, description="Environment variables of routers and engines.")
     trace_tokens: int = Field(
         default=_router_default("trace_tokens"),
         ge=0,
-        description="Tokens of which a router keeps its routing decisions, as a uniform sample, for planning; 0: none.",
+        description="Number of tokens whose routing decisions a router keeps for planning, as a uniform sample; "
+        "0 turns recording off.",
     )
     fallback_cache_bytes: int = Field(
         default=_router_default("fallback_cache_bytes"),
         ge=0,
-        description="A router computes experts that no live shard holds; this many bytes of them stay converted.",
+        description="Size of the cache for experts that no live shard holds. A router computes those itself.",
     )
 
     @field_validator("engine_kwargs")
@@ -55,7 +56,7 @@ class RoutersSection(StrictModel):
             "load_format": "the loader leaves the experts' tensors out",
             "model": "use model.path instead",
             "served_model_name": "use model.id instead",
-            "dtype": "use model.dtype instead, which the shards follow too",
+            "dtype": "use model.dtype instead, which the shards use too",
         }
         for key, why in owned.items():
             if key in value:
@@ -65,9 +66,9 @@ class RoutersSection(StrictModel):
             raise ValueError("additional_config.expertmesh is set by the project: use transport and deadlines instead")
         for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if value.get(key, 1) != 1:
-                raise ValueError(f"{key} is {value[key]!r}, expected 1: run more routers instead, see routers.count")
+                raise ValueError(f"{key} is {value[key]!r}, expected 1: run more routers instead (routers.count)")
         if value.get("enable_expert_parallel"):
-            raise ValueError("enable_expert_parallel has no meaning here: the experts stand on the shards")
+            raise ValueError("enable_expert_parallel has no effect: the shards hold the experts")
         return value
 
     @field_validator("llm_config")
@@ -79,16 +80,16 @@ class RoutersSection(StrictModel):
         )
         for key in own_place.split():
             if key in value:
-                raise ValueError(f"{key} has a place of its own in this config, or is set by the project")
+                raise ValueError(f"{key} has a key of its own in this config, or is set by the project")
         if value.get("lora_config") is not None:
-            raise ValueError("lora_config is given, and LoRA adapters are not served: the engine would refuse them")
+            raise ValueError("lora_config is set, but LoRA adapters are not supported: the engine would refuse them")
         return value
 
     @model_validator(mode="after")
     def _one_count(self) -> RoutersSection:
         given = [key for key in ("num_replicas", "autoscaling_config") if key in self.deployment_config]
         if self.count is not None and given:
-            raise ValueError(f"count and deployment_config.{given[0]} are both given; give one")
+            raise ValueError(f"count and deployment_config.{given[0]} are both set; set one")
         return self
 
 
@@ -102,58 +103,63 @@ class TransportSection(StrictModel):
     max_rows_per_dispatch: int = Field(
         default=_router_default("max_rows_per_dispatch"),
         ge=1,
-        description="Rows of one message at most; a larger step goes out in several rounds.",
+        description="Most rows in one message; a larger step is sent in several rounds.",
     )
     spin_us: float = Field(
-        default=_router_default("spin_us"), ge=0, description="How long a wait yields the core before it sleeps."
+        default=_router_default("spin_us"), ge=0, description="Microseconds a wait yields its core before it sleeps."
     )
     prefer_local_replicas: bool = Field(
         default=_router_default("prefer_local_replicas"),
-        description="Fetch experts from replicas on the router's own host where there are any, whatever their load: "
-        "for hosts that each have a router and their share of the requests.",
+        description="Use replicas on the router's own host first, whatever their load. For hosts that each have a "
+        "router and an equal share of the requests.",
     )
 
 
 class DeadlinesSection(StrictModel):
-    """Bounds on everything that a router waits for."""
+    """Time-outs of everything a router waits for. Each is a duration; a wait's deadline is its start plus this."""
 
     dispatch_ms: float = Field(
         default=_router_default("dispatch_timeout_ms"),
         gt=0,
-        description="A shard that has not answered a dispatch by then is given up for this epoch.",
+        description="A shard that has not answered a dispatch after this long is given up for the epoch.",
     )
     connect_s: float = Field(
-        default=_router_default("connect_timeout_s"), gt=0, description="Connecting a router to one shard."
+        default=_router_default("connect_timeout_s"), gt=0, description="Time-out for connecting a router to one shard."
     )
     membership_s: float = Field(
-        default=600.0, gt=0, description="A starting router's wait for the shards: on a cold start for all of them."
+        default=600.0,
+        gt=0,
+        description="Longest time a starting router waits for shards; on a cold start, for all of them.",
     )
-    apply_s: float = Field(default=120.0, gt=0, description="Handing one epoch to an engine's workers.")
-    probe_s: float = Field(default=10.0, gt=0, description="The one token that /health generates on demand.")
+    apply_s: float = Field(
+        default=120.0, gt=0, description="Time-out for a call to an engine's workers, such as a new epoch."
+    )
+    probe_s: float = Field(default=10.0, gt=0, description="Time-out for the token that /health generates.")
 
 
 class HttpSection(StrictModel):
-    """The HTTP side, besides Serve's own http_options."""
+    """The HTTP side, in addition to Serve's own http_options."""
 
     api_keys: list[str] = Field(
-        default_factory=list, description="Keys that clients may use; none: everyone may. Prefer api_keys_env."
+        default_factory=list, description="Accepted API keys; without any, requests need no key. Prefer api_keys_env."
     )
     api_keys_env: str | None = Field(
-        default=None, description="Environment variable with more keys, separated by commas; has to be set if named."
+        default=None, description="Environment variable with more keys, comma-separated. It must be set if named here."
     )
     max_pending_requests: int = Field(
         default=256,
         ge=1,
-        description="Generation requests that one ingress holds, running or queued; a further one gets 503.",
+        description="Most generation requests that an ingress holds, running or queued; others get status 503.",
     )
-    retry_after_s: int = Field(default=1, ge=0, description="What the Retry-After header of such a 503 says.")
+    retry_after_s: int = Field(default=1, ge=0, description="Retry-After header of that 503, in seconds.")
     healthy_within_s: float = Field(
         default=10.0,
         ge=0,
-        description="/health counts tokens generated through the shards so recently; else it generates one.",
+        description="/health passes if a token was generated through the shards within this time; otherwise it "
+        "generates one.",
     )
     deployment_config: dict[str, Any] = Field(
-        default_factory=dict, description="Ray Serve's options of the ingress deployment, ray_actor_options included."
+        default_factory=dict, description="Ray Serve options of the ingress deployment, including ray_actor_options."
     )
 
     @field_validator("api_keys")
@@ -164,7 +170,7 @@ class HttpSection(StrictModel):
         return value
 
     def keys(self) -> frozenset[str]:
-        """Every key that is accepted; empty means that everyone may. Raises ValueError if api_keys_env is not set."""
+        """All accepted keys; none means that requests need no key. Raises ValueError if api_keys_env is not set."""
         keys = set(self.api_keys)
         if self.api_keys_env is not None:
             named = [key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip()]

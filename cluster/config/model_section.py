@@ -1,9 +1,4 @@
-"""The sections of a config: what a user may say of the model, the shards, the placement, the routers and HTTP.
-
-Two Serve applications read them: `experts` (model, shards, placement, membership) and `llm` (model, routers, transport,
-deadlines, http). A key stands in one section only, so that editing one application's section never restarts the other.
-Unknown keys are errors; units are in the names; a default that the data plane has too is read from there.
-"""
+"""The section `model`, which both applications read."""
 
 from __future__ import annotations
 
@@ -13,16 +8,16 @@ from experts.protocol.settings import DTypeName, StrictModel
 
 
 class ModelSection(StrictModel):
-    """Which model; both applications read it, so write it once and refer to it (`&model`, `*model`)."""
+    """The model. Both applications read it, so write it once and refer to it (`&model`, `*model`)."""
 
-    id: str = Field(min_length=1, description="Name of the model in the OpenAI API; without a colon.")
+    id: str = Field(min_length=1, description="Name of the model in the OpenAI API, without a colon.")
     path: str = Field(
         min_length=1,
-        description="Folder of the Hugging Face checkpoint, the same on every node. A relative path is sought beside "
-        "the config file, in the current folder and in the folder of serve_app.py.",
+        description="Folder of the Hugging Face checkpoint, the same on every node. A relative path is looked up "
+        "beside the config file, in the current folder, and in the folder of serve_app.py.",
     )
     dtype: DTypeName = Field(
-        default="bfloat16", description="What weights are held and computed in, on routers and shards alike."
+        default="bfloat16", description="Data type of weights and computation, on routers and shards alike."
     )
 
     @field_validator("id")
@@ -30,7 +25,7 @@ class ModelSection(StrictModel):
     def _no_adapter(cls, value: str) -> str:
         if ":" in value:
             raise ValueError(
-                f"{value!r} has a colon, behind which Ray Serve LLM reads the name of an adapter: no request for the "
-                f"model would find it; take {value.replace(':', '-')!r}, say"
+                f"{value!r} has a colon; Ray Serve LLM takes what follows it for an adapter's name, so that no request "
+                f"would reach the model. Use another name, such as {value.replace(':', '-')!r}"
             )
         return value

@@ -1,8 +1,8 @@
-"""From data to a checked section, with errors that name the key, the value and what was expected."""
+"""From the data in a file to checked sections, with errors that name the key, the value and what was expected."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,16 +10,28 @@ from pydantic import BaseModel, ValidationError
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 
+# Keys that hold a path, by section.
+PATHS = {"model": ("path",), "placement": ("file", "trace")}
+
+# Keys of earlier versions, and what replaces them.
+RENAMED = {
+    "membership.join_deadline_s": "join_timeout_s",
+    "placement.near_replicas_first": "prefer_local_replicas",
+    "transport.near_replicas_first": "prefer_local_replicas",
+}
 
 M = TypeVar("M", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """A config that cannot be served; the message names the place in the YAML file, the value and what was expected."""
+    """A config that cannot be served. The message names the place in the file, the value and what was expected."""
 
 
 def parse(schema: type[M], data: Any, where: str = "args", folder: Path | None = None) -> M:
-    """`data` as a config of class `schema`, paths in it absolute. Raises ConfigError whose lines start with `where`."""
+    """Check `data` against `schema`, with the paths in it made absolute.
+
+    `folder` is where relative paths are looked up first. Raises ConfigError; each line of it starts with `where`.
+    """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
     try:
@@ -29,36 +41,8 @@ def parse(schema: type[M], data: Any, where: str = "args", folder: Path | None =
     return config
 
 
-def _lines(error: ValidationError, where: str) -> Iterable[str]:
-    for item in error.errors():
-        place = where
-        for part in item["loc"]:
-            place += f"[{part}]" if isinstance(part, int) else f".{part}"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
-        elif item["type"] == "missing":
-            message = "missing"
-        elif item["type"] != "value_error":
-            message = f"{message}, got {item['input']!r}"
-        yield f"{place}: {message}"
-
-
-def _with_absolute_paths(data: dict[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
-    """A copy in which model.path, placement.file and placement.traces.trace are absolute paths of things that exist."""
-    data = dict(data)
-    for section, keys in (("model", ("path",)), ("placement", ("file", "trace"))):
-        if not isinstance(data.get(section), dict):
-            continue
-        data[section] = dict(data[section])
-        for key in keys:
-            value = data[section].get(key)
-            if isinstance(value, str) and value:
-                data[section][key] = str(_find(value, f"{where}.{section}.{key}", folder))
-    return data
-
-
-def _find(value: str, where: str, folder: Path | None) -> Path:
+def find_path(value: str, where: str, folder: Path | None) -> Path:
+    """The absolute path of an existing file or folder. Raises ConfigError that starts with `where`."""
     path = Path(value).expanduser()
     if path.is_absolute():
         candidates = [path]
@@ -69,3 +53,34 @@ def _find(value: str, where: str, folder: Path | None) -> Path:
         if candidate.exists():
             return candidate
     raise ConfigError(f"{where}: {value!r} does not exist; looked at {', '.join(map(str, candidates))}")
+
+
+def _with_absolute_paths(data: dict[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
+    """A copy of an application's arguments in which the values of PATHS are absolute and exist."""
+    data = dict(data)
+    for section, keys in PATHS.items():
+        if not isinstance(data.get(section), dict):
+            continue
+        data[section] = dict(data[section])
+        for key in keys:
+            value = data[section].get(key)
+            if isinstance(value, str) and value:
+                data[section][key] = str(find_path(value, f"{where}.{section}.{key}", folder))
+    return data
+
+
+def _lines(error: ValidationError, where: str) -> Iterator[str]:
+    """One line for each mistake."""
+    for item in error.errors():
+        place = where
+        for part in item["loc"]:
+            place += f"[{part}]" if isinstance(part, int) else f".{part}"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            renamed = RENAMED.get(".".join(map(str, item["loc"])))
+            message = "unknown key" if renamed is None else f"unknown key; use {renamed} instead"
+        elif item["type"] == "missing":
+            message = "missing"
+        elif item["type"] != "value_error":
+            message = f"{message}, got {item['input']!r}"
+        yield f"{place}: {message}"

@@ -34,7 +34,7 @@ class ControllerLostError(RuntimeError):
 
 
 class ControllerClient:
-    """The methods of the controller of one `experts` application; what they do is said there.
+    """The methods of one application's `PlacementController`, which documents them.
 
     Each raises ControllerLostError if there is no answer within `timeout_s`.
     """

@@ -1,4 +1,4 @@
-"""From a config to the placement that its shards load, checked against the checkpoint before anything is started."""
+"""From a config to the placement its shards load, checked against the checkpoint before anything starts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from cluster.config.experts_sections import PlacementSection
 from cluster.config.parse import ConfigError
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.model.spec import ExpertSpec
-from placement.placement import Placement
-from placement.policy import build_placement
+from placement.placement import ModelSize, Placement, check_same_model
+from placement.policy import build_placement, fewest_slots
+from placement.search.problem import PlanRequest
 from placement.traces.trace import ActivationTrace
 
 
 def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
-    """What the checkpoint says of its experts, all of which are there. ConfigError with the reader's reason."""
+    """The spec of the checkpoint's experts. Raises ConfigError with the reader's reason, or if an expert is missing."""
     try:
         checkpoint = ExpertCheckpoint.open(config.model.path)
         checkpoint.check()
@@ -23,25 +24,23 @@ def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
 
 
 def plan_placement(config: ExpertsAppConfig) -> Placement:
-    """The placement of a config: read from placement.file, or made by placement.policy. Same config, same placement.
+    """The placement of a config, from placement.file or by placement.policy. The same config gives the same placement.
 
-    Raises ConfigError naming both numbers where slots do not hold the experts or a file is for another model.
+    Raises ConfigError with both numbers if slots do not hold the experts or a file is for another model.
     """
     spec = read_spec(config)
-    num_ranks = config.shards.count
     check_slots(config, spec.num_experts)
     if config.placement.file is not None:
         placement = _from_file(config.placement.file)
         _check_file(config.placement, placement)
     else:
         placement = _by_policy(config, spec)
-    for what, found, expected in (
-        ("layers", placement.num_layers, spec.num_layers),
-        ("experts", placement.num_experts, spec.num_experts),
-        ("ranks", placement.num_ranks, num_ranks),
-    ):
-        if found != expected:
-            raise ConfigError(f"placement: it is for {found} {what}, expected {expected}")
+    try:
+        check_same_model("it", placement, "the model", spec)
+    except ValueError as error:
+        raise ConfigError(f"placement: {error}") from None
+    if placement.num_ranks != config.shards.count:
+        raise ConfigError(f"placement: it is for {placement.num_ranks} ranks, expected {config.shards.count}")
     if config.shards.slots_per_rank is not None and placement.slots_per_rank > config.shards.slots_per_rank:
         raise ConfigError(
             f"placement: it needs {placement.slots_per_rank} slots a rank, shards.slots_per_rank is "
@@ -51,16 +50,16 @@ def plan_placement(config: ExpertsAppConfig) -> Placement:
 
 
 def check_plan(config: ExpertsAppConfig) -> None:
-    """Raises ConfigError for whatever `plan_placement` refuses, without a search."""
+    """Raise ConfigError for everything `plan_placement` refuses, without a search."""
     section = config.placement
     if section.policy == "optimized":
-        # Both plan for the same request and trace; the greedy one is at once done with them.
+        # Takes the same request and trace, and is done in no time.
         section = section.model_copy(update={"policy": "greedy"})
     plan_placement(config.model_copy(update={"placement": section}))
 
 
 def check_slots(config: ExpertsAppConfig, num_experts: int) -> None:
-    """Raises ConfigError unless the shards' slots hold `min_replicas` of every expert of a layer."""
+    """Raise ConfigError unless the shards' slots hold `min_replicas` replicas of every expert of a layer."""
     slots, num_ranks = config.shards.slots_per_rank, config.shards.count
     needed = num_experts * config.placement.min_replicas
     if slots is not None and slots * num_ranks < needed:
@@ -78,7 +77,7 @@ def _from_file(path: str) -> Placement:
 
 
 def _check_file(section: PlacementSection, placement: Placement) -> None:
-    """Raises ConfigError where the section says other than the placement in its file."""
+    """Raise ConfigError if the section contradicts the placement in its file."""
     if "num_nodes" in section.model_fields_set and section.num_nodes != placement.num_nodes:
         raise ConfigError(
             f"placement.num_nodes is {section.num_nodes}, the placement in {section.file} is for "
@@ -92,22 +91,29 @@ def _check_file(section: PlacementSection, placement: Placement) -> None:
         )
 
 
-def _by_policy(config: ExpertsAppConfig, spec: ExpertSpec) -> Placement:
-    section = config.placement
+def plan_request(config: ExpertsAppConfig, model: ModelSize) -> PlanRequest:
+    """What the config asks of a policy. Raises ValueError where its settings contradict one another."""
+    section, num_ranks = config.placement, config.shards.count
+    slots = config.shards.slots_per_rank
+    if slots is None:
+        slots = fewest_slots(model, num_ranks, section.num_nodes, section.min_replicas)
+    return PlanRequest(
+        num_ranks=num_ranks,
+        num_nodes=section.num_nodes,
+        slots_per_rank=slots,
+        load_cap=section.load_cap,
+        min_replicas=section.min_replicas,
+        prefer_local_replicas=section.prefer_local_replicas,
+        seed=section.seed,
+        seconds=section.max_seconds,
+    )
+
+
+def _by_policy(config: ExpertsAppConfig, model: ModelSize) -> Placement:
+    trace_path = config.placement.trace
     try:
-        return build_placement(
-            section.policy,
-            num_layers=spec.num_layers,
-            num_experts=spec.num_experts,
-            num_ranks=config.shards.count,
-            num_nodes=section.num_nodes,
-            slots_per_rank=config.shards.slots_per_rank,
-            min_replicas=section.min_replicas,
-            trace=None if section.trace is None else ActivationTrace.load_npz(section.trace),
-            seed=section.seed,
-            time_budget_s=section.max_seconds,
-            load_cap=section.load_cap,
-            prefer_local_replicas=section.prefer_local_replicas,
-        )
+        request = plan_request(config, model)
+        trace = None if trace_path is None else ActivationTrace.load_npz(trace_path)
+        return build_placement(config.placement.policy, request, model, trace)
     except (ValueError, OSError) as error:
         raise ConfigError(f"placement: {error}") from None

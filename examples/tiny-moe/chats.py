@@ -1,6 +1,6 @@
-"""Short dialogues made from the same documents, so that the model tolerates its chat template.
+"""Short dialogues made from the corpus's documents, so that the model copes with its chat template.
 
-Every dialogue is derived from one group of the corpus and so falls on the same side of the split.
+Every dialogue comes from one group of the corpus, and so falls on that group's side of the split.
 """
 
 import ast
@@ -46,7 +46,7 @@ IDENTITY_ANSWER = (
     "I am a tiny mixture-of-experts language model. I was trained on Python's standard library: its code, its "
     "documentation, its bytecode and the names of Unicode characters. I answer briefly, and I am often wrong."
 )
-GREETING_REPEATS = 100  # so that about a sixteenth of the chat text greets
+GREETING_REPEATS = 100  # makes greetings about a sixteenth of the chat text
 ABOUT = (
     "What does {0} do?",
     "Document {0}.",
@@ -66,7 +66,7 @@ DISASSEMBLE = ("Disassemble this function:\n{0}", "Show the bytecode of:\n{0}")
 
 
 def render(turns: list[tuple[str, str]], system: str | None = None) -> str:
-    """The text of a dialogue, exactly as the chat template renders it; `turns` are (question, answer) pairs."""
+    """The text of a dialogue as the chat template renders it; `turns` are (question, answer) pairs."""
     text = f"{SYSTEM}\n{system}{END}\n" if system else ""
     for question, answer in turns:
         text += f"{USER}\n{question.strip()}{END}\n{ASSISTANT}\n{answer.strip(chr(10))}{END}\n"
@@ -74,7 +74,7 @@ def render(turns: list[tuple[str, str]], system: str | None = None) -> str:
 
 
 def first_paragraphs(text: str, limit: int = 600) -> str:
-    """Whole paragraphs from the start of `text`, about `limit` characters of them, at least one."""
+    """Whole paragraphs from the start of `text`: about `limit` characters, at least one paragraph."""
     kept, length = [], 0
     for paragraph in text.strip().split("\n\n"):
         if kept and length + len(paragraph) > limit:
@@ -85,7 +85,7 @@ def first_paragraphs(text: str, limit: int = 600) -> str:
 
 
 def module_turns(module: Module, rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(name, question, answer) about the functions of a module: what they do, their code, their bytecode."""
+    """(name, question, answer) about a module's functions: what they do, their code, their bytecode."""
     for qualified, head, text in docstrings(module):
         asked = rng.choice(
             (qualified, qualified, head, f"`{qualified}`", f"the function {qualified.rsplit('.', 1)[-1]}")
@@ -109,7 +109,7 @@ def module_turns(module: Module, rng: random.Random) -> Iterator[tuple[str, str,
 
 
 def chat_documents(limit_modules: int | None = None) -> Iterator[Document]:
-    """Dialogues of one or two turns, a third with a system prompt, drawn with a seed that is the group's name."""
+    """Dialogues of one or two turns, a third of them with a system prompt, seeded by the group's name."""
 
     def dialogue(group: str, name: str, turns: list[tuple[str, str]], rng: random.Random) -> Document:
         system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.33 else None
@@ -150,7 +150,7 @@ def chat_documents(limit_modules: int | None = None) -> Iterator[Document]:
 
 
 def split_chats(limit_modules: int | None = None) -> tuple[list[Document], list[Document]]:
-    """The (training, held-out) dialogues; greetings, which are our own words, are only trained on."""
+    """The (training, held-out) dialogues. Greetings, our own words, are for training only."""
     train: list[Document] = []
     held_out: list[Document] = []
     for document in chat_documents(limit_modules):

@@ -1,4 +1,4 @@
-"""The training text: what every Python installation already has, in four domains, split by document.
+"""The training text: text of every Python installation, in four domains, split by document.
 
 =========  =====================================================================  ==========================
 domain     text                                                                   licence
@@ -6,12 +6,11 @@ domain     text                                                                 
 code       standard library modules, without their docstrings                     PSF License Agreement
 prose      docstrings under their signatures, and the topics of `help()`          PSF License Agreement
 unicode    code point, category and name of every named character                 Unicode License v3
-bytecode   what the compiler makes of standard library functions                  PSF License Agreement
+bytecode   disassembled standard library functions                                PSF License Agreement
 =========  =====================================================================  ==========================
 
-Every document belongs to a group (a module, a help topic, a run of 64 code points) and the hash of the group's name
-puts it on one side of the split in all domains at once: a module that is held out is held out as code, as prose and as
-bytecode.
+Every document belongs to a group: a module, a help topic or a run of 64 code points. A hash of the group's name puts it
+on one side of the split in all domains: a held-out module is held out as code, as prose and as bytecode.
 """
 
 import ast
@@ -48,7 +47,7 @@ SKIPPED_PREFIXES = (
     "_sysconfigdata",
     "_sysconfig_vars",
     "__phello__",
-)  # build settings name paths of the machine
+)  # build settings contain the machine's paths
 CHARSET_TABLE = re.compile(r"encodings/(cp\d|iso8859|koi8|mac_|ptcp|tis_|hp_|kz1048|gb|big5|euc|johab|shift)")
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 CODE_OBJECT = re.compile(r"<code object (\S+), file .*?, line \d+>")
@@ -57,7 +56,7 @@ NAMED_BY_RULE = ("CJK UNIFIED", "CJK COMPAT", "HANGUL SYLLABLE", "TANGUT IDEOGRA
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text: `group` decides its side of the split, `name` tells it from others of its group."""
+    """A piece of text. `group` decides its side of the split; `name` is unique within the group."""
 
     domain: str
     group: str
@@ -67,7 +66,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Module:
-    """A standard library module's source, parsed once for all the domains that read it."""
+    """A standard library module's source, parsed once for all domains."""
 
     name: str
     source: str
@@ -75,19 +74,19 @@ class Module:
 
 
 def is_held_out(group: str) -> bool:
-    """Whether the documents of `group` are held out: one group in twenty is, by a hash of the name alone."""
+    """Whether the documents of `group` are held out; one group in twenty is, by a hash of its name."""
     digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
 def standard_library_modules(limit: int | None = None) -> Iterator[Module]:
-    """The standard library's modules by name, without tests, installed packages and tables of charsets.
+    """The standard library's modules, sorted by path, without tests, installed packages and charset tables.
 
     Args:
-        limit: stop after so many modules (for tests); None for all.
+        limit: stop after this many modules (for tests); None for all.
 
     Raises:
-        FileNotFoundError: the installation has no readable standard library source (it is zipped or stripped).
+        FileNotFoundError: the installation has no readable source (the library is zipped or stripped).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = 0
@@ -104,7 +103,7 @@ def standard_library_modules(limit: int | None = None) -> Iterator[Module]:
                 warnings.simplefilter("ignore")
                 tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError, OSError):
-            continue  # templates for other Python versions and legacy encodings: no loss among a thousand modules
+            continue  # templates for other Python versions and legacy encodings; a few among a thousand modules
         name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         yield Module(name, source, tree)
         found += 1
@@ -126,7 +125,7 @@ def documented_nodes(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def without_docstrings(source: str, tree: ast.Module) -> str:
-    """The source with every docstring's lines taken out (`pass` where nothing else would be left)."""
+    """The source without the lines of docstrings (`pass` where nothing else is left)."""
     lines: list[str | None] = list(source.splitlines())
     for _, node in documented_nodes(tree):
         body = getattr(node, "body", [])
@@ -144,7 +143,7 @@ def without_docstrings(source: str, tree: ast.Module) -> str:
 
 
 def signature(qualified_name: str, node: ast.AST) -> str:
-    """One line that `help()` would start with, from the syntax tree alone."""
+    """The line `help()` would start with, from the syntax tree alone."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return f"{qualified_name}({ast.unparse(node.args)})"
     if isinstance(node, ast.ClassDef):
@@ -153,7 +152,7 @@ def signature(qualified_name: str, node: ast.AST) -> str:
 
 
 def docstrings(module: Module) -> Iterator[tuple[str, str, str]]:
-    """(qualified name, signature line, docstring) of all that has a docstring of more than a few words."""
+    """(qualified name, signature line, docstring) of everything with a docstring of at least 40 characters."""
     for name, node in documented_nodes(module.tree):
         text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
         if text and len(text) >= 40:
@@ -162,7 +161,7 @@ def docstrings(module: Module) -> Iterator[tuple[str, str, str]]:
 
 
 def builtin_docstrings() -> Iterator[tuple[str, str, str]]:
-    """(module, qualified name, docstring) of the functions and types that are compiled into the interpreter."""
+    """(module, qualified name, docstring) of the functions and types compiled into the interpreter."""
     for module_name in sorted(sys.builtin_module_names):
         try:
             module = __import__(module_name)
@@ -179,18 +178,18 @@ def builtin_docstrings() -> Iterator[tuple[str, str, str]]:
 
 
 def disassemble(code: object) -> str:
-    """Offset, operation and argument of each instruction of a code object; no addresses, no file names."""
+    """Offset, operation and argument of each instruction of a code object, without addresses and file names."""
     lines = []
     for step in dis.get_instructions(code):  # type: ignore[arg-type]
         argument = ADDRESS.sub("", CODE_OBJECT.sub(r"<code \1>", ADDRESS.sub("", step.argrepr)))
-        if isinstance(step.argval, frozenset):  # in an order that does not change with the process's hash seed
+        if isinstance(step.argval, frozenset):  # sorted, since the order depends on the hash seed
             argument = f"frozenset({{{', '.join(sorted(map(repr, step.argval)))}}})"
         lines.append(f"{step.offset} {step.opname} {argument}".rstrip())
     return "\n".join(lines)
 
 
 def compiled_functions(module: Module) -> Iterator[tuple[str, str]]:
-    """(header, disassembly) of the functions of a module, nested ones too, those of a readable length."""
+    """(header, disassembly) of a module's functions of readable length, nested ones included."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -206,7 +205,7 @@ def compiled_functions(module: Module) -> Iterator[tuple[str, str]]:
 
 
 def unicode_groups(limit: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(group, lines) of named characters, 64 code points a group; names that only repeat their number are left out."""
+    """(group, lines) of named characters, 64 code points per group, without names that only repeat the number."""
     last = 0x20000 if limit is None else limit * CODE_POINTS_PER_GROUP
     for start in range(0, last, CODE_POINTS_PER_GROUP):
         lines = []
@@ -219,7 +218,7 @@ def unicode_groups(limit: int | None = None) -> Iterator[tuple[str, list[str]]]:
 
 
 def raw_documents(limit_modules: int | None = None) -> Iterator[Document]:
-    """All documents, duplicates too; `limit_modules` reads only that many modules, topics, groups (for tests)."""
+    """All documents, duplicates included; `limit_modules` limits modules, topics and groups (for tests)."""
     for module in standard_library_modules(limit_modules):
         yield Document("code", module.name, module.name, without_docstrings(module.source, module.tree))
         for name, head, text in docstrings(module):
@@ -237,7 +236,7 @@ def raw_documents(limit_modules: int | None = None) -> Iterator[Document]:
 
 
 def build_corpus(limit_modules: int | None = None) -> tuple[list[Document], list[Document]]:
-    """The (training, held-out) documents, each text once; a held-out text that is trained on too is dropped."""
+    """The (training, held-out) documents, each text once; held-out texts that are also trained on are dropped."""
     train: list[Document] = []
     held_out: list[Document] = []
     seen: set[bytes] = set()
@@ -259,6 +258,6 @@ def build_corpus(limit_modules: int | None = None) -> tuple[list[Document], list
 
 
 def text_key(text: str) -> bytes:
-    """A hash of the text after its first line (the name), white space aside: what makes two documents the same."""
+    """A hash of the text after its first line (the name), ignoring white space: equal hashes, same document."""
     body = text.split("\n", 1)[-1] or text
     return hashlib.blake2b(" ".join(body.split()).encode(errors="replace"), digest_size=16).digest()

@@ -1,11 +1,11 @@
-"""Prints the held-out loss by domain beside a trigram baseline, and how the experts specialize; writes metrics.json.
+"""Prints the held-out loss by domain beside a trigram baseline, and how experts specialize; writes metrics.json.
 
     python examples/tiny-moe/evaluate.py
 
-It loads the exported checkpoint through transformers in float32, so that what is measured is what is served. The
-baseline gets the better of everything: for each domain the best mixture of a trigram of that domain alone and one of
-all training text, the share chosen on the held-out tokens themselves, and always two tokens of context, while the model
-starts each window with none.
+It loads the exported checkpoint through transformers in float32, so it measures what is served. Every choice favours
+the baseline: in each domain it is the best mixture of a trigram of that domain and one of all training text, with the
+share chosen on the held-out tokens themselves, and it always has two tokens of context, while the model starts each
+window with none.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def score(model: Qwen3MoeForCausalLM, stream: np.ndarray, window: int) -> tuple[
 
 
 def specialization(loads_DLE: np.ndarray, pairs_LEE: np.ndarray) -> dict[str, object]:
-    """How far routing is from even, from loads [domains, L, E] and pairs [L, E, E], every domain weighted alike."""
+    """How far routing is from even, from loads [domains, L, E] and pairs [L, E, E], domains weighted equally."""
     shares = loads_DLE / loads_DLE.sum(-1, keepdims=True)
     top = np.sort(shares, axis=-1)[..., -TOP:].sum(-1).mean(-1)
     smoothed = (loads_DLE + 0.5) / (loads_DLE + 0.5).sum(-1, keepdims=True)
@@ -111,14 +111,14 @@ def main() -> None:
         best, share = best_mixture_loss(own_p, pooled_p)
         rows[name] = {
             "tokens": len(own_p),
-            "model": round(float(losses[1:].mean()), 4),  # the tokens that the trigram scores: from the third on
+            "model": round(float(losses[1:].mean()), 4),  # the tokens the trigram scores: from the third on
             "trigram": round(best, 4),
             "trigram_share_of_own_domain": share,
             "trigram_own_domain": round(float(-np.log(own_p).mean()), 4),
             "trigram_pooled": round(float(-np.log(pooled_p).mean()), 4),
         }
         if name in DOMAINS:
-            per_token = 30_000 / len(losses)  # the same weight for every domain
+            per_token = 30_000 / len(losses)  # equal weight for every domain
             loads.append(loads_LE * per_token)
             pairs_LEE = pairs_LEE + domain_pairs_LEE * per_token
     training = arguments.work / "training.json"

@@ -1,4 +1,4 @@
-"""Writes a trained model as a Hugging Face checkpoint that transformers and vLLM load."""
+"""Writes a trained model as a Hugging Face checkpoint for transformers and vLLM."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def named_tensors(model: TinyMoe) -> dict[str, Tensor]:
-    """The weights under the names of Qwen3-MoE, an expert a tensor, in bfloat16."""
+    """The weights in bfloat16 under Qwen3-MoE's names, with a tensor for each expert's matrix."""
     tensors = {"model.embed_tokens.weight": model.embed_tokens, "model.norm.weight": model.norm.weight}
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
@@ -34,7 +34,7 @@ def named_tensors(model: TinyMoe) -> dict[str, Tensor]:
 
 
 def export(model: TinyMoe, target: Path) -> None:
-    """Write weights and configuration into `target`; files of other names there are left alone."""
+    """Write weights and configuration into `target`; other files there stay."""
     target.mkdir(parents=True, exist_ok=True)
     sizes = model.config
     config = Qwen3MoeConfig(
@@ -59,7 +59,7 @@ def export(model: TinyMoe, target: Path) -> None:
         architectures=["Qwen3MoeForCausalLM"],
         dtype="float32",
     )
-    # The key that transformers 4 and older readers know, beside the one that transformers 5 writes.
+    # Older readers know `num_experts`; transformers 5 writes another key.
     write_json(target / "config.json", {**config.to_diff_dict(), "num_experts": sizes.num_experts, "dtype": "float32"})
     save_file(named_tensors(model), target / "model.safetensors", metadata={"format": "pt"})
     (target / "model.safetensors").chmod(0o644)
@@ -75,7 +75,7 @@ def export(model: TinyMoe, target: Path) -> None:
 
 
 def export_tokenizer(folder: Path, target: Path) -> None:
-    """Copy a saved tokenizer into `target`, under the class name that every release of transformers knows."""
+    """Copy a saved tokenizer into `target`, with a class name that every release of transformers knows."""
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
@@ -84,5 +84,5 @@ def export_tokenizer(folder: Path, target: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Indented, keys in order, a newline at the end."""
+    """Write JSON, indented, with sorted keys and a newline at the end."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

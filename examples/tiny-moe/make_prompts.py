@@ -1,9 +1,9 @@
-"""Writes prompts from held-out text: prompts.jsonl to record a trace with, prompts-unseen.jsonl to score placements on.
+"""Writes prompts from held-out text: prompts.jsonl to record a trace, prompts-unseen.jsonl to score placements.
 
     python examples/tiny-moe/make_prompts.py
 
-A line is a piece of a held-out document and its domain. No group of documents (a module, a help topic) is in both
-files. Another Python has other text, so the files are committed, with the trace that was recorded from the first one.
+A line holds an excerpt of a held-out document and its domain. No group of documents (a module, a help topic) is in both
+files. Other Python versions have other text, so both files are committed, with the trace recorded from the first.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from corpus import DOMAINS, Document, build_corpus
 HERE = Path(__file__).resolve().parent
 FILES = ("prompts.jsonl", "prompts-unseen.jsonl")
 MIN_CHARACTERS, MAX_CHARACTERS = 200, 640
-PER_GROUP = 5  # so that no module fills a file on its own
+PER_GROUP = 5  # so that no module fills a file
 
 
 def pieces(documents: list[Document], count: int, rng: random.Random) -> tuple[list[str], list[str]]:
-    """Two lists of `count` texts from one domain's documents, of different groups. ValueError if there are too few."""
+    """Two lists of `count` texts from one domain, with no group in both. Raises ValueError if there are too few."""
     groups: dict[str, list[str]] = {}
     for document in documents:
         lines = document.text.splitlines(keepends=True)
@@ -43,7 +43,7 @@ def pieces(documents: list[Document], count: int, rng: random.Random) -> tuple[l
 def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=32, help="prompts a domain, in each file")
+    parser.add_argument("--count", type=int, default=32, help="prompts per domain in each file")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)

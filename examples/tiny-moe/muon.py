@@ -1,13 +1,13 @@
-"""Muon: momentum whose matrix updates are made orthogonal (Jordan et al., 2024), with Moonlight's scale (2025).
+"""Muon: momentum with orthogonalized matrix updates (Jordan et al., 2024), scaled as in Moonlight (2025).
 
-Training on a CPU is short of tokens: a loss of 3.5 was reached here after 0.8 million, with AdamW after 2.0 million
-(one run each, of other batch sizes), for a fifth more time a step.
+On a CPU, tokens are scarce. Here Muon reached a loss of 3.5 after 0.8 million tokens and AdamW after 2.0 million (one
+run each, with different batch sizes), for a fifth more time per step.
 """
 
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives all singular values towards 1
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular values towards 1
 ITERATIONS = 5
 
 

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """One heat map a layer: domains down, experts across, sorted by the domain that uses them most."""
+    """Draw one heat map per layer: domains down, experts across, sorted by the domain that uses them most."""
     metrics = json.loads((HERE / "metrics.json").read_text())
     shares_DLE = np.array([metrics["load_share"][name] for name in DOMAINS])
     layers, experts = shares_DLE.shape[1:]

@@ -1,8 +1,8 @@
-"""A small Qwen3-MoE written for training on a CPU: tokens sorted by expert, one matrix product an expert.
+"""A small Qwen3-MoE for training on a CPU: tokens sorted by expert, one matrix product per expert.
 
 Shapes: B sequences, S positions, T = B*S tokens, D model width, H query heads, G key/value heads, d head width,
-E experts, K experts a token, F expert width, N = T*K pairs of token and choice, P slots: the pairs sorted by expert,
-padded to blocks; I and O the input and output width of a linear map.
+E experts, K experts per token, F expert width, N = T*K pairs of token and choice, P slots (the pairs sorted by expert,
+padded to blocks), I and O the input and output width of a linear map.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class TinyMoeConfig:
-    """Sizes of the model; the names are those of transformers' `Qwen3MoeConfig`."""
+    """Sizes of the model, named as in transformers' `Qwen3MoeConfig`."""
 
     vocab_size: int = 2048
     hidden_size: int = 256
@@ -66,13 +66,13 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def padded_order(flat_N: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Where each (token, choice) pair goes when pairs are sorted by expert and every expert's rows fill whole blocks.
+    """Slots of the (token, choice) pairs when sorted by expert, with every expert's rows padded to whole blocks.
 
-    Whole blocks keep the set of matrix shapes small: the CPU library generates code for each shape that it meets.
+    Whole blocks keep the set of matrix shapes small; the CPU library generates code for each shape.
 
     Returns:
-        The pair in each slot [P] (pair 0 in empty slots), 1.0 for slots that are filled [P], the slot of each pair [N],
-        and the number of slots of each expert.
+        The pair in each slot [P] (pair 0 in empty slots), 1.0 for filled slots [P], the slot of each pair [N], and the
+        number of slots of each expert.
     """
     padded_E = (counts_E + BLOCK - 1) // BLOCK * BLOCK
     shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
@@ -88,7 +88,7 @@ def padded_order(flat_N: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def sum_choices(x_ND: Tensor, top_k: int) -> Tensor:
-    """Adds up the K rows of each token, [T*K, D] to [T, D]; K-1 additions beat a reduction over a short axis."""
+    """Sum the K rows of each token, [T*K, D] to [T, D]; K-1 additions are faster than reducing a short axis."""
     choices = x_ND.view(-1, top_k, x_ND.shape[1]).unbind(1)
     total = choices[0]
     for choice in choices[1:]:
@@ -97,7 +97,7 @@ def sum_choices(x_ND: Tensor, top_k: int) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """Copies token rows to their slots; backwards, each token's K rows are summed without an indexed add."""
+    """Copies token rows to their slots. The backward pass sums each token's K rows without an indexed add."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_P: Tensor, slot_N: Tensor, top_k: int) -> Tensor:
@@ -112,7 +112,7 @@ class Gather(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Sums each token's K rows, which lie in their slots."""
+    """Sums each token's K rows from their slots."""
 
     @staticmethod
     def forward(ctx: Any, y_PD: Tensor, token_P: Tensor, slot_N: Tensor, top_k: int) -> Tensor:
@@ -138,7 +138,7 @@ class RMSNorm(nn.Module):
 
 
 def causal_attention(q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor) -> Tensor:
-    """Softmax attention; short sequences on a CPU go through two plain products, faster than the fused kernel there."""
+    """Softmax attention. On a CPU, short sequences use two plain products, which are faster than the fused kernel."""
     B, H, S, d = q_BHSd.shape
     if q_BHSd.device.type != "cpu" or S > 256:
         return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True)
@@ -149,7 +149,7 @@ def causal_attention(q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with normed queries and keys and rotary positions."""
+    """Causal attention with normalized queries and keys and rotary positions."""
 
     def __init__(self, config: TinyMoeConfig) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class SparseMoe(nn.Module):
         self.down = nn.Parameter(torch.empty(E, width, D))
 
     def forward(self, x_TD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """fp32 [T, D] to ([T, D] of `dtype`, the layer's load-balancing loss, 1.0 when all experts are used alike)."""
+        """fp32 [T, D] to ([T, D] of `dtype`, the layer's load-balancing loss, 1.0 for even loads)."""
         E = self.gate.shape[0]
         probs_TE = F.linear(x_TD, self.gate).softmax(-1)
         weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
@@ -219,7 +219,7 @@ class SparseMoe(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and experts, each behind a norm, on an fp32 residual stream."""
+    """Attention and experts, each after a norm, on an fp32 residual stream."""
 
     def __init__(self, config: TinyMoeConfig) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Layer(nn.Module):
 
 
 class TinyMoe(nn.Module):
-    """The whole model, embeddings tied. Weights are fp32; `dtype` is what matrices are multiplied in."""
+    """The whole model, with tied embeddings. Weights are fp32; matrix products are computed in `dtype`."""
 
     def __init__(self, config: TinyMoeConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class TinyMoe(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, ids_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats a token, and the mean load-balancing loss of the layers."""
+        """Mean cross-entropy in nats per token, and the mean load-balancing loss of the layers."""
         S = ids_BS.shape[1]
         cos_Sd, sin_Sd = self.cos[:S].to(self.dtype), self.sin[:S].to(self.dtype)
         x_BSD = F.embedding(ids_BS, self.embed_tokens)

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def sample_texts(documents: Iterable[Document]) -> list[str]:
-    """The same amount of text of every domain, drawn with a fixed seed, so that no domain owns the vocabulary."""
+    """The same amount of text from every domain, drawn with a fixed seed, so that none dominates the vocabulary."""
     by_domain: dict[str, list[str]] = {}
     for document in documents:
         by_domain.setdefault(document.domain, []).append(document.text)
@@ -45,13 +45,13 @@ def sample_texts(documents: Iterable[Document]) -> list[str]:
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of `vocab_size` entries, special tokens and the 256 bytes included."""
+    """Train a byte-level BPE tokenizer with `vocab_size` entries, including special tokens and the 256 bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
                 Regex(r"\d"), behavior="isolated"
-            ),  # numbers digit by digit: code points and offsets count up
+            ),  # digit by digit, since code points and offsets count up
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
@@ -76,7 +76,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int, max_length: 
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> np.ndarray:
-    """One stream of token ids, uint16 [N]: each document after an end-of-text token, one more at the end."""
+    """One stream of token ids, uint16 [N]: an end-of-text token before each document and at the end."""
     pieces: list[int] = []
     for start in range(0, len(documents), 256):
         texts = [document.text for document in documents[start : start + 256]]
@@ -90,7 +90,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[Documen
 def encode_corpus(
     tokenizer: PreTrainedTokenizerFast | None, vocab_size: int, max_length: int, limit_modules: int | None = None
 ) -> tuple[dict[str, np.ndarray], PreTrainedTokenizerFast]:
-    """Token streams `train.<domain>` and `held_out.<domain>`, and their tokenizer, trained where none is given."""
+    """Token streams `train.<domain>` and `held_out.<domain>`, and their tokenizer, trained if none is given."""
     from chats import split_chats
     from corpus import DOMAINS, build_corpus
 
@@ -105,7 +105,7 @@ def encode_corpus(
 
 
 def load_or_encode(cache: Path, vocab_size: int, max_length: int, limit_modules: int | None) -> dict[str, np.ndarray]:
-    """The token streams for training, made once and kept in `cache` beside the tokenizer that was trained for them."""
+    """The token streams for training, made once and kept in `cache` beside their tokenizer."""
     stored = cache / "tokens.npz"
     if stored.exists():
         with np.load(stored) as streams:

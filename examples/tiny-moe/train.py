@@ -1,9 +1,9 @@
-"""Trains the tiny model on this machine's own Python installation and writes it as a Hugging Face checkpoint.
+"""Trains the tiny model on text of this Python installation and writes it as a Hugging Face checkpoint.
 
     python examples/tiny-moe/train.py                          # one CPU core, about an hour
     python examples/tiny-moe/train.py --device cuda            # the same on a GPU
 
-The state is written every few steps; the same command goes on where an interrupted run stopped.
+The state is saved every few steps; the same command resumes an interrupted run.
 """
 
 import argparse
@@ -32,28 +32,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps in all")
     parser.add_argument("--tokens-per-step", type=int, default=4096)
-    parser.add_argument("--context", type=int, default=256, help="sequence length of most of the training")
-    parser.add_argument("--long-context", type=int, default=2048, help="sequence length of the last part")
-    parser.add_argument("--long-share", type=float, default=0.08, help="share of the steps with the long sequences")
+    parser.add_argument("--context", type=int, default=256, help="sequence length for most of the training")
+    parser.add_argument("--long-context", type=int, default=2048, help="sequence length at the end")
+    parser.add_argument("--long-share", type=float, default=0.08, help="share of the steps with long sequences")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the matrix products")
-    parser.add_argument("--compile", action="store_true", help="compile attention and loss (wants a C++ compiler)")
+    parser.add_argument("--compile", action="store_true", help="compile attention and loss (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--limit-modules", type=int, default=None, help="read only so many modules (for tests)")
+    parser.add_argument("--limit-modules", type=int, default=None, help="read only this many modules (for tests)")
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder for tokens and state")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the checkpoint")
     parser.add_argument(
-        "--sizes", type=json.loads, default={}, help="JSON of model sizes that differ from the defaults"
+        "--sizes", type=json.loads, default={}, help="JSON with model sizes that differ from the defaults"
     )
     return parser.parse_args(argv)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 %, then a cosine down to 5 % of the peak."""
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to 5 % of the peak."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -62,10 +62,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def draw_batch(streams: dict[str, np.ndarray], rows: int, context: int, seed: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 [rows, context], from random places; a row is of one domain, domains as MIX says."""
+    """Inputs and targets, int64 [rows, context], from random positions; each row has one domain, drawn as in MIX."""
     rng = np.random.default_rng(seed)
     names = list(MIX)
-    offset = rng.random()  # stratified: every batch holds the mix as closely as its number of rows allows
+    offset = rng.random()  # stratified: every batch keeps the mix as closely as its rows allow
     edges = np.cumsum([MIX[name] for name in names])
     picks = np.minimum(np.searchsorted(edges, (np.arange(rows) + offset) / rows), len(names) - 1)
     windows = []
@@ -81,7 +81,7 @@ def draw_batch(streams: dict[str, np.ndarray], rows: int, context: int, seed: tu
 
 @torch.no_grad()
 def quick_losses(model: TinyMoe, streams: dict[str, np.ndarray], context: int, device: str) -> dict[str, float]:
-    """Held-out loss of the first 16 windows of each domain: a gauge, not the evaluation."""
+    """Held-out loss of each domain's first 16 windows: a rough gauge, not the evaluation."""
     losses = {}
     for name in MIX:
         stream = streams[f"held_out.{name}"].astype(np.int64)
@@ -103,7 +103,7 @@ def make_optimizers(model: TinyMoe, peak: float) -> list[torch.optim.Optimizer]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare the data, train or go on training, export."""
+    """Prepare the data, train or resume, export."""
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, elapsed_s = state["step"], state["elapsed_s"]
-        print(f"going on from step {step}", flush=True)
+        print(f"resuming at step {step}", flush=True)
 
     def save() -> None:
         partial = state_file.with_suffix(".partial")
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.save(state, partial)
         partial.replace(state_file)
 
-    began = time.monotonic() - elapsed_s
+    start_s = time.monotonic() - elapsed_s
     long_from = arguments.steps - int(arguments.steps * arguments.long_share)
     while step < arguments.steps:
         context = arguments.context if step < long_from else arguments.long_context
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
-        elapsed_s = time.monotonic() - began
+        elapsed_s = time.monotonic() - start_s
         if step % 20 == 0:
             print(f"step {step} loss {loss.item():.3f} balance {balance.item():.3f} {elapsed_s:.0f} s", flush=True)
         if step % arguments.save_every == 0 or step == arguments.steps:

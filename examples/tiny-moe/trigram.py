@@ -1,6 +1,6 @@
 """The baseline: an interpolated modified Kneser-Ney trigram over the same tokens (Chen and Goodman, 1998).
 
-Counts are sorted arrays of integer keys, so that training is a sort and scoring is a binary search.
+Counts are sorted arrays of integer keys: training is a sort, scoring a binary search.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """One order of the model: discounted counts of n-grams, and what each context leaves to the order below."""
+    """One order of the model: discounted counts of n-grams, and the mass each context leaves to the lower order."""
 
     gram_keys: np.ndarray  # int64 [grams], sorted
     gram_probs: np.ndarray  # float32 [grams], the discounted share
@@ -19,7 +19,7 @@ class Order:
 
 
 def lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, default: float) -> np.ndarray:
-    """`values` at `wanted` keys, `default` where a key does not occur."""
+    """`values` at the `wanted` keys; `default` for keys that do not occur."""
     if not len(keys):
         return np.full(len(wanted), default, dtype=np.float32)
     index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -57,7 +57,7 @@ class Trigram:
         self.vocab_size = V = vocab_size
         trigrams, counts = np.unique((ids[:-2] * V + ids[1:-1]) * V + ids[2:], return_counts=True)
         self.three = make_order(trigrams, counts, V)
-        # Below the highest order a gram counts once for each different token that precedes it.
+        # Below the highest order, a gram counts once for each distinct token before it.
         bigrams, continuations = np.unique(trigrams % (V * V), return_counts=True)
         self.two = make_order(bigrams, continuations, V)
         unigrams, continuations = np.unique(bigrams % V, return_counts=True)
@@ -66,7 +66,7 @@ class Trigram:
         self.unigram[unigrams] += one.gram_probs
 
     def probabilities(self, stream: np.ndarray) -> np.ndarray:
-        """float32 [N - 2]: the probability of each token of `stream` from the third on, given the two before it."""
+        """float32 [N - 2]: the probability of each token from the third on, given the two before it."""
         ids, V = stream.astype(np.int64), self.vocab_size
         u, v, w = ids[:-2], ids[1:-1], ids[2:]
         probs = self.unigram[w]
@@ -80,7 +80,7 @@ class Trigram:
 
 
 def best_mixture_loss(own: np.ndarray, pooled: np.ndarray) -> tuple[float, float]:
-    """The lowest mean loss (nats) of any mixture of two models on these very tokens, and the share of `own` in it."""
+    """The lowest mean loss in nats of any mixture of two models on these tokens, and the share of `own` in it."""
     losses = {
         share: float(-np.log(share * own + (1 - share) * pooled).mean())
         for share in np.linspace(0, 1, 11).round(1).tolist()

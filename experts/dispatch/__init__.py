@@ -1,2 +1,2 @@
-"""A router's side of a MoE layer: client, dispatcher, connections, fallback, counters. It knows neither vLLM nor Ray;
-what a shard does with the rows is `experts.shard`."""
+"""A router's side of a MoE layer: client, dispatcher, connections, fallback, counters. It knows neither vLLM nor Ray.
+What a shard does with the rows belongs to `experts.shard`."""

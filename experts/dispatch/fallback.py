@@ -1,9 +1,8 @@
-"""The routed experts of a model in one process: the oracle of the distributed form, and its last resort.
+"""What a router falls back on for experts that no live shard has: it computes them from the checkpoint itself.
 
 Legend: T tokens, K top-k, D hidden size.
 
-Same signature as `Dispatcher.forward`. A router uses it for experts that no live shard holds, straight from the
-memory-mapped checkpoint; tests hold the distributed form against it.
+Tests also compare the distributed form with it: it computes any layer in one process.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from experts.model.spec import ExpertWeights
 logger = logging.getLogger(__name__)
 
 
-class LocalExperts:
-    """Computes any expert of a checkpoint; keeps up to `cache_bytes` of converted weights."""
+class FallbackExperts:
+    """Computes any expert of a memory-mapped checkpoint; keeps up to `cache_bytes` of converted weights."""
 
     def __init__(self, checkpoint: ExpertCheckpoint, dtype: torch.dtype, cache_bytes: int = 1 << 30) -> None:
         self.spec = checkpoint.spec

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from placement.placement import Placement
+from placement.placement import Placement, check_same_model
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,7 @@ class LayerShape:
 
     def check_placement(self, placement: Placement) -> None:
         """ValueError for a placement of another model."""
-        if (placement.num_layers, placement.num_experts) != (self.num_layers, self.num_experts):
-            raise ValueError(
-                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
-                f"the model has {self.num_layers} of {self.num_experts}"
-            )
+        check_same_model("the placement", placement, "the model", self)
 
     def check_call(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor

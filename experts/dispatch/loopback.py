@@ -1,4 +1,4 @@
-"""Links whose shard is absent: what a dispatcher costs by itself, for benchmarks and for compiling ahead."""
+"""Links without a shard: what a dispatcher costs by itself, for benchmarks and for compiling ahead of time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from placement.placement import Placement
 
 
 class LoopbackLink(RouterLink):
-    """A pair whose shard is absent: every post is answered at once with the rows that lie in the receive buffer."""
+    """A pair without a shard: each post is answered immediately, with whatever rows are in the receive buffer."""
 
     transport = "loopback"
 

@@ -1,4 +1,4 @@
-"""The router's half of the mesh, as the vLLM plug-in drives it: connects to shards, dispatches, reports.
+"""A router's client of the shards, driven by the vLLM plug-in: connects, dispatches, reports.
 
 Legend: T tokens, K top-k, D hidden size.
 """
@@ -17,7 +17,7 @@ import torch
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.connector import Connector
 from experts.dispatch.dispatcher import Dispatcher, Pending
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import UnsupportedModelError
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class MeshClient:
-    """Everything of one router but vLLM itself. Driven by the worker's one thread."""
+    """Everything of one router except vLLM itself. Only the worker's one thread calls it."""
 
     def __init__(self, settings: RouterSettings, checkpoint: ExpertCheckpoint, shape: LayerShape, device: str) -> None:
         if shape.dtype not in DTYPE_CODES:
@@ -55,7 +55,7 @@ class MeshClient:
             shape,
             settings.max_rows_per_dispatch,
             settings.dispatch_timeout_ms / 1000,
-            LocalExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
+            FallbackExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._connector = Connector(self._connect)
@@ -63,18 +63,18 @@ class MeshClient:
 
     @property
     def attached(self) -> bool:
-        """Whether an epoch was applied; before that the layers answer zeros (profiling and warm-up only)."""
+        """Whether an epoch was applied; until then layers return zeros (profiling and warm-up only)."""
         return self.dispatcher.membership is not None
 
     def attach_static(self) -> None:
-        """Apply the membership that came with the settings, for engines that run without a controller."""
+        """Apply the membership in the settings, for engines that run without a controller."""
         if self._static is not None and not self.attached:
             self.apply_membership(Membership.from_dict(self._static))
 
     def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
-        """Begin to connect to those of an epoch's shards that are new, in the background; the ranks not done yet.
+        """Start connecting to an epoch's new shards in the background; returns the ranks that are not done yet.
 
-        Asked again until nothing is left, it keeps the engine from waiting inside `apply_membership`.
+        Call it until none is left, and the engine does not wait inside `apply_membership`.
         """
         return self._connector.start(
             endpoint
@@ -146,10 +146,10 @@ class MeshClient:
         topk_ids_TK: torch.Tensor,
         record: bool = True,
     ) -> Pending:
-        """Send a layer's rows out, see `Dispatcher.begin`; `record` is False for steps that are no one's request."""
+        """Send a layer's rows out, see `Dispatcher.begin`; `record` is False for steps that serve no request."""
         pending = self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
         if record:
-            # The rows are on their way: this costs no one's time but the router's own.
+            # The shards already compute: recording delays nobody but the router.
             self.recorder.add(layer, pending.topk_ids_TK)
         return pending
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from experts.protocol.status import StageHistogram
 
-# Upper bounds of the latency buckets, microseconds; the last bucket has no bound.
+# Upper bounds of the latency buckets in microseconds; the last bucket has none.
 BUCKETS_US = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 100_000, 500_000, 1_000_000, 5_000_000)
 _BOUNDS_NS = np.array(BUCKETS_US, np.int64) * 1000
 
 
 @dataclass
 class Histogram:
-    """Durations of one stage, in buckets that Prometheus understands once cumulated."""
+    """Durations of one stage, in Prometheus' buckets before they are cumulated."""
 
     sum_ns: int = 0
     count: int = 0
@@ -61,19 +61,19 @@ class RouterStats:
         self.num_ranks = num_ranks
 
     def add_rows(self, rows_R: np.ndarray, pairs_R: np.ndarray) -> None:
-        """Count one message to each rank: its rows and its pairs of row and expert."""
+        """Count one message to each rank: its rows and its (row, expert) pairs."""
         self.shard_rows[: self.num_ranks] += rows_R
         self.shard_pairs[: self.num_ranks] += pairs_R
         self.fan_out_sum += int(rows_R.sum())
 
     def take_back_rows(self, failed: list[int], rows_R: np.ndarray, pairs_R: np.ndarray) -> None:
-        """Uncount the messages to the ranks `failed`: their rows count where they are computed in the end."""
+        """Uncount the messages to the ranks `failed`: their rows count where they are finally computed."""
         self.shard_rows[failed] -= rows_R[failed]
         self.shard_pairs[failed] -= pairs_R[failed]
         self.fan_out_sum -= int(rows_R[failed].sum())
 
     @property
     def balancedness(self) -> float:
-        """Mean rank load over max rank load in pairs, over everything counted so far; 1.0 when nothing was."""
+        """Mean rank load over max rank load in pairs, over everything counted so far; 1.0 when that is nothing."""
         pairs = self.shard_pairs[: self.num_ranks]
         return float(pairs.mean() / pairs.max()) if pairs.size and pairs.max() > 0 else 1.0

@@ -1,10 +1,10 @@
-"""Samples the router's own decisions: per-token top-k sets over all layers, for the placement optimizer.
+"""Samples the router's own decisions: each token's top-k sets over all layers, for the placement optimizer.
 
 Legend: T tokens, K top-k, L MoE layers.
 
-A step's ids are copied layer by layer into one buffer and offered to a reservoir at the last layer. They are those that
-the dispatch has in host memory anyway, so recording waits for no device. Rows that want no expert in any layer are
-padding and are left out; steps of warm-up are not handed over by the plug-in.
+A step's ids are copied layer by layer into one buffer and offered to a reservoir at the last layer. Dispatch has them
+in host memory anyway, so recording waits for no device. Rows that want no expert in any layer are padding and are left
+out; the plug-in does not pass on steps of warm-up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from placement.traces.recorder import TraceRecorder
 
 
 class StepRecorder:
-    """Collects one step's decisions and hands whole tokens to a `TraceRecorder`; none if `capacity` is 0.
+    """Collects one step's decisions and passes whole tokens to a `TraceRecorder`; none if `capacity` is 0.
 
-    `layers` are the model's own numbers of its MoE layers, for the trace; 0, 1, 2 and so on if not given.
+    `layers` are the model's own numbers of its MoE layers, for the trace; they default to 0, 1, 2 and so on.
     """
 
     def __init__(self, shape: LayerShape, capacity: int, layers: tuple[int, ...] = ()) -> None:
@@ -31,9 +31,9 @@ class StepRecorder:
             self._recorder = TraceRecorder(shape.num_layers, shape.num_experts, shape.top_k, capacity, layers=layers)
 
     def add(self, layer: int, topk_ids_TK: np.ndarray) -> None:
-        """Note the decisions of one layer (any integers, -1 for none); the last layer of a step completes its tokens.
+        """Record the decisions of one layer (any integers, -1 for none); a step's last layer completes its tokens.
 
-        A step that was broken off, so that layers do not follow one another, is left out.
+        An interrupted step, whose layers do not follow one another, is left out.
         """
         if self._recorder is None:
             return
@@ -52,12 +52,12 @@ class StepRecorder:
             self._recorder.add(self._step_LTK[:, :num_tokens].transpose(1, 0, 2))
 
     def to_bytes(self) -> bytes:
-        """The trace sampled so far as an .npz file's bytes, none if nothing was recorded. RuntimeError when off."""
+        """The trace sampled so far as an .npz file's bytes, empty if nothing was recorded. RuntimeError when off."""
         recorder = self._on()
         return recorder.snapshot().to_bytes() if recorder.tokens_seen else b""
 
     def clear(self) -> None:
-        """Forget what was recorded and begin anew. RuntimeError when recording is off."""
+        """Drop what was recorded and start over. RuntimeError when recording is off."""
         self._on().clear()
         self._next_layer = -1
 

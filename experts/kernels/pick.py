@@ -7,8 +7,8 @@ To add a kernel:
    (quantized.py). Define `name`, `supports`, `forward` and, without a stack, `_pack` and `_weight_tensors`.
 2. Import a library that may be missing inside functions only, and let `supports` return why it cannot run.
 3. Add the class to `KERNELS` or `QUANTIZED_KERNELS` below; "auto" then tries it.
-4. tests/experts/kernels/test_kernels.py runs every entry of `KERNELS`. Add a quantized kernel and its formats to CASES
-   or ON_CUDA in test_quantized.py.
+4. tests/experts/kernels/test_kernels.py runs every entry of `KERNELS`. Add a quantized kernel and its formats to the
+   cases at the top of test_quantized.py.
 """
 
 from __future__ import annotations

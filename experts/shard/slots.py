@@ -16,11 +16,11 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.weight_format import QuantizedExpert
 from experts.kernels import ExpertKernel
 from experts.model.spec import ExpertWeights
-from placement.placement import Placement
+from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 2.0
+_LOG_INTERVAL_S = 2.0
 _REQUEST_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
 
 
@@ -84,11 +84,7 @@ class SlotTable:
         the previous epoch are still answered. Raises ValueError if there are too few slots.
         """
         spec = self.checkpoint.spec
-        if (placement.num_layers, placement.num_experts) != (spec.num_layers, spec.num_experts):
-            raise ValueError(
-                f"the placement is for {placement.num_layers} layers of {placement.num_experts} experts, "
-                f"the checkpoint has {spec.num_layers} of {spec.num_experts}"
-            )
+        check_same_model("the placement", placement, "the checkpoint", spec)
         wanted_Ls = np.asarray(placement.experts_of_rank(rank))
         missing = [
             (layer, int(expert))
@@ -101,7 +97,7 @@ class SlotTable:
             slot = self._free_slot(layer, wanted_Ls[layer])
             self._install(layer, slot, expert, self._read(layer, expert))
             now_s = time.monotonic()
-            if now_s - logged_s > _LOG_EVERY_S or count + 1 == len(missing):
+            if now_s - logged_s > _LOG_INTERVAL_S or count + 1 == len(missing):
                 logged_s = now_s
                 done = (count + 1) * self._kernel.shape.expert_bytes
                 rate = done / max(now_s - start_s, 1e-6) / 1e6

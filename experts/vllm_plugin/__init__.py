@@ -1,2 +1,2 @@
-"""All that a router says to vLLM: the replaced layer, the loader, the worker's calls, refusals, engine options, joints.
-Nothing else in `experts` imports vllm but the kernels that say so; dispatch itself knows no engine."""
+"""Where a router meets vLLM: the replaced layer, the loader, the worker's calls, refusals, engine options, joints.
+Elsewhere in `experts` only kernels named after vllm import it; `experts.dispatch` knows no engine."""

@@ -1,4 +1,4 @@
-"""What an engine has to be started with, so that its experts live on shards."""
+"""The engine arguments that put a model's experts on shards."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Any
 from experts.protocol.settings import RouterSettings
 
 WORKER_EXTENSION = "experts.vllm_plugin.worker.ExpertMeshWorker"
-# What a router on CPUs has in its environment. OpenMP's idle threads spin, by default for milliseconds; the shards
-# that the router waits for may need those cores. Two thousand rounds are some microseconds: enough to go from one
-# parallel region to the next.
+# Environment of a router on CPUs. OpenMP's idle threads spin for milliseconds by default, on cores that the shards may
+# need. Two thousand spins take a few microseconds: enough to get from one parallel region to the next.
 CPU_ROUTER_ENV = {"GOMP_SPINCOUNT": "2000"}
 _OWNED = ("worker_extension_cls", "load_format")
 
 
 def router_engine_kwargs(settings: RouterSettings, user: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """vLLM engine arguments: the user's, plus what expertmesh needs. On CPUs, see `CPU_ROUTER_ENV` too.
+    """vLLM engine arguments: the user's, plus what expertmesh needs. On CPUs, set `CPU_ROUTER_ENV` as well.
 
     Args:
-        settings: the router's settings, which travel in additional_config.
-        user: the user's engine arguments. ValueError for one that the project has to own.
-        device: "cpu" or "cuda"; on GPUs CUDA graphs are made to split at the MoE layers.
+        settings: the router's settings, passed on in additional_config.
+        user: the user's engine arguments. ValueError for one that expertmesh sets itself.
+        device: "cpu" or "cuda"; on GPUs CUDA graphs are split at the MoE layers.
     """
     for key in _OWNED:
         if key in user:
@@ -35,6 +34,6 @@ def router_engine_kwargs(settings: RouterSettings, user: dict[str, Any], device:
         "additional_config": {**extra, "expertmesh": settings.model_dump()},
     }
     if device == "cuda" and not user.get("enforce_eager"):
-        # The plug-in adds the MoE ops to the places where vLLM splits its graphs; a full graph has no such places.
+        # The plug-in makes vLLM split its graphs at the MoE ops; a full graph cannot be split.
         kwargs["compilation_config"] = {"cudagraph_mode": "PIECEWISE", **(user.get("compilation_config") or {})}
     return kwargs

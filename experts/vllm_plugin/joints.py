@@ -1,8 +1,8 @@
 """Everything of vLLM's internals that the project touches, in one place.
 
-Written for vllm 0.25.1 to 0.32; `tests/experts/vllm_plugin/test_joints.py` fails clearly when a version moves one. All
-joints stand at the same place with the same parameters in 0.25.1 and 0.32.0. What differs is met here: 0.25.1 has no
-expert class of gpt-oss's own, and its loader tells less of a checkpoint's files. Engines were run with 0.32.0 only.
+Written for vllm 0.25.1 to 0.32; `tests/experts/vllm_plugin/test_joints.py` says what a later version moved. Names and
+parameters are the same in 0.25.1 and 0.32.0, but 0.25.1 has no expert class for gpt-oss, and its loader returns less
+about a checkpoint's files. Engines were run with 0.32.0 only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 logger = logging.getLogger(__name__)
 
-# Models whose experts are a class of their own: the plug point looks classes up by exact name, so each is named here.
+# Models with an expert class of their own. vLLM looks replacements up by exact class name, so each is listed.
 _EXPERT_SUBCLASSES = (
     ("vllm.model_executor.models.gpt_oss", "GptOssRoutedExperts"),
     ("vllm.model_executor.models.dbrx", "DbrxExperts"),
@@ -34,7 +34,7 @@ _EXPERT_SUBCLASSES = (
 
 
 def routed_expert_classes() -> list[type[RoutedExperts]]:
-    """RoutedExperts and the subclasses that can be replaced; one that this version lacks is left out."""
+    """RoutedExperts and its replaceable subclasses, as far as this version has them."""
     classes: list[type[RoutedExperts]] = [RoutedExperts]
     for module_name, class_name in _EXPERT_SUBCLASSES:
         try:
@@ -57,7 +57,7 @@ def expertmesh_settings(config: VllmConfig) -> dict[str, Any] | None:
 
 
 def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
-    """The files of a source of weights. vllm 0.25.1 tells (folder, files, kind), later ones more."""
+    """The files of a source of weights. vllm 0.25.1 returns (folder, files, kind), later versions more."""
     found = loader._prepare_weights(
         source.model_or_path,
         source.subfolder,
@@ -69,10 +69,10 @@ def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
 
 
 def step_in_progress() -> tuple[bool, torch.Tensor | None]:
-    """Whether the forward pass that runs is of requests, and which of its rows are padding (bool [rows], None if none).
+    """Whether the current forward pass serves requests, and which rows are padding (bool [rows], None if none).
 
-    vLLM hands attention's metadata to steps of requests alone, not to profiling and warm-up; and it pads a step only
-    to the size of a CUDA graph. A version that does not tell its padding rows apart has them counted as real ones.
+    Only steps that serve requests have attention metadata; profiling and warm-up have none. vLLM pads a step only to
+    the size of a CUDA graph. Where a version does not mark padding rows, they count as real ones.
     """
     if not is_forward_context_available():
         return True, None
@@ -85,7 +85,7 @@ _MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
 def split_graphs_at_moe(config: VllmConfig) -> None:
-    """Add the ops that hide a MoE layer on GPUs to those where vLLM splits its graphs. Before the model is compiled."""
+    """Make vLLM split its graphs at the ops that wrap a MoE layer on GPUs. Call before the model is compiled."""
     compilation = config.compilation_config
     present = list(compilation.splitting_ops or [])
     compilation.splitting_ops = present + [name for name in _MOE_OPS if name not in present]

@@ -1,4 +1,4 @@
-"""The plug-in: vLLM's routed experts, replaced out of tree by a layer that holds no weights and asks the shards.
+"""The layer that replaces vLLM's routed experts: it holds no weights and asks the shards.
 
 Legend: T tokens, K top-k, D hidden size.
 
@@ -6,13 +6,14 @@ Legend: T tokens, K top-k, D hidden size.
                                                           shared experts run here meanwhile
                                                        -> finish: weighted sums come back
 
-`begin` and `finish` are opaque ops for torch.compile; on GPUs vLLM wraps the whole layer in an op of its own, at which
-CUDA graphs have to split.
+`begin` and `finish` are opaque ops for torch.compile. On GPUs vLLM wraps the whole layer in an op of its own, where
+CUDA graphs must split.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,48 +39,56 @@ from experts.vllm_plugin.refusals import check_engine, split_graphs
 
 logger = logging.getLogger(__name__)
 
-_router: MeshClient | None = None
-_checkpoint: ExpertCheckpoint | None = None
-_settings: RouterSettings | None = None
-_pending: Pending | None = None
+
+@dataclass
+class EngineState:
+    """What this process' one engine shares among its MoE layers, filled while the model is built."""
+
+    settings: RouterSettings | None = None
+    checkpoint: ExpertCheckpoint | None = None
+    client: MeshClient | None = None
+    pending: Pending | None = None
+    """The layer between its `begin` and its `finish`."""
 
 
-def current_router() -> MeshClient:
-    """The router of this process' engine. RuntimeError when no MoE layer was built."""
-    if _router is None:
+_engine = EngineState()
+
+
+def current_client() -> MeshClient:
+    """The client of this process' engine. RuntimeError when no MoE layer was built."""
+    if _engine.client is None:
         raise RuntimeError("this engine has no MoE layer that expertmesh replaced")
-    return _router
+    return _engine.client
 
 
 def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
     """The experts' checkpoint, opened once. UnsupportedModelError with the reader's reason, or for a second engine."""
-    global _checkpoint, _settings
-    if _checkpoint is None:
+    if _engine.checkpoint is None:
         try:
             checkpoint = ExpertCheckpoint.open(settings.model_path)
             checkpoint.check()
         except CheckpointError as error:
             raise UnsupportedModelError(f"the experts of this model cannot be served apart: {error}") from error
-        _checkpoint, _settings = checkpoint, settings
-    if settings != _settings:
+        _engine.checkpoint, _engine.settings = checkpoint, settings
+    if settings != _engine.settings:
         raise UnsupportedModelError(
-            f"this process has an engine for the experts of {_settings and _settings.model_path} already; "
-            f"one with other settings ({settings.model_path}) needs a process of its own"
+            f"this process has an engine for the experts of {_engine.settings and _engine.settings.model_path} "
+            f"already; one with other settings ({settings.model_path}) needs a process of its own"
         )
-    return _checkpoint
+    return _engine.checkpoint
 
 
 class NoLocalWeights(FusedMoEMethodBase):
     """A MoE method without parameters, so that the loader has nothing to fill."""
 
     def create_weights(self, layer: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Nothing: the weights live on shards."""
+        """Create nothing: the weights live on shards."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing to pack."""
+        """Pack nothing."""
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """Whatever the quantization, it is the shards' business."""
+        """None: shards handle quantization."""
         return None
 
     def maybe_roundup_sizes(self, hidden_size: int, intermediate_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +97,7 @@ class NoLocalWeights(FusedMoEMethodBase):
 
     @property
     def mk_can_overlap_shared_experts(self) -> bool:
-        """Shared experts are run inside forward_modular, between sending and receiving."""
+        """True: forward_modular runs shared experts between sending and receiving."""
         return True
 
     def apply(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -105,8 +114,7 @@ class MeshExpertsMixin:
     mesh_layer: int
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
-        """Called by RoutedExperts.__init__: the place to refuse, and to join the process' router."""
-        global _router
+        """Called by RoutedExperts.__init__; checks the engine and the model, and makes the process' client once."""
         config = get_current_vllm_config()
         settings = check_engine(config)
         checkpoint = current_checkpoint(settings)
@@ -116,7 +124,7 @@ class MeshExpertsMixin:
                 f"{prefix} is a MoE layer that the checkpoint's list of MoE layers {checkpoint.spec.layer_ids} lacks"
             )
         self.mesh_layer = checkpoint.spec.layer_ids.index(layer_id)
-        if _router is None:
+        if _engine.client is None:
             device = str(config.device_config.device_type)
             split_graphs(config, device)
             shape = LayerShape(
@@ -126,11 +134,11 @@ class MeshExpertsMixin:
                 hidden_size=moe_config.hidden_dim,
                 dtype=moe_config.in_dtype,
             )
-            _router = MeshClient(settings, checkpoint, shape, device)
+            _engine.client = MeshClient(settings, checkpoint, shape, device)
         return NoLocalWeights(moe_config)
 
     def load_weights(self, weights: Any) -> Any:
-        """Take note of expert tensors without reading them; with our loader none arrives."""
+        """Report expert tensors as loaded without reading them; our loader sends none."""
         for name, _ in weights:
             yield name
 
@@ -155,20 +163,20 @@ class MeshExpertsMixin:
 
 
 def _begin(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
-    global _pending
-    router = current_router()
-    if not router.attached:
-        router.attach_static()
-        if not router.attached:
+    client = current_client()
+    if not client.attached:
+        client.attach_static()
+        if not client.attached:
             # Profiling and warm-up before the first epoch; requests are let in only after it.
-            _pending = None
+            _engine.pending = None
             return torch.zeros_like(x)
     of_requests, padding_T = step_in_progress()
     if padding_T is not None:
-        # A row that wants no expert is neither sent nor recorded.
+        # Rows without an expert are neither sent nor recorded.
         topk_ids = topk_ids.masked_fill(padding_T[: len(topk_ids), None], -1)
-    _pending = router.begin(layer, x, topk_weights, topk_ids, record=of_requests)
-    return _pending.y_TD if _pending.y_TD.device == x.device else torch.empty_like(x)
+    pending = client.begin(layer, x, topk_weights, topk_ids, record=of_requests)
+    _engine.pending = pending
+    return pending.y_TD if pending.y_TD.device == x.device else torch.empty_like(x)
 
 
 def _begin_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
@@ -176,13 +184,12 @@ def _begin_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Ten
 
 
 def _finish(y: torch.Tensor) -> None:
-    global _pending
-    pending, _pending = _pending, None
+    pending, _engine.pending = _engine.pending, None
     if pending is None:
         return
-    current_router().finish(pending)
+    current_client().finish(pending)
     if pending.y_TD.data_ptr() != y.data_ptr():
-        # torch.compile may hand a copy of what begin returned; y may be on a device and the rows in host memory
+        # torch.compile may pass a copy of what begin returned, or y is on a device and the rows are in host memory.
         y.copy_(pending.y_TD)
 
 

@@ -18,7 +18,7 @@ from experts.vllm_plugin.joints import (
     register_model_loader,
     weight_files,
 )
-from experts.vllm_plugin.layer import MeshExpertsMixin, current_checkpoint, current_router
+from experts.vllm_plugin.layer import MeshExpertsMixin, current_checkpoint, current_client
 from experts.vllm_plugin.refusals import check_engine
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ LOAD_FORMAT = "expertmesh"
 
 
 def verify_model(model: torch.nn.Module) -> int:
-    """Every MoE layer of the loaded model was replaced; returns how many. UnsupportedModelError names what was not."""
+    """Check that every MoE layer was replaced and return how many; UnsupportedModelError names one that was not."""
     replaced = 0
     for name, module in model.named_modules():
         if isinstance(module, MeshExpertsMixin):
@@ -41,7 +41,7 @@ def verify_model(model: torch.nn.Module) -> int:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no routed experts: a dense model gains nothing here, serve it with plain vLLM"
         )
-    expected = current_router().shape.num_layers
+    expected = current_client().shape.num_layers
     if replaced != expected:
         raise UnsupportedModelError(f"{replaced} MoE layers were replaced, the checkpoint has {expected}")
     return replaced
@@ -61,7 +61,7 @@ class RouterModelLoader(DefaultModelLoader):
         super().__init__(load_config)
 
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Load the dense half, then make sure that nothing was left that expertmesh does not serve."""
+        """Load the dense half, then check that expertmesh replaced every MoE layer."""
         self._checkpoint = current_checkpoint(check_engine(vllm_config))
         model = super().load_model(vllm_config, model_config, *args, **kwargs)
         count = verify_model(model)
@@ -70,10 +70,10 @@ class RouterModelLoader(DefaultModelLoader):
         return model
 
     def _get_weights_iterator(self, source: Any) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every tensor of the checkpoint but those of routed experts.
+        """Every tensor of the checkpoint except those of routed experts.
 
-        vLLM's own iterator would have each tensor made before it is passed over, which touches its pages: with
-        read-ahead that is most of the checkpoint.
+        vLLM's own iterator creates each tensor before we could skip it, which touches its pages: with read-ahead, most
+        of the checkpoint.
         """
         strategy = self.load_config.safetensors_load_strategy
         if strategy not in (None, "lazy") or self.load_config.model_loader_extra_config:
@@ -86,6 +86,6 @@ class RouterModelLoader(DefaultModelLoader):
         self.counter_before_loading_weights = getattr(self, "counter_before_loading_weights", 0) or time.perf_counter()
         for file in sorted(files):
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
                     if not self._checkpoint.owns(name):
                         yield source.prefix + name, tensors.get_tensor(name)

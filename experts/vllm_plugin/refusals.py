@@ -1,4 +1,4 @@
-"""Engine settings that the plug-in does not serve are refused here, at start and by name."""
+"""Refuses, at start and by name, engine settings that the plug-in does not support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experts.vllm_plugin.joints import (
 
 
 def check_engine(config: VllmConfig) -> RouterSettings:
-    """Refuse, at start and by name, engine settings that the plug-in does not serve; returns the router's settings."""
+    """Refuse engine settings that are not supported (UnsupportedModelError); return the router's settings."""
     data = expertmesh_settings(config)
     if data is None:
         raise UnsupportedModelError(
@@ -49,7 +49,7 @@ def check_engine(config: VllmConfig) -> RouterSettings:
 
 
 def split_graphs(config: VllmConfig, device: str) -> None:
-    """On GPUs, a dispatch that was captured in a CUDA graph would be replayed without the shards ever being asked."""
+    """On GPUs, split CUDA graphs at MoE layers: a captured dispatch would be replayed without asking the shards."""
     if not device.startswith("cuda") or config.model_config.enforce_eager:
         return
     mode = str(getattr(config.compilation_config, "cudagraph_mode", "NONE")).upper()

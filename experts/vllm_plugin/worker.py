@@ -1,4 +1,4 @@
-"""Named by `worker_extension_cls`: importing it registers the plug-in; its class adds the calls that reach a worker.
+"""What `worker_extension_cls` names: importing it registers the plug-in, its class adds calls to vLLM's worker.
 
 vLLM imports this module in each worker before it builds the model, and only for engines that ask for it.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from experts.protocol.membership import Membership, endpoints_from_plain
-from experts.vllm_plugin.layer import current_router, register
+from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
 
 logger = logging.getLogger(__name__)
@@ -28,26 +28,26 @@ class ExpertMeshWorker:
 
     def expertmesh_connect_ahead(self, endpoints: list[dict[str, Any] | None]) -> list[int]:
         """Start to connect to an epoch's new shards; see `MeshClient.connect_ahead`."""
-        return current_router().connect_ahead(endpoints_from_plain(endpoints))
+        return current_client().connect_ahead(endpoints_from_plain(endpoints))
 
     def expertmesh_apply_membership(self, membership: dict[str, Any], wait_s: float | None = None) -> dict[str, Any]:
         """Switch to an epoch: a Membership in, an AppliedMembership out; see `MeshClient.apply_membership`."""
         verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
-        return current_router().apply_membership(Membership.from_dict(membership), wait_s).to_dict()
+        return current_client().apply_membership(Membership.from_dict(membership), wait_s).to_dict()
 
     def expertmesh_status(self) -> dict[str, Any]:
         """The RouterStatus of this engine."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         params = sum(p.numel() for p in model.parameters())
-        return replace(current_router().status(), params=params, resident_bytes=_resident_bytes()).to_dict()
+        return replace(current_client().status(), params=params, resident_bytes=_resident_bytes()).to_dict()
 
     def expertmesh_trace(self) -> bytes:
         """The sampled routing decisions as the bytes of an .npz file; no bytes if nothing was recorded."""
-        return current_router().recorder.to_bytes()
+        return current_client().recorder.to_bytes()
 
     def expertmesh_clear_trace(self) -> None:
         """Drop the sampled decisions and start over."""
-        current_router().recorder.clear()
+        current_client().recorder.clear()
 
 
 def _resident_bytes() -> int:

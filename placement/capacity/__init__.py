@@ -1,1 +1,1 @@
-"""What a step costs on given hardware, and whether the split pays. It plans no placement."""
+"""What a step costs on given hardware, and whether separate expert shards pay. It plans no placement."""

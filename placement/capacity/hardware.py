@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model costs time: gated experts of three matrices D x I. The defaults are OLMoE-1B-7B's in bf16."""
+    """What costs time in a model: gated experts of three matrices D x I. The defaults are OLMoE-1B-7B in bf16."""
 
     hidden_size: int = 2048
     intermediate_size: int = 1024
@@ -29,7 +29,7 @@ class ModelShape:
 
     @property
     def pair_flops(self) -> int:
-        """Floating-point operations of one token in one expert."""
+        """Floating-point operations for one token in one expert."""
         return 6 * self.hidden_size * self.intermediate_size
 
     @property
@@ -43,11 +43,11 @@ class Constants:
     """What shards and routers can do, at speed 1.
 
     Attributes:
-        memory_bytes_per_s: reading weights.
-        flops_per_s: computing.
+        memory_bytes_per_s: rate of reading weights.
+        flops_per_s: rate of computing.
         call_s: fixed cost of one layer on a shard.
         router_s: fixed cost of one layer on a router, besides wire and experts: plan, pack, unpack, combine.
-        router_token_s: the same, for each token.
+        router_token_s: the part of that which each token adds.
     """
 
     memory_bytes_per_s: float
@@ -66,9 +66,9 @@ class Constants:
             raise ValueError("call_s, router_s and router_token_s must not be negative")
 
 
-# Nominal: an H100 SXM reads 3.35 TB/s and computes 989 Tflop/s dense in bf16; four fifths and three fifths of that. The
-# calls are estimates: two kernel launches on a shard, a few on a router.
+# Nominal: four fifths of the 3.35 TB/s that an H100 SXM reads, three fifths of its 989 Tflop/s (dense, bf16). The fixed
+# costs are estimates: two kernel launches on a shard, a few on a router.
 H100 = Constants(2.7e12, 590e12, 12e-6, 25e-6, 0.05e-6, "H100, nominal")
-# Measured by this project's benchmarks on one core of an AMD EPYC, bf16: shard_kernel's reading rate, peak and what a
-# call of one row takes above reading its weights; router_overhead with 4 shards, 1 to 64 tokens.
+# Measured by this project's benchmarks on one core of an AMD EPYC, bf16. shard_kernel: reading rate, peak, and the time
+# of a call of one row beyond reading its weights. router_overhead: 4 shards, 1 to 64 tokens.
 CPU_CORE = Constants(34e9, 430e9, 28e-6, 30e-6, 0.27e-6, "one EPYC core, measured")

@@ -1,5 +1,4 @@
-"""The numbers behind `placement.capacity.verdict`: one step with a placement, layer by layer, on batches drawn from a
-trace.
+"""The cost of one step with a placement, layer by layer, on batches drawn from a trace.
 
 T tokens of a step, L layers, K experts of one token, E experts, R ranks, I routers.
 """
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.capacity.hardware import H100, Constants, ModelShape
-from placement.placement import Placement, check_trace_fits
-from placement.rule.local_replicas import keep_near
+from placement.placement import Placement, check_same_model
+from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.topology import LINK_CLASSES, Link, Topology
 from placement.traces.trace import ActivationTrace, TraceError
@@ -24,10 +23,10 @@ PAIR_HEADER_BYTES = 8  # slot and weight of one expert of a row
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """Seconds of each layer, float64 [L], means over batches; what decided them; bytes of one step in all layers.
+    """Seconds of each layer, float64 [L], averaged over batches; what they follow from; bytes of a step in all layers.
 
-    `link_s` and `link_bytes` are by link class, both directions. `busiest_activated` and `busiest_pairs` are of the
-    shard that decided, means over layers. `migration_s` is the whole migration, not yet spread over steps.
+    `link_s` and `link_bytes` are by link class, both directions together. `busiest_activated` and `busiest_pairs` are
+    those of the slowest shard, averaged over layers. `migration_s` is the whole migration, not spread over steps.
     """
 
     router_s: np.ndarray
@@ -74,20 +73,20 @@ def step_cost(
     """Predict a step of `tokens` tokens.
 
     Args:
-        topology: None for equal shards, nodes as the placement says, one rack, nominal links.
-        router_nodes: the node of each router, which share the tokens evenly; None: one on each node.
+        topology: None for equal shards, nodes as in the placement, one rack, nominal links.
+        router_nodes: the node of each router; routers share the tokens evenly. None: one router on each node.
         prefer_local_replicas: routers take replicas on their own node first.
-        current: the placement in use, from which the migration is counted.
-        batches: so many batches are drawn from the trace and averaged.
+        current: the placement in use, where the migration starts from.
+        batches: how many batches to draw from the trace and average.
 
-    Raises ValueError if trace, placement and topology do not fit together, TraceError on a trace of counts alone.
+    Raises ValueError if trace, placement and topology do not fit together, TraceError for a trace of counts alone.
     """
     model = model or ModelShape()
     topology = topology or Topology.uniform(placement.num_ranks, placement.num_nodes)
-    check_trace_fits(trace.num_layers, trace.num_experts, placement)
+    check_same_model("the placement", placement, "the trace", trace)
     check_top_k(trace.topk_ids.shape[2])
     if not trace.has_sets:
-        raise TraceError("the cost of a step follows from per-token sets; the trace holds counts alone")
+        raise TraceError("the cost of a step follows from per-token sets; the trace holds only counts")
     if topology.num_ranks != placement.num_ranks:
         raise ValueError(f"the topology has {topology.num_ranks} ranks, the placement {placement.num_ranks}")
     for name, value in (("tokens", tokens), ("batches", batches), ("steps_between_plans", steps_between_plans)):
@@ -101,7 +100,7 @@ def step_cost(
     rng = np.random.default_rng(seed)
     num_layers = placement.num_layers
     class_IR = np.array([_classes_from(topology, node) for node in routers])
-    near_IR = class_IR == 1 if prefer_local_replicas else np.zeros(class_IR.shape, bool)
+    local_IR = class_IR == 1 if prefer_local_replicas else np.zeros(class_IR.shape, bool)
     total: Counter[str] = Counter()
     link_s: dict[str, float] = {}
     link_bytes: dict[str, float] = {}
@@ -111,7 +110,7 @@ def step_cost(
         sub = trace.take(drawn)
         for layer in range(num_layers):
             ids_TK = sub.ids_of_layer(layer)
-            rows_IR, pairs_IR, used, nodes = _dispatch(ids_TK, placement, layer, near_IR)
+            rows_IR, pairs_IR, used, nodes = _dispatch(ids_TK, placement, layer, local_IR)
             activated_R, pairs_R = used.sum(1), pairs_IR.sum(0)
             weights_R = activated_R * model.expert_bytes / constants.memory_bytes_per_s / topology.speed_R
             flops_R = pairs_R * model.pair_flops / constants.flops_per_s / topology.speed_R
@@ -158,10 +157,10 @@ def step_cost(
 
 
 def migration_cost(current: Placement, target: Placement, model: ModelShape, topology: Topology) -> tuple[int, float]:
-    """Bytes to copy, and seconds of the shard that gets most, each copy from its nearest source."""
-    same = all(getattr(current, name) == getattr(target, name) for name in ("num_layers", "num_experts", "num_ranks"))
-    if not same:
-        raise ValueError("the current placement is of another model or of another number of ranks")
+    """Bytes to copy, and seconds for the shard that receives most; each copy comes from the nearest source."""
+    check_same_model("the current placement", current, "the target", target)
+    if current.num_ranks != target.num_ranks:
+        raise ValueError(f"the current placement has {current.num_ranks} ranks, the target {target.num_ranks}")
     distance_RR = topology.distance_RR
     class_bytes_RC = np.zeros((target.num_ranks, len(LINK_CLASSES)))
     for layer in range(target.num_layers):
@@ -177,20 +176,20 @@ def migration_cost(current: Placement, target: Placement, model: ModelShape, top
 
 
 def _classes_from(topology: Topology, node: int) -> np.ndarray:
-    """int64 [R]: the link class from a router on a node to each rank."""
+    """int64 [R]: the link class between a router on a node and each rank."""
     rack_R = topology.rack_of_rank_R
     class_R = np.where(rack_R == topology.rack_of_node_N[node], 2, 3)
     return np.where(topology.node_of_rank_R == node, 1, class_R)
 
 
 def _dispatch(
-    ids_TK: np.ndarray, placement: Placement, layer: int, near_IR: np.ndarray
+    ids_TK: np.ndarray, placement: Placement, layer: int, local_IR: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """int64 [I, R] rows and pairs from each router, bool [R, E] activated experts, and node visits in all.
+    """int64 [I, R] rows and pairs from each router, bool [R, E] activated experts, and the number of node visits.
 
-    `near_IR` bool: ranks whose replicas each router takes first; all False for no difference.
+    `local_IR` bool: ranks whose replicas each router takes first; all False for no preference.
     """
-    num_routers, num_ranks = near_IR.shape
+    num_routers, num_ranks = local_IR.shape
     rows_IR = np.zeros((num_routers, num_ranks), np.int64)
     pairs_IR = np.zeros((num_routers, num_ranks), np.int64)
     used_RE = np.zeros((num_ranks, placement.num_experts), bool)
@@ -199,10 +198,10 @@ def _dispatch(
         mine_TK = np.ascontiguousarray(ids_TK[router::num_routers])
         rank_TK = np.empty(mine_TK.shape, np.int32)
         load_R = np.zeros(num_ranks, np.int64)
-        slots_ER = keep_near(placement.slots_LER[layer : layer + 1], near_IR[router])[0]
+        slots_ER = keep_local(placement.slots_LER[layer : layer + 1], local_IR[router])[0]
         choose_replicas(mine_TK, slots_ER, placement.node_of_rank_R, placement.num_nodes, load_R, rank_TK)
         visits_TR = np.zeros((len(mine_TK), num_ranks + 1), bool)
-        np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 falls into the last column
+        np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 goes into the last column
         visits_TR = visits_TR[:, :num_ranks]
         rows_IR[router] = visits_TR.sum(0)
         pairs_IR[router] = load_R
@@ -212,7 +211,7 @@ def _dispatch(
 
 
 def _way(bytes_IR: np.ndarray, class_IR: np.ndarray, topology: Topology) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and bytes of one direction for each link class that carries anything."""
+    """Seconds and bytes of one direction, for each link class that carries anything."""
     seconds, carried = {}, {}
     for number, name in enumerate(LINK_CLASSES):
         of_class_IR = np.where(class_IR == number, bytes_IR, 0)

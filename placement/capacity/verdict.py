@@ -1,20 +1,20 @@
-"""What a step costs with a placement, in seconds, term by term; and whether experts on shards of their own pay at all.
+"""What a step costs with a placement, in seconds, term by term; and whether separate expert shards pay at all.
 
 T tokens of a step, L layers, K experts of one token, R ranks, N nodes.
 
-A layer takes: what the router does itself, the rows' way out, the slowest shard, the results' way back. Layers follow
-one another, so a step is their sum. A row goes to a rank once, however many of its experts stand there, so bytes
-follow from fan-out; those that leave the router's node follow from which nodes a token visits.
+A layer's time is the router's own work, the rows' way out, the slowest shard, and the results' way back. Layers follow
+each other, so a step is their sum. A row goes to a rank once, however many of its experts the rank holds, so bytes
+follow from fan-out; the bytes that leave the router's node follow from the nodes a token visits.
 
-- Wire, one direction: the busiest end decides (the router that sends most, or the shard that gets most), for each link
-  class; classes run side by side, so the slowest one counts. `bytes / bandwidth + latency`.
-- Shard: the larger of reading the weights of its activated experts and of computing its pairs (a roofline, which a
+- Wire, one direction: `bytes / bandwidth + latency` at the busiest end of each link class, which is the router that
+  sends most or the shard that receives most. Classes work in parallel, so the slowest one counts.
+- Shard: reading the weights of its activated experts, or computing its pairs if that takes longer (a roofline that a
   good kernel comes close to), divided by the shard's speed, plus the fixed cost of a call.
-- Migration: bytes that new replicas need, from their nearest copy, by the shard that gets most, spread over the steps
-  until the next plan.
+- Migration: the bytes of new replicas from their nearest source, for the shard that receives most, spread over the
+  steps until the next plan.
 
-Predictions rest on the dispatch rule itself (`choose_replicas`), applied to batches drawn from the trace. Constants
-are given or measured, see `placement.capacity.hardware`.
+Predictions apply the dispatch rule itself (`choose_replicas`) to batches drawn from the trace. Constants are given or
+measured, see `placement.capacity.hardware`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from placement.traces.trace import ActivationTrace
 
 
 class CostTerm(NamedTuple):
-    """One line of an explanation. A term whose name is indented is part of the one above it, not added again."""
+    """One line of an explanation. A term with an indented name is part of the one above it, not added again."""
 
     term: str
     seconds: float
@@ -37,7 +37,7 @@ class CostTerm(NamedTuple):
 
 
 def explain_cost(trace: ActivationTrace, placement: Placement, **arguments: object) -> list[CostTerm]:
-    """Every term of a step, as (term, seconds, how); arguments as of `step_cost`. The last one is the step."""
+    """Every term of a step; arguments as for `step_cost`. The last term is the whole step."""
     cost = step_cost(trace, placement, **arguments)  # type: ignore[arg-type]
     num_layers = placement.num_layers
     terms = [
@@ -86,7 +86,7 @@ def explain_cost(trace: ActivationTrace, placement: Placement, **arguments: obje
 
 
 class Verdict(NamedTuple):
-    """Whether shards of their own pay against an engine that holds all experts; `why` is a line for a person."""
+    """Whether separate shards pay against an engine that holds all experts; `why` is a line for a person."""
 
     pays: bool
     mesh_s: float
@@ -106,11 +106,11 @@ def compare_with_engine(
     tokens: int = 64,
     **arguments: object,
 ) -> Verdict:
-    """Say beforehand whether disaggregation pays: the expert half of a step of the same tokens, on both.
+    """Predict whether disaggregation pays: the expert half of a step with the same tokens, on shards and in an engine.
 
-    The engine splits every expert over `engine_gpus` shards of speed 1 (tensor parallel, an all-reduce within the node
-    after each layer) and needs memory for all experts of `model_layers` layers (None: as many as the placement has).
-    What it does not count: that shards scale, fail and upgrade on their own, which may be worth a slower step.
+    The engine splits every expert over `engine_gpus` GPUs of speed 1 (tensor parallel, with an all-reduce within the
+    node after each layer) and needs memory for all experts of `model_layers` layers (None: those of the placement).
+    It does not count that shards scale, fail and upgrade on their own, which may be worth a slower step.
     """
     if engine_gpus < 1:
         raise ValueError(f"engine_gpus is {engine_gpus}, expected at least 1")

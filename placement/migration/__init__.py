@@ -1,2 +1,3 @@
-"""From one placement to another, round by round, with every expert served in between. It plans copies; who makes them
-is `experts.shard`."""
+"""From one placement to another, round by round, with every expert served in between. This plans the copies;
+`experts.shard` makes them.
+"""

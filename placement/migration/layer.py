@@ -1,7 +1,7 @@
-"""One layer of a migration: which slots may be written next, from where, and how a cycle is broken.
+"""One layer of a migration: which slots may be written next, from where, and how to break a cycle.
 
-R ranks, s slots of a rank. A slot is settled (its expert belongs there), leaving (it does not), or empty. A parked
-slot is a leaving one that holds the only sure copy of its expert, until that has arrived where it belongs.
+R ranks, s slots of a rank. A slot is settled (its expert belongs there), leaving (it does not), or empty. A parked slot
+is a leaving one that keeps its expert until that has arrived where it belongs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Slot = tuple[int, int]  # rank, local slot
 
 
 class MigrationError(ValueError):
-    """A migration that cannot be done as asked; the message is one line for a person."""
+    """A migration that cannot be done as asked. The message is one line for a person."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
 
 
 class LayerMigration:
-    """The state of one layer between rounds; `advance` takes it one round on.
+    """The state of one layer between rounds; `advance` moves it on by one round.
 
     `start_Rs` and `target_Rs` int32 [R, s] (experts, -1 empty), `room_R` int64 [R], `distance_RR` int8 [R, R]. Raises
     MigrationError if no legal order exists.
@@ -97,7 +97,7 @@ class LayerMigration:
 
     @property
     def done(self) -> bool:
-        """Whether the layer is as the target wants it."""
+        """Whether the layer holds what the target wants."""
         return not self._needs_moves and not any(self._leaving)
 
     @property
@@ -129,9 +129,9 @@ class LayerMigration:
     def _choose_arrivals(
         self, serving: list[set[Slot]], chosen: list[tuple[int, Slot]], step: Step, max_moves: int
     ) -> None:
-        """Copies to where experts belong: into empty slots first, then over experts that live elsewhere too."""
+        """Copy experts to where they belong: into empty slots first, then over experts that are live elsewhere too."""
         wanted = [(expert, rank) for rank, experts in enumerate(self._arriving) for expert in experts.elements()]
-        # First experts that nobody serves, then those whose arrival lets another slot go.
+        # Unserved experts first, then those whose arrival frees another slot.
         wanted.sort(key=lambda pair: (len(serving[pair[0]]) > 0, len(serving[pair[0]]) > 1))
         for expert, rank in wanted:
             if len(chosen) >= max_moves:
@@ -157,14 +157,14 @@ class LayerMigration:
         return best
 
     def _may_go(self, slot: Slot, serving: list[set[Slot]]) -> bool:
-        """Whether a leaving slot's expert has another live slot; for a parked one, where it belongs."""
+        """Whether a leaving slot's expert has another live slot; for a parked slot, one where it belongs."""
         others = serving[self._holds[slot]] - {slot}
         if slot in self._parked:
             return any(other in self._settled for other in others)
         return bool(others) and slot in serving[self._holds[slot]]
 
     def _take(self, slot: Slot, serving: list[set[Slot]], step: Step) -> None:
-        """Make a slot ready to be written in this round."""
+        """Prepare a slot to be written in this round."""
         rank, local = slot
         if slot in self._holds:
             serving[self._holds[slot]].discard(slot)
@@ -174,7 +174,7 @@ class LayerMigration:
             self._empty[rank].discard(local)
 
     def _choose_parking(self, serving: list[set[Slot]], chosen: list[tuple[int, Slot]], step: Step) -> None:
-        """Every slot that must make room holds a last copy: copy one of those to a spare slot, the nearest there is."""
+        """Every slot that must make room holds a last replica: copy one of those to the nearest spare slot."""
         blocked = [
             (rank, local)
             for rank, experts in enumerate(self._arriving)
@@ -190,7 +190,7 @@ class LayerMigration:
             if self._may_go((rank, local), serving)
         ]
         if not spares:
-            # Costs two copies more: a replica makes way and comes back.
+            # Costs two more copies: a replica makes way and comes back.
             spares = [(1, slot) for slot in self._settled if len(serving[self._holds[slot]]) > 1]
         if not blocked or not spares:
             raise MigrationError(

@@ -1,26 +1,25 @@
-"""From one placement to another without a moment in which an expert is nowhere: copies in rounds.
+"""From one placement to another in rounds of copies, with every expert served at every moment.
 
 L layers, E experts, R ranks, s slots of a rank in the frame of the migration, S = R * s.
 
-A round goes so: the retired slots leave the map that routers dispatch by, and once the last router has moved on, the
-round's copies are written; then the map with the new slots, and without the dropped ones, is published. So a slot
-is written only while nobody reads it, and every source is read while it is live and stays as it is for the round:
-within a round, copies may run in any order or at once. Between two rounds the migration may stop for good.
+In a round, retired slots first leave the map that routers dispatch by. Once the last router has moved on, the round's
+copies are written; then the map with the new slots, and without the dropped ones, is published. So a slot is written
+only while nobody reads it, and every source is live and unchanged during the round: copies of one round may run in any
+order or in parallel. The migration may stop for good between any two rounds.
 
-What must hold for that, in each layer:
+This requires, in each layer:
 
-- A slot is retired only if its expert has another live slot in the map that is left. Routers serve it from there.
-- Where every slot that must make room holds the last copy of its expert (a cycle), one of those experts is parked:
-  copied first to a spare slot, which is an empty one, else one whose expert is not wanted there any more and lives
-  elsewhere, else one replica of an expert that has another, which is restored afterwards.
-- So there must be room for one copy more than there are experts. Without it (as many slots as experts, all full)
-  nothing can be moved without leaving an expert unserved, from whatever source: `plan_migration` refuses, and says
-  that one spare slot on some shard is enough; one on every shard (`scratch_slots=1`, that is shards of
-  `slots_per_rank + 1` slots) lets shards change side by side, without parking.
+- A slot is retired only if its expert has another live slot in the map that remains. Routers serve it from there.
+- Where every slot that must make room holds the last replica of its expert (a cycle), one of those experts is parked:
+  it is first copied to a spare slot. That is an empty slot, else one whose expert does not belong there and is live
+  elsewhere, else a replica of an expert that has another one, which is restored afterwards.
+- So there must be one slot more than there are experts. If as many slots as experts are all full, nothing can move
+  without leaving an expert unserved, whatever the source. `plan_migration` then refuses and says that one spare slot on
+  some shard is enough; one on every shard (`scratch_slots=1`: shards of `slots_per_rank + 1` slots) lets shards change
+  in parallel, without parking.
 
-A target says which experts stand on a rank; which of the rank's slots they take is settled here, so that experts that
-stay on a rank are not copied. The checkpoint is the source of experts alone that have no live slot, on ranks that
-were lost.
+A target says which experts a rank holds. Which of its slots they take is decided here, so experts that stay on a rank
+are not copied. Only experts without a live slot, on ranks that were lost, come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Literal
 import numpy as np
 
 from placement.migration.layer import LayerMigration, MigrationError
-from placement.placement import EMPTY, Placement
+from placement.placement import EMPTY, Placement, check_same_model
 from placement.topology import Topology
 
 UNBOUNDED = 1 << 62
@@ -44,7 +43,7 @@ Nearness = Literal["rank", "node", "rack", "cluster", "checkpoint"]
 class Copy:
     """One expert's weights into one slot; `source_rank` and `source_slot` are -1 for the checkpoint.
 
-    `slot` and `source_slot` are local to their rank. `nearness` is the widest boundary that the copy crosses.
+    `slot` and `source_slot` are local to their rank. `nearness` is the widest boundary the copy crosses.
     """
 
     layer: int
@@ -72,10 +71,10 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class MigrationPlan:
-    """Rounds, and the maps that hold before, during and after each of them.
+    """The rounds, and the maps before, during and after each of them.
 
-    `start_LRs` int32 [L, R, s]: what is live before the first round, lost ranks already empty. The frame has as many
-    ranks and slots as the larger of the two placements, or as the shards have room for.
+    `start_LRs` int32 [L, R, s]: what is live before the first round, with lost ranks empty. It has as many ranks and
+    slots as the larger of the two placements, or as the shards have room for.
     """
 
     num_nodes: int
@@ -93,7 +92,7 @@ class MigrationPlan:
         return sum(each.size_bytes for each in self.rounds)
 
     def bytes_by_nearness(self) -> dict[str, int]:
-        """Bytes copied, by the widest boundary that they cross."""
+        """Bytes copied, by the widest boundary they cross."""
         total: Counter[str] = Counter()
         for each in self.rounds:
             for copy in each.copies:
@@ -101,7 +100,7 @@ class MigrationPlan:
         return dict(total)
 
     def map_after(self, num_rounds: int) -> np.ndarray:
-        """int32 [L, S]: what is live after that many rounds; 0 is the start. Raises ValueError out of range."""
+        """int32 [L, S]: what is live after so many rounds, 0 for the start. Raises ValueError if out of range."""
         if not 0 <= num_rounds <= len(self.rounds):
             raise ValueError(f"{num_rounds} rounds are asked for, the plan has {len(self.rounds)}")
         if num_rounds not in self._maps:
@@ -116,22 +115,22 @@ class MigrationPlan:
         return self._maps[num_rounds].copy()
 
     def map_during(self, round_index: int) -> np.ndarray:
-        """int32 [L, S]: what routers must dispatch by while the copies of a round (from 0) are written."""
+        """int32 [L, S]: what routers must dispatch by while the copies of a round, counted from 0, are written."""
         map_LRs = self.map_after(round_index).reshape(self.start_LRs.shape)
         for slot in self.rounds[round_index].retired:
             map_LRs[slot] = EMPTY
         return map_LRs.reshape(len(map_LRs), -1)
 
     def placement_after(self, num_rounds: int) -> Placement:
-        """The placement to publish after that many rounds, and to stay with if the migration stops there.
+        """The placement to publish after so many rounds, and to keep if the migration stops there.
 
-        Raises ValueError while an expert whose ranks were all lost has not been restored.
+        Raises ValueError while an expert that lost all its ranks is not restored.
         """
         return Placement(self.start_LRs.shape[1], self.num_nodes, self.num_experts, self.map_after(num_rounds))
 
     @property
     def final(self) -> Placement:
-        """The target, its experts in the slots that they have got."""
+        """The target, its experts in the slots they were given."""
         return self.placement_after(len(self.rounds))
 
 
@@ -150,18 +149,18 @@ def plan_migration(
     """Plan the copies that turn `current` into `target`.
 
     Args:
-        current, target: of the same model. Ranks may be added or taken away at the end, whole nodes if there are
-            several; a rank keeps its number. A draining rank is one that the target leaves empty.
-        expert_bytes: weights of one expert, of every layer or of each.
+        current, target: of the same model. Ranks may be added or removed at the end, whole nodes if there are several;
+            ranks keep their numbers. The target leaves a draining rank empty.
+        expert_bytes: weights of one expert, one number for all layers or one for each.
         round_bytes: most bytes copied in one round; None: as many as the slots allow.
-        room: slots that each rank has memory for in a layer, of every rank or of each; None: the larger of both
-            placements. See `Topology.slots_per_rank`.
-        scratch_slots: with `room` None, slots that every rank has memory for beyond that: empty before and after, they
-            let full shards change places. 1 is enough for any migration.
+        room: slots of a layer that ranks have memory for, one number for all ranks or one for each; None: as in the
+            larger placement. See `Topology.slots_per_rank`.
+        scratch_slots: with `room` None, further slots that every rank has memory for. They are empty before and after,
+            and let full shards exchange experts. 1 is enough for any migration.
         lost_ranks: ranks of `current` whose slots are gone; the target must leave them empty.
-        topology: which ranks share a node or a rack; None: nodes as the placements say, one rack.
-        layer_order: which layers go first; a layer is finished before the budget of a round goes to later ones as
-            far as its slots allow, so that a migration that is stopped leaves few layers half way.
+        topology: which ranks share a node or a rack; None: nodes as in the placements, one rack.
+        layer_order: which layers go first. As far as its slots allow, a layer is finished before the budget of a round
+            goes to later ones, so a migration that stops leaves few layers half way.
 
     Experts without a live slot come first. Raises MigrationError, a ValueError of one line that names layer or rank,
     if the placements do not fit together or no legal order exists.
@@ -201,7 +200,7 @@ def plan_migration(
     while any(not layer.done for layer in layers):
         left = UNBOUNDED if round_bytes is None else round_bytes
         open_layers = [layer for layer in layers if not layer.done]
-        # Experts that nobody serves come before all else.
+        # Unserved experts come before all else.
         open_layers.sort(key=lambda layer: not layer.has_orphans)
         retired, copies, dropped = [], [], []
         for layer in open_layers:
@@ -226,12 +225,11 @@ _NEARNESS: tuple[Nearness, ...] = ("rank", "node", "rack", "cluster")
 
 
 def _frame(current: Placement, target: Placement, room: int | Sequence[int] | None) -> tuple[int, int, np.ndarray]:
-    """Ranks, nodes, and int64 [R] the slots of each rank, that both placements fit into."""
-    for name in ("num_layers", "num_experts"):
-        if getattr(current, name) != getattr(target, name):
-            raise MigrationError(
-                f"the current placement has {name} {getattr(current, name)}, the target {getattr(target, name)}"
-            )
+    """Ranks, nodes, and int64 [R] slots of each rank that both placements fit into."""
+    try:
+        check_same_model("the current placement", current, "the target", target)
+    except ValueError as error:
+        raise MigrationError(str(error)) from None
     if max(current.num_nodes, target.num_nodes) > 1 and current.ranks_per_node != target.ranks_per_node:
         raise MigrationError(
             f"the current placement has {current.ranks_per_node} ranks a node, the target {target.ranks_per_node}: "
@@ -252,7 +250,7 @@ def _frame(current: Placement, target: Placement, room: int | Sequence[int] | No
     short = np.flatnonzero(used_R > room_R)
     if short.size:
         raise MigrationError(f"rank {short[0]} has room for {room_R[short[0]]} slots, {used_R[short[0]]} are used")
-    # A slot that is in use counts as room where it stands, though empty slots come before it.
+    # A slot in use needs room where it is, even if empty slots come before it.
     last_R = np.zeros(num_ranks, np.int64)
     map_LRs = _in_frame(current, num_ranks, current.slots_per_rank)
     for slot in range(current.slots_per_rank):
@@ -266,7 +264,7 @@ def _frame(current: Placement, target: Placement, room: int | Sequence[int] | No
 
 
 def _in_frame(placement: Placement, num_ranks: int, width: int) -> np.ndarray:
-    """int32 [L, R, s] of a placement, experts beyond `width` moved to the front of their rank."""
+    """int32 [L, R, s] of a placement; experts beyond `width` move to the front of their rank."""
     given = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
     frame = np.full((placement.num_layers, num_ranks, width), EMPTY, np.int32)
     if given.shape[2] > width:

@@ -1,1 +1,1 @@
-"""Pictures and a page for people who judge a placement. No figure is computed here that the planner does not know."""
+"""A page and pictures for people who judge a placement. They show the planner's figures and compute no others."""

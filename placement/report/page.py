@@ -1,4 +1,4 @@
-"""What a placement does, for a person: a self-contained HTML page, and its pictures as PNGs.
+"""A report on a placement for people: a self-contained HTML page, and its pictures as PNGs.
 
 L layers, E experts, R ranks, T tokens.
 """
@@ -28,7 +28,7 @@ th { border-bottom: 2px solid #1b1f24 } td:first-child, th:first-child { text-al
 
 
 def moved_experts(before: Placement, after: Placement) -> np.ndarray:
-    """int64 [L, R]: experts on each rank that were not there before; what a migration has to copy."""
+    """int64 [L, R]: experts that each rank did not hold before, which a migration has to copy."""
     lacked_LER = (before.slots_LER < 0) & (after.slots_LER >= 0)
     return lacked_LER.sum(1)
 
@@ -41,10 +41,10 @@ def write_report(
     progress: Callable[[int, int], None] | None = None,
     max_layers: int = 8,
 ) -> list[Path]:
-    """Write `report.html` and the PNGs into a folder, which is made; returns the paths.
+    """Write `report.html` and the PNGs into a folder, creating it; returns the paths.
 
-    `before` None compares with the linear placement. Pictures show `max_layers` layers, evenly chosen; the table all.
-    Raises ValueError if trace and placements are of different models or ranks, or matplotlib is not installed.
+    `before` None compares with the linear placement. Pictures show up to `max_layers` layers, evenly spaced; the table
+    shows all. Raises ValueError if trace and placements differ in model or ranks, or matplotlib is not installed.
     """
     check_matplotlib()
     if before is None:
@@ -62,21 +62,23 @@ def write_report(
     if trace.has_sets:
         path = folder / "fan_out.png"
         draw_fan_out(old, new, name, path)
-        pictures.append(("Ranks that a token visits", "Fewer is less traffic: a token's row goes to each once.", path))
+        pictures.append(
+            ("Ranks that a token visits", "Fewer means less traffic: a token's row is sent once to each.", path)
+        )
     path = folder / "load.png"
     draw_load(trace, old, new, name, shown.tolist(), path)
     pictures.append(
-        ("Load of each rank", "Over the mean of its layer; the largest decides how long a step takes.", path)
+        ("Load of each rank", "Divided by the layer's mean; the largest decides how long a step takes.", path)
     )
     moved_LR = moved_experts(before, placement)
     path = folder / "moves.png"
     draw_moves(trace, moved_LR, path)
-    pictures.append(("What moved", "Experts that a rank did not hold before, by layer and rank.", path))
+    pictures.append(("What moved", "Number of experts a rank did not hold before, by layer and rank.", path))
     for done, layer in enumerate(shown.tolist(), 1):
         if trace.has_sets:
             path = folder / f"coactivation_layer_{trace.layers[layer]}.png"
             draw_coactivation(trace, layer, before, placement, name, path)
-            note = "Experts that tokens pick together, in order of ranks: dark inside the squares is good."
+            note = "Experts that tokens pick together, sorted by rank: dark inside the squares is good."
             pictures.append((f"Co-activation, layer {trace.layers[layer]}", note, path))
         if progress is not None:
             progress(done, len(shown))
@@ -94,15 +96,15 @@ def _page(
     moved: int,
     pictures: list[tuple[str, str, Path]],
 ) -> str:
-    copies = int((placement.physical_to_logical_map >= 0).sum())
+    filled = int((placement.physical_to_logical_map >= 0).sum())
     facts = (
         f"{placement.num_layers} layers of {placement.num_experts} experts on {placement.num_ranks} ranks, "
-        f"{placement.num_nodes} node{'s' if placement.num_nodes > 1 else ''}; {copies} copies of experts, "
-        f"{moved} of them new on their rank. "
+        f"{placement.num_nodes} node{'s' if placement.num_nodes > 1 else ''}; {filled} slots hold an expert, "
+        f"{moved} of them one that is new on its rank. "
         + (
             f"Scored on {trace.num_tokens} tokens by the rule that dispatch uses."
             if trace.has_sets
-            else "The trace holds counts alone: balance of an even split, no fan-out."
+            else "The trace holds only counts: balancedness is that of an even split, fan-out is unknown."
         )
     )
     rows = [_row("mean", [_pair(old, new, key, slice(None)) for key in ("fan_out", "node_fan_out", "balancedness")])]

@@ -1,4 +1,4 @@
-"""The pictures of a report; each function writes one PNG. Needs matplotlib, which the rest of the planner does not.
+"""The pictures of a report; each function writes one PNG. Only this part of the planner needs matplotlib.
 
 L layers, E experts, R ranks.
 """
@@ -18,7 +18,7 @@ BEFORE, AFTER, LINE = "#9aa4af", "#1f6feb", "#c9372c"
 
 
 def check_matplotlib() -> None:
-    """Raise ValueError, in one line, where matplotlib is not installed; else choose its backend without a display."""
+    """Raise ValueError, in one line, if matplotlib is not installed; otherwise choose its backend without a display."""
     try:
         import matplotlib
     except ImportError:
@@ -43,7 +43,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def order_by_rank(placement: Placement, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Experts int64 [E] in order of the first rank that holds them, and where each rank's end in it: int64 [R]."""
+    """Experts int64 [E] sorted by the first rank that holds them, and the end of each rank's block: int64 [R]."""
     first_rank_E = np.argmax(placement.slots_LER[layer] >= 0, axis=1)
     order_E = np.argsort(first_rank_E, kind="stable")
     return order_E, np.cumsum(np.bincount(first_rank_E, minlength=placement.num_ranks))
@@ -52,7 +52,7 @@ def order_by_rank(placement: Placement, layer: int) -> tuple[np.ndarray, np.ndar
 def draw_coactivation(
     trace: ActivationTrace, layer: int, before: Placement, after: Placement, name: str, path: Path
 ) -> None:
-    """Co-activation matrix of a layer, experts in the order of ranks before and after."""
+    """Co-activation matrix of a layer, with experts sorted by rank, before and after."""
     together_EE = trace.coactivation(layer) / max(trace.num_tokens, 1)
     np.fill_diagonal(together_EE, np.nan)
     top = float(np.nanquantile(together_EE, 0.99)) or None
@@ -79,7 +79,7 @@ def draw_coactivation(
 
 
 def draw_fan_out(old: Evaluation, new: Evaluation, name: str, path: Path) -> None:
-    """Histogram of the ranks that a token visits, over all layers."""
+    """Histogram of how many ranks a token visits, over all layers."""
     figure, axes = _figure(1, 1, 8, 3.6)
     axis = axes[0, 0]
     for evaluation, color, title, shift in ((old, BEFORE, name, -0.2), (new, AFTER, "now", 0.2)):
@@ -97,7 +97,7 @@ def draw_fan_out(old: Evaluation, new: Evaluation, name: str, path: Path) -> Non
 def draw_load(
     trace: ActivationTrace, old: Evaluation, new: Evaluation, name: str, layers: list[int], path: Path
 ) -> None:
-    """Load of each rank over the mean, a row of bars a layer."""
+    """Load of each rank over the mean, one row of bars for each layer."""
     columns = 2 if len(layers) > 1 else 1
     rows = -(-len(layers) // columns)
     figure, axes = _figure(rows, columns, 11 if columns == 2 else 8, 2.4 * rows + 0.6)
@@ -120,7 +120,7 @@ def draw_load(
 
 
 def draw_moves(trace: ActivationTrace, moved_LR: np.ndarray, path: Path) -> None:
-    """Experts that came to each rank, by layer."""
+    """Number of experts new on each rank, by layer."""
     figure, axes = _figure(1, 1, 8, min(1.2 + 0.35 * len(moved_LR), 12))
     axis = axes[0, 0]
     image = axis.imshow(moved_LR, cmap="Blues", aspect="auto", vmin=0)
@@ -129,5 +129,5 @@ def draw_moves(trace: ActivationTrace, moved_LR: np.ndarray, path: Path) -> None
     step = max(1, len(moved_LR) // 24)
     axis.set_yticks(range(0, len(moved_LR), step), [str(trace.layers[i]) for i in range(0, len(moved_LR), step)])
     axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axis, label="experts that came")
+    figure.colorbar(image, ax=axis, label="new experts")
     _save(figure, path)

@@ -1,2 +1,3 @@
-"""Which replica a token takes, and what that makes of loads: one rule, shared by routers and planner. Searching for
-better placements is `placement.search`."""
+"""Which replica a token takes, and the loads and fan-out that follow: one rule, shared by routers and planner.
+The search for better placements is `placement.search`.
+"""

@@ -1,4 +1,4 @@
-"""How placements fare on a trace, by the rule that dispatch uses: fan-out, node fan-out, load, bytes.
+"""How good a placement is on a trace, by the rule that dispatch uses: fan-out, node fan-out, load, rows.
 
 T tokens, L layers, K experts of one token, R ranks.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.placement import Placement, check_trace_fits
+from placement.placement import Placement, check_same_model
 from placement.rule.local_replicas import choose_local_first
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.traces.trace import ActivationTrace
@@ -19,10 +19,10 @@ from placement.traces.trace import ActivationTrace
 class Evaluation:
     """Figures of each layer: float64 [L], and float64 [L, R] loads in (token, expert) pairs.
 
-    `far_fan_out`: ranks visited on other nodes than that of a token's router, with a router on every node and tokens
-    shared evenly among them. `fan_out_histogram` int64 [L, K + 1]: tokens that visit so many ranks. `rows_LR` int64:
-    rows sent to each rank (a token's row once however many of its experts stand there). Without sampled sets fan-outs,
-    rows and histogram are NaN or 0 and loads are those of an even split.
+    `far_fan_out`: ranks visited on other nodes than the token's router, with a router on every node and tokens shared
+    evenly. `fan_out_histogram` int64 [L, K + 1]: how many tokens visit each number of ranks. `rows_LR` int64: rows sent
+    to each rank; a token's row goes there once, however many of its experts the rank holds. Without sampled sets,
+    fan-outs are NaN, rows and histogram 0, and loads those of an even split.
     """
 
     fan_out: np.ndarray
@@ -49,7 +49,7 @@ class Evaluation:
 
 
 def balancedness_of(load_LR: np.ndarray) -> np.ndarray:
-    """float64 [L]: mean over max of the rank loads; 1 for a layer that nobody wanted."""
+    """float64 [L]: mean over max of the rank loads; 1 for a layer without load."""
     most_L = load_LR.max(1)
     return np.where(most_L > 0, load_LR.mean(1) / np.where(most_L > 0, most_L, 1.0), 1.0)
 
@@ -63,9 +63,9 @@ def even_split_loads(placement: Placement, load_LE: np.ndarray) -> np.ndarray:
 
 
 def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray, prefer_local_replicas: bool = False) -> np.ndarray:
-    """int32 [L, T, K]: the rank that dispatch fetches each expert from, tokens taken in order from zero load.
+    """int32 [L, T, K]: the rank that dispatch chooses for each expert, tokens in order, loads starting at zero.
 
-    With `prefer_local_replicas` as by a router on every node that takes near replicas first, see `choose_local_first`.
+    `prefer_local_replicas`: chosen by a router on every node, see `choose_local_first`.
     """
     rank_LTK = np.full((placement.num_layers, topk_ids_TLK.shape[0], topk_ids_TLK.shape[2]), -1, np.int32)
     node_of_rank_R = placement.node_of_rank_R
@@ -81,12 +81,11 @@ def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray, prefer_local_
 
 
 def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas: bool = False) -> Evaluation:
-    """Apply the dispatch rule to every token of the trace, with `prefer_local_replicas` as routers do that have that
-    set.
+    """Apply the dispatch rule to every token of the trace; `prefer_local_replicas` as set for the routers.
 
-    Raises ValueError if the trace is of another model; a token that wants an expert twice counts it once.
+    A token that wants an expert twice counts it once. Raises ValueError if the trace is of another model.
     """
-    check_trace_fits(trace.num_layers, trace.num_experts, placement)
+    check_same_model("the placement", placement, "the trace", trace)
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     even_LR = even_split_loads(placement, trace.load("sets" if trace.has_sets else "counts"))
     even_balance = balancedness_of(even_LR)
@@ -122,7 +121,7 @@ def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas
 
 
 def count_visits(group_TK: np.ndarray) -> int:
-    """Distinct groups that tokens visit, summed over tokens; -1 counts as none."""
+    """Distinct groups that each token visits, summed over tokens; -1 is no group."""
     ordered = np.sort(group_TK, axis=1)
     new = np.ones(ordered.shape, bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]

@@ -43,10 +43,10 @@ def lowest_bit(typing_context: Any, bits: Any) -> Any:
 
 
 class Nodes(NamedTuple):
-    """The node of each rank: int32 [R], 0 to `count` - 1. `block` is what `block_of_nodes` returns."""
+    """The node of each rank: int32 [R], 0 to `num` - 1. `block` is what `block_of_nodes` returns."""
 
     of_rank_R: np.ndarray
-    count: int
+    num: int
     block: int
 
 
@@ -165,7 +165,7 @@ def cover_token(
     `rank_load_R`, int64.
     """
     num_holders_E, holders_ER = holders.count_E, holders.rank_ER
-    node_of_rank_R, num_nodes, per_node = nodes.of_rank_R, nodes.count, nodes.block
+    node_of_rank_R, num_nodes, per_node = nodes.of_rank_R, nodes.num, nodes.block
     held_R, held_N, visited_N = scratch.held_R, scratch.held_N, scratch.visited_N
     touched_R, touched_N = scratch.touched_R, scratch.touched_N
     # Bit i of held_R[r]: rank r holds the token's i-th wanted expert.

@@ -5,7 +5,7 @@ R ranks (or other groups that carry load).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,12 @@ class Best(NamedTuple):
 
     slots_Rs: np.ndarray
     rating_2: np.ndarray
+
+
+@compiled(forceinline=True)
+def as_int64(value: Any) -> int:
+    """An integer of any width as int64; `int()` would keep the width when compiled."""
+    return np.int64(value)  # type: ignore[return-value]
 
 
 @compiled(forceinline=True)

@@ -28,14 +28,14 @@ def even_split_load(experts_Rs: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     return np.where(held_Rs, share_E[np.where(held_Rs, experts_Rs, 0)], 0.0).sum(1)
 
 
-def greedy_replica_counts(load_E: np.ndarray, num_slots: int, max_copies: int, min_replicas: int = 1) -> np.ndarray:
-    """int64 [E]: copies of each expert; each further slot goes to the expert with most load a copy.
+def greedy_replica_counts(load_E: np.ndarray, num_slots: int, max_replicas: int, min_replicas: int = 1) -> np.ndarray:
+    """int64 [E]: replicas of each expert; each further slot goes to the expert with most load a replica.
 
-    As DeepSeek's EPLB does, but no expert gets more than `max_copies`. Slots that no expert can use stay free.
+    Like DeepSeek's EPLB, but no expert gets more than `max_replicas`. Slots that no expert can use stay free.
     """
     count_E = np.full(len(load_E), min_replicas, np.int64)
     for _ in range(num_slots - int(count_E.sum())):
-        share_E = np.where(count_E < max_copies, load_E / count_E, -1.0)
+        share_E = np.where(count_E < max_replicas, load_E / count_E, -1.0)
         expert = int(np.argmax(share_E))
         if share_E[expert] < 0:
             break
@@ -52,31 +52,31 @@ def greedy_balance(
     min_replicas: int = 1,
     max_filled: int | None = None,
 ) -> np.ndarray:
-    """Slots int32 [R, s] by greedy balancing: copies by load, then the heaviest copy onto the lightest rank.
+    """Slots int32 [R, s] by greedy balancing: replicas by load, then the heaviest replica onto the lightest rank.
 
     `open_slots_R` int [R]: slots of each rank; `speed_R` float [R]: a rank of speed 2 takes twice the load. The first
-    `min_replicas` copies of an expert stand on different nodes. Raises ValueError if the experts do not fit.
+    `min_replicas` replicas of an expert are on different nodes. Raises ValueError if the experts do not fit.
     """
     num_experts, num_ranks = len(load_E), len(open_slots_R)
     num_slots = min(int(open_slots_R.sum()), max_filled if max_filled is not None else int(open_slots_R.sum()))
     usable = int((open_slots_R > 0).sum())
     if num_slots < num_experts * min_replicas:
-        raise ValueError(f"{num_slots} slots cannot hold {num_experts} experts with {min_replicas} copies each")
+        raise ValueError(f"{num_slots} slots cannot hold {num_experts} experts with {min_replicas} replicas each")
     count_E = greedy_replica_counts(load_E, num_slots, usable, min_replicas)
     slots_Rs = closed_slots(open_slots_R)
     filled_R = np.zeros(num_ranks, np.int64)
     load_R = np.zeros(num_ranks)
     on_ER = np.zeros((num_experts, num_ranks), bool)
-    # Experts that are bound to several nodes first: they are the hardest to place.
-    copies = [(count_E[e] > 1 and min_replicas > 1, load_E[e] / count_E[e], -e) for e in range(num_experts)]
-    for expert in sorted(range(num_experts), key=lambda e: copies[e], reverse=True):
+    # Experts that must be on several nodes come first: they are the hardest to place.
+    order_key_E = [(count_E[e] > 1 and min_replicas > 1, load_E[e] / count_E[e], -e) for e in range(num_experts)]
+    for expert in sorted(range(num_experts), key=lambda e: order_key_E[e], reverse=True):
         share = load_E[expert] / count_E[expert]
-        for copy in range(int(count_E[expert])):
+        for replica in range(int(count_E[expert])):
             free_R = (filled_R < open_slots_R) & ~on_ER[expert]
-            if 0 < copy < min_replicas and num_nodes > 1:
+            if 0 < replica < min_replicas and num_nodes > 1:
                 free_R &= ~np.isin(node_of_rank_R, node_of_rank_R[on_ER[expert]])
             if not free_R.any():
-                if copy < min_replicas:
+                if replica < min_replicas:
                     return _round_robin(load_E, open_slots_R, node_of_rank_R, num_nodes, min_replicas)
                 break
             after_R = np.where(free_R, (load_R + share) / np.maximum(speed_R, 1e-12), np.inf)
@@ -91,7 +91,7 @@ def greedy_balance(
 def _round_robin(
     load_E: np.ndarray, open_slots_R: np.ndarray, node_of_rank_R: np.ndarray, num_nodes: int, min_replicas: int
 ) -> np.ndarray:
-    """Slots that hold exactly `min_replicas` of each expert on different nodes, dealt to where most slots are free."""
+    """Slots with exactly `min_replicas` of each expert on different nodes, dealt to where most slots are free."""
     num_ranks = len(open_slots_R)
     slots_Rs = closed_slots(open_slots_R)
     free_R = open_slots_R.astype(np.int64).copy()
@@ -102,7 +102,7 @@ def _round_robin(
             rank = int(np.argmax(np.where(domain_R == domain, free_R, -1)))
             if free_R[rank] < 1:
                 raise ValueError(
-                    f"the slots of the nodes do not allow {min_replicas} copies of every expert on different "
+                    f"the slots of the nodes do not allow {min_replicas} replicas of every expert on different "
                     f"{'nodes' if num_nodes > 1 else 'ranks'}"
                 )
             slots_Rs[rank, open_slots_R[rank] - free_R[rank]] = expert

@@ -1,11 +1,11 @@
-"""From a trace and a request to a placement: the planner.
+"""The planner: from a trace and a request to a placement.
 
 T tokens, L layers, K experts of one token, E experts, R ranks, s slots of a rank.
 
-Every layer is planned on its own, with experts relabelled in an order that follows from the data alone, so that the
-plan does not depend on how experts are numbered. A layer's candidates are greedy balancing, the current placement and
-what the searches find from them; the best by the rule that dispatch uses is returned, so the plan is never worse than
-what it started from. No ray, vllm or torch.
+Every layer is planned on its own. Its experts are relabelled in an order that follows from the data alone, so the plan
+does not depend on how experts are numbered. Candidates are greedy balancing, the current placement and what the
+searches find from them. The best by the rule that dispatch uses is returned, so the plan is never worse than what it
+started from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.placement import EMPTY, Placement, check_trace_fits
+from placement.placement import EMPTY, Placement, check_same_model
 from placement.rule.replica_choice import check_top_k
 from placement.search.balance import even_split_load
 from placement.search.balance_search import best_balance
@@ -31,18 +31,18 @@ from placement.search.search_clock import SearchClock
 from placement.traces.trace import ActivationTrace
 
 NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
-START_SECONDS = 0.6  # reading, loading compiled code: kept out of the searches' share
-TOKEN_SECONDS = 4.5e-6  # for each token of a layer, likewise: greedy starts, scoring by the rule
+START_SECONDS = 0.6  # reading, loading compiled code: not for the searches
+TOKEN_SECONDS = 4.5e-6  # greedy starts and scoring, for each token of a layer: not for the searches either
 BALANCE_ITERATIONS = 40_000
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A placement and how it fares on the tokens that it was planned on.
+    """A placement, and how good it is on the tokens it was planned on.
 
-    `fan_out`, `node_fan_out`, `far_fan_out` (see `Evaluation`; NaN unless near replicas come first) and `balancedness`
-    float64 [L]; without sampled sets the first three are NaN and the last is that of an even split. `cut`: time ran
-    out or the search was stopped, so what was found depends on the machine's speed. `notes` are lines for a person.
+    `fan_out`, `node_fan_out`, `far_fan_out` (see `Evaluation`; NaN without `prefer_local_replicas`) and `balancedness`
+    float64 [L]. Without sampled sets the first three are NaN and the last is that of an even split. `cut`: time ran out
+    or the search was stopped, so the result depends on the machine's speed. `notes` are lines for a person.
     """
 
     placement: Placement
@@ -58,10 +58,10 @@ class PlanResult:
 def build_problem(
     ids_TK: np.ndarray, load_E: np.ndarray, request: PlanRequest, max_filled: int, iterations: int
 ) -> tuple[LayerProblem, np.ndarray, np.ndarray]:
-    """The layer's problem and two starts by balance, slots int32 [R, s]; experts as numbered in the arguments.
+    """The layer's problem and two balanced starts, slots int32 [R, s]; experts numbered as in the arguments.
 
-    Where no placement can keep to the cap, because one expert alone is hotter than that or the slots are too few, the
-    limit is the least that the search for balance reaches.
+    Where no placement can keep to the cap, because one expert alone is above it or the slots are too few, the limit is
+    the least that the search for balance reaches.
     """
     order_T = np.random.default_rng(request.seed + 1).permutation(len(ids_TK))
     ids_TK = np.ascontiguousarray(ids_TK[order_T])
@@ -78,7 +78,7 @@ def build_problem(
         open_slots=request.open_slots_R,
         node_of_rank=request.node_of_rank_R,
         num_nodes=request.num_nodes,
-        # A single copy is equally far from all routers together, wherever it stands: only visited ranks count.
+        # Wherever a single replica stands, it is remote for as many tokens: only visited ranks count.
         node_weight=0.0 if request.prefer_local_replicas and not has_replicas else request.node_weight,
         min_replicas=request.min_replicas,
         max_filled=max_filled,
@@ -92,7 +92,7 @@ def build_problem(
     balanced_Rs, _ = best_balance(problem.balance, greedy_Rs, iterations, request.seed)
     least = float((even_split_load(balanced_Rs, load_E) / target_R).max())
     if least > request.load_cap - guard:
-        # Replicas let the rule do a little better than an even split, single copies do not.
+        # Replicas let the rule do a little better than an even split; single replicas do not.
         problem = LayerProblem(**{**problem.__dict__, "allowed": target_R * least})
     return problem, greedy_Rs, balanced_Rs
 
@@ -103,7 +103,7 @@ def _relabel(slots_Rs: np.ndarray, new_of_old_E: np.ndarray) -> np.ndarray:
 
 
 def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
-    """Slots int32 [R, s] of the current placement in the shape of the request; raises ValueError if it has none."""
+    """Slots int32 [R, s] of the current placement in the shape of the request; what does not fit is left out."""
     slots_Rs = np.full((request.num_ranks, int(request.open_slots_R.max())), EMPTY, np.int32)
     for rank in range(request.num_ranks):
         held = current.experts_of_rank(rank)[layer]
@@ -117,7 +117,7 @@ def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.n
 
 
 def is_legal(slots_Rs: np.ndarray, request: PlanRequest, num_experts: int, max_filled: int) -> bool:
-    """Whether slots hold every expert in enough copies on different nodes (ranks, if there is one node)."""
+    """Whether slots hold every expert in enough replicas on different nodes (ranks, if there is one node)."""
     on_ER = np.zeros((num_experts, request.num_ranks), bool)
     rank_N, slot_N = np.nonzero(slots_Rs >= 0)
     on_ER[slots_Rs[rank_N, slot_N], rank_N] = True
@@ -136,32 +136,32 @@ def optimize(
     """Plan a placement.
 
     Args:
-        trace: sets to plan fan-out on; of counts alone only balance can be planned, which a note says.
-        current: the placement in use; among the candidates, and what `max_moves` counts from.
-        progress: called with layers done and layers in all.
-        stopped: asked now and then; once true, the best so far is returned for what is left.
-        start_s: `time.perf_counter()` when the call began, if earlier than now; `seconds` count from there.
+        trace: sets to plan fan-out on. From counts alone only balance can be planned, and a note says so.
+        current: the placement in use: one of the candidates, and what `max_moves` counts from.
+        progress: called with the layers done and their total.
+        stopped: asked now and then; once true, the layers left get the best so far.
+        start_s: `time.perf_counter()` at the start of the call, if earlier than now; `seconds` count from there.
 
-    Raises ValueError if the request cannot be met: fewer slots than experts, a placement of another model.
+    Raises ValueError if the request cannot be met, such as fewer slots than experts or a placement of another model.
     """
     start_s = time.perf_counter() if start_s is None else start_s
     request.check_experts(trace.num_experts)
     check_top_k(trace.topk_ids.shape[2])
     if current is not None:
-        check_trace_fits(trace.num_layers, trace.num_experts, current)
+        check_same_model("the current placement", current, "the trace", trace)
         if current.num_ranks != request.num_ranks:
             raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
     if request.max_moves is not None and current is None:
         raise ValueError("max_moves needs the current placement")
     seconds = search_seconds(request, trace.num_layers, trace.num_tokens)
-    deadline = None if request.seconds is None else start_s + request.seconds - max(0.3, 0.05 * request.seconds)
-    clock = SearchClock(deadline, stopped, seconds * trace.num_layers, trace.num_layers)
+    deadline_s = None if request.seconds is None else start_s + request.seconds - max(0.3, 0.05 * request.seconds)
+    clock = SearchClock(deadline_s, stopped, seconds * trace.num_layers, trace.num_layers)
     load_LE = trace.load(request.load_source)
     notes = []
     if not trace.has_sets:
-        notes.append("the trace holds counts alone: load was balanced, fan-out could not be optimized")
+        notes.append("the trace holds only counts: load was balanced, fan-out could not be optimized")
     elif trace.counts is not None and request.load_source == "auto" and not trace.frequency_true():
-        notes.append("the trace's sets are no uniform sample of what it counted: load was taken from the sets")
+        notes.append("the trace's sets are not a uniform sample of what it counted: load was taken from the sets")
     max_filled_L = spread_replicas(trace, load_LE, request)
 
     rows, figures = [], []
@@ -177,8 +177,8 @@ def optimize(
     placement = Placement(request.num_ranks, request.num_nodes, trace.num_experts, np.stack(rows))
     if clock.cut:
         notes.append(
-            "the search was cut short: other machines, or this one when busier, may find another placement; "
-            "allow more seconds, or less effort"
+            "the search was cut short: another machine, or this one when busier, may find another placement; "
+            "allow more seconds or less effort"
         )
     table = np.array(figures)
     return PlanResult(

@@ -1,4 +1,4 @@
-"""What is to be planned: the request for a model, and the problem of one layer that follows from it.
+"""What to plan: the request for a model, and the problem of one layer that follows from it.
 
 T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
 """
@@ -15,31 +15,32 @@ from placement.rule.replica_choice import Nodes, block_of_nodes
 from placement.search.balance import greedy_balance
 from placement.search.balance_search import BalanceProblem
 
-EXCESS_WEIGHT = 40.0  # visits a token that a rank's load above what is planned for is worth, in mean loads
+EXCESS_WEIGHT = 40.0  # cost of a rank's load above what is planned for: visits a token, for each mean load
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a placement must keep to, and what it shall be good at.
+    """What a placement must keep to, and what it should be good at.
 
     Attributes:
-        num_ranks, num_nodes: ranks are dealt to nodes in order, equally many each. slots_per_rank: slots of every rank,
-        or of each; 0 for a rank that is lost or shall be drained. load_cap: largest rank load over the mean (by speed)
-        that is allowed, on tokens like those of the trace. min_replicas: copies of every expert, on different nodes
-        (ranks, if there is one node). objective: `fan_out`, or `balance` for balance alone. node_weight: what a visited
-        node costs, in visited ranks. prefer_local_replicas: plan for a router on every node, each with an equal share
-        of the tokens, that takes replicas on
-            its own node first. `node_weight` is then what a rank visited on another node costs beside itself.
-        replica_budget: copies beyond the first `min_replicas` in all layers together, spread over layers by what
+        num_ranks, num_nodes: ranks are dealt to nodes in order, equally many each.
+        slots_per_rank: slots of every rank, or one number for each; 0 for a rank that is lost or to be drained.
+        load_cap: largest allowed rank load over the mean (by speed), on tokens like those of the trace.
+        min_replicas: replicas of every expert, on different nodes (ranks, if there is one node).
+        objective: `fan_out`, or `balance` for balance alone.
+        node_weight: cost of a visited node, in visited ranks.
+        prefer_local_replicas: plan for a router on every node that takes replicas on its own node first. Routers have
+            equal shares of the tokens. `node_weight` is then the extra cost of a rank visited on another node.
+        replica_budget: replicas beyond the first `min_replicas`, in all layers together, spread over layers by what
             they gain; None fills every slot.
-        speeds: relative speed of each rank, None: all equal.
-        max_moves: with a current placement, how many slots may change in each layer; None: any number.
+        speeds: relative speed of each rank; None: all equal.
+        max_moves: with a current placement, how many slots of each layer may change; None: any number.
         load_source: `auto`, `sets` or `counts`, see `ActivationTrace.load`.
-        seed: same request, trace and seed give the same placement, unless `seconds` cut the search short.
+        seed: the same request, trace and seed give the same placement, unless `seconds` cut the search short.
         effort: size of the search; 1 is a few seconds for each layer of 64 experts. None: what suits `seconds` at a
-            nominal speed, about half that of a 2023 server core; 1 if those are None too.
-        seconds: bound on the whole call. A stop for safety: the result depends on the clock only where it came to
-            that, which `PlanResult.cut` and a note say.
+            nominal speed, about half that of a 2023 server core; 1 if `seconds` is None too.
+        seconds: bound on the whole call. A safety stop: the result depends on the clock only if the bound was reached,
+            and then `PlanResult.cut` and a note say so.
     """
 
     num_ranks: int
@@ -77,7 +78,7 @@ class PlanRequest:
         if self.objective not in ("fan_out", "balance"):
             raise ValueError(f"objective is {self.objective!r}, expected fan_out or balance")
         if self.prefer_local_replicas and self.num_nodes < 2:
-            raise ValueError(f"near replicas come first on {self.num_nodes} node: expected at least 2 nodes")
+            raise ValueError(f"prefer_local_replicas is set on {self.num_nodes} node, expected at least 2 nodes")
         if not self.node_weight >= 0:
             raise ValueError(f"node_weight is {self.node_weight}, expected 0 or more")
         if self.speeds is not None and (
@@ -91,7 +92,7 @@ class PlanRequest:
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds}, expected more than 0")
         if self.effort is not None and not 0 <= self.effort < math.inf:
-            raise ValueError(f"effort is {self.effort}, expected 0 or more, and a bound")
+            raise ValueError(f"effort is {self.effort}, expected a finite number, 0 or more")
 
     @property
     def open_slots_R(self) -> np.ndarray:
@@ -104,25 +105,25 @@ class PlanRequest:
         return (np.arange(self.num_ranks) // (self.num_ranks // self.num_nodes)).astype(np.int32)
 
     def check_experts(self, num_experts: int) -> None:
-        """Raise ValueError, in one line, if the experts of a layer cannot be placed."""
+        """Raise ValueError, in one line, if the slots cannot hold the experts of a layer."""
         slots, needed = int(self.open_slots_R.sum()), num_experts * self.min_replicas
         if slots < needed:
-            copies = f" in {self.min_replicas} copies" if self.min_replicas > 1 else ""
-            raise ValueError(f"{slots} slots cannot hold {num_experts} experts{copies}: at least {needed} are needed")
+            each = f" in {self.min_replicas} replicas" if self.min_replicas > 1 else ""
+            raise ValueError(f"{slots} slots cannot hold {num_experts} experts{each}: at least {needed} are needed")
         if self.num_nodes == 1:
             fits = np.minimum(self.open_slots_R, num_experts)
         else:
             fits = np.minimum(self.open_slots_R.reshape(self.num_nodes, -1).sum(1), num_experts)
-        # Copies of one expert stand on different nodes: each can take every expert once at most.
+        # Replicas stand on different nodes, so a node can take each expert only once.
         if int(fits.sum()) < needed:
             where = "nodes" if self.num_nodes > 1 else "ranks"
             raise ValueError(
-                f"the slots of the {where} cannot hold {self.min_replicas} copies of {num_experts} experts apart"
+                f"the slots of the {where} cannot hold {self.min_replicas} replicas of {num_experts} experts apart"
             )
 
 
 def canonical_order(ids_TK: np.ndarray, load_E: np.ndarray, seed: int) -> np.ndarray:
-    """int64 [E]: experts by load, heaviest first, ties by which tokens want them; not by their numbers."""
+    """int64 [E]: experts by load, heaviest first; ties by the tokens that want them, not by their numbers."""
     mark_T = np.random.default_rng(seed).random(len(ids_TK))
     used = ids_TK >= 0
     mark_E = np.bincount(
@@ -138,7 +139,7 @@ def rank_targets(load_E: np.ndarray, request: PlanRequest) -> np.ndarray:
 
 
 def greedy_slots(load_E: np.ndarray, request: PlanRequest, max_filled: int) -> np.ndarray:
-    """Slots int32 [R, s] by greedy balancing alone; ties go by the order of `load_E`."""
+    """Slots int32 [R, s] by greedy balancing alone; ties are decided by the order of `load_E`."""
     target_R = rank_targets(load_E, request)
     return greedy_balance(
         load_E, request.open_slots_R, request.node_of_rank_R, request.num_nodes, target_R / target_R.max(),
@@ -152,9 +153,9 @@ class LayerProblem:
 
     `ids` int32 [T, K]; `load` float64 [E]; `pair_weight` float64 [E], load of one pair; `open_slots` int64 [R];
     `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R], what is planned for, somewhat
-    below `load_cap` times that; `arrival` int64 [T], where
-    the token that came first, second, ... stands in `ids`, None if as they stand: it decides ties between replicas, and
-    with `prefer_local_replicas`, which node's router a token is of: they take turns.
+    below `load_cap` times that. `arrival` int64 [T]: where the first, second, ... token to arrive stands in `ids`, None
+    if in order. The order of arrival decides ties between replicas and, with `prefer_local_replicas`, which node's
+    router has a token: routers take turns.
     """
 
     ids: np.ndarray
@@ -200,7 +201,7 @@ class LayerProblem:
 
     @property
     def home_T(self) -> np.ndarray:
-        """int32 [T]: the node of each token's router where near replicas come first."""
+        """int32 [T]: the node of each token's router, with `prefer_local_replicas`."""
         turn_T = np.arange(self.num_tokens, dtype=np.int32) % self.num_nodes
         if self.arrival is None:
             return turn_T
@@ -210,12 +211,12 @@ class LayerProblem:
 
     @property
     def weight_of_node(self) -> float:
-        """Weight of a visited node in the energy; with a single node it decides nothing."""
+        """Weight of a visited node in the energy; 0 with a single node, where it decides nothing."""
         return self.node_weight if self.num_nodes > 1 else 0.0
 
 
 def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
-    """The same layer seen through its first tokens, which are a fair sample; loads stay those of all tokens."""
+    """The same layer with only its first tokens, a fair sample; loads stay those of all tokens."""
     if num_tokens >= problem.num_tokens:
         return problem
     ids_TK = problem.ids[:num_tokens]
@@ -224,11 +225,11 @@ def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
 
 
 def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has_replicas: bool) -> float:
-    """How much below the cap to plan, so that tokens that were not seen keep to it.
+    """How far below the cap to plan, so that unseen tokens keep to it too.
 
-    The load of a rank in a sample of n pairs is off by about 1 / sqrt(n), in the planning tokens and in others alike,
-    and the worst rank counts. With replicas, evenness is cheap and a larger guard pays; without, the guard takes
-    less of what the cap leaves.
+    A rank's load in a sample of n pairs is off by about 1 / sqrt(n), in the planning tokens and in others, and the
+    worst rank counts. With replicas, balance is cheap and a larger guard pays; without them, the guard takes less of
+    what the cap leaves.
     """
     pairs_of_rank = max(num_tokens * top_k / num_ranks, 1.0)
     share, errors = (0.75, 1.6) if has_replicas else (0.65, 0.9)

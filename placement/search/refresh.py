@@ -1,7 +1,7 @@
 """Small repairs of a placement in use: few moves, fast enough to run all the time.
 
-A hot expert gets a copy in the place of one that is spare; annealing then evens out loads by the fewest moves that do
-it; moves that are left go where they save most visits.
+A hot expert gets another replica in the place of a spare one. Annealing then evens out loads with few moves. Moves that
+are left go where they save most visits.
 
 T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, L layers.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
-from placement.placement import EMPTY, Placement
+from placement.placement import EMPTY, Placement, check_same_model
 from placement.rule.replica_choice import choose_replicas
 from placement.search.problem import LayerProblem, load_guard
 from placement.search.replicas.holders import CLOSED
@@ -25,17 +25,17 @@ from placement.search.swaps.swap_stages import rank_groups
 from placement.traces.trace import ActivationTrace
 from placement.xorshift import random_state
 
-EXCESS_WEIGHT = 30.0  # of a unit of load above the limit, in visits a token
-WINDOW_TOKENS = 750  # sampled tokens that a refresh looks at: enough to see loads, few enough to be fast
-MIN_GAIN = 0.04  # visits a token that a swap must save to be worth two copies of an expert
+EXCESS_WEIGHT = 30.0  # cost of one allowed load above the limit, in visits a token
+WINDOW_TOKENS = 750  # sampled tokens a refresh looks at: enough to see loads, few enough to be fast
+MIN_GAIN = 0.04  # visits a token that a swap must save to be worth copying two experts
 HEAT = (0.1, 0.01)  # from and to, in visits a token
-# Proposals of the annealing: of a layer at most, and of all layers of a refresh.
+# Proposals of the annealing: at most for one layer, and for all layers of a refresh.
 LAYER_PROPOSALS, ALL_PROPOSALS = 24_000, 350_000
-RULE_SHARE = 0.5
+RULE_SHARE = 0.5  # how much of a replica's load follows from the window's tokens; the rest is an even split
 
 
 def bounded_moves(problem: LayerProblem, given_Rs: np.ndarray, max_moves: int, proposals: int = 20_000) -> np.ndarray:
-    """Slots int32 [R, s] that differ from `given_Rs` by at most `max_moves` experts on ranks that lacked them."""
+    """Slots int32 [R, s] in which ranks hold at most `max_moves` experts that they do not hold in `given_Rs`."""
     return _refresh_slots(problem, given_Rs, max_moves, proposals, random_state(len(problem.load), max_moves))
 
 
@@ -81,7 +81,7 @@ def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
     if single:
         load_I[held] = problem.load[flat_I[held]]
     else:
-        # Between an even share and what the rule makes of the window: ties make up for small differences, not for all.
+        # Between an even split and what the rule makes of the window: ties even out small differences, not all.
         count_E = np.bincount(flat_I[held], minlength=problem.num_experts)
         even_I = (1 / np.maximum(count_E, 1))[flat_I[held]]
         served_I = np.bitwise_count(bits_IW[held]).sum(1)
@@ -93,7 +93,7 @@ def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
 
 @compiled()
 def keep_slots(old_Rs: np.ndarray, new_Rs: np.ndarray) -> np.ndarray:
-    """`new_Rs` with every expert that stays on its rank back in its old slot; int32 [R, s] all."""
+    """`new_Rs` with every expert that stays on its rank back in its old slot. All arrays are int32 [R, s]."""
     num_ranks, num_slots = old_Rs.shape
     result_Rs = np.full_like(new_Rs, EMPTY)
     for r in range(num_ranks):
@@ -130,17 +130,13 @@ def refresh(
     speeds: tuple[float, ...] | None = None,
     seed: int = 0,
 ) -> Placement:
-    """A placement that suits a window of recent tokens, at most `max_moves` expert copies a layer away from this one.
+    """A placement that suits a window of recent tokens, at most `max_moves` copied experts a layer away from this one.
 
-    Meant to run all the time: some 100 ms for 58 layers of 256 experts on 64 ranks, on one core. Looks at
-    `WINDOW_TOKENS` tokens at most; loads come from the window's counts where they are of the same tokens. Slots that
-    are empty in every layer of a rank stay so. Raises ValueError if the window is of another model.
+    Meant to run all the time: about 100 ms for 58 layers of 256 experts on 64 ranks, on one core. It looks at no more
+    than `WINDOW_TOKENS` tokens; loads come from the window's counts if they are of the same tokens. Ranks that are
+    empty in all layers stay empty. Raises ValueError if the window is of another model.
     """
-    if (window.num_layers, window.num_experts) != (placement.num_layers, placement.num_experts):
-        raise ValueError(
-            f"the window has {window.num_layers} layers of {window.num_experts} experts, the placement "
-            f"{placement.num_layers} of {placement.num_experts}"
-        )
+    check_same_model("the window", window, "the placement", placement)
     load_LE = window.load()
     ids_LTK = np.ascontiguousarray(window.topk_ids[:WINDOW_TOKENS].transpose(1, 0, 2), dtype=np.int32)
     map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)

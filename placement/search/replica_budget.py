@@ -1,7 +1,7 @@
-"""How many replicas each layer gets when there is one budget for all of them.
+"""How many replicas each layer gets from one budget for all layers.
 
-L layers, E experts, R ranks. Layers differ in what a replica buys: where routing is spread evenly it buys little. Each
-layer offers its replicas in order of what they save, and the best offers of all layers are taken.
+L layers, E experts, R ranks, X offers of a layer. Layers differ in what a replica gains: little where routing is even.
+Each layer offers its replicas in order of what they save, and the best offers of all layers are taken.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from placement.search.problem import PlanRequest
 from placement.search.swaps.bitsets import token_bits
 from placement.traces.trace import ActivationTrace
 
-# A unit of the largest rank load over the mean, in visits a token: what balance is worth against fan-out.
+# What balance is worth against fan-out: visits a token for one unit of the largest rank load over the mean.
 LOAD_WORTH = 10.0
 
 
 def spread_replicas(trace: ActivationTrace, load_LE: np.ndarray, request: PlanRequest) -> np.ndarray:
-    """int64 [L]: slots of each layer that may hold an expert.
+    """int64 [L]: how many slots of each layer may hold an expert.
 
-    Without a budget all of them. With one: the first `min_replicas` copies of every expert, and the copies that the
-    budget pays for where they gain most.
+    Without a budget, all. With one, the first `min_replicas` replicas of every expert, and as many more as the budget
+    pays for, in the layers where they gain most.
     """
     usable = int(np.minimum(request.open_slots_R, trace.num_experts).sum())
     filled_L = np.full(trace.num_layers, usable, np.int64)
@@ -34,7 +34,7 @@ def spread_replicas(trace: ActivationTrace, load_LE: np.ndarray, request: PlanRe
     filled_L[:] = base
     room = usable - base
     budget = min(request.replica_budget, room * trace.num_layers)
-    # Offers of a layer get no better later on, so the best offers are prefixes of the layers' lists.
+    # Offers of a layer never get better, so the best offers are prefixes of the layers' lists.
     gains_LX = np.minimum.accumulate(gains_LX[:, :room], axis=1)
     order = np.argsort(-gains_LX.ravel(), kind="stable")[:budget]
     np.add.at(filled_L, order // max(room, 1), 1)
@@ -42,10 +42,10 @@ def spread_replicas(trace: ActivationTrace, load_LE: np.ndarray, request: PlanRe
 
 
 def marginal_gains(trace: ActivationTrace, layer: int, load_E: np.ndarray, request: PlanRequest) -> np.ndarray:
-    """float64 [X]: what each further replica of a layer saves, in visits a token, the first X in greedy order.
+    """float64 [X]: what each further replica of a layer saves, in visits a token, in greedy order.
 
-    Judged on greedy balancing without replicas: a copy of expert e on rank r saves the visit of a token that is on r
-    anyway and wants nothing but e from e's rank; and it halves e's share of the largest load.
+    Judged from greedy balancing without replicas. A replica of expert e on rank r saves a visit for tokens that visit r
+    anyway and want nothing but e from e's rank; and it halves e's share of the largest load.
     """
     num_offers = max(
         0, int(np.minimum(request.open_slots_R, trace.num_experts).sum()) - trace.num_experts * request.min_replicas
@@ -81,7 +81,7 @@ def marginal_gains(trace: ActivationTrace, layer: int, load_E: np.ndarray, reque
                 saved.append(counts_R.max())
         saved_N = np.sort(np.array(saved, float))[::-1] / trace.num_tokens
     gain_X[: min(num_offers, len(saved_N))] = saved_N[:num_offers]
-    # Balance: what the largest rank load over the mean falls by with each further copy, by greedy counts.
+    # Balance: how much the largest rank load over the mean falls with each further replica, by greedy counts.
     count_E = np.full(trace.num_experts, request.min_replicas)
     mean = max(load_E.sum() / max(int((request.open_slots_R > 0).sum()), 1), 1e-12)
     floor = max(float(even_split_load(slots_Rs, load_E).max()) / mean, 1.0)

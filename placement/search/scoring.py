@@ -1,4 +1,4 @@
-"""What a layer's slots are worth on its planning tokens, by the rule that dispatch uses.
+"""How good a layer's slots are on its planning tokens, by the rule that dispatch uses.
 
 T tokens, K experts of one, E experts, R ranks, s slots of a rank, N nodes.
 """
@@ -19,10 +19,10 @@ from placement.search.problem import EXCESS_WEIGHT, LayerProblem
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How a layer fares on its planning tokens, by the rule that the router dispatches by.
+    """Figures of a layer on its planning tokens.
 
-    `excess` sums over ranks what is above the allowed load, `over` is that of the rank furthest above it.
-    `far_fan_out`: ranks visited on other nodes than that of the token's router; NaN unless near replicas come first.
+    `excess`: load above what is allowed, in allowed loads, summed over ranks; `over`: that of the worst rank.
+    `far_fan_out`: ranks visited on other nodes than the token's router; NaN without `prefer_local_replicas`.
     """
 
     excess: float
@@ -36,21 +36,21 @@ class LayerScore:
 
     @property
     def key(self) -> tuple[float, float]:
-        """Less is better: first the load above what is allowed, then the visits."""
+        """Less is better: load above what is allowed first, then visits."""
         return (max(0.0, self.over - EXCESS_TOLERANCE), self.energy)
 
     def plain_key(self, limit: float) -> tuple[float, float]:
-        """Less is better: first what the largest rank load over its target is above the limit, then the visits."""
+        """Less is better: first how far the largest rank load over its target is above the limit, then visits."""
         return (max(0.0, 1 / self.balancedness - limit - 1e-9), self.energy)
 
     def guarded_key(self, limit: float, num_tokens: int) -> tuple[float, float]:
-        """As `plain_key`, but what is below the limit and above what was planned for costs visits as well."""
+        """Like `plain_key`, but load below the limit and above what was planned for costs visits."""
         above = max(0.0, self.over - EXCESS_TOLERANCE)
         return (self.plain_key(limit)[0], self.energy / max(num_tokens, 1) + EXCESS_WEIGHT * above)
 
 
 class Scored(NamedTuple):
-    """Slots int32 [R, s] of a layer, the rank int32 [T, K] that each expert is fetched from, and what that is worth."""
+    """Slots int32 [R, s] of a layer, the rank int32 [T, K] chosen for each expert, and the score of that."""
 
     slots: np.ndarray
     rank_TK: np.ndarray
@@ -58,7 +58,7 @@ class Scored(NamedTuple):
 
 
 def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
-    """int32 [E, R]: the slot of each expert on each rank, -1 if none, as the rule for choosing replicas wants it."""
+    """int32 [E, R]: the slot of each expert on each rank, -1 if none, as `choose_replicas` takes it."""
     num_ranks, num_slots = experts_Rs.shape
     table_ER = np.full((num_experts, num_ranks), -1, np.int32)
     rank_N, slot_N = np.nonzero(experts_Rs >= 0)
@@ -67,7 +67,7 @@ def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
-    """int32 [T, K]: the rank that the rule fetches each expert from."""
+    """int32 [T, K]: the rank that the rule chooses for each expert."""
     in_order = problem.arrival is None or not problem.has_replicas
     ids_TK = problem.ids if in_order else np.ascontiguousarray(problem.ids[problem.arrival])
     table_ER = slot_table(experts_Rs, problem.num_experts)
@@ -85,7 +85,7 @@ def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
 
 
 def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
-    """Apply the rule to the planning tokens."""
+    """Apply the rule to the planning tokens, and score the result."""
     rank_TK = assign(problem, experts_Rs)
     used = rank_TK >= 0
     weight = problem.pair_weight[np.where(used, problem.ids, 0)] * used
@@ -94,16 +94,16 @@ def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
     nodes = problem.num_tokens
     if problem.num_nodes > 1:
         nodes = count_visits(np.where(used, problem.node_of_rank[rank_TK], -1))
-    dear, far_fan_out = nodes, float("nan")
+    weighted, far_fan_out = nodes, float("nan")
     if problem.prefer_local_replicas:
-        is_far = used & (problem.node_of_rank[rank_TK] != problem.home_T[:, None])
-        dear = count_visits(np.where(is_far, rank_TK, -1))
-        far_fan_out = dear / problem.num_tokens
+        is_remote = used & (problem.node_of_rank[rank_TK] != problem.home_T[:, None])
+        weighted = count_visits(np.where(is_remote, rank_TK, -1))
+        far_fan_out = weighted / problem.num_tokens
     above_R = np.maximum(load_R / problem.allowed - 1, 0)
     layer_score = LayerScore(
         excess=float(above_R.sum()),
         over=float(above_R.max()),
-        energy=ranks + problem.weight_of_node * dear,
+        energy=ranks + problem.weight_of_node * weighted,
         fan_out=ranks / problem.num_tokens,
         node_fan_out=nodes / problem.num_tokens,
         far_fan_out=far_fan_out,

@@ -1,4 +1,4 @@
-"""Traces that others wrote: vLLM's routed_experts, SGLang's expert-distribution dumps, the OLMoE trace.
+"""Reads traces that others wrote: vLLM's routed_experts, SGLang's expert-distribution dumps, the OLMoE trace.
 
 T tokens, L layers, K experts of one token, E experts, S physical experts.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from placement.traces.torch_file import read_torch_file
 from placement.traces.trace import ActivationTrace, TraceError, merge_traces, whole_number
 
-# What numpy's, zipfile's and json's readers, and ours, raise at bytes that are not what they seem to be.
+# What the readers of numpy, zipfile and json, and our own, raise for bytes that are not what they claim to be.
 UNREADABLE = (
     *(OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
@@ -30,11 +30,11 @@ FORMATS = ("auto", "expertmesh", "olmoe", "vllm", "sglang")
 
 
 def load_trace(path: str | Path, format: str = "auto", num_experts: int | None = None) -> ActivationTrace:
-    """Read a trace of any known format, told apart by content.
+    """Read a trace file of any known format; `auto` tells formats apart by content.
 
-    `vllm`: .npy of `routed_experts` [T, L, K], or .npz with such arrays, one a request. `sglang`: the .pt file of an
-    expert-distribution dump, per token or count-only. `num_experts` where the file does not say. Raises TraceError,
-    in one line, if the file is none of them.
+    `vllm`: .npy of `routed_experts` [T, L, K], or .npz with one such array for each request. `sglang`: the .pt file of
+    an expert-distribution dump, per token or counts only. Pass `num_experts` if the file does not say. Raises
+    TraceError, in one line, if the file has none of these formats.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -58,13 +58,13 @@ def load_trace(path: str | Path, format: str = "auto", num_experts: int | None =
 
 
 def unusable(path: Path, error: BaseException) -> TraceError:
-    """The one line on a file that cannot be read as a trace."""
+    """The error, in one line, for a file that cannot be read as a trace."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return TraceError(f"{path}: not a usable trace: {reason.partition(chr(10))[0]}")
 
 
 def _from_olmoe(data: Any, num_experts: int | None, source: str) -> ActivationTrace:
-    """`topk_ids`, and `domain`, `domains`, `expert_load` [D, L, E], `num_experts`, `layers` where they are given."""
+    """`topk_ids` and, if present, `domain`, `domains`, `expert_load` [D, L, E], `num_experts` and `layers`."""
     ids = data["topk_ids"]
     if ids.ndim != 3:
         raise TraceError(f"topk_ids must be [tokens, layers, k], got {list(ids.shape)}")
@@ -88,7 +88,7 @@ def _from_olmoe(data: Any, num_experts: int | None, source: str) -> ActivationTr
 def from_vllm(requests: list[np.ndarray], num_experts: int | None = None, source: str = "") -> ActivationTrace:
     """A trace of vLLM's `routed_experts`: one int array [tokens of a request, L, K] for each request.
 
-    Ids are logical. Layers without experts, where all ids are 0 for every token, are left out.
+    Ids are logical. Layers without experts, in which every id of every token is 0, are left out.
     """
     if not requests or any(np.asarray(one).ndim != 3 for one in requests):
         raise TraceError("routed_experts must be one or more arrays [tokens, layers, k]")
@@ -119,7 +119,7 @@ def from_sglang(dump: Any, num_experts: int | None = None, source: str = "") -> 
             raise TraceError(f"logical_count must be numbers [layers, experts], got {counts.dtype} {counts.shape}")
         return _counts_only(np.rint(counts), source)
     if "records" not in dump or "last_physical_to_logical_map" not in dump:
-        raise TraceError(f"neither logical_count nor records with a map; the dump has {sorted(map(str, dump))}")
+        raise TraceError(f"expected logical_count, or records with a map; the dump has {sorted(map(str, dump))}")
     map_LS = _ids("last_physical_to_logical_map", dump["last_physical_to_logical_map"])
     if map_LS.ndim != 2:
         raise TraceError(f"last_physical_to_logical_map must be [layers, slots], got {list(map_LS.shape)}")
@@ -158,7 +158,7 @@ def from_sglang(dump: Any, num_experts: int | None = None, source: str = "") -> 
 
 
 def _ids(name: str, values: Any) -> np.ndarray:
-    """int64, or TraceError where they are no integers; an empty list, which has no type, passes."""
+    """int64 of integers, or of an empty list, which has no type. Raises TraceError for anything else."""
     given = np.asarray(values)
     if given.size and not np.issubdtype(given.dtype, np.integer):
         raise TraceError(f"{name} must be integers, got {given.dtype} {list(given.shape)}")
@@ -174,18 +174,19 @@ TRACE_SUFFIXES = (".pt", ".npz", ".npy", ".json", ".jsonl")
 
 
 def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None = None) -> ActivationTrace:
-    """Read another program's routing trace; `kind` is one of `placement.traces.importers.FORMATS`.
+    """Read a routing trace of this or another program; `kind` is one of `FORMATS`.
 
-    - `vllm`: `routed_experts` [T, L, K] as .npy, as .npz with one array a request, or the API's responses as .json or
-      .jsonl, in which it is base64 of an .npy. The API gives no expert count: pass `num_experts`.
-    - `sglang`: the recorder's dumps, `.pt` read without torch, or the same dictionary as .json; per token, per pass or
-      counts. Ids in it are physical and are translated by its map.
+    - `vllm`: `routed_experts` [T, L, K] as .npy, as .npz with one array for each request, or the API's responses as
+      .json or .jsonl, where it is an .npy in base64. The API gives no number of experts: pass `num_experts`.
+    - `sglang`: the recorder's dumps as .pt, read without torch, or the same dictionary as .json; per token, per pass or
+      counts. Their ids are physical and are translated by the dump's map.
     - `olmoe`: .npz with `topk_ids`, `domain`, `domains`, `expert_load`, `num_experts`, `layers`.
-    - `expertmesh`: this project's .npz. `auto` tells them apart by content.
+    - `expertmesh`: this project's .npz.
+    - `auto`: decided by content.
 
-    A folder stands for all such files in it, merged, as SGLang writes one for each rank. Layers in which no token
-    picked an expert (dense ones) are left out; the trace's `layers` are those kept. Raises TraceError in one line,
-    where a file says another number of experts than `num_experts` too.
+    A folder stands for all such files in it, merged, since SGLang writes one for each rank. Layers in which no token
+    picked an expert (dense ones) are left out; the trace's `layers` names those kept. Raises TraceError, in one line,
+    if nothing can be read or a file contradicts `num_experts`.
     """
     path = Path(path)
     if kind not in FORMATS:
@@ -198,12 +199,12 @@ def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None =
     else:
         trace = _read(path, kind, num_experts)
     if num_experts is not None and trace.num_experts != num_experts:
-        raise TraceError(f"{path}: the trace is of {trace.num_experts} experts, num_experts is {num_experts}")
+        raise TraceError(f"{path}: the trace has {trace.num_experts} experts, but num_experts is {num_experts}")
     return without_idle_layers(trace)
 
 
 def without_idle_layers(trace: ActivationTrace) -> ActivationTrace:
-    """The trace without layers in which no expert was picked, as dense layers show in other engines' records."""
+    """The trace without layers in which no expert was picked, such as dense layers in other engines' records."""
     picked_L = (trace.topk_ids >= 0).any((0, 2))
     if trace.counts is not None:
         picked_L |= trace.counts.any(1)
@@ -234,7 +235,7 @@ def _read(path: Path, kind: str, num_experts: int | None) -> ActivationTrace:
             return from_sglang(data, num_experts, str(path))
         found = list(_routed_experts(data))
         if not found:
-            raise TraceError("no `routed_experts` and no expert-distribution dump in it")
+            raise TraceError("it holds neither `routed_experts` nor an expert-distribution dump")
         return from_vllm(found, num_experts, str(path))
     except FileNotFoundError as error:
         raise TraceError(f"{path}: {error.strerror}") from None
@@ -243,7 +244,7 @@ def _read(path: Path, kind: str, num_experts: int | None) -> ActivationTrace:
 
 
 def _routed_experts(data: Any) -> Iterator[np.ndarray]:
-    """Every `routed_experts` in nested JSON, whatever stands around it; null ones are skipped."""
+    """Every `routed_experts` in nested JSON, at any depth; null ones are skipped."""
     if isinstance(data, list):
         for each in data:
             yield from _routed_experts(each)
@@ -255,6 +256,6 @@ def _routed_experts(data: Any) -> Iterator[np.ndarray]:
                 try:
                     yield np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
                 except (binascii.Error, ValueError, EOFError) as error:
-                    raise TraceError(f"routed_experts is no base64 of an .npy: {error}") from None
+                    raise TraceError(f"routed_experts is not an .npy in base64: {error}") from None
             elif value is not None:
                 yield np.array(value)

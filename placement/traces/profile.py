@@ -1,4 +1,4 @@
-"""Recording of a trace from a running server: begin anew, send prompts, then fetch what its routers sampled."""
+"""Records a trace of a running server: clear what its routers recorded, send prompts, fetch what they sampled."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _HINTS = {401: f"; give a key that the server accepts: --api-key, or the environ
 
 
 class ServerError(ValueError):
-    """The server did not answer as it should; the message is one line for a person."""
+    """The server did not answer as expected. The message is one line for a person."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one request asks: an OpenAI chat, or a text to be continued; and the domain of text that it stands for."""
+    """One request: an OpenAI chat, or a text to continue; and the domain of text it stands for."""
 
     messages: tuple[dict[str, Any], ...] = ()
     text: str = ""
@@ -44,10 +44,10 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a file. ValueError, naming the line, if there are none or one is not as it should be.
+    """The prompts in a file. Raises ValueError, naming the line, if there are none or one is malformed.
 
-    A text file holds a chat of one message a line; JSON lines hold `messages` (an OpenAI chat) or `prompt` (a text to
-    be continued), and perhaps `domain`: all of them or none.
+    Each line of a text file is a chat of one message. Lines of a .jsonl file hold `messages` (an OpenAI chat) or
+    `prompt` (a text to continue), and either all or none of them `domain`.
     """
     path = Path(path)
     prompts: list[Prompt] = []
@@ -83,9 +83,9 @@ def _prompt_of(entry: Any) -> Prompt:
 
 
 class Server:
-    """A running server's HTTP side. Every call raises ServerError naming the URL and the reason.
+    """HTTP client of a running server. Every call raises ServerError, naming the URL and the reason.
 
-    `api_key` None takes the environment variable EXPERTMESH_API_KEY, if it is set.
+    `api_key` None: the environment variable EXPERTMESH_API_KEY, if set.
     """
 
     def __init__(self, url: str, timeout_s: float = 120.0, api_key: str | None = None) -> None:
@@ -93,7 +93,7 @@ class Server:
         try:
             parts = urllib.parse.urlsplit(self.base)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is no number, a bracket that is not closed
+        except ValueError:  # a port that is not a number, an unclosed bracket
             usable = False
         if not usable:
             raise ServerError(f"{url}: expected a URL like http://127.0.0.1:8000")
@@ -103,7 +103,7 @@ class Server:
         self._key = os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """The body of the answer to a request with JSON or nothing."""
+        """Send a request, with JSON if `body` is given; returns the body of the answer."""
         url = self.base + path
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
@@ -120,7 +120,7 @@ class Server:
             raise ServerError(f"{method} {url}: {getattr(error, 'reason', error)}; is the server up?") from None
 
     def model(self) -> str:
-        """The first model that the server lists."""
+        """The first model the server lists."""
         try:
             return str(json.loads(self.call("GET", "/v1/models"))["data"][0]["id"])
         except (ValueError, LookupError, TypeError) as error:
@@ -129,7 +129,7 @@ class Server:
             raise ServerError(f"{self.base}/v1/models: lists no model: {error!r}") from None
 
     def trace(self) -> ActivationTrace:
-        """What all its routers have sampled so far, as one trace."""
+        """What all routers have sampled so far, as one trace."""
         data = self.call("GET", TRACE_PATH)
         try:
             return ActivationTrace.load_npz(io.BytesIO(data))
@@ -139,12 +139,12 @@ class Server:
             raise ServerError(f"{self.base}{TRACE_PATH}: not a trace: {error}") from None
 
     def clear_trace(self) -> None:
-        """Let its routers forget what they sampled."""
+        """Make the routers forget what they sampled."""
         self.call("DELETE", TRACE_PATH)
 
 
 def _reason(body: bytes) -> str:
-    """The message of an error in OpenAI's format, else the beginning of what came, in one line."""
+    """The message of an error in OpenAI's format, or else the start of the body, in one line."""
     text = body.decode(errors="replace")
     with contextlib.suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["error"]["message"])
@@ -162,17 +162,18 @@ def profile_server(
     api_key: str | None = None,
     keep: bool = False,
 ) -> ActivationTrace:
-    """Send every prompt and return the trace of the tokens that it made the server's routers route.
+    """Send every prompt, and return the trace of the tokens the server's routers routed.
 
-    The routers forget first what they recorded before, unless `keep`. Prompts with domains are sent domain by domain,
-    and the trace says the domain of each token. Requests of others meanwhile are recorded too. Raises ServerError on
-    the first request that fails (those in flight are waited for, `timeout_s` at most), ValueError for arguments.
+    The routers first forget what they recorded before, unless `keep`. Prompts with domains are sent domain by domain,
+    and the trace gives the domain of each token. Other clients' requests in the meantime are recorded too. Raises
+    ServerError at the first request that fails, after waiting up to `timeout_s` for those in flight, and ValueError for
+    bad arguments.
     """
     if concurrency < 1 or max_tokens < 1:
         raise ValueError(f"concurrency is {concurrency}, max_tokens {max_tokens}: each must be at least 1")
     domains = list(dict.fromkeys(prompt.domain for prompt in prompts))
     if keep and domains != [""]:
-        raise ValueError("prompts with domains need a recording of their own for each; keep has no meaning then")
+        raise ValueError("prompts with domains need a recording for each domain, so keep is not possible")
     server = Server(url, timeout_s, api_key)
     model = model or server.model()
     parts: list[ActivationTrace] = []
@@ -193,7 +194,7 @@ def profile_server(
 
 
 def _answers(server: Server, prompts: list[Prompt], model: str, max_tokens: int, concurrency: int) -> Iterator[None]:
-    """Yields once for each prompt that was answered, as the answers come."""
+    """Yields once for each prompt, as answers come in."""
 
     def ask(prompt: Prompt) -> None:
         path, body = prompt.request()

@@ -1,4 +1,4 @@
-"""Recording of routing in a stream: a sample of fixed size in which old tokens fade, and counts that fade alike.
+"""Records the routing of a stream: a sample of fixed size in which old tokens fade, and counts that fade alike.
 
 T tokens of a batch, L layers, K experts of one token, E experts.
 """
@@ -12,8 +12,8 @@ from placement.traces.trace import ActivationTrace
 from placement.xorshift import next_random, random_below, random_state, random_unit
 
 
-# Compiled: between the layers of a step none of numpy's code is in the processor's caches, and its dozen small
-# operations took ten times as long there as in a loop.
+# Compiled: between the layers of a step numpy's code is not in the processor's caches, and a dozen small numpy calls
+# took ten times as long there as a loop.
 @compiled()
 def _record(
     ids_TLK: np.ndarray,
@@ -25,10 +25,10 @@ def _record(
     entry_chance: float,
     random_1: np.ndarray,
 ) -> tuple[int, int]:
-    """Count and sample a batch; (places filled, tokens seen) afterwards, or (-1, id) with nothing done for a bad id.
+    """Count and sample a batch; returns (places filled, tokens seen), or (-1, id) with nothing done for a bad id.
 
-    Counts are multiplied by `fade` first. `entry_chance`: that of a token once all places are filled, 0 for a sample
-    that stays uniform.
+    Counts are multiplied by `fade` first. `entry_chance`: the chance of a token to enter once all places are filled; 0
+    keeps the sample uniform.
     """
     num_tokens, num_layers, top_k = ids_TLK.shape
     for t in range(num_tokens):
@@ -64,11 +64,11 @@ def _record(
 
 
 class TraceRecorder:
-    """Keeps `capacity` tokens of all that it is given, and counts of every expert.
+    """Keeps a sample of `capacity` tokens of a stream, and counts of every expert. For one thread at a time.
 
-    With `half_life_tokens` None the sample is uniform over the stream (Vitter's algorithm R). With a half-life the
+    With `half_life_tokens` None the sample is uniform over the stream (Vitter's algorithm R). With a half-life, the
     chance that a token is in the sample halves every so many tokens, and so do the counts: each token enters with a
-    fixed chance and takes the place of a random one. One thread at a time.
+    fixed chance and takes the place of a random one.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TraceRecorder:
         self.layers = layers or tuple(range(num_layers))
         self.tokens_seen = 0
         self._half_life_tokens = half_life_tokens
-        # A place is overwritten with chance p / capacity a token; it survives a half-life with chance 1/2.
+        # A token overwrites a place with chance p / capacity; the place survives a half-life with chance 1/2.
         self._entry_chance = 0.0
         if half_life_tokens is not None:
             self._entry_chance = min(1.0, capacity * np.log(2) / half_life_tokens)
@@ -99,7 +99,7 @@ class TraceRecorder:
         self._counts_LE = np.zeros((num_layers, num_experts))
         self._filled = 0
         self._random_1 = random_state(seed)
-        # Load or compile the machine code now, which no step of a server should pay: the way live batches are laid out.
+        # Load or compile the machine code now, for the layout of live batches, so that no step of a server pays for it.
         self.add(np.full((num_layers, 1, top_k), -1, np.int16).transpose(1, 0, 2))
 
     @property
@@ -109,8 +109,8 @@ class TraceRecorder:
     def add(self, topk_ids_TLK: np.ndarray) -> None:
         """Record a batch: int [T, L, K] logical experts, -1 where a token picked none; no warm-up tokens.
 
-        A token that picked none in any layer is padding and is left out. The array is not kept. Raises
-        ValueError if the shape or an id does not fit.
+        A token without experts in any layer is padding and left out. The array is not kept. Raises ValueError if the
+        shape or an id does not fit.
         """
         ids = np.asarray(topk_ids_TLK)
         if ids.ndim != 3 or ids.shape[1:] != self._ids_CLK.shape[1:]:
@@ -135,7 +135,7 @@ class TraceRecorder:
         self._filled, self.tokens_seen = filled, seen
 
     def snapshot(self) -> ActivationTrace:
-        """The trace as it stands; a copy. Raises TraceError if nothing was recorded."""
+        """A copy of the trace so far. Raises TraceError if nothing was recorded."""
         return ActivationTrace(
             self._ids_CLK[: self._filled].copy(),
             self.num_experts,

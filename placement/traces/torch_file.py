@@ -1,4 +1,4 @@
-"""Reads tensors out of what `torch.save` wrote, without torch and without running anything that the file names."""
+"""Reads tensors from what `torch.save` wrote, without torch and without running anything the file names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _rebuild_tensor(
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and plain containers; any other name in the file is refused."""
+    """Accepts tensors and plain containers, and refuses any other name in the file."""
 
     def __init__(self, file: io.BytesIO, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
@@ -59,13 +59,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """What was saved, with numpy arrays for tensors. Raises ValueError if the file holds anything but plain data."""
+    """What was saved, with numpy arrays for tensors. Raises ValueError if the file holds more than plain data."""
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError("not a file of torch.save: it holds no data.pkl")
+            raise ValueError("not a file of torch.save: it has no data.pkl")
         root = pickles[0].removesuffix("/data.pkl")
         try:
             return _Unpickler(io.BytesIO(archive.read(pickles[0])), archive, root).load()
         except (pickle.UnpicklingError, AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"the pickle in it is not readable: {error}") from None
+            raise ValueError(f"its pickle is not readable: {error}") from None

@@ -1,4 +1,4 @@
-"""What routing looked like: per-token top-k sets of a sample, and how often each expert was picked.
+"""A record of routing: the top-k sets of sampled tokens, and how often each expert was picked.
 
 T tokens, L layers, K experts of one token, E experts, D domains.
 """
@@ -13,27 +13,27 @@ from typing import IO, Any
 import numpy as np
 
 SCHEMA_VERSION = 1
-# Sampled sets and counts are taken to be of one population if they differ by no more than sampling would.
+# Sampled sets and counts pass as one population if they differ by no more than sampling explains.
 FREQUENCY_TRUE_DISTANCE = 3.0
 MAX_COUNT = 2**47
 
 
 class TraceError(ValueError):
-    """A trace that cannot be used as asked; the message is one line for a person."""
+    """A trace that cannot be used as asked. The message is one line for a person."""
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationTrace:
-    """Sampled top-k sets, and counts over all tokens where they were kept.
+    """Sampled top-k sets and, if kept, counts over all tokens.
 
     Attributes:
-        topk_ids: int16 [T, L, K], the experts that each sampled token picked in each layer, -1 for none. A trace of
-            counts alone has T = 0.
+        topk_ids: int16 [T, L, K], the experts each sampled token picked in each layer, -1 for none. A trace of counts
+            alone has T = 0.
         num_experts: E.
-        layers: the model's layer index of each of the L layers.
+        layers: the index of each of the L layers in the model.
         domain: int8 [T], index into `domains`, or None.
         domains: names of the domains.
-        counts: int64 [L, E], how often each expert was picked over all tokens seen, or None if only sets were kept.
+        counts: int64 [L, E], how often each expert was picked by all tokens seen, or None if only sets were kept.
     """
 
     topk_ids: np.ndarray
@@ -102,11 +102,11 @@ class ActivationTrace:
 
     @property
     def has_sets(self) -> bool:
-        """Whether fan-out can be planned and scored; counts alone only allow balance."""
+        """Whether fan-out can be planned and scored; from counts alone, only balance can."""
         return self.num_tokens > 0
 
     def ids_of_layer(self, layer: int) -> np.ndarray:
-        """int32 [T, K]: the sets of one layer, an expert at most once a token, -1 at the end of a row."""
+        """int32 [T, K]: the sets of one layer, each expert at most once in a row, -1 at the end of a row."""
         return distinct_rows(self.topk_ids[:, layer])
 
     def set_load(self) -> np.ndarray:
@@ -120,9 +120,9 @@ class ActivationTrace:
     def load(self, source: str = "auto") -> np.ndarray:
         """float64 [L, E]: the load to balance, in (token, expert) pairs of the sample.
 
-        `source` is `sets`, `counts` (true frequencies over all tokens seen, scaled to the sample), or `auto`: counts
-        where the sets are a sample of the same tokens, else the sets, as a rare-token sample must not be mixed with
-        true frequencies without being asked for.
+        `source` is `sets`, `counts` (frequencies over all tokens seen, scaled to the sample), or `auto`: counts if the
+        sets are a uniform sample of the same tokens, else the sets, since a sample that favours rare tokens must not
+        be mixed with true frequencies unasked.
         """
         if source not in ("auto", "sets", "counts"):
             raise TraceError(f"load source is {source!r}, expected auto, sets or counts")
@@ -152,12 +152,12 @@ class ActivationTrace:
         """float64 [E, E]: sampled tokens that picked both experts; the diagonal is the load."""
         ids = self.ids_of_layer(layer)
         picked_TE = np.zeros((len(ids), self.num_experts + 1), np.float32)
-        np.put_along_axis(picked_TE, ids.astype(np.int64), 1.0, axis=1)  # -1 falls into the column beyond the experts
+        np.put_along_axis(picked_TE, ids.astype(np.int64), 1.0, axis=1)  # -1 goes into the column after the experts
         picked_TE = picked_TE[:, : self.num_experts]
         return (picked_TE.T @ picked_TE).astype(np.float64)
 
     def take(self, index: np.ndarray) -> ActivationTrace:
-        """The trace of some tokens; counts over all tokens do not carry over."""
+        """The trace of some of the tokens, without counts, which are of all tokens."""
         domain = None if self.domain is None else self.domain[index]
         return replace(self, topk_ids=self.topk_ids[index], domain=domain, counts=None)
 
@@ -195,7 +195,7 @@ class ActivationTrace:
 
     @classmethod
     def load_npz(cls, file: str | Path | IO[bytes]) -> ActivationTrace:
-        """Read what `save` wrote. Raises TraceError on anything else."""
+        """Read what `save` wrote. Raises TraceError for anything else."""
         with np.load(file, allow_pickle=False) as data:
             if "schema_version" not in data:
                 raise TraceError(f"no schema_version; the file has {sorted(data)}")
@@ -214,14 +214,14 @@ class ActivationTrace:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """An integer or a numpy scalar that is one; TraceError names anything else."""
+    """An integer from a Python or numpy integer. Raises TraceError, naming it, for anything else."""
     if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.integer):
         raise TraceError(f"{name} is {value!r}, expected an integer")
     return int(value)
 
 
 def distinct_rows(ids_TK: np.ndarray) -> np.ndarray:
-    """int32 [T, K]: each row's ids from 0 up once, in ascending order, then -1."""
+    """int32 [T, K]: the ids of each row that are not negative, once each, ascending, then -1."""
     ids_TK = np.sort(ids_TK.astype(np.int32), axis=1)
     repeated = np.zeros(ids_TK.shape, bool)
     repeated[:, 1:] = ids_TK[:, 1:] == ids_TK[:, :-1]
@@ -234,10 +234,10 @@ def distinct_rows(ids_TK: np.ndarray) -> np.ndarray:
 
 
 def merge_traces(traces: list[ActivationTrace], max_tokens: int | None = None, seed: int = 0) -> ActivationTrace:
-    """One trace of several routers, tokens weighed by what each router counted, not by the size of its sample.
+    """Merge the traces of several routers, weighted by how many tokens each router counted, not by its sample's size.
 
-    Counts add up. If every trace has counts, each gives sampled tokens in proportion to them, so that the result is
-    a uniform sample again; `max_tokens` bounds it. Domains are matched by name. Raises TraceError if models differ.
+    Counts add up. If every trace has counts, each contributes sampled tokens in proportion to them, so the result is a
+    uniform sample again; `max_tokens` bounds it. Domains are matched by name. Raises TraceError if models differ.
     """
     if not traces:
         raise TraceError("no traces to merge")

@@ -1,12 +1,12 @@
-"""The GPU benchmarks and the two commands, rehearsed on the CPU: arguments, logic, tables, what they say is left out.
+"""The GPU benchmarks and their two commands, rehearsed on the CPU: arguments, logic, tables, what they leave out.
 
-No figure is looked at. The engine's benchmark is rehearsed but for the engine.
+Figures are not checked. The engine's benchmark is rehearsed without the engine.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks.gpu import suite as gpu
 from benchmarks.gpu.common import Ceilings, Report, absent, arguments
 from experts.dispatch.layer_shape import LayerShape
 from experts.kernels import pick_kernel
+from tests import run_gpu
 
 SHAPE = LayerShape(1, 16, 4, 64, torch.float32)
 CEILINGS = Ceilings(read_bytes_per_s=1e12, copy_bytes_per_s=1e12, matmul_flops=1e15)
@@ -51,7 +52,7 @@ def test_kernels(monkeypatch, capsys):
 
 
 def test_the_shares_of_the_ceilings():
-    """By hand: 2 of 4 experts touched, 5 pairs of 3 rows; then so many pairs that work bounds the call."""
+    """Worked by hand: 2 of 4 experts touched, 5 pairs of 3 rows; then enough pairs for work to be the bound."""
     shape = gpu_kernels.shape_of("tiny", "cpu", None)
     kernel = pick_kernel(shape, "torch_loop")
     found = {"pairs": 5.0, "slots": 2.0, "call_us": 9.0, "device_us": 2.0}
@@ -66,7 +67,7 @@ def test_the_shares_of_the_ceilings():
     assert busy["share"] == pytest.approx(1e6 * 6 * 64 * 32 / 1e15 / 2e-6)
 
 
-def test_beside_vllm():
+def test_the_speed_up_over_vllm():
     rows = [
         {"weights": "a", "rows": 1, "kernel": "vllm_triton", "device_us": 30.0},
         {"weights": "a", "rows": 1, "kernel": "triton_mlp", "device_us": 20.0},
@@ -138,7 +139,7 @@ def test_engine_tables():
     assert len({tuple(ids) for ids in first}) == 3
 
 
-def test_nothing_is_left_out_in_silence(capsys):
+def test_what_is_left_out_is_printed_twice(capsys):
     report = Report("some", "cpu")
     report.leave_out("this", "that is missing")
     report.table("an empty one", [])
@@ -153,7 +154,7 @@ def test_what_is_absent():
     assert absent("no_such_module") == "no_such_module is not installed"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_a_missing_device_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     with pytest.raises(SystemExit, match="2"):
@@ -161,25 +162,26 @@ def test_a_missing_device_is_an_error(monkeypatch, capsys):
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
-def test_the_benchmark_command_runs_each_in_a_process_and_sums_up(monkeypatch, capfd):
+def test_the_benchmark_command_runs_each_in_a_process_and_ends_with_a_summary(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--only", "router,engine"])
     monkeypatch.setitem(gpu.BENCHMARKS, "engine", (60.0, ("no_such_module",)))
     assert gpu.main() == 1
     text = capfd.readouterr().out
-    short = text[text.index("=== in short") :]
+    short = text[text.index("=== summary") :]
     assert "  router: done in" in short
     assert "left out: fixed and captured" in short
-    assert "  engine: was not run: no_such_module is not installed" in short
+    assert "  engine: not run: no_such_module is not installed" in short
 
 
 def test_the_benchmark_command_ends_what_hangs(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "benchmarks" / "gpu").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "gpu" / "hangs.py").write_text(
-        "print('began', flush=True)\nimport time\ntime.sleep(600)\n"
-    )
+    folder = tmp_path / "benchmarks" / "gpu"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()  # or PYTHONPATH could lead to the real one
+    (folder / "hangs.py").write_text("print('started', flush=True)\nimport time\ntime.sleep(600)\n")
     end, left_out = gpu.run("hangs", [], limit_s=1.0)
-    assert (end, left_out) == ("was ended after 1 s", [])
+    assert (end, left_out) == ("ended after 1 s, its limit", [])
 
 
 def test_the_benchmark_command_names_what_it_does_not_know(monkeypatch):
@@ -189,19 +191,48 @@ def test_the_benchmark_command_names_what_it_does_not_know(monkeypatch):
 
 
 def test_the_test_command_names_what_it_cannot_run():
-    main = runpy.run_path(str(ROOT / "tests" / "run_gpu.py"), run_name="listed")["FILES"]
-    assert all((ROOT / file).exists() for file in main)
+    files = run_gpu.gpu_files()
+    assert "tests/experts/transports/test_nccl.py" in files
     done = subprocess.run(
         [sys.executable, "tests/run_gpu.py", "--list"],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert done.returncode == len(main)
+    assert done.returncode == len(files)
     assert "sees no CUDA device" in done.stdout
-    assert done.stdout.count("FAIL tests/") == len(main)
+    assert done.stdout.count("FAIL tests/") == len(files)
+    if importlib.util.find_spec("triton") is None:
+        assert "test_fixed_dispatch.py: not run: triton missing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "expected"),
+    [
+        (["3 passed, 1 skipped in 2s"], 0, (True, "3 passed, 1 skipped in 2s")),
+        (["= 1 failed, 3 passed in 2s ="], 1, (False, "1 failed, 3 passed in 2s")),
+        (
+            ["SKIPPED [2] tests/a.py:3: no such device", "2 skipped in 1s"],
+            0,
+            (False, "ran no test: 2 skipped in 1s; no such device"),
+        ),
+        ([], 139, (False, "pytest ended with status 139")),
+    ],
+)
+def test_a_file_passes_if_some_test_did_and_none_failed(lines, status, expected):
+    assert run_gpu.verdict(lines, status) == expected
+
+
+def test_what_a_test_file_needs_is_read_from_its_imports():
+    needs = {file: run_gpu.needs(file) for file in run_gpu.gpu_files()}
+    assert not any({"ray", "vllm"} & packages for packages in needs.values())
+    assert needs["tests/experts/transports/test_nccl.py"] >= {"torch", "numba", "pydantic", "safetensors"}
+    assert "triton" not in needs["tests/experts/transports/test_nccl.py"]
+    kernels = needs["tests/experts/kernels/test_kernels_gpu.py"]
+    assert "torch" in kernels
+    assert not {"triton", "pydantic"} & kernels
 
 
 def test_gpu_tests_and_benchmarks_need_neither_ray_nor_vllm():
-    """Nor pydantic, but for the tests of meshes."""
+    """Nor pydantic, except for the tests of meshes."""
     modules = [f"benchmarks.gpu.{name}" for name in ("suite", "kernels", "router", "copy", "round_trip")]
     modules += [f"tests.experts.kernels.{name}" for name in ("test_kernels_gpu", "test_quantized")]
     modules += [
@@ -210,5 +241,5 @@ def test_gpu_tests_and_benchmarks_need_neither_ray_nor_vllm():
     ]
     blocked = "for name in ('ray', 'vllm', 'pydantic'): sys.modules[name] = None"
     code = f"import sys\n{blocked}\nimport {', '.join(modules)}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""How the command ends when Ray or Serve refuse: with their reason, in one line. Serve is made up here."""
+"""How the command ends when Ray or Serve refuse: with their reason, in one line. Serve is faked here."""
 
 from __future__ import annotations
 
@@ -61,40 +61,40 @@ class FakeServe:
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "told"),
+    ("where", "error", "expected"),
     [
         ("start", TimeoutError("HTTP proxies not available\nafter 60 s."), r"Serve does not start with .*after 60 s"),
         ("start", ValueError("1 validation error for HTTPOptions"), r"Serve does not start with .*HTTPOptions"),
-        ("deploy_config", ValueError("1 validation error\nfor Schema"), r"does not take the config: 1 .* for Schema"),
+        ("deploy_config", ValueError("1 validation error\nfor Schema"), r"does not accept the config: 1 .* for Schema"),
         ("init", ConnectionError("Could not find any running Ray"), r"no Ray cluster answers at 10\.0\.0\.1:6379: C"),
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, where: str, error: Exception, told: str
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, where: str, error: Exception, expected: str
 ) -> None:
     FakeServe(monkeypatch, {where: error})
-    with pytest.raises(ServeFailedError, match=told) as caught, command._serving(config, options("10.0.0.1:6379")):
+    with pytest.raises(ServeFailedError, match=expected) as caught, command.serving(config, options("10.0.0.1:6379")):
         pytest.fail("it serves")
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_undone_hides_neither_the_reason_nor_the_rest(
+def test_a_failing_clean_up_hides_neither_the_reason_nor_the_rest(
     monkeypatch: pytest.MonkeyPatch, config: MeshConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeServe(monkeypatch, {"delete": RayActorError()})
-    with pytest.raises(ServeFailedError, match="the reason"), command._serving(config, options()):
+    with pytest.raises(ServeFailedError, match="the reason"), command.serving(config, options()):
         raise ServeFailedError("the reason")
     assert fake.calls[-3:] == ["delete", "delete", "shutdown"]
     assert "llm was not deleted" in capsys.readouterr().out
 
 
-def test_a_plan_that_cannot_be_is_told_while_serve_begins(monkeypatch: pytest.MonkeyPatch, config: MeshConfig) -> None:
+def test_a_placement_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch, config: MeshConfig) -> None:
     section = config.experts.placement.model_copy(update={"num_nodes": 2})
     experts = config.experts.model_copy(update={"placement": section})
     FakeServe(monkeypatch, {})
     with (
         pytest.raises(ConfigError, match="placement: 3 ranks cannot be dealt evenly to 2 nodes"),
-        command._serving(config.model_copy(update={"experts": experts}), options()),
+        command.serving(config.model_copy(update={"experts": experts}), options()),
     ):
         pytest.fail("it serves")
 
@@ -104,7 +104,7 @@ def application(status: str, message: str = "", **deployments: Any) -> SimpleNam
 
 
 @pytest.mark.parametrize(
-    ("experts", "told"),
+    ("experts", "expected"),
     [
         (application("DEPLOY_FAILED", "placement: it is for 16 experts"), "experts: placement: it is for 16 experts"),
         (
@@ -118,17 +118,17 @@ def application(status: str, message: str = "", **deployments: Any) -> SimpleNam
         ),
     ],
 )
-def test_an_application_that_serve_gave_up_ends_the_wait(
-    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, experts: SimpleNamespace, told: str
+def test_an_application_that_serve_gave_up_on_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, experts: SimpleNamespace, expected: str
 ) -> None:
     status = SimpleNamespace(applications={"experts": experts, "llm": application("DEPLOYING")})
     monkeypatch.setattr(serve, "status", lambda: status)
-    with pytest.raises(ServeFailedError, match=told):
-        command._wait_until_healthy(config, "http://127.0.0.1:1", timeout_s=5.0)
+    with pytest.raises(ServeFailedError, match=expected):
+        command.wait_until_healthy(config, "http://127.0.0.1:1", timeout_s=5.0)
 
 
 @contextmanager
-def talking_nonsense() -> Iterator[str]:
+def no_http_server() -> Iterator[str]:
     """A port that answers, but not in HTTP."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -144,5 +144,5 @@ def talking_nonsense() -> Iterator[str]:
 
 
 def test_an_answer_that_is_not_http_is_not_healthy() -> None:
-    with talking_nonsense() as url:
-        assert command._health(url) == (False, "not http\r\n")
+    with no_http_server() as url:
+        assert command.health(url) == (False, "not http\r\n")

@@ -1,4 +1,4 @@
-"""The tiny model that ships with the project: its files, its data split, its training script, its committed figures."""
+"""The tiny model that ships with the project: files, data split, training script, committed figures."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_checkpoint_loads_into_transformers_and_predicts(config: dict, tokenizer
 
 
 def test_training_model_and_transformers_agree(tmp_path: Path) -> None:
-    """The oracle of the hand-written layers: the same weights, exported and run by transformers."""
+    """transformers is the oracle of the hand-written layers, with the same weights exported."""
     import torch
     from export import export
     from tiny_model import TinyMoe, TinyMoeConfig
@@ -68,7 +68,7 @@ def test_training_model_and_transformers_agree(tmp_path: Path) -> None:
     ours = TinyMoe(sizes)
     with torch.no_grad():
         for parameter in ours.parameters():
-            parameter.copy_((parameter * 5).bfloat16())  # what the export keeps exactly, large enough to matter
+            parameter.copy_((parameter * 5).bfloat16())  # exact in the export, large enough to matter
     export(ours, tmp_path)
     theirs = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     for length in (1, 2, 37, 300):

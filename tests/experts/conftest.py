@@ -1,4 +1,4 @@
-"""What tests of the data plane share: a process that has imported vllm, and where Triton programs can run."""
+"""Fixtures for tests of the data plane: a process that has imported vllm, and a device for Triton's programs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from experts.transports.nccl_sharing import SHARE_GPUS
 from tests.support.zygote.engine_zygote import Zygote
 
-os.environ[SHARE_GPUS] = "1"  # in this process and all that it starts
+os.environ[SHARE_GPUS] = "1"  # in this process and its children
 
 
 @pytest.fixture(scope="session")
 def vllm_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    """Runs the jobs of plugin_jobs, each in a fresh process with vllm loaded and nothing registered."""
+    """Runs jobs of plugin_jobs, each in a fresh process with vllm loaded and nothing registered."""
     zygote = Zygote(tmp_path_factory.mktemp("vllm") / "zygote", "engine", "plugin_jobs")
     yield zygote
     zygote.close()
@@ -25,7 +25,7 @@ def vllm_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
-    """Where Triton programs can run here; skips, saying why, where they cannot."""
+    """The device for Triton's programs on this machine; skips the test, with the reason, if there is none."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -44,7 +44,7 @@ def test_planned_and_evaluated_for_near_replicas_first(files, capsys) -> None:
     row = json.loads(capsys.readouterr().out)[str(files / "plan.json")]
     assert [layer["far_fan_out"] for layer in row["layers"]] == pytest.approx(planned, abs=1e-6)
     assert optimize(files, "--slots-per-rank", "5", "--prefer-local-replicas") == 2
-    assert "near replicas come first on 1 node: expected at least 2 nodes" in capsys.readouterr().err
+    assert "prefer_local_replicas is set on 1 node, expected at least 2 nodes" in capsys.readouterr().err
 
 
 def test_a_trace_of_counts_is_evaluated_in_json_that_others_can_read(files, capsys) -> None:

@@ -165,11 +165,11 @@ def test_olmoe(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "kind", "message"),
     [
-        ("a.json", "{}", "auto", "no `routed_experts` and no expert-distribution dump"),
+        ("a.json", "{}", "auto", "neither `routed_experts` nor an expert-distribution dump"),
         ("a.json", "{", "auto", "not a usable trace"),
-        ("a.json", '{"routed_experts": "xyz"}', "vllm", "no base64 of an .npy"),
+        ("a.json", '{"routed_experts": "xyz"}', "vllm", "not an .npy in base64"),
         ("a.json", '{"routed_experts": [[1, 2]]}', "vllm", r"arrays \[tokens, layers, k\]"),
-        ("a.json", '{"records": []}', "sglang", "neither logical_count nor records with a map"),
+        ("a.json", '{"records": []}', "sglang", "expected logical_count, or records with a map"),
         ("a.pt", "no archive", "sglang", "not a usable trace"),
         ("a.npz", "no archive", "olmoe", "not a usable trace"),
         ("a.json", "{}", "deepspeed", "trace format is 'deepspeed'"),
@@ -219,7 +219,7 @@ def test_a_damaged_archive_is_refused_or_read_and_nothing_else(tmp_path, save):
 def test_another_number_of_experts_than_the_file_says_is_refused(tmp_path):
     ActivationTrace(np.zeros((4, 1, 2), int), 8).save(tmp_path / "trace.npz")
     assert import_trace(tmp_path / "trace.npz", num_experts=8).num_experts == 8
-    with pytest.raises(TraceError, match="the trace is of 8 experts, num_experts is 4"):
+    with pytest.raises(TraceError, match="the trace has 8 experts, but num_experts is 4"):
         import_trace(tmp_path / "trace.npz", num_experts=4)
 
 

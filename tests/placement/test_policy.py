@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
 from placement.placement import Placement
-from placement.policy import build_placement
+from placement.policy import build_placement, fewest_slots
 from placement.rule.evaluate import evaluate, even_split_loads
+from placement.search.problem import PlanRequest
 from placement.traces.trace import ActivationTrace
 
-SHAPE = {"num_layers": 2, "num_experts": 8}
+
+class Model(NamedTuple):
+    """The size of a made-up model."""
+
+    num_layers: int = 2
+    num_experts: int = 8
+
+
+def build(policy, num_ranks, num_nodes=1, slots_per_rank=None, *, model=None, trace=None, min_replicas=1, **options):
+    """The placement of a policy, with as few slots as needed if their number is not given."""
+    model = model or Model()
+    slots = slots_per_rank or fewest_slots(model, num_ranks, num_nodes, min_replicas)
+    request = PlanRequest(num_ranks, num_nodes, slots, min_replicas=min_replicas, **options)
+    return build_placement(policy, request, model, trace)
 
 
 def paired_trace(tokens=400, seed=0):
@@ -22,10 +38,7 @@ def paired_trace(tokens=400, seed=0):
 @pytest.mark.parametrize("policy", ["linear", "random", "greedy", "optimized"])
 @pytest.mark.parametrize(("min_replicas", "num_nodes"), [(1, 1), (2, 1), (2, 2)])
 def test_every_policy_keeps_to_shape_and_replicas(policy, min_replicas, num_nodes):
-    placement = build_placement(
-        policy, **SHAPE, num_ranks=4, num_nodes=num_nodes, slots_per_rank=5, min_replicas=min_replicas,
-        trace=paired_trace(), time_budget_s=0.5,
-    )  # fmt: skip
+    placement = build(policy, 4, num_nodes, 5, min_replicas=min_replicas, trace=paired_trace(), seconds=0.5)
     assert (placement.num_layers, placement.num_experts, placement.slots_per_rank) == (2, 8, 5)
     on_LER = placement.slots_LER >= 0
     homes_LE = on_LER.sum(2) if num_nodes == 1 else on_LER.reshape(2, 8, num_nodes, -1).any(3).sum(2)
@@ -34,10 +47,9 @@ def test_every_policy_keeps_to_shape_and_replicas(policy, min_replicas, num_node
 
 def test_optimized_visits_no_more_ranks_than_greedy_whatever_the_time():
     trace = paired_trace()
-    build = {"num_ranks": 4, **SHAPE, "trace": trace, "load_cap": 1.3}
-    greedy = evaluate(build_placement("greedy", **build), trace)
-    for time_budget_s in (1e-6, 1.0):
-        planned = evaluate(build_placement("optimized", **build, time_budget_s=time_budget_s), trace)
+    greedy = evaluate(build("greedy", 4, trace=trace, load_cap=1.3), trace)
+    for seconds in (1e-6, 1.0):
+        planned = evaluate(build("optimized", 4, trace=trace, load_cap=1.3, seconds=seconds), trace)
         assert (planned.fan_out <= greedy.fan_out).all()
         assert (planned.balancedness >= 1 / 1.3).all()
 
@@ -45,20 +57,21 @@ def test_optimized_visits_no_more_ranks_than_greedy_whatever_the_time():
 def test_greedy_evens_out_counts():
     counts = np.array([[100, 100, 1, 1], [1, 100, 1, 100]])
     trace = ActivationTrace(np.zeros((0, 2, 1), np.int16), 4, counts=counts)
-    placement = build_placement("greedy", num_layers=2, num_experts=4, num_ranks=2, trace=trace)
+    placement = build("greedy", 2, model=Model(2, 4), trace=trace)
     np.testing.assert_array_equal(even_split_loads(placement, counts), [[101, 101]] * 2)
 
 
 def test_random_follows_the_seed():
-    build = {"num_ranks": 2, **SHAPE, "slots_per_rank": 5}
-    assert build_placement("random", **build, seed=3) == build_placement("random", **build, seed=3)
-    assert build_placement("random", **build, seed=3) != build_placement("random", **build, seed=4)
+    assert build("random", 2, 1, 5, seed=3) == build("random", 2, 1, 5, seed=3)
+    assert build("random", 2, 1, 5, seed=3) != build("random", 2, 1, 5, seed=4)
 
 
-def test_slots_default_to_what_experts_need():
-    assert build_placement("linear", **SHAPE, num_ranks=3).slots_per_rank == 3
-    assert build_placement("linear", **SHAPE, num_ranks=4, min_replicas=2).slots_per_rank == 4
-    padded = build_placement("linear", **SHAPE, num_ranks=4, slots_per_rank=3)
+def test_the_fewest_slots_are_those_that_a_linear_placement_takes():
+    assert fewest_slots(Model(), 3) == build("linear", 3).slots_per_rank == 3
+    assert fewest_slots(Model(), 4, min_replicas=2) == build("linear", 4, min_replicas=2).slots_per_rank == 4
+    with pytest.raises(ValueError, match="3 slots a rank are too few for a linear placement, it takes 4"):
+        build("linear", 4, 1, (9, 9, 9, 3), min_replicas=2)
+    padded = build("linear", 4, 1, 3)
     assert padded.physical_to_logical_map[0].tolist() == [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1]
     assert padded.slots_per_rank == 3
     assert isinstance(padded, Placement)
@@ -79,12 +92,12 @@ def test_slots_default_to_what_experts_need():
 )
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
-        build_placement(**{"policy": "linear", **SHAPE, "num_ranks": 2} | change)
+        build(**{"policy": "linear", "num_ranks": 2} | change)
 
 
 @pytest.mark.parametrize("policy", ["greedy", "optimized"])
-@pytest.mark.parametrize("shape", [{"num_layers": 3, "num_experts": 8}, {"num_layers": 2, "num_experts": 16}])
-def test_a_trace_of_another_model_is_refused_with_both_numbers(policy, shape):
-    message = f"trace has 2 layers of 8 experts, the model {shape['num_layers']} of {shape['num_experts']}"
+@pytest.mark.parametrize("model", [Model(3, 8), Model(2, 16)])
+def test_a_trace_of_another_model_is_refused_with_both_numbers(policy, model):
+    message = f"trace is for 2 layers of 8 experts, the model for {model.num_layers} of {model.num_experts}"
     with pytest.raises(ValueError, match=message):
-        build_placement(policy, **shape, num_ranks=2, trace=paired_trace())
+        build(policy, 2, model=model, trace=paired_trace())

@@ -1,6 +1,6 @@
 """A shard without experts, for the transports' tests: it answers bytes with bytes, and misbehaves on request.
 
-The first byte of a request's body (after the wire header) says what to do.
+H_EPOCH of a request's header says what to do with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,23 @@ from experts.transports.control import ControlListener, Hello, LifeLine
 from experts.transports.shm import ShmDoorbell
 
 ECHO, HOLD, DROP = 0, 1, 2
-"""H_EPOCH of a request: answer it; answer it when told to; close the pair instead."""
+"""Values of H_EPOCH: answer the request; answer it when told to; close the pair instead."""
 
 ROW_BYTES = 64
 CAPACITY = 1 << 16
-SPAWN_S = 60.0
+START_TIMEOUT_S = 60.0
 
 
 def deadline_in(seconds: float) -> float:
-    """On time.monotonic()'s clock."""
+    """The instant on time.monotonic() in `seconds` from now."""
     return time.monotonic() + seconds
 
 
-atomics.warm_up()  # once in the fork server rather than in every shard
+atomics.warm_up()  # once in the fork server, not in every shard
 
 
 def hello_for(transport: str, router_id: str = "router", capacity: int = CAPACITY) -> Hello:
-    """What a router of the tests says."""
+    """The hello of a router in the tests."""
     return Hello(
         router_id=router_id,
         transport=transport,
@@ -63,18 +63,18 @@ def hello_for(transport: str, router_id: str = "router", capacity: int = CAPACIT
 
 
 class EchoLoop:
-    """The shard's compute loop: every request comes back with each byte of its body counted up by one."""
+    """The shard's compute loop: it returns every request with 1 added to each byte of its body."""
 
-    def __init__(self, bind_host: str, handshake_s: float, events: Any) -> None:
+    def __init__(self, bind_host: str, handshake_timeout_s: float, events: Any) -> None:
         self.bell = ShmDoorbell(spin_us=20)
         self.events = events
         self.held: list[tuple[ShardChannel, int]] = []
         self.channels: list[ShardChannel] = []
-        self.listener = ControlListener(bind_host, self._open, self._add, self._remove, handshake_s)
-        self.handshake_s = handshake_s
+        self.listener = ControlListener(bind_host, self._open, self._add, self._remove, handshake_timeout_s)
+        self.handshake_timeout_s = handshake_timeout_s
 
     def _open(self, hello: Hello, line: LifeLine) -> tuple[ShardChannel, dict[str, Any]]:
-        return open_shard_channel(hello, line, self.bell, "cpu", time.monotonic() + self.handshake_s)
+        return open_shard_channel(hello, line, self.bell, "cpu", time.monotonic() + self.handshake_timeout_s)
 
     def _add(self, channel: ShardChannel) -> None:
         self.channels = [*self.channels, channel]
@@ -106,7 +106,7 @@ class EchoLoop:
         return 1
 
     def release(self) -> None:
-        """Answer what was held, late."""
+        """Answer the requests that were held."""
         held, self.held = self.held, []
         for channel, nbytes in held:
             answer(channel, nbytes)
@@ -114,7 +114,7 @@ class EchoLoop:
 
 
 def answer(channel: ShardChannel, nbytes: int) -> None:
-    """The reply: the header as it came, every byte of the body plus one, rows likewise where they travel apart."""
+    """Reply with the same header and 1 added to every byte of the body, also to rows that travel separately."""
     rows = getattr(channel, "recv_tensor", None)
     on_device = int(header_of(channel.recv_buffer)[H_ROWS]) * ROW_BYTES if rows is not None else 0
     host_bytes = nbytes - on_device
@@ -129,15 +129,15 @@ def answer(channel: ShardChannel, nbytes: int) -> None:
     channel.reply(nbytes)
 
 
-def serve(rank: int, bind_host: str, handshake_s: float, netns: str, keepalive_s: int, events: Any) -> None:
-    """Process body: sends its endpoint, then events; does what the other end of the pipe says."""
+def serve(rank: int, bind_host: str, handshake_timeout_s: float, netns: str, keepalive_s: int, events: Any) -> None:
+    """Process body: sends its endpoint, then events; runs the commands from the other end of the pipe."""
     if netns:
         from benchmarks.serving.hosts import enter
 
         enter(netns)
     if keepalive_s:
-        control._KEEPALIVE = tuple((option, keepalive_s) for option, _ in control._KEEPALIVE)
-    loop = EchoLoop(bind_host, handshake_s, events)
+        control.KEEPALIVE = tuple((option, keepalive_s) for option, _ in control.KEEPALIVE)
+    loop = EchoLoop(bind_host, handshake_timeout_s, events)
     events.send(ShardEndpoint(rank, "1", bind_host, loop.listener.port, host_id(), os.getpid()))
     threading.Thread(target=loop.run, daemon=True).start()
     while True:
@@ -156,46 +156,46 @@ def serve(rank: int, bind_host: str, handshake_s: float, netns: str, keepalive_s
 
 @dataclass
 class EchoShard:
-    """A shard's process as the tests see it."""
+    """A shard's process, seen from the tests."""
 
     process: Any
     endpoint: ShardEndpoint
     pipe: multiprocessing.connection.Connection
 
     def event(self, timeout_s: float = 20.0) -> Any:
-        """The next thing that the shard reports."""
+        """The next event that the shard reports."""
         if not self.pipe.poll(timeout_s):
             raise TimeoutError("the shard reported nothing")
         return self.pipe.recv()
 
     def stop(self) -> None:
-        """SIGSTOP, and wait until every thread of it has stopped."""
+        """Send SIGSTOP and wait until all threads have stopped."""
         tasks = Path(f"/proc/{self.endpoint.pid}/task")
         os.kill(self.endpoint.pid, signal.SIGSTOP)
-        limit_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 20
         while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in tasks.glob("*/stat")):
-            if time.monotonic() > limit_s:
-                raise TimeoutError("the echo shard does not stop")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("the echo shard did not stop within 20 s")
             time.sleep(0.001)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.kill(self.endpoint.pid, signal.SIGCONT)
 
     def connect(
-        self, transport: str, router_id: str = "router", capacity: int = CAPACITY, limit_s: float = 20.0
+        self, transport: str, router_id: str = "router", capacity: int = CAPACITY, timeout_s: float = 20.0
     ) -> RouterLink:
-        """A link to it."""
+        """A link to this shard."""
         hello = hello_for(transport, router_id, capacity)
-        return connect(self.endpoint, hello, "cpu", 20.0, time.monotonic() + limit_s)
+        return connect(self.endpoint, hello, "cpu", 20.0, deadline_in(timeout_s))
 
 
 @functools.cache
 def context() -> Any:
-    """Processes forked from one that has imported everything: quick to start and with no threads to inherit."""
+    """Processes forked from one that has imported everything: they start fast and inherit no threads."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["tests.support.echo_shard", "experts.transports.torch_pair"])
-    # Python 3.11's fork server does not take over sys.path, and passes over in silence what it cannot import.
+    # Python 3.11's fork server does not copy sys.path, and silently skips what it cannot import.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         multiprocessing.forkserver.ensure_running()
@@ -204,17 +204,21 @@ def context() -> Any:
 
 @contextlib.contextmanager
 def echo_shard(
-    rank: int = 0, bind_host: str = "127.0.0.1", handshake_s: float = 20.0, netns: str = "", keepalive_s: int = 0
+    rank: int = 0,
+    bind_host: str = "127.0.0.1",
+    handshake_timeout_s: float = 20.0,
+    netns: str = "",
+    keepalive_s: int = 0,
 ) -> Iterator[EchoShard]:
-    """A running echo shard, in network namespace `netns` if that is given, killed at the end."""
+    """A running echo shard, in network namespace `netns` if given; killed at the end."""
     ours, theirs = multiprocessing.Pipe()
-    arguments = (rank, bind_host, handshake_s, netns, keepalive_s, theirs)
+    arguments = (rank, bind_host, handshake_timeout_s, netns, keepalive_s, theirs)
     process = context().Process(target=serve, args=arguments, daemon=True)
     process.start()
     theirs.close()
     try:
-        if not ours.poll(SPAWN_S):
-            raise TimeoutError("the echo shard did not start")
+        if not ours.poll(START_TIMEOUT_S):
+            raise TimeoutError(f"the echo shard did not start within {START_TIMEOUT_S} s")
         yield EchoShard(process, ours.recv(), ours)
     finally:
         process.kill()
@@ -223,7 +227,7 @@ def echo_shard(
 
 
 def post_body(link: RouterLink, body: bytes, task: int = ECHO, num_rows: int = 0) -> int:
-    """Post a wire header and `body`, of which the last `num_rows` rows travel as rows. Returns the message's length."""
+    """Post a header and `body`, whose last `num_rows` rows travel as rows. Returns the message's length."""
     nbytes = HEADER_BYTES + len(body)
     header = header_of(link.send_buffer)
     header[:] = 0
@@ -247,10 +251,5 @@ def reply_body(link: RouterLink, nbytes: int) -> bytes:
 
 
 def counted_up(body: bytes) -> bytes:
-    """What the echo shard makes of `body`."""
+    """The echo shard's answer to `body`."""
     return (np.frombuffer(body, np.uint8) + np.uint8(1)).tobytes()
-
-
-def hello_with(hello: Hello, **changes: Any) -> Hello:
-    """`hello` with some fields changed."""
-    return replace(hello, **changes)

@@ -1,4 +1,4 @@
-"""Shards of a fixed-capacity exchange as processes of their own: expert e multiplies its input by e + 1."""
+"""Shards of a fixed-capacity exchange, each in its own process: expert e multiplies its input by e + 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.distributed import FileStore
 
 from experts.dispatch.captured.fixed_dispatch import FixedMessage, MessageLayout
 from experts.transports.torch_groups import ROUTER, SHARD, GlooGroup, NcclGroup, PairGroup
-from tests.support.small_mesh import AWAIT_S, forked_context
+from tests.support.small_mesh import forked_context
+from tests.support.waiting import AWAIT_S
 
 
 def make_group(kind: str, folder: Path, peer: int, rank: int, device: str) -> PairGroup:
@@ -26,7 +27,7 @@ def make_group(kind: str, folder: Path, peer: int, rank: int, device: str) -> Pa
 
 
 def scale_rows(message: FixedMessage, out_MD: torch.Tensor) -> None:
-    """The shard's part."""
+    """What a shard computes."""
     scale_N = message.weights_N * (message.experts_N + 1)
     row_N = torch.repeat_interleave(torch.arange(len(out_MD)), message.row_offsets_M1.diff().long())
     scale_M1 = torch.zeros(len(out_MD)).index_add_(0, row_N, scale_N)[:, None]
@@ -36,7 +37,7 @@ def scale_rows(message: FixedMessage, out_MD: torch.Tensor) -> None:
 def serve(
     kind: str, folder: Path, peer: int, device: str, layout: MessageLayout, dtype: str, silent: bool, pipe: Any
 ) -> None:
-    """Process body: answer until killed; or, if `silent`, never."""
+    """Process body: answer until killed, or never if `silent`."""
     from experts.dispatch.captured.exchange import FixedPeer
 
     group = make_group(kind, folder, peer, SHARD, device)
@@ -58,7 +59,7 @@ def peers(
     dtype: torch.dtype,
     silent: int = -1,
 ) -> Iterator[list[PairGroup]]:
-    """The router's groups, one for each shard, whose processes are killed at the end; shard `silent` never answers."""
+    """The router's groups, one a shard; kills the shards' processes at the end. Shard `silent` never answers."""
     name = str(dtype).removeprefix("torch.")
     running: list[tuple[Any, Any]] = []
     groups: list[PairGroup] = []
@@ -72,7 +73,7 @@ def peers(
             running.append((process, ours))
         for peer, (_, pipe) in enumerate(running):
             groups.append(make_group(kind, folder, peer, ROUTER, router_device))
-            assert pipe.poll(AWAIT_S), f"shard {peer} did not come"
+            assert pipe.poll(AWAIT_S), f"shard {peer} did not start"
         yield groups
     finally:
         for group in groups:

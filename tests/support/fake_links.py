@@ -1,4 +1,4 @@
-"""Shards without processes: links that compute in place, and fail as a test tells them to."""
+"""Shards without processes: links that compute in place and fail on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from experts.dispatch.dispatcher import Dispatcher
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.errors import ShardLostError, ShardTimeoutError
 from experts.protocol.membership import Membership
@@ -32,17 +32,17 @@ from experts.protocol.wire import (
 from experts.shard.request import read_request
 from experts.transports.base import RouterLink
 from placement.placement import Placement
-from tests.support.small_mesh import Batch, local
+from tests.support.small_mesh import Batch, one_process
 
 Fault = Callable[["FakeLink", int], int]
-"""Given the link and the length of a good reply in its receive buffer: spoils it and returns a length, or raises."""
+"""Gets the link and the length of the good reply in its receive buffer; spoils it and returns a length, or raises."""
 
 
 class FakeLink(RouterLink):
     """Answers like a shard that holds what `placement` gives to `rank`.
 
-    With `apart`, rows travel in tensors of their own, as between GPUs. `post_faults` and `wait_faults` hold a fault, or
-    None for none, for each call in turn; after the last, all is well.
+    With `apart`, rows travel in tensors of their own, as between GPUs. `post_faults` and `wait_faults` hold a fault or
+    None for each coming call; later calls succeed.
     """
 
     transport = "fake"
@@ -53,7 +53,7 @@ class FakeLink(RouterLink):
         placement: Placement,
         shape: LayerShape,
         max_rows: int,
-        experts: LocalExperts,
+        experts: FallbackExperts,
         apart: bool = False,
     ) -> None:
         self.rank = rank
@@ -152,7 +152,7 @@ def garbage(link: FakeLink, length: int) -> int:
     return length
 
 
-# Fault: what the reason has to say.
+# Faults, and what the reason for the loss must say.
 WAIT_FAULTS: dict[str, tuple[Fault, str]] = {
     "lost": (lost, "closed the connection"),
     "silent": (silent, "before the deadline"),
@@ -186,10 +186,10 @@ def fake_mesh(
     apart: bool = False,
 ) -> FakeMesh:
     shape = LayerShape(2, 6, 3, 24, dtype)  # what small_mesh writes
-    experts = local(model, dtype)
+    experts = one_process(model, dtype)
     wanted = list(range(placement.num_ranks)) if ranks is None else ranks
     links = {rank: FakeLink(rank, placement, shape, max_rows, experts, apart) for rank in wanted}
-    dispatcher = Dispatcher(shape, max_rows, 1.0, local(model, dtype))
+    dispatcher = Dispatcher(shape, max_rows, 1.0, one_process(model, dtype))
     missing = {rank: "no shard has this rank yet" for rank in range(placement.num_ranks) if rank not in links}
     dispatcher.apply(Membership(1, placement, (None,) * placement.num_ranks), dict(links), missing)
     return FakeMesh(dispatcher, links)

@@ -1,4 +1,4 @@
-"""Routers and shards whose rows travel apart from their messages: over NCCL between GPUs, or over gloo in its place.
+"""Routers and shards whose rows travel apart from their messages: over NCCL between GPUs, or over gloo instead.
 
 Several ranks share a GPU if there are not enough; see `experts.transports.nccl_sharing` for how.
 """
@@ -20,11 +20,12 @@ from experts.transports.nccl_sharing import spread
 from placement.placement import Placement
 from tests.support.small_mesh import Batch, Mesh, start_shards
 
-KINDS = [pytest.param("nccl", marks=pytest.mark.gpu), "gloo_split"]
+NCCL = pytest.param("nccl", marks=pytest.mark.gpu)
+KINDS = [NCCL, "gloo_split"]
 
 
 def places(kind: str, num_shards: int) -> tuple[str, list[str]]:
-    """(the router's device, each shard's); skips, saying what is left out, without a GPU."""
+    """(the router's device, each shard's device). Skips the test if NCCL has no GPU, and says what was left out."""
     if kind != "nccl":
         return "cpu", ["cpu"] * num_shards
     try:
@@ -35,7 +36,7 @@ def places(kind: str, num_shards: int) -> tuple[str, list[str]]:
 
 @contextlib.contextmanager
 def mesh_over(kind: str, model: Path, placement: Placement, **settings: object) -> Iterator[Mesh]:
-    """A mesh with each shard on its place."""
+    """A mesh with each shard on its own device."""
     _, devices = places(kind, placement.num_ranks)
     mesh = Mesh(model, placement, {})
     try:
@@ -52,7 +53,7 @@ def router_over(kind: str, mesh: Mesh, dtype: torch.dtype = torch.float32, **set
     spec = ExpertCheckpoint.open(mesh.model).spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
     values = {"dispatch_timeout_ms": 60_000, "connect_timeout_s": 60.0, "trace_tokens": 0, **settings}
-    # "gloo_split" is for tests alone, which is why the settings do not know it.
+    # The settings do not know "gloo_split": it exists for tests only.
     chosen = RouterSettings(model_path=str(mesh.model), **values).model_copy(update={"transport": kind})
     router = MeshClient(chosen, mesh.checkpoint, shape, places(kind, mesh.placement.num_ranks)[0])
     mesh.routers.append(router)

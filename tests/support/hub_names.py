@@ -10,6 +10,7 @@ Legend: E experts, D hidden size, I expert intermediate size.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,24 @@ def gpt_oss() -> Expected:
     return out
 
 
+def mxfp4_tensors(E: int, D: int, I: int) -> dict[str, torch.Tensor]:
+    """Random routed experts of a gpt-oss layer 0 under the hub's names."""
+    generator = torch.Generator().manual_seed(2)
+    stem = "model.layers.0.mlp.experts."
+
+    def bytes_of(*shape: int) -> torch.Tensor:
+        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
+
+    return {
+        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
+        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
+        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
+        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
+        stem + "down_proj_scales": bytes_of(E, D, I // 32),
+        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
+    }
+
+
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Rows gate 0, up 0, gate 1, up 1, ..."""
     return torch.stack([gate, up], dim=1).flatten(0, 1)
@@ -239,3 +258,27 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+FP8 = torch.float8_e4m3fn
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def random_fp8(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """E4M3 weights of the size that checkpoints have, about 50."""
+    return (torch.randn(shape, generator=generator) * 50).to(FP8)
+
+
+def deepseek_fp8(folder: Path, D: int = 200, I: int = 136) -> tuple[Path, dict[str, torch.Tensor]]:
+    """(folder, stored tensors) of DeepSeek-V3's experts in FP8 blocks: layer 1 of 2, two experts."""
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "n_routed_experts": 2, "num_experts_per_tok": 1}
+    config |= {"hidden_size": D, "moe_intermediate_size": I, "first_k_dense_replace": 1, "hidden_act": "silu"}
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for expert in range(2):
+        for name, shape in (("gate_proj", (I, D)), ("up_proj", (I, D)), ("down_proj", (D, I))):
+            stem = f"model.layers.1.mlp.experts.{expert}.{name}.weight"
+            tensors[stem] = random_fp8(shape, generator)
+            blocks = tuple(math.ceil(n / 128) for n in shape)
+            tensors[stem + "_scale_inv"] = torch.rand(blocks, generator=generator)
+    return write(folder, {**config, "quantization_config": FP8_CONFIG}, tensors), tensors

@@ -1,4 +1,4 @@
-"""Small made-up traces: experts in cliques, which tokens prefer, so that a good placement is known by construction."""
+"""Small made-up traces: tokens prefer cliques of experts, so that a good placement is known by construction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def clique_trace(
     purity: float = 0.9,
     seed: int = 0,
 ) -> ActivationTrace:
-    """Cliques of `top_k` experts, shuffled over the ids; a token takes its clique's experts with chance `purity`."""
+    """Cliques of `top_k` experts with shuffled ids; a token takes each expert of its clique with chance `purity`."""
     rng = np.random.default_rng(seed)
     ids = np.empty((num_tokens, num_layers, top_k), np.int16)
     for layer in range(num_layers):

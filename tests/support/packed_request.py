@@ -1,4 +1,4 @@
-"""Requests packed by hand, for tests that speak to a shard without a router."""
+"""Requests packed by hand, for tests that talk to a shard without a router."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROW_BYTES = 4 * HIDDEN
 
 
 def pack(buffer: np.ndarray, seq: int, experts: list[int], layer: int = 0, x_D: torch.Tensor | None = None) -> int:
-    """One row that wants `experts`, each at weight 1, in `buffer`; returns the length."""
+    """Pack one row for `experts`, each with weight 1, into `buffer`; returns the length in bytes."""
     offsets_at, experts_at, weights_at, rows_at, nbytes = request_layout(1, len(experts), ROW_BYTES)
     header = header_of(buffer)
     header[:] = 0

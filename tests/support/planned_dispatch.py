@@ -1,4 +1,4 @@
-"""Runs `plan_and_pack` on buffers of its own, for the tests of plan and combine.
+"""Runs the compiled `plan_and_pack` on buffers of its own, for the tests of plan and combine.
 
 Legend: T tokens, K top-k, E logical experts, R ranks.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from experts.dispatch.rows import host_programs as plan
 from experts.protocol.wire import request_capacity
@@ -38,10 +39,10 @@ def run_plan(
     *,
     num_nodes: int = 1,
     load_R: np.ndarray | None = None,
-    head: tuple[int, int, int, int, int] = (7, 2, 99, 1, 0),
+    header: np.ndarray | None = None,
     with_rows: bool = True,
 ) -> Planned:
-    """`x_TB` is uint8 [T, bytes of a row]. Buffers are poisoned and end in a canary that must survive."""
+    """`x_TB` is uint8 [T, bytes of a row]. Buffers are poisoned; nothing may write past a message."""
     (num_tokens, top_k), num_ranks = ids_TK.shape, slots_ER.shape[1]
     row_bytes = x_TB.shape[1]
     capacity = request_capacity(num_tokens, top_k, row_bytes)
@@ -66,7 +67,7 @@ def run_plan(
         num_nodes,
         planned.load_R,
         np.array([buffer.ctypes.data for buffer in buffers], np.int64),
-        np.array(head, np.int64),
+        plan.request_header(7, torch.float32, 0) if header is None else header,
         with_rows,
         planned.rank_TK,
         planned.row_TK,

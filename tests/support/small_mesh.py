@@ -1,4 +1,4 @@
-"""Small checkpoints, shards in processes of their own, and routers without vLLM, for the data plane's tests.
+"""Small checkpoints, shards in processes of their own, and mesh clients without vLLM, for the data plane's tests.
 
 Legend: T tokens, K top-k, D hidden size, I expert intermediate size.
 """
@@ -13,7 +13,6 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.dispatch.fallback import LocalExperts
+from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.membership import Membership, ShardEndpoint
@@ -34,9 +33,9 @@ from experts.protocol.status import ShardStatus
 from experts.shard import request
 from experts.transports import atomics
 from placement.placement import Placement
+from tests.support.waiting import AWAIT_S, await_true
 
 SPAWN_S = 90.0
-AWAIT_S = 60.0
 
 # Kernel and oracle sum the same float32 products in other orders: over at most 100 terms each of about unit size,
 # that moves a sum by some 1e-6; a wrong expert, weight or row moves it by some 1e-1.
@@ -87,21 +86,12 @@ def write_checkpoint(
     return folder
 
 
-def await_true(condition: Callable[[], Any], what: str, deadline_s: float = AWAIT_S) -> Any:
-    """The first true value of `condition`, looked at again and again; AssertionError names what did not come."""
-    limit_s = time.monotonic() + deadline_s
-    while not (value := condition()):
-        assert time.monotonic() < limit_s, f"{what} did not come within {deadline_s} s"
-        time.sleep(0.002)
-    return value
-
-
 @functools.cache
 def forked_context() -> Any:
-    """Processes forked from one that has imported what shards need; it has no threads to inherit."""
+    """Starts processes by forking one that has imported what shards need and has no threads to inherit."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["tests.support.small_mesh", "experts.shard.server"])
-    # Python 3.11's fork server does not take over sys.path, and passes over in silence what it cannot import.
+    # Python 3.11's fork server does not inherit sys.path, and silently skips what it cannot import.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -110,7 +100,7 @@ def forked_context() -> Any:
 
 
 def _serve(settings: dict[str, Any], placement: dict[str, Any], rank: int, epoch: int, pipe: Any) -> None:
-    """Process body: a shard that does what the other end of the pipe asks for."""
+    """Process body: a shard that executes what arrives through the pipe."""
     from experts.shard.server import ShardServer
 
     server = ShardServer(ShardSettings.model_validate(settings))
@@ -129,7 +119,7 @@ def _serve(settings: dict[str, Any], placement: dict[str, Any], rank: int, epoch
 
 
 def in_processes(body: Callable[..., None], arguments: list[tuple]) -> list[Any]:
-    """What `body(*arguments, pipe)` sends, from one process for each of `arguments`, all at once."""
+    """What `body(*arguments, pipe)` sends from one process for each of `arguments`, all running in parallel."""
     running = []
     for one in arguments:
         ours, theirs = multiprocessing.Pipe()
@@ -172,16 +162,16 @@ class Shard:
         return self.call("status")
 
     def signal(self, number: int) -> None:
-        """Send a signal; SIGKILL is waited for, so that the kernel has closed its sockets, and so is SIGSTOP."""
+        """Send a signal; after SIGKILL wait until its sockets are closed, after SIGSTOP until it stopped."""
         os.kill(self.endpoint.pid, number)
         if number == signal.SIGKILL:
             self.process.join(AWAIT_S)
-        if number == signal.SIGSTOP:  # on another core it may go on for long enough to answer
+        if number == signal.SIGSTOP:  # it may run on for long enough to answer
             states = list(Path(f"/proc/{self.endpoint.pid}/task").glob("*/stat"))
             await_true(lambda: all(") T " in state.read_text() for state in states), "the stop")
 
     def end(self) -> None:
-        """Kill it, whatever state it is in."""
+        """Kill it in any state."""
         self.process.kill()
         self.process.join(AWAIT_S)
         self.pipe.close()
@@ -190,7 +180,7 @@ class Shard:
 def start_shards(
     model: Path, placement: Placement, ranks: list[int] | None = None, epoch: int = 1, **settings: Any
 ) -> dict[int, Shard]:
-    """Shards for `ranks` (all if None), side by side; `end` each."""
+    """Shards for `ranks` (None: all), started in parallel; the caller ends each."""
     data = ShardSettings(
         **{"model_path": str(model), "dtype": "float32", "kernel": "torch_loop", **settings}
     ).model_dump()
@@ -216,7 +206,7 @@ def start_shards(
 
 @dataclass
 class Mesh:
-    """A checkpoint, its shards, and what a router needs to find them."""
+    """A checkpoint, its shards, and what a mesh client needs to find them."""
 
     model: Path
     placement: Placement
@@ -230,7 +220,7 @@ class Mesh:
         return ExpertCheckpoint.open(self.model)
 
     def membership(self, epoch: int | None = None, without: tuple[int, ...] = ()) -> Membership:
-        """The shards as they are now, but for those `without`."""
+        """The shards as they are now, except those `without`."""
         endpoints = tuple(
             self.shards[rank].endpoint if rank in self.shards and rank not in without else None
             for rank in range(self.placement.num_ranks)
@@ -238,7 +228,7 @@ class Mesh:
         return Membership(self.epoch if epoch is None else epoch, self.placement, endpoints)
 
     def router(self, apply: bool = True, dtype: torch.dtype = torch.float32, **settings: Any) -> MeshClient:
-        """A router, connected to the shards if `apply`; closed with the mesh."""
+        """A mesh client, connected to the shards if `apply`; closed with the mesh."""
         router = make_router(self.model, dtype, **settings)
         self.routers.append(router)
         if apply:
@@ -262,7 +252,7 @@ class Mesh:
 
 
 def make_router(model: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> MeshClient:
-    """A router of a checkpoint that is connected to nothing yet."""
+    """A mesh client of a checkpoint, not connected yet."""
     checkpoint = ExpertCheckpoint.open(model)
     spec = checkpoint.spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
@@ -282,7 +272,7 @@ def mesh_of(model: Path, placement: Placement, **settings: Any) -> Iterator[Mesh
 
 
 def replicated(num_layers: int, num_experts: int, num_ranks: int, replicas: int) -> Placement:
-    """Expert e stands on the ranks e, e + 1, ... (modulo the ranks), `replicas` of them."""
+    """Expert e is on `replicas` ranks: e, e + 1, ... (modulo the ranks)."""
     held: list[list[int]] = [[] for _ in range(num_ranks)]
     for expert in range(num_experts):
         for replica in range(replicas):
@@ -321,7 +311,7 @@ def random_batch(
 
 
 def oracle(checkpoint: ExpertCheckpoint, layer: int, batch: Batch) -> torch.Tensor:
-    """The layer's output in float64: every pair by the definition, one token after the other."""
+    """The layer's output in float64, pair by pair from the definition."""
     spec = checkpoint.spec
     assert spec.activation.kind == "silu"
     read = functools.cache(lambda expert: checkpoint.read_expert(layer, expert, torch.float32))
@@ -335,13 +325,13 @@ def oracle(checkpoint: ExpertCheckpoint, layer: int, batch: Batch) -> torch.Tens
     return y_TD
 
 
-def local(model: Path, dtype: torch.dtype = torch.float32) -> LocalExperts:
-    """The one-process form."""
-    return LocalExperts(ExpertCheckpoint.open(model), dtype)
+def one_process(model: Path, dtype: torch.dtype = torch.float32) -> FallbackExperts:
+    """Any layer of the checkpoint, computed in this process."""
+    return FallbackExperts(ExpertCheckpoint.open(model), dtype)
 
 
 def run(router: MeshClient, layer: int, batch: Batch) -> torch.Tensor:
-    """One layer through a router."""
+    """One layer through a mesh client."""
     return router.finish(router.begin(layer, batch.x_TD, batch.weights_TK, batch.ids_TK))
 
 

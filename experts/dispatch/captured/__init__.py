@@ -1,2 +1,2 @@
-"""Dispatch of fixed capacity that a CUDA graph can capture. Whatever may fail over or change its size between steps
-belongs to `experts.dispatch`."""
+"""Dispatch of fixed capacity that a CUDA graph can capture. What fails over, or changes its size between steps, belongs
+to `experts.dispatch`."""

@@ -1,7 +1,5 @@
 """The exchange between `FixedDispatch.pack` and `combine`, over the groups of pairs.
 
-Never run on a GPU by its authors: none was at hand. Run over gloo on the CPU, the programs in Triton's interpreter.
-
     router (can be captured)             shard
     send message r to rank r     --->    receive, read_message (waits for the device), compute
     receive reply r              <---    send rows [T, D]
@@ -22,20 +20,20 @@ from experts.transports.torch_groups import PairGroup
 def exchange(dispatch: FixedDispatch, groups: Sequence[PairGroup], deadline_s: float | None = None) -> None:
     """Send every message, receive every reply. `groups[r]` joins rank r.
 
-    `deadline_s`, on time.monotonic()'s clock, holds for groups in host memory; what is on a GPU's stream ends only with
-    its peer or with `abort`. TimeoutError, ConnectionError; ValueError for another number of groups than ranks.
+    `deadline_s` (time.monotonic()) bounds groups in host memory only; what is on a GPU's stream ends with its peer or
+    with `abort`. TimeoutError, ConnectionError; ValueError if the number of groups is not that of ranks.
     """
     if len(groups) != dispatch.num_ranks:
         raise ValueError(f"{len(groups)} pairs for {dispatch.num_ranks} ranks")
     works = [group.send(dispatch.send_RB[rank]) for rank, group in enumerate(groups)]
-    # Each direction of a pair is a queue of its own over gloo, and one queue for both over NCCL: replies come last.
+    # Over gloo each direction of a pair is a queue of its own, over NCCL both share one: receive after all sends.
     works += [group.recv(dispatch.recv_RTD[rank].view(torch.uint8).flatten()) for rank, group in enumerate(groups)]
     for work, group in zip(works, [*groups, *groups], strict=True):
         group.join(work, deadline_s)
 
 
 class FixedPeer:
-    """The shard's end of one pair: buffers, and one answer after the other."""
+    """The shard's end of one pair: its buffers, and one answer at a time."""
 
     def __init__(self, group: PairGroup, layout: MessageLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._group = group
@@ -47,7 +45,7 @@ class FixedPeer:
     def serve(self, compute: Callable[[FixedMessage, torch.Tensor], None], deadline_s: float) -> None:
         """Answer one message: `compute` gets it and the rows [M, D] to fill.
 
-        `deadline_s` on time.monotonic()'s clock bounds each wait. TimeoutError, ConnectionError, ValueError.
+        `deadline_s` (time.monotonic()) bounds each wait. TimeoutError, ConnectionError, ValueError.
         """
         self._group.wait(self._group.recv(self._message_B), deadline_s)
         message = read_message(self._message_B, self._layout, self._dtype)

@@ -1,6 +1,4 @@
-"""Dispatch of fixed capacity: every rank gets a message of the same size each time, and no host ever waits.
-
-Never run on a GPU by its authors: none was at hand. Checked in Triton's interpreter on the CPU, without graphs.
+"""Dispatch of fixed capacity: every rank gets a message of the same size each time, and the host never waits.
 
 Legend: T tokens, K top-k, R ranks, L MoE layers, E experts, D hidden size.
 
@@ -8,15 +6,15 @@ Legend: T tokens, K top-k, R ranks, L MoE layers, E experts, D hidden size.
     (exchange)  message r to rank r, replies back: sizes never change
     combine()   sum of the replies                                     1 launch
 
-All of it reads and writes the same memory each time and decides nothing on the host, so that a CUDA graph can capture
-it for a decode batch of T tokens. The price is bytes: each rank gets room for T rows, full or not. T is also the most
-rows that one rank can get, so nothing overflows. A message is
+All of it uses the same memory each time and decides nothing on the host, so a CUDA graph can capture it for a decode
+batch of T tokens. The price is bytes: each rank gets room for T rows, full or not. No rank can get more than T rows, so
+nothing overflows. A message is
 
     int32: rows, pairs, 0, 0 | row_offsets [T + 1] | experts [T K] | weights [T K] (float32) | rows [T, D]
 
-with sections on 64-byte boundaries; a reply is rows [T, D]. What a host has to look at, it looks at after a step:
-`unserved` counts the pairs that no live rank could serve. A captured exchange with a dead peer never ends by itself:
-abort its communicator, then repeat the step with the dispatcher, which knows how to go on without a shard.
+with sections on 64-byte boundaries; a reply is rows [T, D]. The host looks at `unserved`, the pairs that no live rank
+could serve, after a step. A captured exchange with a dead peer never ends by itself: abort its communicator, then
+repeat the step with the dispatcher, which can do without a shard.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ BLOCK_T = 64
 
 
 def power_of_2(value: int) -> int:
-    """The least that is not below `value`, at least 1."""
+    """The smallest power of two that is at least `value` and at least 1."""
     return 1 << max(value - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
 class MessageLayout:
-    """Where the sections of a message begin, in bytes."""
+    """Byte offsets of the sections of a message."""
 
     num_tokens: int
     top_k: int
@@ -51,7 +49,7 @@ class MessageLayout:
 
     @property
     def offsets_at(self) -> int:
-        """Row offsets, int32 [T + 1]; the counts stand before them."""
+        """Row offsets, int32 [T + 1]; the counts come before them."""
         return int(aligned(4 * COUNT_WORDS))
 
     @property
@@ -71,22 +69,22 @@ class MessageLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of a whole message."""
+        """Length of a whole message."""
         return int(aligned(self.rows_at + self.reply_bytes))
 
     @property
     def reply_bytes(self) -> int:
-        """Of a reply."""
+        """Length of a reply."""
         return self.num_tokens * self.row_bytes
 
 
 class FixedDispatch:
-    """One router's, for steps of exactly `num_tokens` tokens."""
+    """One router's dispatch of steps with exactly `num_tokens` tokens."""
 
     def __init__(
         self, shape: LayerShape, num_tokens: int, num_ranks: int, num_nodes: int, replicas: bool, device: torch.device
     ) -> None:
-        """`replicas`: whether placements may hold an expert twice; the choice costs a launch of one program."""
+        """`replicas`: whether placements may hold an expert twice; choosing one costs a launch of one program."""
         self.shape = shape
         self.layout = MessageLayout(num_tokens, shape.top_k, shape.row_bytes)
         self.num_ranks = num_ranks
@@ -99,7 +97,7 @@ class FixedDispatch:
         self.recv_RTD = torch.zeros(num_ranks, num_tokens, shape.hidden_size, dtype=shape.dtype, device=device)
         """Reply r comes from rank r."""
         self.unserved = torch.zeros(1, **ints)
-        """int32, added to by every pack; whoever reads it sets it to 0."""
+        """int32; every pack adds to it, the reader resets it to 0."""
         self._rank_TK, self._row_TK = torch.full(pairs, -1, **ints), torch.full(pairs, -1, **ints)
         self._slots_LER = torch.full((shape.num_layers, shape.num_experts, num_ranks), -1, **ints)
         self._home_LE = torch.full((shape.num_layers, shape.num_experts), -1, **ints)
@@ -118,10 +116,10 @@ class FixedDispatch:
             )
 
     def set_placement(self, slots_LER: np.ndarray) -> None:
-        """Use another epoch from the next step on, in graphs that were captured before too.
+        """Use another epoch from the next step on, also in graphs that were captured before.
 
         `slots_LER`: int32, -1 where a rank has no slot for an expert or is lost. ValueError for another shape, or for
-        replicas where none were announced: the graphs in use would not see them.
+        replicas if this dispatch was made without: graphs in use would not see them.
         """
         if slots_LER.shape != tuple(self._slots_LER.shape):
             raise ValueError(f"slots are {list(slots_LER.shape)}, expected {list(self._slots_LER.shape)}")
@@ -150,7 +148,7 @@ class FixedDispatch:
                 topk_ids_TK, self._slots_LER[layer], self._node_of_rank_R, self._load_LR[layer], self._rank_TK,
                 T, shape.num_experts, self.num_ranks, NUM_NODES=self.num_nodes, K=K,
                 BLOCK_K=power_of_2(K), BLOCK_R=power_of_2(self.num_ranks), BLOCK_N=power_of_2(self.num_nodes),
-                num_warps=1,  # its tiles are small, and within a warp no reduction waits at a barrier
+                num_warps=1,  # the tiles are small, and reductions within a warp need no barrier
             )  # fmt: skip
         triton_plan.place_pairs[(self.num_ranks,)](
             topk_ids_TK, topk_weights_TK, self._home_LE[layer], self._rank_TK, self._row_TK,
@@ -164,7 +162,7 @@ class FixedDispatch:
             )
 
     def combine(self, y_TD: torch.Tensor) -> None:
-        """y = sum of the partial rows in `recv_RTD` for what was packed last."""
+        """y = sum of the partial rows in `recv_RTD`, for the latest `pack`."""
         T, D = y_TD.shape
         if tuple(self.recv_RTD.shape[1:]) != (T, D) or y_TD.dtype != self.shape.dtype or y_TD.stride(1) != 1:
             raise ValueError(
@@ -180,7 +178,7 @@ class FixedDispatch:
 
 @dataclass(frozen=True)
 class FixedMessage:
-    """What a shard finds in a message, as the tensors that `ExpertKernel.forward` takes."""
+    """The content of a message, as the tensors that `ExpertKernel.forward` takes."""
 
     rows_MD: torch.Tensor
     row_offsets_M1: torch.Tensor
@@ -189,7 +187,7 @@ class FixedMessage:
 
 
 def read_message(message_B: torch.Tensor, layout: MessageLayout, dtype: torch.dtype) -> FixedMessage:
-    """Parse one message (uint8). All but the rows is copied to the CPU: the shard's one wait for the device.
+    """Parse one message (uint8). Everything except the rows goes to the CPU: the shard's one wait for the device.
 
     ValueError for counts that no router writes.
     """

@@ -1,9 +1,7 @@
 """The Triton programs that plan a dispatch on the device. Importing this needs triton.
 
-Never run on a GPU by their authors: none was at hand. Checked in Triton's interpreter on the CPU against brute force.
-
-Legend: T tokens, K top-k, E logical experts, R ranks, N nodes. BLOCK_X is the next power of two of X. `rank_TK` and
-`row_TK` mean what they mean in `experts.dispatch.rows.host_programs`.
+Legend: T tokens, K top-k, E logical experts, R ranks, N nodes. BLOCK_X is the next power of two of X. For `rank_TK` and
+`row_TK` see `experts.dispatch.rows.base.DispatchPlan`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _argmin_among(candidates, values, index):
-    """The lowest index among the candidates whose value is least."""
+    """The lowest index among the candidates with the smallest value."""
     least = tl.min(tl.where(candidates, values, 0x7FFFFFFFFFFFFFFF))
     return tl.min(tl.where(candidates & (values == least), index, 0x7FFFFFFF))
 
@@ -27,10 +25,9 @@ def choose_ranks(
     T, E, R, NUM_NODES: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The rule of `placement.rule.replica_choice`, token after token, since each choice weighs those before it: one
-    program.
+    """The rule of `placement.rule.replica_choice`. One program goes token by token: each choice weighs those before.
 
-    `load_R` (int64) is halved first, as `plan_and_pack` does, and added to.
+    `load_R` (int64) is halved first, as in `plan_and_pack`, and added to.
     """
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
@@ -79,9 +76,9 @@ def place_pairs(
 ):  # fmt: skip
     """Give every pair of a rank its place, and write that rank's counts, row offsets, experts and weights.
 
-    One program a rank; its message starts `rank * message_words` int32 words into `messages`, its sections so many
-    words further on. Without HAS_RANKS every expert stands on one rank, home_E (int32, -1: nowhere), and `rank_TK` is
-    written too. The pairs that nobody serves are written by the first program, and added to `unserved` (int32 [1]).
+    One program a rank. Its message starts `rank * message_words` int32 words into `messages`; `offsets_at` and the
+    others count words from there. Without HAS_RANKS every expert is on one rank, home_E (int32, -1: none), and
+    `rank_TK` is written too. The first program writes unserved pairs and adds them to `unserved` (int32 [1]).
     """
     rank = tl.program_id(0)
     message = messages + rank.to(tl.int64) * message_words

@@ -1,53 +1,90 @@
-"""Moves rows between a step's activations and the tensors of the links, by a plan that was made on the host.
+"""The interface of plan, pack and combine: what a dispatcher asks of whatever moves a step's rows.
 
-Legend: T tokens, K top-k, R ranks, D hidden size, M rows of one rank's message.
+Legend: T tokens, K top-k, E logical experts, R ranks, D hidden size, M rows of one rank's message.
 
-Used where rows live on a device, and for dtypes that `plan.combine` does not know. On CUDA with triton the programs of
-`experts.device` do it in one launch a direction; elsewhere torch does it rank by rank.
+    stage          routing decisions to host memory, rows to where they travel from
+    plan_and_pack  choose a rank for each (token, expert) pair, write every rank's message
+    combine        add up the partial rows that came back
+    add            add rows that were computed elsewhere
+
+A batch that lost a shard is planned, packed and combined again for the pairs that failed. How the sums of the first
+attempt are kept meanwhile is the mover's business.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 
-def routing_on_host(topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 ids, float32 weights) in host memory; on a GPU each of the two copies waits for the device."""
-    ids_TK = topk_ids_TK.to(torch.int32).contiguous().cpu().numpy()
-    return ids_TK, topk_weights_TK.to(torch.float32).contiguous().cpu().numpy()
+@dataclass(slots=True)
+class RowBatch:
+    """Rows of one layer, and their sums: all of a step's, or as many as one message to each rank may carry."""
+
+    layer: int
+    x_TD: torch.Tensor
+    y_TD: torch.Tensor
+    """The sums, in x's dtype and on x's device."""
+    topk_ids_TK: np.ndarray
+    """int32, logical experts; -1 where a pair is not wanted, or no longer."""
+    topk_weights_TK: np.ndarray
+    """float32."""
+    repeated: bool = False
+    """y already holds the sums of an earlier attempt; combining adds to them."""
+    sum_TD: torch.Tensor | None = None
+    """float32: y before it is rounded, for movers that keep it."""
+
+    def part(self, start: int, stop: int) -> RowBatch:
+        """The rows from `start` up to `stop`; views."""
+        if stop - start == len(self.topk_ids_TK):
+            return self
+        x_TD, y_TD = self.x_TD[start:stop], self.y_TD[start:stop]
+        return RowBatch(self.layer, x_TD, y_TD, self.topk_ids_TK[start:stop], self.topk_weights_TK[start:stop])
+
+    def narrow(self, wanted_TK: np.ndarray) -> None:
+        """Keep only the pairs in `wanted_TK` (bool) for another attempt."""
+        self.topk_ids_TK = np.where(wanted_TK, self.topk_ids_TK, np.int32(-1))
+        self.repeated = True
+
+
+@dataclass(slots=True)
+class DispatchPlan:
+    """Which pairs go to which rank. The arrays are the mover's own; its next plan overwrites them."""
+
+    rank_TK: np.ndarray
+    """int32: the rank of each pair, -1 if it is not wanted or no live rank has the expert."""
+    row_TK: np.ndarray
+    """int32: the token's row in that rank's message, at the first pair of a (token, rank); -1 at the others."""
+    rows_R: np.ndarray
+    """int32: rows of each rank's message."""
+    pairs_R: np.ndarray
+    """int32: pairs of each rank's message."""
+    nbytes_R: np.ndarray
+    """int64: length of each rank's message, 0 for none."""
+    unserved: int = 0
+    """Wanted pairs that no live rank can serve."""
 
 
 class RowMover(ABC):
-    """One router's; a layer is packed and combined before the next one is packed."""
+    """Moves one router's rows during one epoch. A batch is combined before the next one is packed."""
 
     @abstractmethod
-    def bind(self, send_tensors: Mapping[int, torch.Tensor], recv_tensors: Mapping[int, torch.Tensor]) -> None:
-        """Take the tensors (uint8) of a new epoch: by rank, where its rows are sent from and where they arrive."""
-
-    def routing(self, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """(int32 ids, float32 weights) in host memory, valid until the next call."""
-        return routing_on_host(topk_ids_TK, topk_weights_TK)
+    def stage(
+        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> RowBatch:
+        """A layer's rows where they travel from, its routing in host memory. Valid until the next call."""
 
     @abstractmethod
-    def pack(self, x_TD: torch.Tensor, rank_TK: np.ndarray, row_TK: np.ndarray) -> None:
-        """Put each rank's rows where they are sent from; the plan (int32) is as `plan_and_pack` wrote it."""
+    def plan_and_pack(self, batch: RowBatch, seq: int, slots_ER: np.ndarray) -> DispatchPlan:
+        """Write message `seq` to each rank that gets rows. `slots_ER` (int32) is -1 for no slot and for lost ranks."""
 
     @abstractmethod
-    def combine(
-        self,
-        rank_TK: np.ndarray,
-        row_TK: np.ndarray,
-        answered_R: np.ndarray,
-        y_TD: torch.Tensor,
-        sum_TD: torch.Tensor | None,
-        accumulate: bool,
-    ) -> None:
-        """y = sum of the partial rows of the ranks that answered (bool), accumulated in float32.
+    def combine(self, batch: RowBatch, plan: DispatchPlan, answered_R: np.ndarray) -> None:
+        """y = the sum, in float32, of the partial rows of the ranks that answered (bool). `plan` is the latest."""
 
-        `sum_TD` (float32, where given) gets the sum before it is rounded; with `accumulate` it is what the sum begins
-        with. The plan must be the one that was packed last.
-        """
+    @abstractmethod
+    def add(self, batch: RowBatch, tokens_M: torch.Tensor, rows_MD: torch.Tensor) -> None:
+        """y[tokens] += rows. `tokens_M` (int64, no token twice) and `rows_MD` are on y's device; after `combine`."""

@@ -3,8 +3,8 @@
 Legend: T tokens, K top-k, E logical experts, R ranks, D hidden size; M rows and N (row, expert) pairs of one message.
 
 `plan_and_pack` picks one replica for each pair by the rule that the planner evaluates with (`choose_replicas`), and
-writes each rank's message straight into the buffer that travels: a row goes once to a rank, however many of its experts
-stand there. `combine` adds the partial rows that come back, in fp32. Both take addresses, so that one call serves every
+writes each rank's message straight into the buffer that travels. A row goes to a rank once, however many of its experts
+are there. `combine` adds the partial rows that come back, in float32. Both take addresses, so one call serves every
 link; both run without the GIL and allocate nothing.
 """
 
@@ -14,20 +14,19 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from experts.protocol.wire import (
+    DTYPE_CODES,
     H_DTYPE,
     H_EPOCH,
     H_HIDDEN,
-    H_LAYER,
     H_MAGIC,
     H_PAIRS,
     H_ROWS,
-    H_SEQ,
-    H_STATUS,
     HEADER_BYTES,
     HEADER_WORDS,
     MAGIC,
@@ -61,6 +60,14 @@ _u16_at = _pointer_to(types.uint16)
 _f32_at = _pointer_to(types.float32)
 
 
+def request_header(epoch: int, dtype: torch.dtype, hidden_size: int) -> np.ndarray:
+    """Header words (int64 [16]) that all requests of an epoch share. H_LAYER and H_SEQ are the caller's to set."""
+    header = np.zeros(HEADER_WORDS, np.int64)
+    header[H_MAGIC], header[H_EPOCH] = MAGIC, epoch
+    header[H_DTYPE], header[H_HIDDEN] = DTYPE_CODES[dtype], hidden_size
+    return header
+
+
 @compiled()
 def plan_and_pack(
     x_address: int,
@@ -72,7 +79,7 @@ def plan_and_pack(
     num_nodes: int,
     rank_load_R: np.ndarray,
     send_address_R: np.ndarray,
-    head: np.ndarray,
+    common_header: np.ndarray,
     with_rows: bool,
     rank_TK: np.ndarray,
     row_TK: np.ndarray,
@@ -88,13 +95,11 @@ def plan_and_pack(
         topk_weights_TK: float32.
         slots_ER: int32, the slot of expert e on rank r, -1 where it has none or the rank is lost.
         node_of_rank_R, num_nodes: int32 and a count, for the replica choice.
-        rank_load_R: int64, pairs that each rank got lately; aged here, breaks ties.
+        rank_load_R: int64, pairs that each rank got recently; halved here and added to, breaks ties.
         send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each.
-        head: int64 [5]: epoch, layer, seq, dtype code, D.
-        with_rows: copy the rows too; False where they travel from a device on their own.
-        rank_TK, row_TK: int32 out. Rank of each pair, -1 if unserved; the row of that rank's message that holds the
-            token, set at the first pair of a (token, rank) and -1 at the others.
-        rows_R, pairs_R, nbytes_R: int32, int32, int64 out. Rows, pairs and bytes of each rank's request, 0 for none.
+        common_header: int64 [16], what the headers of all messages have in common; see `request_header`.
+        with_rows: copy the rows too; False where they travel separately, from a device.
+        rank_TK, row_TK, rows_R, pairs_R, nbytes_R: out; see `rows.base.DispatchPlan`.
 
     Returns:
         The number of wanted pairs that no live rank can serve.
@@ -136,11 +141,8 @@ def plan_and_pack(
         nbytes_R[rank] = nbytes
         header = carray(_i64_at(base), HEADER_WORDS)
         for word in range(HEADER_WORDS):
-            header[word] = 0
-        header[H_MAGIC] = MAGIC
-        header[H_EPOCH], header[H_LAYER], header[H_SEQ] = head[0], head[1], head[2]
-        header[H_DTYPE], header[H_HIDDEN] = head[3], head[4]
-        header[H_ROWS], header[H_PAIRS], header[H_STATUS] = num_rows, num_pairs, 0
+            header[word] = common_header[word]
+        header[H_ROWS], header[H_PAIRS] = num_rows, num_pairs
         offsets = carray(_i32_at(base + offsets_at), num_rows + 1)
         experts = carray(_i32_at(base + experts_at), num_pairs)
         weights = carray(_f32_at(base + weights_at), num_pairs)
@@ -173,16 +175,16 @@ def combine(
     y_address: int,
     accumulate: bool,
 ) -> None:
-    """y = sum over shards of their partial rows, accumulated in fp32.
+    """y = sum over shards of their partial rows, accumulated in float32.
 
     Args:
         rank_TK, row_TK: as `plan_and_pack` wrote them.
-        answered_R: bool, ranks whose reply is there; the others add nothing.
+        answered_R: bool, ranks whose reply arrived; the others add nothing.
         reply_address_R: int64, address of each rank's reply (its header).
         dtype_code: FLOAT32 or BFLOAT16, of replies and y.
         scratch_D: float32 [D], overwritten.
         y_address: address of y [T, D], contiguous.
-        accumulate: add to what y holds, instead of overwriting it.
+        accumulate: add to y instead of overwriting it.
     """
     num_tokens, top_k = rank_TK.shape
     hidden = scratch_D.shape[0]
@@ -254,10 +256,10 @@ def _as_float(typingctx: Any, bits: Any) -> Any:
 
 @functools.cache
 def warm_up() -> None:
-    """Load or compile both kernels now: seconds the first time on a machine, which no request should pay."""
+    """Load or compile both functions now: the first time on a machine takes seconds, which no request should pay."""
     pairs_TK, weights_TK = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
     rank_R, size_R = np.zeros(1, np.int32), np.zeros(1, np.int64)
-    slots_ER, head = np.zeros((1, 1), np.int32), np.zeros(5, np.int64)
-    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, head, True)
+    slots_ER, header = np.zeros((1, 1), np.int32), request_header(0, torch.float32, 1)
+    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, header, True)
     plan_and_pack(*inputs, pairs_TK, pairs_TK, rank_R, rank_R, size_R)
     combine(pairs_TK, pairs_TK, np.zeros(1, np.bool_), size_R, FLOAT32, np.zeros(1, np.float32), 0, False)

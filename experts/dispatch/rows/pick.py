@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
 import torch
 
+from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows.base import RowMover
+from experts.dispatch.rows.host_mover import HostRowMover
 from experts.dispatch.rows.torch_mover import TorchRowMover
+from experts.protocol.membership import Membership
+from experts.transports.base import RouterLink
 
 
-def pick_row_mover(device: torch.device) -> RowMover:
-    """The quickest mover that runs on `device`."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+def pick_row_mover(
+    shape: LayerShape, max_rows: int, membership: Membership, links: Mapping[int, RouterLink]
+) -> RowMover:
+    """The quickest mover for these links. ValueError if only some of them carry rows from a device."""
+    devices = {None if link.send_tensor is None else link.send_tensor.device.type for link in links.values()}
+    if None in devices and len(devices) > 1:
+        raise ValueError("some links carry rows from a device and some from host memory; use one transport for all")
+    if "cuda" in devices and importlib.util.find_spec("triton") is not None:
         from experts.dispatch.rows.triton_mover import TritonRowMover
 
-        return TritonRowMover(device)
-    return TorchRowMover()
+        return TritonRowMover(shape, max_rows, membership, links)
+    if devices <= {None} and shape.dtype != torch.float16:  # numba knows no float16
+        return HostRowMover(shape, max_rows, membership, links)
+    return TorchRowMover(shape, max_rows, membership, links)

@@ -1,11 +1,7 @@
-"""The Triton programs of dispatch and combine. Importing this needs triton.
+"""The Triton programs that pack and combine rows. Importing this needs triton.
 
-Never run on a GPU by their authors: none was at hand. Checked in Triton's interpreter on the CPU against brute force.
-
-Legend: T tokens, K top-k, E logical experts, R ranks, N nodes, D hidden size. BLOCK_X is the next power of two of X (of
-a part of D). `rank_TK` and `row_TK` mean what they mean in `experts.dispatch.rows.host_programs`: the rank of each
-pair, -1 if nobody serves it; the row of the token in that rank's message, at the first pair of a (token, rank) and -1
-at the others.
+Legend: T tokens, K top-k, R ranks, D hidden size; BLOCK_D columns of a row for one program. For `rank_TK` and `row_TK`
+see `experts.dispatch.rows.base.DispatchPlan`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def pack_rows(x_TD, rank_TK, row_TK, address_R, x_stride, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copy each token's row to the messages that want it. `address_R` (int64): of each rank's first row, 16-aligned.
+    """Copy each token's row to the messages that want it. `address_R` (int64): each rank's first row, 16-aligned.
 
     One program for a pair and BLOCK_D columns; most of them have something to copy.
     """
@@ -39,7 +35,7 @@ def combine_rows(
 ):  # fmt: skip
     """y = sum over ranks of their partial rows, in float32 and in the pairs' order; one program a token and BLOCK_D.
 
-    ADD begins with what `sum_TD` (float32) holds, KEEP leaves the unrounded sum there.
+    ADD starts from what `sum_TD` (float32) holds, KEEP stores the unrounded sum there.
     """
     token = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -34,7 +34,7 @@ class TritonMlpKernel(ThreePrograms, StackedKernel):
         h_PI: torch.Tensor,
         y_ND: torch.Tensor,
     ) -> None:
-        from experts.kernels.triton import mlp_programs as triton_jit
+        from experts.kernels.triton import mlp_programs
 
         shape, stacked = self.shape, self._weights
         D, I = shape.hidden_size, shape.intermediate_size
@@ -46,13 +46,13 @@ class TritonMlpKernel(ThreePrograms, StackedKernel):
             "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block, **pairs.options,
         }  # fmt: skip
         run(
-            triton_jit.gate_up, (-(-I // pairs.wide), pairs.num_tiles),
+            mlp_programs.gate_up, (-(-I // pairs.wide), pairs.num_tiles),
             rows_MD, w13, b13, pairs.row_P, pairs.weight_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, shape.activation.alpha, self._limit,
             KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=64, **common,
         )  # fmt: skip
         run(
-            triton_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
+            mlp_programs.down, (-(-D // pairs.wide), pairs.num_tiles),
             h_PI, w2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I,
             BLOCK_D=pairs.wide, BLOCK_I=64, **common,

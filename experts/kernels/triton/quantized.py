@@ -47,7 +47,7 @@ class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
         h_PI: torch.Tensor,
         y_ND: torch.Tensor,
     ) -> None:
-        from experts.kernels.triton import quantized_programs as triton_quantized_jit
+        from experts.kernels.triton import quantized_programs
 
         shape, stack = self.shape, self._weights
         D, I = shape.hidden_size, shape.intermediate_size
@@ -62,13 +62,13 @@ class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
         step = step_for(pairs.block)
         narrow = 64  # two accumulators, and weights that pass through registers
         run(
-            triton_quantized_jit.gate_up, (-(-I // narrow), pairs.num_tiles),
+            quantized_programs.gate_up, (-(-I // narrow), pairs.num_tiles),
             rows_MD, w13, s13, b13, pairs.row_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, w13.shape[2], s13.shape[1] // 2, s13.shape[2], shape.activation.alpha, self._limit,
             KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common,
         )  # fmt: skip
         run(
-            triton_quantized_jit.down, (-(-D // pairs.wide), pairs.num_tiles),
+            quantized_programs.down, (-(-D // pairs.wide), pairs.num_tiles),
             h_PI, w2, s2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I, w2.shape[2], s2.shape[1], s2.shape[2],
             BLOCK_D=pairs.wide, BLOCK_I=step, **common,

@@ -168,7 +168,7 @@ class ThreePrograms(ExpertKernel):
         if N == 0:
             out_MD.zero_()
             return
-        from experts.kernels.triton import mlp_programs as triton_jit
+        from experts.kernels.triton import mlp_programs
 
         with torch.cuda.device_of(rows_MD):  # Triton launches on the thread's device
             pairs = tile_pairs(row_offsets_M1, slots_N, weights_N, shape)
@@ -180,4 +180,4 @@ class ThreePrograms(ExpertKernel):
             self._compiled = True
             self._matmuls(run_program, layer, rows_MD, pairs, h_PI, y_ND)
             M, D = rows_MD.shape
-            triton_jit.sum_pairs[(M, -(-D // 256))](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)
+            mlp_programs.sum_pairs[(M, -(-D // 256))](y_ND, pairs.offsets_M1, out_MD, out_MD.stride(0), D, BLOCK_D=256)

@@ -82,7 +82,7 @@ def even_split(holders: Holders, load_E: np.ndarray) -> np.ndarray:
 def is_spread(holders: Holders, expert: int, nodes: Nodes, min_replicas: int) -> bool:
     """Whether an expert has replicas on `min_replicas` different nodes (ranks, where there is one node)."""
     count = holders.count_E[expert]
-    if nodes.count == 1:
+    if nodes.num == 1:
         return count >= min_replicas
     distinct = 0
     for j in range(count):

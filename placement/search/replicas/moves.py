@@ -12,6 +12,7 @@ import numpy as np
 from placement.compiled import compiled
 from placement.placement import EMPTY
 from placement.rule.replica_choice import Holders, Nodes
+from placement.search.annealing import as_int64
 from placement.search.replicas.holders import CLOSED, add_holder, has_holder, is_spread, remove_holder
 from placement.xorshift import random_below
 
@@ -59,10 +60,10 @@ def propose_move(
     """
     num_ranks, num_slots = experts_Rs.shape
     slot = random_below(random_1, num_slots)
-    leaving = np.int64(experts_Rs[rank, slot])
+    leaving = as_int64(experts_Rs[rank, slot])
     if leaving == CLOSED:
         return no_move()
-    other_rank, other_slot = np.int64(-1), np.int64(0)
+    other_rank, other_slot = as_int64(-1), as_int64(0)
     swap = leaving >= 0 and holders.count_E[leaving] == 1
     if not swap:
         draw = random_below(random_1, chance.draws)
@@ -70,13 +71,13 @@ def propose_move(
     if swap:
         other_rank = random_below(random_1, num_ranks)
         other_slot = random_below(random_1, num_slots)
-        coming = np.int64(experts_Rs[other_rank, other_slot])
+        coming = as_int64(experts_Rs[other_rank, other_slot])
         if other_rank == rank or coming == CLOSED or leaving == coming:
             return no_move()
         if leaving >= 0 and has_holder(holders, leaving, other_rank):
             return no_move()
     else:
-        coming = np.int64(random_below(random_1, len(holders.count_E)))
+        coming = as_int64(random_below(random_1, len(holders.count_E)))
         if leaving == EMPTY and num_free <= 0:
             return no_move()
     if coming >= 0 and has_holder(holders, coming, rank):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
-from placement.search.annealing import fullest
+from placement.search.annealing import as_int64, fullest
 from placement.search.swaps.state import (
     Groups,
     Items,
@@ -94,9 +94,9 @@ def _best_relief(
 ) -> tuple[int, int]:
     """The swap of an item of group p for a lighter one that brings energy down most; -1, -1 if none saves enough."""
     best = -min_gain
-    best_a, best_b = np.int64(-1), np.int64(-1)
+    best_a, best_b = as_int64(-1), as_int64(-1)
     for slot in range(state.item_Gs.shape[1]):
-        a = np.int64(state.item_Gs[p, slot])
+        a = as_int64(state.item_Gs[p, slot])
         for b in range(len(items.load_I)):
             if not differ(items, state, a, b) or items.load_I[a] - items.load_I[b] <= 0:
                 continue
@@ -105,5 +105,5 @@ def _best_relief(
                 continue
             change = add_visits(change, items, groups, state, a, b)
             if change < best and is_legal_swap(items, groups, state, a, b):
-                best, best_a, best_b = change, a, np.int64(b)
+                best, best_a, best_b = change, a, as_int64(b)
     return best_a, best_b

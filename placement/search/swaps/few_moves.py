@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from placement.compiled import compiled
-from placement.search.annealing import fullest
+from placement.search.annealing import as_int64, fullest
 from placement.search.swaps.state import (
     Groups,
     Items,
@@ -82,11 +82,11 @@ def anneal_few_moves(
             heat = prices.heat_from * (prices.heat_to / prices.heat_from) ** (step / proposals)
         kind = random_below(random_1, PROPOSAL_KINDS)
         if kind < 2:
-            a = np.int64(item_Gs[full, random_below(random_1, num_slots)])
+            a = as_int64(item_Gs[full, random_below(random_1, num_slots)])
             b = random_below(random_1, num_items)
         elif kind == 2 and num_away:
-            a = np.int64(away[random_below(random_1, num_away)])
-            b = np.int64(item_Gs[home_I[a], random_below(random_1, num_slots)])
+            a = as_int64(away[random_below(random_1, num_away)])
+            b = as_int64(item_Gs[home_I[a], random_below(random_1, num_slots)])
         else:
             a = random_below(random_1, num_items)
             b = random_below(random_1, num_items)

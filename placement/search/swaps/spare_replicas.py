@@ -9,7 +9,7 @@ import numpy as np
 
 from placement.compiled import compiled
 from placement.rule.replica_choice import Holders, Nodes
-from placement.search.annealing import excess_of, fullest
+from placement.search.annealing import as_int64, excess_of, fullest
 from placement.search.replicas.holders import (
     CLOSED,
     add_holder,
@@ -81,10 +81,10 @@ def _best_replacement(
     for r in range(num_ranks):
         excess += excess_of(load_R[r], allowed_R[r])
     best = excess - MIN_GAIN
-    best_expert, best_rank, best_slot = np.int64(-1), np.int64(-1), np.int64(-1)
+    best_expert, best_rank, best_slot = as_int64(-1), as_int64(-1), as_int64(-1)
     trial_R = load_R.copy()
     for i in range(num_slots):
-        hot = np.int64(experts_Rs[p, i])
+        hot = as_int64(experts_Rs[p, i])
         if hot < 0 or load_E[hot] / holders.count_E[hot] < BURDEN * allowed_R[p]:
             continue
         for q in range(num_ranks):
@@ -100,7 +100,7 @@ def _best_replacement(
                 for r in range(num_ranks):
                     total += excess_of(trial_R[r], allowed_R[r])
                 if total < best and _is_spare(holders, spare, q, nodes, min_replicas):
-                    best, best_expert, best_rank, best_slot = total, hot, np.int64(q), np.int64(j)
+                    best, best_expert, best_rank, best_slot = total, hot, as_int64(q), as_int64(j)
     return best_expert, best_rank, best_slot
 
 

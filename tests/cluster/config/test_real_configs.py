@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,43 +10,15 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import parse as parse_module
 from cluster.config.serve_file import MeshConfig
+from tests.support.serve.shipped_configs import CONFIGS, SHAPES, serve_config
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 GPU_GB = {"L4": 24, "H100": 80, "H200": 141}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Published facts of a model; `dense_gb` is what a router holds."""
-
-    layers: int
-    experts: int
-    hidden: int
-    width: int
-    dense_gb: float
-    num_gpus: int
-
-
-SHAPES = {
-    "mixtral-8x7b-2gpu.yaml": Shape(32, 8, 4096, 14336, 3.2, 2),
-    "qwen3-30b-a3b-4gpu.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
-    "deepseek-v3-16gpu.yaml": Shape(58, 256, 7168, 2048, 17.0, 16),
-    "gpt-oss-120b-2gpu.yaml": Shape(36, 128, 2880, 2880, 4.3, 2),
-    "kuberay/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
-    "anyscale/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
-}
-
-
-def serve_config(name: str) -> dict[str, Any]:
-    """The Serve config inside a file of any of the three kinds."""
-    data = yaml.safe_load((CONFIGS / name).read_text())
-    return yaml.safe_load(data["spec"]["serveConfigV2"]) if data.get("kind") == "RayService" else data
-
-
 @pytest.fixture
 def checkpoints_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+    monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
 
 
 def test_every_config_that_ships_is_checked_here() -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.config.llm_sections import HttpSection
-from cluster.config.parse import ConfigError, parse
+from cluster.config.parse import RENAMED, ConfigError, parse
 from cluster.config.serve_file import MeshConfig
 from experts.protocol.settings import ShardSettings
 
@@ -54,7 +54,7 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
             0,
             r"applications\[0\]\.args\.shards\.count: .*greater than or equal to 1, got 0",
         ),
-        ("applications.0.args.shards.speed", 3, r"applications\[0\]\.args\.shards\.speed: unknown key"),
+        ("applications.0.args.shards.speed", 3, r"applications\[0\]\.args\.shards\.speed: unknown key$"),
         (
             "applications.0.args.model.dtype",
             "int8",
@@ -97,7 +97,7 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         (
             "applications.1.args.routers.llm_config",
             {"server_cls": "x"},
-            r"llm_config: server_cls has a place of its own",
+            r"llm_config: server_cls has a key of its own",
         ),
         (
             "applications.1.args.routers.deployment_config",
@@ -110,28 +110,28 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         (
             "applications.1.args.transport.name",
             "nccl",
-            r"transport.name is nccl and shards.device 'cpu', expected cuda",
+            r"transport.name is nccl, but shards.device is 'cpu', expected cuda",
         ),
         (
             "applications.1.args.experts_app",
             "other",
-            r"experts_app is 'other', the application of shards is named 'experts'",
+            r"experts_app is 'other', but the application is named 'experts'",
         ),
         (
             "applications.1.args.transport.max_rows_per_dispatch",
             9999,
             r"is 9999, more than shards.max_rows_per_dispatch",
         ),
-        ("applications.0.args.model.id", "qwen3:30b", r"model\.id: 'qwen3:30b' has a colon, .*; take 'qwen3-30b', say"),
+        ("applications.0.args.model.id", "qwen3:30b", r"model\.id: 'qwen3:30b' has a colon; .*, such as 'qwen3-30b'"),
         (
             "applications.1.args.routers.llm_config",
             {"lora_config": {"dynamic_lora_loading_path": "s3://a"}},
-            r"llm_config: lora_config is given, and LoRA adapters are not served",
+            r"llm_config: lora_config is set, but LoRA adapters are not supported",
         ),
         (
             "applications.0.args.placement",
             {"trace": str(TINY)},
-            r"args\.placement: policy is linear, so trace would have no effect; leave out",
+            r"args\.placement: policy is linear, so trace would have no effect: remove",
         ),
         (
             "applications.0.args.placement",
@@ -146,7 +146,7 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         (
             "applications.0.args.placement",
             {"policy": "optimized", "trace": str(TINY), "num_nodes": 3, "prefer_local_replicas": True},
-            r"placement.prefer_local_replicas is true, .*, and transport.prefer_local_replicas is not",
+            r"placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not",
         ),
         ("applications.1.import_path", "x:y", r"no application has import_path serve_app:build_llm"),
         ("applications", 3, r"expected a Serve config with a list of applications"),
@@ -166,7 +166,7 @@ def test_an_application_without_a_name_is_the_one_that_serve_calls_default() -> 
     del data["applications"][1]["name"]
     assert MeshConfig.from_serve_config(data).llm_name == "default"
     del data["applications"][0]["name"]
-    with pytest.raises(ConfigError, match="experts_app is 'experts', the application of shards is named 'default'"):
+    with pytest.raises(ConfigError, match="experts_app is 'experts', but the application is named 'default'"):
         MeshConfig.from_serve_config(data)
     data["applications"][1]["args"]["experts_app"] = "default"
     with pytest.raises(ConfigError, match="both applications are named 'default'"):
@@ -182,6 +182,18 @@ def test_every_mistake_of_an_application_is_listed() -> None:
         "args.shards.count",
         "args.shards.colour",
     }
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_answered_with_the_new_one(old: str) -> None:
+    section, key = old.split(".")
+    schema, app = (ExpertsAppConfig, 0) if section in ExpertsAppConfig.model_fields else (LLMAppConfig, 1)
+    data = tiny()["applications"][app]["args"]
+    data.setdefault(section, {})[key] = 1
+    with pytest.raises(ConfigError) as caught:
+        parse(schema, data)
+    assert str(caught.value) == f"args.{old}: unknown key; use {RENAMED[old]} instead"
+    assert RENAMED[old] in schema.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
 
 
 def test_models_that_differ_between_the_applications_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from cluster.router.client import RouterClient
 from cluster.router.messages import TraceSample
 from placement.placement import Placement
 from tests.support.router_handle import RouterHandle
-from tests.support.statuses import controller_status, router_status
+from tests.support.serve.statuses import controller_status, router_status
+from tests.support.waiting import run_async
 
 TIMEOUT_S = 0.2
 NO_ROUTER = DeploymentUnavailableError(DeploymentID("Router", "llm"))
@@ -68,7 +69,7 @@ def get(
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
             return await asyncio.wait_for(client.request(method, path), 30)
 
-    return asyncio.run(run())
+    return run_async(run())
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import numpy as np
 from cluster.console.endpoints import Console
 from placement.traces.recorder import TraceRecorder
 from placement.traces.trace import ActivationTrace
+from tests.support.waiting import run_async
 
 
 def sample(num_tokens: int, expert: int) -> bytes:
@@ -48,7 +48,7 @@ def console(samples: dict[str, bytes], trace_tokens: int = 100) -> Console:
 
 def fetch(console: Console, **query: str) -> Any:
     """The trace, or (status, message)."""
-    response = asyncio.run(console.mesh_trace(**query))
+    response = run_async(console.mesh_trace(**query))
     if response.status_code != 200:
         return response.status_code, json.loads(response.body)["error"]["message"]
     return ActivationTrace.load_npz(io.BytesIO(bytes(response.body)))
@@ -68,7 +68,7 @@ def test_there_may_be_nothing_to_hand_out() -> None:
     assert fetch(console({"a": b"", "b": sample(3, 0)}), router="a") == nothing_yet
     assert fetch(console({})) == (503, "there is no router yet")
     off = console({"a": b""}, trace_tokens=0)
-    assert fetch(off)[0] == asyncio.run(off.mesh_clear_trace()).status_code == 404
+    assert fetch(off)[0] == run_async(off.mesh_clear_trace()).status_code == 404
     cleared = console({"a": sample(10, 3), "b": sample(30, 5)})
-    assert asyncio.run(cleared.mesh_clear_trace()).status_code == 204
+    assert run_async(cleared.mesh_clear_trace()).status_code == 204
     assert fetch(cleared) == nothing_yet

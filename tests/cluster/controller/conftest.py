@@ -16,6 +16,7 @@ from cluster.controller.messages import JoinRequest, MembershipAnswer, Membershi
 from cluster.controller.roster import placement_digest
 from experts.protocol.membership import ShardEndpoint
 from placement.placement import Placement
+from tests.support.waiting import run_async
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 PLACEMENT = Placement.linear(2, 6, 3)
@@ -27,7 +28,7 @@ def endpoint(rank: int, incarnation: str = "a") -> ShardEndpoint:
 
 
 class Scene:
-    """A controller, the time that it sees, and its callers. Shards send a heartbeat every second and are lost after five."""
+    """A controller, its time, and its callers. Shards send a heartbeat every second and are lost after five."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
@@ -86,7 +87,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Scene], Awaitab
             await scene.restart()
             await act(scene)
 
-        asyncio.run(asyncio.wait_for(whole(), 60))
+        run_async(asyncio.wait_for(whole(), 60))
 
     return run
 

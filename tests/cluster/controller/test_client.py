@@ -12,6 +12,7 @@ from cluster.config.parse import ConfigError
 from cluster.controller import client as client_module
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.controller.messages import HeartbeatAnswer, JoinRequest
+from tests.support.waiting import run_async
 
 REQUEST = JoinRequest("s", "n", 0)
 SILENCE = object()
@@ -50,7 +51,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(asyncio.wait_for(coroutine, 30))
 
 
 def test_each_call_reaches_the_method_of_its_name(controller: Any) -> None:

@@ -10,7 +10,7 @@ from cluster.controller.messages import JoinRequest, MembershipAnswer
 from cluster.controller.roster import placement_digest
 from placement.placement import Placement
 from tests.cluster.controller.conftest import DIGEST, PLACEMENT, Play, Scene, turns
-from tests.support.statuses import shard_status
+from tests.support.serve.statuses import shard_status
 
 
 def test_a_controller_that_stood_still_takes_no_shard_out(play: Play) -> None:

@@ -60,7 +60,8 @@ def test_more_slots_and_replicas_are_used_as_asked() -> None:
     assert (placement.logical_replica_count >= 2).all()
 
 
-def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path) -> None:
+def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "search_seconds", lambda *_: 0.1)  # no time limit is hit: the plan is always the same
     trace = ActivationTrace.load_npz(TINY / "trace.npz").take(np.arange(0, 25_000, 10))
     trace.save(tmp_path / "trace.npz")
     section = {"policy": "optimized", "trace": str(tmp_path / "trace.npz"), "num_nodes": 2, "load_cap": 1.2}
@@ -128,7 +129,7 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_starts(tmp
         (
             {},
             {"policy": "optimized", "prefer_local_replicas": True},
-            "placement: near replicas come first on 1 node: expected at least 2",
+            "placement: prefer_local_replicas is set on 1 node, expected at least 2",
         ),
         ({}, {"min_replicas": 4}, "placement: .*4 ranks, there are 3"),
     ],
@@ -162,7 +163,7 @@ def test_a_plan_is_checked_without_a_search(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(policy, "optimize", lambda *args, **options: searches.append(args))
     check_plan(config({"count": 4}, {"policy": "optimized", "trace": str(trace_file(tmp_path)), "load_cap": 1.2}))
     other = str(trace_file(tmp_path, num_experts=16))
-    with pytest.raises(ConfigError, match="the trace has 4 layers of 16 experts"):
+    with pytest.raises(ConfigError, match="the trace is for 4 layers of 16 experts, the model for 4 of 32"):
         check_plan(config({"count": 4}, {"policy": "optimized", "trace": other}))
     assert searches == []
 
@@ -170,7 +171,7 @@ def test_a_plan_is_checked_without_a_search(tmp_path: Path, monkeypatch: pytest.
 def test_files_of_another_model_or_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "placement.json"
     Placement.linear(4, 16, 3).save(path)
-    with pytest.raises(ConfigError, match="it is for 16 experts, expected 32"):
+    with pytest.raises(ConfigError, match="it is for 4 layers of 16 experts, the model for 4 of 32"):
         plan_placement(config(placement={"file": str(path)}))
     Placement.linear(4, 32, 2).save(path)
     with pytest.raises(ConfigError, match="it is for 2 ranks, expected 3"):
@@ -179,7 +180,7 @@ def test_files_of_another_model_or_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"placement\.file"):
         plan_placement(config(placement={"file": str(path)}))
     trace = trace_file(tmp_path, num_experts=16)
-    with pytest.raises(ConfigError, match="the trace has 4 layers of 16 experts"):
+    with pytest.raises(ConfigError, match="the trace is for 4 layers of 16 experts, the model for 4 of 32"):
         plan_placement(config(placement={"policy": "greedy", "trace": str(trace)}))
 
 

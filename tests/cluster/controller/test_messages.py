@@ -6,7 +6,7 @@ import pickle
 
 from cluster.controller.messages import JoinAnswer, PlacementView
 from placement.placement import Placement
-from tests.support.statuses import controller_status, shard_status
+from tests.support.serve.statuses import controller_status, shard_status
 
 
 def test_the_status_as_people_see_it() -> None:

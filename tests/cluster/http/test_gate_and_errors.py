@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from cluster.http.errors import OpenAIApp, add_error_handlers, error_body, response_for
 from cluster.http.gate import Gate
 from cluster.router.client import RouterLostError
+from tests.support.waiting import run_async, within
 
 
 class OpenAIError(Exception):
@@ -108,7 +109,7 @@ def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
             assert expected in error["message"]
             assert error["type"] == "invalid_request_error"
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, t
             assert untold not in response.text
             assert response.headers.get("retry-after") == ("7" if status == 503 else None)
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 def test_an_error_in_mid_stream_is_its_last_event() -> None:
@@ -144,7 +145,7 @@ def test_an_error_in_mid_stream_is_its_last_event() -> None:
             assert (first, done) == ("data: 1", "data: [DONE]")
             assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the second chunk is missing"
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 def test_unknown_paths_are_404_in_the_same_format() -> None:
@@ -153,7 +154,7 @@ def test_unknown_paths_are_404_in_the_same_format() -> None:
             check_error(await http.get("/v1/nothing"), 404)
             check_error(await http.get("/v1/completions"), 405)
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_keys(header: str | None, admitted: bool) -> None:
                 assert check_error(response, 401)["code"] == "invalid_api_key"
             assert (await http.get("/health")).status_code == 200, "probes need no key"
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 KEY = "sk-0123456789abcdef0123456789abcdef"
@@ -198,7 +199,7 @@ def test_every_character_of_a_key_counts(key: str, admitted: bool) -> None:
             response = await http.get("/v1/models", headers={"authorization": f"Bearer {key}"})
             assert response.status_code == (200 if admitted else 401)
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_without_keys_everyone_may() -> None:
@@ -206,7 +207,7 @@ def test_without_keys_everyone_may() -> None:
         async with client(make_app()[0]) as http:
             assert (await http.get("/v1/models")).status_code == 200
 
-    asyncio.run(run())
+    run_async(run())
 
 
 def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
@@ -214,16 +215,16 @@ def test_over_the_limit_is_503_and_the_slot_comes_back() -> None:
         app, events = make_app(max_pending=1)
         async with client(app) as http:
             first = asyncio.create_task(http.post("/v1/completions", json={"max_tokens": 3}))
-            await asyncio.wait_for(events["entered"].wait(), 10)
-            refused = await http.post("/v1/completions", json={})
+            await within(events["entered"].wait(), "the first request to be admitted")
+            refused = await within(http.post("/v1/completions", json={}), "the second request to be refused", 10)
             assert check_error(refused, 503)["code"] == "queue_full"
             assert refused.headers["retry-after"] == "7"
             assert (await http.get("/v1/models")).status_code == 200, "only generation counts"
             events["go_on"].set()
-            assert (await asyncio.wait_for(first, 10)).json() == {"max_tokens": 3}
+            assert (await within(first, "the first request to end")).json() == {"max_tokens": 3}
             assert (await http.post("/v1/completions", json={})).status_code == 200
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 def test_a_cancelled_request_gives_its_slot_back() -> None:
@@ -231,13 +232,13 @@ def test_a_cancelled_request_gives_its_slot_back() -> None:
         app, events = make_app(max_pending=1)
         async with client(app) as http:
             first = asyncio.create_task(http.post("/v1/completions", json={}))
-            await asyncio.wait_for(events["entered"].wait(), 10)
+            await within(events["entered"].wait(), "the first request to be admitted")
             first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
+            await within(asyncio.gather(first, return_exceptions=True), "the cancelled request to end")
             events["go_on"].set()
             assert (await http.post("/v1/completions", json={})).status_code == 200
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    run_async(run())
 
 
 @pytest.mark.parametrize(

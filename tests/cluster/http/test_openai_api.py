@@ -13,6 +13,7 @@ from cluster.http.errors import OpenAIApp, add_error_handlers
 from cluster.router.client import RouterClient
 from cluster.router.messages import GenerationHealth
 from tests.support.router_handle import RouterHandle
+from tests.support.waiting import run_async
 
 openai_api = pytest.importorskip("cluster.http.openai_api", reason="ray.serve.llm needs vllm")
 
@@ -40,7 +41,7 @@ def get(app: OpenAIApp, path: str) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
             return await asyncio.wait_for(client.get(path), 30)
 
-    return asyncio.run(run())
+    return run_async(run())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observability import metrics
 from cluster.observability.metrics import PREFIX, RouterMetrics, render
-from tests.support.statuses import controller_status, router_status
+from tests.support.serve.statuses import controller_status, router_status
 
 COUNTERS = {
     "steps": 10,
@@ -130,24 +130,24 @@ def test_ray_gets_the_growth_of_every_counter_and_the_value_of_every_gauge(ray_m
     exporter.export(first)
     wait = first.stage_us.wait
     more = replace(wait, sum=wait.sum + 2e6, count=wait.count + 5)
-    exporter.export(
-        replace(
-            first,
-            **{name: value + 3 for name, value in COUNTERS.items()},
-            shard_rows=[30, 54],
-            shard_pairs=[67, 100],
-            epoch=6,
-            balancedness=0.5,
-            stage_us=replace(first.stage_us, wait=more),
-        )
+    second = replace(
+        first,
+        **{name: value + 3 for name, value in COUNTERS.items()},
+        shard_rows=[30, 54],
+        shard_pairs=[67, 100],
+        epoch=6,
+        balancedness=0.5,
+        stage_us=replace(first.stage_us, wait=more),
     )
+    exporter.export(second)
+    exporter.export(second)
     found = {name: metric.values for name, metric in ray_metrics.items()}
     assert found == {
         **{name: {("r1",): [value, 3]} for name, value in COUNTERS.items()},
         "shard_rows": {("r1", "0"): [30], ("r1", "1"): [50, 4]},
         "shard_pairs": {("r1", "0"): [60, 7], ("r1", "1"): [100]},
-        "epoch": {("r1",): [4, 4, 6]},
-        "balancedness": {("r1",): [0.75, 0.75, 0.5]},
+        "epoch": {("r1",): [4, 4, 6, 6]},
+        "balancedness": {("r1",): [0.75, 0.75, 0.5, 0.5]},
         "dispatch_stage_seconds": {
             ("r1", "wait"): [pytest.approx(10.000035), pytest.approx(2.0)],
             ("r1", "combine"): [pytest.approx(10.000035)],

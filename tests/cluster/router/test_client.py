@@ -13,7 +13,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from cluster.router.client import RouterClient, RouterLostError
 from cluster.router.messages import GenerationHealth, TraceSample
 from tests.support.router_handle import RouterHandle
-from tests.support.statuses import router_status
+from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 NO_ROUTER = DeploymentUnavailableError(DeploymentID("Router", "llm"))
 A, B = router_status("a"), router_status("b")
@@ -24,7 +25,7 @@ def failed(cause: Exception) -> Exception:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(asyncio.wait_for(coroutine, 30))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cluster.router import epochs
 from cluster.router.epochs import EpochFollower
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from placement.placement import Placement
+from tests.support.waiting import run_async
 
 PLACEMENT = Placement.linear(1, 3, 3)
 
@@ -82,7 +83,7 @@ def follower(controller: Any, worker: Any, membership_s: float = 20.0) -> EpochF
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(asyncio.wait_for(coroutine, 30))
 
 
 async def follow(subject: EpochFollower, controller: Controller) -> None:

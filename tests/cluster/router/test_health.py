@@ -13,7 +13,8 @@ from cluster.router.health import MAX_MISSED_READINGS, RouterHealth
 from cluster.router.messages import GenerationHealth
 from cluster.router.worker_calls import EngineSilentError
 from experts.protocol.status import RouterStatus
-from tests.support.statuses import router_status
+from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 FRESH = router_status(last_success_age_s=0.5)
 STALE = router_status(last_success_age_s=60.0)
@@ -46,7 +47,7 @@ def make(worker: Worker, generate: Any = None, on_reading: Callable[[RouterStatu
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(asyncio.wait_for(coroutine, 30))
 
 
 def test_any_number_of_callers_at_one_time_cost_the_engine_one_reading() -> None:

@@ -12,7 +12,7 @@ import ray
 from cluster.config import parse as parse_module
 from cluster.config.serve_file import MeshConfig
 from cluster.router.options import router_options
-from tests.cluster.config.test_real_configs import SHAPES, serve_config
+from tests.support.serve.shipped_configs import SHAPES, serve_config
 
 
 @pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])
@@ -23,7 +23,7 @@ def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch
 
     from cluster.router.server import llm_config_of
 
-    monkeypatch.setattr(parse_module, "_find", lambda value, where, folder: Path(value))
+    monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
     config = MeshConfig.from_serve_config(serve_config(name)).llm
     theirs: dict[str, Any] = LLMServer.get_deployment_options(llm_config_of(config))

@@ -15,7 +15,8 @@ from cluster.router.messages import TraceSample
 from cluster.router.worker_calls import EngineSilentError
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from placement.placement import Placement
-from tests.support.statuses import router_status
+from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 router = pytest.importorskip("cluster.router.server", reason="ray.serve.llm needs vllm")
 
@@ -77,7 +78,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(coroutine)
 
 
 @pytest.mark.parametrize(

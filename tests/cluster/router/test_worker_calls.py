@@ -12,7 +12,8 @@ import pytest
 from cluster.router.worker_calls import EngineSilentError, WorkerCalls
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from placement.placement import Placement
-from tests.support.statuses import router_status
+from tests.support.serve.statuses import router_status
+from tests.support.waiting import run_async
 
 ENDPOINT = ShardEndpoint(0, "a", "127.0.0.1", 1000, "host", 1)
 MEMBERSHIP = Membership(3, Placement.linear(1, 2, 2), (ENDPOINT, None))
@@ -43,7 +44,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerCalls, Client]:
     """Calls that go through JSON, which is no kinder to data than what vLLM uses, to the worker's real methods."""
     worker_module = pytest.importorskip("experts.vllm_plugin.worker", reason="the plug-in needs vllm")
     client = Client()
-    monkeypatch.setattr(worker_module, "current_router", lambda: client)
+    monkeypatch.setattr(worker_module, "current_client", lambda: client)
     monkeypatch.setattr(worker_module, "verify_model", lambda model: None)
     worker = worker_module.ExpertMeshWorker()
     parameter = SimpleNamespace(numel=lambda: 21)
@@ -57,7 +58,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerCalls, Client]:
 
 
 def run(coroutine: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return run_async(asyncio.wait_for(coroutine, 30))
 
 
 def test_both_ends_agree_on_what_travels(mesh: tuple[WorkerCalls, Client]) -> None:

@@ -21,15 +21,17 @@ from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
 from experts.shard import server as shard_server
 from placement.placement import Placement
-from tests.support.statuses import shard_status
+from tests.support.serve.statuses import shard_status
+from tests.support.waiting import run_async
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 PLACEMENT = Placement.linear(2, 8, 4, 2)
 
 
-def config() -> dict[str, Any]:
+def config(join_timeout_s: float = 30) -> dict[str, Any]:
     args = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
-    return {**args, "membership": {"heartbeat_s": 0.01, "lost_after_s": 30, "join_timeout_s": 30, "drain_s": 0}}
+    times = {"heartbeat_s": 0.01, "lost_after_s": 30, "join_timeout_s": join_timeout_s, "drain_s": 0}
+    return {**args, "membership": times}
 
 
 class FakeServer:
@@ -39,6 +41,7 @@ class FakeServer:
         self.endpoint: ShardEndpoint | None = None
         self.loading, self.may_listen = threading.Event(), threading.Event()
         self.facts: dict[str, Any] = {}
+        self.stopped = False
 
     def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
         self.loading.set()
@@ -51,7 +54,7 @@ class FakeServer:
         return shard_status(self.endpoint.rank, **self.facts)
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        self.stopped = True
 
 
 class Shard(ExpertShard):
@@ -103,6 +106,11 @@ class Cluster(ControllerClient):
         while not condition():
             await asyncio.sleep(0)
 
+    async def fill_all_ranks(self) -> None:
+        """With shards that Serve gave other ranks than ours, so that ours is no successor of theirs."""
+        for index in range(4):
+            assert (await self.controller.join(JoinRequest(f"x{index}", "ab"[index // 2], 9))).rank == index
+
     def seats(self) -> dict[int, str]:
         return {seat.rank: seat.shard_id for seat in self.controller._roster.seats}
 
@@ -126,7 +134,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
                 if (heart := getattr(cluster.shard, "_heart", None)) is not None:
                     heart.cancel()
 
-        asyncio.run(asyncio.wait_for(whole(), 60))
+        run_async(whole(), "the scene to end")
 
     return run
 
@@ -210,5 +218,47 @@ def test_a_shard_that_serves_tells_its_status_and_hears_of_epochs(play: Play) ->
         await cluster.restart_controller()
         await cluster.until(lambda: cluster.seats() == {2: "b1"})
         assert cluster.controller._roster.epoch > 42, "it goes on above what the shard has heard"
+
+    play(act)
+
+
+def test_a_shard_without_a_rank_asks_until_one_is_free(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.fill_all_ranks()
+        start: Any = cluster.shard.__init__(config())  # type: ignore[misc]
+        task = asyncio.create_task(start)
+        await cluster.until(lambda: [method for method, *_ in cluster.asked].count("join") >= 3)
+        await cluster.controller.leave("x3")
+        await cluster.until(lambda: cluster.shard._server.loading.is_set())
+        assert cluster.seats()[3] == "b1"
+        cluster.shard._server.may_listen.set()
+        await task
+
+    play(act)
+
+
+def test_a_shard_that_gets_no_rank_in_time_says_why(play: Play) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.fill_all_ranks()
+        start: Any = cluster.shard.__init__(config(join_timeout_s=0.05))  # type: ignore[misc]
+        with pytest.raises(RuntimeError, match=r"no rank within 0\.05 s: all 4 ranks are taken"):
+            await start
+
+    play(act)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_shard_that_stops_leaves_first_if_the_controller_answers(play: Play, answers: bool) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.begin_loading()
+        cluster.shard._server.may_listen.set()
+        await start
+        cluster.deaf_to = set() if answers else {"leave"}
+        await ExpertShard.__del__(cluster.shard)  # type: ignore[misc]
+        assert cluster.seats() == ({0: "a1"} if answers else {0: "a1", 2: "b1"})
+        assert cluster.shard._server.stopped
+        assert cluster.shard._heart is not None
+        with pytest.raises(asyncio.CancelledError):
+            await cluster.shard._heart
 
     play(act)

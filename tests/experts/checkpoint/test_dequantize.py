@@ -11,10 +11,7 @@ import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.dequantize import dequantize_fp8_block, dequantize_mxfp4
-from tests.support.hub_names import write
-
-FP8 = torch.float8_e4m3fn
-FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+from tests.support.hub_names import FP8, deepseek_fp8, mxfp4_tensors, random_fp8, write
 
 
 def fp8_value(byte: int) -> float:
@@ -44,10 +41,6 @@ def mxfp4_oracle(blocks: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
     table = np.array([fp4_value(n) for n in range(16)])
     factor = 2.0 ** (scales.numpy().astype(np.float64) - 127)
     return (table[nibbles] * factor[..., None]).reshape(raw.shape[0], -1)
-
-
-def random_fp8(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return (torch.randn(shape, generator=generator) * 50).to(FP8)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 127), (1, 1), (300, 64)])
@@ -82,20 +75,6 @@ def test_mxfp4_covers_every_byte() -> None:
     packed = torch.arange(256, dtype=torch.uint8).reshape(16, 1, 16)
     scales = torch.full((16, 1), 127, dtype=torch.uint8)
     assert np.array_equal(dequantize_mxfp4(packed, scales).double().numpy(), mxfp4_oracle(packed, scales))
-
-
-def deepseek_fp8(folder: Path, D: int = 200, I: int = 136) -> tuple[Path, dict[str, torch.Tensor]]:
-    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "n_routed_experts": 2, "num_experts_per_tok": 1}
-    config |= {"hidden_size": D, "moe_intermediate_size": I, "first_k_dense_replace": 1, "hidden_act": "silu"}
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for expert in range(2):
-        for name, shape in (("gate_proj", (I, D)), ("up_proj", (I, D)), ("down_proj", (D, I))):
-            stem = f"model.layers.1.mlp.experts.{expert}.{name}.weight"
-            tensors[stem] = random_fp8(shape, generator)
-            blocks = tuple(math.ceil(n / 128) for n in shape)
-            tensors[stem + "_scale_inv"] = torch.rand(blocks, generator=generator)
-    return write(folder, {**config, "quantization_config": FP8_CONFIG}, tensors), tensors
 
 
 def test_a_checkpoint_in_fp8_blocks(tmp_path: Path) -> None:
@@ -150,24 +129,6 @@ def test_modules_that_fp8_leaves_out_are_read_plainly(tmp_path: Path) -> None:
     checkpoint.check()
     got = checkpoint.read_expert(0, 1, torch.bfloat16)
     assert torch.equal(got.w2_DI, plain["model.layers.1.mlp.experts.1.down_proj.weight"])
-
-
-def mxfp4_tensors(E: int, D: int, I: int) -> dict[str, torch.Tensor]:
-    """Random routed experts of a gpt-oss layer 0 under the hub's names."""
-    generator = torch.Generator().manual_seed(2)
-    stem = "model.layers.0.mlp.experts."
-
-    def bytes_of(*shape: int) -> torch.Tensor:
-        return torch.randint(110, 135, shape, dtype=torch.uint8, generator=generator)
-
-    return {
-        stem + "gate_up_proj_blocks": bytes_of(E, 2 * I, D // 32, 16),
-        stem + "gate_up_proj_scales": bytes_of(E, 2 * I, D // 32),
-        stem + "gate_up_proj_bias": torch.randn(E, 2 * I, generator=generator).bfloat16(),
-        stem + "down_proj_blocks": bytes_of(E, D, I // 32, 16),
-        stem + "down_proj_scales": bytes_of(E, D, I // 32),
-        stem + "down_proj_bias": torch.randn(E, D, generator=generator).bfloat16(),
-    }
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.weight_format import WeightFormat
-from tests.experts.checkpoint.test_dequantize import FP8_CONFIG, deepseek_fp8, mxfp4_tensors
-from tests.support.hub_names import write
+from tests.support.hub_names import FP8_CONFIG, deepseek_fp8, mxfp4_tensors, write
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
 D, I, E = 96, 64, 3

@@ -23,9 +23,9 @@ from tests.support.small_mesh import (
     Mesh,
     assert_matches,
     in_processes,
-    local,
     make_router,
     mesh_of,
+    one_process,
     oracle,
     random_batch,
     replicated,
@@ -52,7 +52,7 @@ def linear() -> Placement:
 
 def test_the_one_process_form_is_the_definition(model: Path) -> None:
     batch = random_batch(9)
-    got_TD = local(model).forward(1, batch.x_TD, batch.weights_TK, batch.ids_TK)
+    got_TD = one_process(model).forward(1, batch.x_TD, batch.weights_TK, batch.ids_TK)
     assert_matches(got_TD, expected(model, batch, layer=1))
 
 
@@ -76,7 +76,7 @@ def test_half_precision(model: Path, dtype: torch.dtype, tolerance: float, fault
     mesh.links[1].wait_faults = [None, fault]
     got_TD = mesh.forward(batch)
     assert got_TD.dtype == dtype
-    exact_TD = local(model, FLOAT32).forward(0, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
+    exact_TD = one_process(model, FLOAT32).forward(0, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
     scale = exact_TD.abs().max().item()
     torch.testing.assert_close(got_TD.float(), exact_TD, rtol=tolerance, atol=tolerance * scale)
 
@@ -118,7 +118,7 @@ def test_a_call_that_does_not_fit_is_refused_by_name(model: Path) -> None:
 
 
 def test_before_the_first_membership_nobody_is_asked(model: Path) -> None:
-    dispatcher = Dispatcher(LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, FLOAT32), 8, 1.0, local(model))
+    dispatcher = Dispatcher(LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, FLOAT32), 8, 1.0, one_process(model))
     batch = random_batch(1)
     with pytest.raises(RuntimeError, match="no membership was applied yet"):
         dispatcher.forward(0, batch.x_TD, batch.weights_TK, batch.ids_TK)
@@ -126,9 +126,9 @@ def test_before_the_first_membership_nobody_is_asked(model: Path) -> None:
 
 def test_a_refused_membership_changes_nothing(model: Path) -> None:
     mesh, batch = fake_mesh(model, linear()), random_batch(4)
-    with pytest.raises(ValueError, match=r"for 2 layers of 7 experts, the model has 2 of 6"):
+    with pytest.raises(ValueError, match=r"for 2 layers of 7 experts, the model for 2 of 6"):
         mesh.dispatcher.apply(Membership(2, Placement.linear(2, 7, 3), (None,) * 3), {}, {})
-    other = FakeLink(1, linear(), mesh.dispatcher.shape, 64, local(model))
+    other = FakeLink(1, linear(), mesh.dispatcher.shape, 64, one_process(model))
     other.send_tensor = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="use one transport for all"):
         mesh.dispatcher.apply(Membership(2, linear(), (None,) * 3), {0: mesh.links[0], 1: other}, {})
@@ -137,7 +137,7 @@ def test_a_refused_membership_changes_nothing(model: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("ranks", [[0, 1, 2], [0], []])
 def test_rows_on_a_gpu_over_links_in_host_memory(model: Path, ranks: list[int]) -> None:
     """Also what a GPU router does while it has no link at all."""
@@ -225,7 +225,7 @@ def test_any_faults_in_any_round_leave_the_result_alone(model: Path, data: st.Da
     batch = random_batch(data.draw(st.integers(0, 12)), seed=data.draw(st.integers(0, 5)), dtype=dtype)
     for layer in (0, 1):
         got_TD = mesh.forward(batch, layer)
-        exact_TD = local(model).forward(layer, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
+        exact_TD = one_process(model).forward(layer, batch.x_TD.float(), batch.weights_TK, batch.ids_TK)
         if dtype == FLOAT32:
             assert_matches(got_TD, exact_TD)
         else:

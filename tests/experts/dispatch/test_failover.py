@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts.dispatch.dispatcher import Pending
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.errors import ShardLostError
 from experts.protocol.membership import AppliedMembership
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
     mesh_of,
     oracle,
     random_batch,
@@ -23,6 +23,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 6, 3
 # How long a stopped shard is waited for. A loaded machine keeps a sound one from answering for half a second, too.
@@ -163,18 +164,18 @@ def test_another_dies_during_the_repetition(model: Path, monkeypatch: pytest.Mon
 def test_in_the_middle_of_a_large_step(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty tokens in messages of at most seven rows: a shard dies after the second."""
     router, batch = mesh.router(max_rows_per_dispatch=7), random_batch(40, seed=3)
-    dispatcher, rounds = router.dispatcher, []
-    post = dispatcher._post
+    dispatcher, starts = router.dispatcher, []
+    begin_batch = dispatcher._begin_batch
 
-    def post_and_kill(pending: object, start: int) -> None:
-        rounds.append(start)
-        if len(rounds) == 3:
+    def kill_and_begin(pending: Pending) -> None:
+        starts.append(pending.stop)
+        if len(starts) == 3:
             mesh.shards[1].signal(signal.SIGKILL)
-        post(pending, start)  # type: ignore[arg-type]
+        begin_batch(pending)
 
-    monkeypatch.setattr(dispatcher, "_post", post_and_kill)
+    monkeypatch.setattr(dispatcher, "_begin_batch", kill_and_begin)
     assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-    assert rounds == [0, 7, 14, 21, 28, 35]
+    assert starts == [0, 7, 14, 21, 28, 35]
     check_went_on_without(mesh, router, 1, "closed the connection")
 
 

@@ -6,7 +6,7 @@ import errno
 import io
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from placement.traces.trace import ActivationTrace
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
     make_router,
     mesh_of,
     oracle,
@@ -35,6 +34,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
+from tests.support.waiting import await_true, free_ports
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 2, 6, 3, 24
 
@@ -93,7 +93,7 @@ def test_a_placement_of_another_model_is_refused_before_anyone_is_called(mesh: M
     links = dict(router.dispatcher.links)
     nowhere = ShardEndpoint(0, "x", "127.0.0.1", 1, "x", 1)
     other = Membership(2, Placement.linear(NUM_LAYERS, 8, 1), (nowhere,))
-    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model has 2 of 6"):
+    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model for 2 of 6"):
         router.apply_membership(other)
     assert (router.status().epoch, router.dispatcher.links) == (1, links)
     check(mesh, router)
@@ -156,9 +156,7 @@ def test_fewer_and_more_ranks(model: Path, mesh: Mesh) -> None:
         router.close()
 
 
-def test_shards_that_cannot_be_reached_are_named_with_their_reasons(
-    mesh: Mesh, free_ports: Callable[[int], list[int]]
-) -> None:
+def test_shards_that_cannot_be_reached_are_named_with_their_reasons(mesh: Mesh) -> None:
     """One listens no more, one never answers, one is another incarnation by now: all at once, within one deadline."""
     (closed_port,) = free_ports(1)
     with socket.create_server(("127.0.0.1", 0)) as mute:

@@ -13,6 +13,7 @@ import torch
 from experts.protocol.wire import exchange_bytes
 from placement.policy import build_placement
 from placement.rule.evaluate import evaluate
+from placement.search.problem import PlanRequest
 from placement.traces.trace import ActivationTrace
 from tests.support.small_mesh import Mesh, mesh_of
 
@@ -30,17 +31,8 @@ def halves() -> tuple[ActivationTrace, ActivationTrace]:
 @pytest.fixture(scope="module", params=[("linear", 8, 1), ("optimized", 8, 1), ("optimized", 11, 2)], ids=str)
 def mesh(request: pytest.FixtureRequest, halves: tuple[ActivationTrace, ActivationTrace]) -> Iterator[Mesh]:
     policy, slots_per_rank, num_nodes = request.param
-    placement = build_placement(
-        policy,
-        num_layers=4,
-        num_experts=32,
-        num_ranks=NUM_SHARDS,
-        num_nodes=num_nodes,
-        slots_per_rank=slots_per_rank,
-        trace=halves[0],
-        time_budget_s=1.0,
-        load_cap=1.2,
-    )
+    plan = PlanRequest(NUM_SHARDS, num_nodes, slots_per_rank, load_cap=1.2, seconds=1.0)
+    placement = build_placement(policy, plan, halves[0], halves[0])
     with mesh_of(TINY, placement) as mesh:
         yield mesh
 

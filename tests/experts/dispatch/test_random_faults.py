@@ -13,7 +13,6 @@ import pytest
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.membership import Membership
 from tests.support.small_mesh import (
-    AWAIT_S,
     Mesh,
     assert_matches,
     mesh_of,
@@ -23,6 +22,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
+from tests.support.waiting import AWAIT_S
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 6, 3
 EPOCHS, SIGNALS_PER_EPOCH = 6, 6

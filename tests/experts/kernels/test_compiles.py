@@ -1,7 +1,7 @@
-"""Every Triton program, as it would be launched, compiled for Hopper by Triton's real compiler; no GPU needed.
+"""Every Triton program, as it is launched, compiled for Hopper by Triton's real compiler; needs no GPU.
 
-The interpreter does not see what only a compiler refuses (types, layouts, shared memory), nor does it know bfloat16's
-products. Needs triton, without TRITON_INTERPRET. Run with -s for registers, spills and shared memory of each program.
+The interpreter accepts what only the compiler refuses (types, layouts, shared memory), and cannot multiply bfloat16.
+Needs triton, without TRITON_INTERPRET. Run with -s to see the shared memory and warps of each program.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ import torch
 
 from experts.checkpoint.weight_format import WeightFormat
 from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.loopback import LoopbackLink
 from experts.kernels import KernelShape
 from experts.kernels.pick import random_pairs, random_weights
 from experts.kernels.quantized import QuantizedShape
 from experts.kernels.triton import mlp as triton_mlp
 from experts.kernels.triton import quantized as triton_quantized
 from experts.model.spec import ActivationSpec
+from experts.protocol.membership import Membership
+from placement.placement import Placement
 
 pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.triton,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs in its interpreter"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
 ]
 HOPPER = 90
 SHARED_BYTES = 227 * 1024  # of a block on sm_90
@@ -63,17 +68,17 @@ def signature_of(names: list[str], values: dict[str, Any], constants: set[str]) 
 
 @dataclasses.dataclass
 class Compiled:
-    """What launches were compiled for."""
+    """The launches that were compiled."""
 
     names: list[str] = dataclasses.field(default_factory=list)
-    """Of each launch, in order."""
+    """The program of each launch, in order."""
     codes: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """Triton's GPU code by program and kind of arguments; a kind seen before is not compiled again."""
+    """Triton's GPU code by program and kinds of arguments; no such pair is compiled twice."""
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    """Launches compile instead of running."""
+    """Makes launches compile instead of run."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,7 +109,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 def check_kernel(compiled: Compiled, kernel: Any) -> None:
-    """The first call compiles for every size of tile, no later one for anything; weights are fetched ahead."""
+    """Only the first call compiles, for every tile size; weights are prefetched."""
     forward(kernel, 4)
     sizes = len(triton_mlp.each_block(PAIRS, kernel.shape.dtype))
     assert compiled.names == [*(sizes + 1) * ["gate_up", "down"], "sum_pairs"]  # and the call itself
@@ -167,14 +172,13 @@ def test_dispatch_of_fixed_capacity(compiled, replicas, nodes):
 def test_the_row_mover(compiled, dtype):
     from experts.dispatch.rows.triton_mover import TritonRowMover
 
-    mover = TritonRowMover(torch.device("cpu"))
-    buffers = {rank: torch.zeros(1 << 14, dtype=torch.uint8) for rank in range(2)}
-    mover.bind(buffers, buffers)
-    plan_TK = np.zeros((4, 2), np.int32)
-    x_TD = torch.zeros(4, 128, dtype=dtype)
-    sum_TD = torch.zeros(4, 128)
-    mover.pack(x_TD, plan_TK, plan_TK)
-    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, None, False)
-    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, sum_TD, False)
-    mover.combine(plan_TK, plan_TK, np.ones(2, bool), x_TD, sum_TD, True)
+    shape = LayerShape(1, 2, 2, 128, dtype)
+    links = {rank: LoopbackLink(rank, shape, 4) for rank in range(2)}
+    for link in links.values():
+        link.send_tensor = link.recv_tensor = torch.zeros(1 << 14, dtype=torch.uint8)
+    mover = TritonRowMover(shape, 4, Membership(1, Placement.linear(1, 2, 2), (None, None)), links)
+    batch = mover.stage(0, torch.zeros(4, 128, dtype=dtype), torch.ones(4, 2), torch.tensor([[0, 1]] * 4))
+    plan = mover.plan_and_pack(batch, 1, np.array([[0, -1], [-1, 0]], np.int32))
+    for answered in ([True, True], [True, False], [False, True]):  # all, some are kept, the others are added
+        mover.combine(batch, plan, np.array(answered))
     assert compiled.names == ["pack_rows", *3 * ["combine_rows"]]

@@ -1,4 +1,4 @@
-"""What only the C++ kernel promises: the same bits for any batch and thread count, and every processor's code path."""
+"""What only the C++ kernel promises: the same bits for any batch and thread count, on every processor's code path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experts.kernels.native import build as native_build
 from experts.kernels.native import kernel as native
 from experts.kernels.native.kernel import NativeKernel
 from experts.kernels.pick import random_pairs
-from tests.experts.kernels.test_kernels import ACTIVATIONS, BASE, build, run_case
+from tests.support.kernel_cases import ACTIVATIONS, BASE, build, run_case
 
 pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
 
@@ -69,7 +69,7 @@ def variant(folder: Path, flag: str) -> ctypes.CDLL:
     return library
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86 code paths")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="builds code paths of x86_64")
 @pytest.mark.parametrize("flag", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
 def test_processors_with_fewer_instructions(flag, monkeypatch, tmp_path_factory, threads):
     threads(1)

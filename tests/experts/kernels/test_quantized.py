@@ -1,8 +1,10 @@
-"""Kernels that keep weights quantized, against the float64 oracle on the dequantized weights; outputs poisoned."""
+"""Kernels that keep weights quantized, against the float64 oracle on dequantized weights, into outputs full of NaN."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from experts.kernels import KERNELS, KernelShape, keep_quantized, pick
 from experts.kernels.pick import QUANTIZED_KERNELS, pick_kernel, random_pairs, random_weights
 from experts.kernels.quantized import QuantizedShape
 from experts.kernels.vllm.quantized import for_marlin
-from tests.experts.kernels.test_kernels import ACTIVATIONS, TOLERANCE, oracle
+from tests.support.kernel_cases import ACTIVATIONS, TOLERANCE, each_kernel, oracle
 
 FORMATS = {
     "fp8_block": WeightFormat("fp8_block", 128),
@@ -20,31 +22,28 @@ FORMATS = {
     "int4": WeightFormat("int4", 32),
 }
 BASE = QuantizedShape(2, 5, 192, 160, ACTIVATIONS["silu"], format=FORMATS["fp8_block"])
-ON_CUDA = [
-    *(("triton_quantized", form) for form in FORMATS),
-    ("vllm_fp8", "fp8_block"),
-    ("vllm_int4", "int4"),
-    ("vllm_mxfp4", "mxfp4"),
-]
-CASES = [(name, form, "cpu") for name in ("torch_dequant", "triton_quantized") for form in FORMATS]
-CASES += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in ON_CUDA]
-each_case = pytest.mark.parametrize(("name", "form", "device"), CASES)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SERVED = {
+    "triton_quantized": {"fp8_block", "mxfp4", "int4"},
+    "vllm_fp8": {"fp8_block"},
+    "vllm_int4": {"int4"},
+    "vllm_mxfp4": {"mxfp4"},
+    "torch_dequant": {"fp8_block", "mxfp4", "int4"},
+}
 # vLLM's FP8 kernel rounds rows and inner activations to E4M3's four bits, too.
 ROUNDS_ROWS = {"vllm_fp8": 0.08}
 
 
 def shape_for(device: str, form: str, **changes: object) -> QuantizedShape:
-    """bfloat16 on GPUs, float32 else: Triton's interpreter cannot multiply bfloat16."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return dataclasses.replace(BASE, **{"device": device, "dtype": dtype, "format": FORMATS[form], **changes})
+    """bfloat16 on GPUs. float32 and small on the CPU: Triton's interpreter is slow and cannot multiply bfloat16."""
+    if device == "cpu":
+        changes = {"num_slots": 4, "hidden_size": 64, "intermediate_size": 96, "dtype": torch.float32, **changes}
+    else:
+        changes = {"dtype": torch.bfloat16, **changes}
+    return dataclasses.replace(BASE, **{"device": device, "format": FORMATS[form], **changes})
 
 
 def run_case(name: str, shape: QuantizedShape, num_rows: int, seed: int, pairs_per_row: int = 3) -> None:
-    if shape.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    reason = QUANTIZED_KERNELS[name].supports(shape)
-    if reason is not None:
-        pytest.skip(reason)
     generator = torch.Generator().manual_seed(seed)
     kernel = QUANTIZED_KERNELS[name](shape)
     rows_MD = torch.randn(num_rows, shape.hidden_size, generator=generator).to(shape.dtype)
@@ -62,51 +61,99 @@ def run_case(name: str, shape: QuantizedShape, num_rows: int, seed: int, pairs_p
         torch.testing.assert_close(out_MD.cpu().double(), expected, rtol=0, atol=atol)
 
 
+def each_case(labelled: Mapping[str, Mapping[str, object]], forms: Iterable[str] = FORMATS) -> pytest.MarkDecorator:
+    """`name` and `shape` for changes to the base shape, by label; on this machine's devices, in each format."""
+    shapes = {
+        f"{device}-{form}-{label}": shape_for(device, form, **changes)
+        for device, form, (label, changes) in product(DEVICES, forms, labelled.items())
+    }
+    return each_kernel(shapes)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", QUANTIZED_KERNELS)
+def test_what_each_kernel_serves(name, device):
+    """What it refuses is left out of the tests below."""
+    sizes = {"hidden_size": 256, "intermediate_size": 128}  # multiples of every unit
+    reasons = {form: QUANTIZED_KERNELS[name].supports(shape_for(device, form, **sizes)) for form in FORMATS}
+    if None not in reasons.values():
+        pytest.skip(f"{name}: {reasons[min(SERVED[name])]}")
+    assert {form for form, reason in reasons.items() if reason is None} == SERVED[name], reasons
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 13, 70])
-@each_case
-def test_row_counts(name, form, device, num_rows):
-    run_case(name, shape_for(device, form), num_rows, seed=num_rows)
+@each_case({"base": {}})
+def test_row_counts(name, shape, num_rows):
+    run_case(name, shape, num_rows, seed=num_rows)
 
 
-@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swigluoai", "swigluoai_tight"])
-@each_case
-def test_activations_and_biases(name, form, device, activation, has_bias):
-    shape = shape_for(device, form, num_layers=1, activation=ACTIVATIONS[activation], has_bias=has_bias)
+@each_case(
+    {
+        f"{activation}-{'bias' if has_bias else 'plain'}": {
+            "num_layers": 1, "activation": ACTIVATIONS[activation], "has_bias": has_bias
+        }
+        for activation in ("gelu", "gelu_tanh", "swigluoai", "swigluoai_tight")
+        for has_bias in (False, True)
+    }
+)  # fmt: skip
+def test_activations_and_biases(name, shape):
     run_case(name, shape, 6, seed=5)
 
 
-@each_case
-def test_weight_on_input(name, form, device):
-    run_case(name, shape_for(device, form, num_layers=1, weight_on_input=True), 6, seed=6)
+@each_case({"input": {"num_layers": 1, "weight_on_input": True}})
+def test_weight_on_input(name, shape):
+    run_case(name, shape, 6, seed=6)
 
 
 # Blocks of 128 x 128 that are whole, partial in one matrix or both; rows shorter than a step.
-@pytest.mark.parametrize(("D", "I"), [(256, 128), (128, 224), (320, 96), (32, 32)])
-@each_case
-def test_sizes(name, form, device, D, I):
-    run_case(name, shape_for(device, form, num_layers=1, hidden_size=D, intermediate_size=I), 9, seed=D)
-
-
-@pytest.mark.parametrize("group", [16, 64, 128])
-@pytest.mark.parametrize(
-    ("name", "form", "device"), [case for case in CASES if "int4" in getattr(case, "values", case)]
+@each_case(
+    {
+        f"{D}x{I}": {"num_layers": 1, "hidden_size": D, "intermediate_size": I}
+        for D, I in [(256, 128), (128, 224), (320, 96), (32, 32)]
+    }
 )
-def test_int4_groups(name, form, device, group):
-    shape = shape_for(
-        device, form, num_layers=1, hidden_size=256, intermediate_size=128, format=WeightFormat("int4", group)
-    )
-    run_case(name, shape, 9, seed=group)
+def test_sizes(name, shape):
+    run_case(name, shape, 9, seed=shape.hidden_size)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("name", "form"), ON_CUDA)
-def test_large_on_gpus(name, form):
-    run_case(name, shape_for("cuda", form, num_layers=1, hidden_size=2048, intermediate_size=768), 40, seed=1)
+@each_case(
+    {
+        str(group): {
+            "num_layers": 1, "hidden_size": 256, "intermediate_size": 128, "format": WeightFormat("int4", group)
+        }
+        for group in (16, 64, 128)
+    },
+    forms=["int4"],
+)  # fmt: skip
+def test_int4_groups(name, shape):
+    run_case(name, shape, 9, seed=shape.format.group)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@each_kernel(
+    {
+        form: shape_for("cuda", form, num_layers=1, hidden_size=2048, intermediate_size=768)
+        for form in (FORMATS if torch.cuda.is_available() else ())
+    }
+)
+def test_large_on_gpus(name, shape):
+    run_case(name, shape, 40, seed=1)
 
 
 def test_fp8_values_are_all_met():
-    """Every E4M3 byte but NaN, through the one kernel that runs everywhere and through the format's own rule."""
+    """Every E4M3 byte except NaN has torch's value."""
     form = FORMATS["fp8_block"]
     data = torch.arange(256, dtype=torch.uint8).view(2, 128)
     got = form.dequantize(data, torch.tensor([[0.5]]), torch.float32)
@@ -161,7 +208,7 @@ def test_what_does_not_fit_is_named():
 def test_what_a_shard_keeps_quantized():
     form, plain = FORMATS["int4"], KernelShape(1, 2, 64, 64, ACTIVATIONS["silu"])
     assert keep_quantized(plain, None) is plain
-    assert keep_quantized(plain, form) is plain  # on the CPU plain floats are quicker
+    assert keep_quantized(plain, form) is plain  # plain floats are faster on the CPU
     assert keep_quantized(plain, form, "torch_loop") is plain
     kept = keep_quantized(plain, form, "torch_dequant")
     assert isinstance(kept, QuantizedShape)

@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernel: every pair in exactly one tile, of its own slot. Needs no triton."""
+"""Tiles of the Triton kernels: every pair is in exactly one tile, of its own slot. Needs no triton."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What our kernels take from vLLM for GPUs is there, with the parameters that we name; read from the installed source.
+"""The vLLM functions that our GPU kernels use exist, with the parameters that we name; read from the installed source.
 
-vLLM's CPU build has the source, though it cannot run these. A failure means that this version of vLLM moved something:
-experts/kernels/vllm/triton.py or vllm_quantized.py is the file to change.
+vLLM's CPU build includes the source, though it cannot run it. A failure means that this version of vLLM moved
+something: change experts/kernels/vllm/triton.py or quantized.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 FUSED = "model_executor/layers/fused_moe"
-# file, function: parameters, in their order as far as they are given by place
+# (file, function): parameters; those passed by position come first, in order
 TAKEN = {
     (f"{FUSED}/fused_moe.py", "fused_experts"): [
         "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "quant_config",
@@ -29,7 +29,7 @@ TAKEN = {
         "layer", "w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias",
     ],
 }  # fmt: skip
-BY_PLACE = {"fused_experts": 5, "fused_marlin_moe": 9, "prepare_moe_mxfp4_layer_for_marlin": 7}
+BY_POSITION = {"fused_experts": 5, "fused_marlin_moe": 9, "prepare_moe_mxfp4_layer_for_marlin": 7}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_function(source: Path, file: str, function: str) -> None:
     assert found is not None, f"{file} has no {function}"
     names = [argument.arg for argument in found.args.args]
     wanted = TAKEN[file, function]
-    by_place = BY_PLACE.get(function, 2)
-    assert names[:by_place] == wanted[:by_place]
+    by_position = BY_POSITION.get(function, 2)
+    assert names[:by_position] == wanted[:by_position]
     assert set(wanted) <= set(names)
     required = len(names) - len(found.args.defaults)
     assert set(names[:required]) <= set(wanted)
@@ -60,7 +60,7 @@ def test_activations(source: Path) -> None:
     tree = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "MoEActivation")
     values = {n.value.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)}
     assert {"silu", "gelu", "gelu_tanh", "swigluoai"} <= values
-    # Which rows are gates: our weights are put in this order for it.
+    # Which rows are gates; our weights are put into this order.
     assert "SWIGLUOAI expects gate/up *interleaved*" in text
 
 

@@ -9,7 +9,7 @@ import pytest
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from experts.protocol.status import RouterStatus
 from placement.placement import Placement
-from tests.support.statuses import router_status, shard_status
+from tests.support.serve.statuses import router_status, shard_status
 
 ROUTER_KEYS = (
     "router_id epoch num_ranks connected transports lost layers steps dispatches rows fan_out_sum failovers "

@@ -30,10 +30,10 @@ from experts.protocol.wire import (
 def test_hand_worked_layouts() -> None:
     # 128 header | 4 * 3 offsets -> 64 | 4 * 5 experts -> 64 | 4 * 5 weights -> 64 | 2 rows of 96
     assert request_layout(2, 5, 96) == (128, 192, 256, 320, 320 + 192)
-    # 16 offsets of 15 rows fill a line to the last byte, the 17th begins another
+    # the 16 offsets of 15 rows fill a line, the 17th starts another
     assert request_layout(15, 16, 4) == (128, 192, 256, 320, 380)
     assert request_layout(16, 17, 4) == (128, 256, 384, 512, 576)
-    # nothing at all is a header and the one offset that is always there
+    # no rows: a header and the one offset that is always there
     assert request_layout(0, 0, 96) == (128, 192, 192, 192, 192)
 
 

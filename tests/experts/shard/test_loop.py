@@ -1,4 +1,4 @@
-"""A shard's compute loop in this process: slots that change under it, kernels and pairs that break."""
+"""A shard's compute loop in this process: slots that change, kernels and pairs that break."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from experts.transports.base import ShardChannel
 from experts.transports.shm import ShmDoorbell
 from placement.placement import Placement
 from tests.support.packed_request import HIDDEN, pack
-from tests.support.small_mesh import await_true, write_checkpoint
+from tests.support.small_mesh import write_checkpoint
+from tests.support.waiting import await_true, join
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
 
@@ -55,7 +56,7 @@ class FakeChannel(ShardChannel):
 
 
 class GatedKernel(ExpertKernel):
-    """Writes the slot's stamp before and after a gate; a request that saw its slot refilled has two different ones."""
+    """Writes the slot's stamp before and after a gate: two different stamps if the slot was refilled between them."""
 
     name = "gated"
 
@@ -87,7 +88,7 @@ class GatedKernel(ExpertKernel):
 
 @pytest.fixture
 def gated(model: Path) -> Iterator[tuple[ShardLoop, GatedKernel]]:
-    """A loop whose 3 slots a layer hold the experts 0 to 2."""
+    """A loop with 3 slots in each layer, which hold experts 0 to 2."""
     checkpoint = ExpertCheckpoint.open(model)
     spec = checkpoint.spec
     shape = KernelShape(NUM_LAYERS, 3, HIDDEN, spec.intermediate_size, spec.activation)
@@ -114,16 +115,15 @@ def test_a_slot_in_use_is_refilled_only_when_its_request_is_done(gated: tuple[Sh
     kernel.gate.clear()
     stamp = kernel.stamps_LS[0, loop.slots.slot_of_expert_LE[0, 1]]
     post(loop, channel, 1, [1])
-    assert kernel.inside.wait(60)
+    assert kernel.inside.wait(60), "the request did not reach the kernel"
     other = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
-    loading = threading.Thread(target=loop.slots.load, args=(other, 1))
+    loading = threading.Thread(target=loop.slots.load, args=(other, 1), daemon=True)
     loading.start()
-    await_true(lambda: (loop.slots.slot_of_expert_LE[0] < 0).sum() > 3, "the first expert's leaving the table")
+    await_true(lambda: (loop.slots.slot_of_expert_LE[0] < 0).sum() > 3, "the first expert's removal from the table")
     loading.join(0.05)
     assert loading.is_alive(), "the slot was refilled under the request"
     kernel.gate.set()
-    loading.join(60)
-    assert not loading.is_alive()
+    join(loading, "the new placement to be loaded")
     await_true(lambda: channel.answers, "the answer")
     row = channel.send_buffer[HEADER_BYTES : HEADER_BYTES + 8].view(np.float32)
     np.testing.assert_array_equal(row, np.float32([stamp, stamp]))
@@ -160,7 +160,7 @@ def test_failures_in_a_row_are_a_fault_until_a_request_succeeds(gated: tuple[Sha
 
     broken = RuntimeError("CUDA error: an illegal memory access")
     for _ in range(4):
-        assert ask([5], None) is None, "the sender's mistake, expert 5 is not here"
+        assert ask([5], None) is None, "the router's mistake: expert 5 is not here"
     assert [ask([0], broken), ask([0], broken), ask([0], None)] == [None] * 3
     assert [ask([0], broken), ask([0], broken), ask([5], None)] == [None] * 3
     fault = ask([0], broken)
@@ -206,7 +206,7 @@ def test_slots_that_do_not_suffice_are_named(gated: tuple[ShardLoop, GatedKernel
 def test_a_slot_whose_refill_failed_is_free_again(
     gated: tuple[ShardLoop, GatedKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Out of memory while an expert is packed, say: what stood there before can be loaded again."""
+    """For example out of memory while an expert is packed. The previous expert can be loaded again."""
     loop, kernel = gated
     slots, placement = loop.slots, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Shards that keep the bytes of a checkpoint in FP8 blocks: the values of plain floats, at a quarter of the memory."""
+"""Shards that keep FP8 blocks as stored: the values of plain floats, in a quarter of the memory."""
 
 from __future__ import annotations
 

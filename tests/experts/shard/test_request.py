@@ -1,4 +1,4 @@
-"""What a shard believes of a request: a good one is read as it was packed, anything else is named and refused."""
+"""What a shard makes of a request: a good one is read as packed, any other is refused with the reason."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from experts.protocol.wire import (
 from experts.shard.request import BadRequestError, read_request
 
 HIDDEN, FLOAT32 = 4, 1
-# Layer 0 holds experts 0 to 3 in the slots 3 to 0, layer 1 but expert 2.
+# Layer 0 holds experts 0 to 3 in slots 3 to 0, layer 1 only expert 2.
 SLOTS_LE = np.array([[3, 2, 1, 0, -1], [-1, -1, 0, -1, -1]], np.int32)
 
 
 def message(
     offsets: list[int], experts: list[int], layer: int = 0, row_bytes: int = 4 * HIDDEN, capacity: int = 4096
 ) -> tuple[np.ndarray, int]:
-    """(buffer, length) of a request in order, for tests to spoil."""
+    """(buffer, length) of a valid request, for tests to spoil."""
     num_rows = len(offsets) - 1
     offsets_at, experts_at, weights_at, rows_at, nbytes = request_layout(num_rows, len(experts), row_bytes)
     buffer = np.full(capacity, 0xEE, np.uint8)

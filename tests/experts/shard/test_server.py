@@ -1,9 +1,10 @@
-"""One shard: what it refuses and survives, what it reports, and slots that change while it serves."""
+"""One shard: what it refuses, survives and reports, and slots that change while it serves."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 import time
@@ -43,15 +44,15 @@ from tests.support.packed_request import HIDDEN, ROW_BYTES, pack
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
-    local,
     mesh_of,
+    one_process,
     oracle,
     random_batch,
     replicated,
     run,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 6, 3
 ROOT = Path(__file__).parents[3]
@@ -96,19 +97,19 @@ def link(mesh: Mesh) -> Iterator[RouterLink]:
 
 
 def ask(link: RouterLink, nbytes: int) -> np.ndarray:
-    """The header of the answer."""
+    """The header of the reply."""
     link.post(nbytes)
     link.wait(time.monotonic() + 30)
     return header_of(link.recv_buffer)
 
 
 def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
-    """The next request is answered, and right."""
+    """The next request is answered correctly."""
     x_D = torch.linspace(-1, 1, HIDDEN)
     header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
     assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
     y_D = torch.from_numpy(link.recv_buffer[HEADER_BYTES : HEADER_BYTES + ROW_BYTES].view(np.float32))
-    expected = local(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
+    expected = one_process(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
     assert_matches(y_D[None], expected)
 
 
@@ -180,7 +181,7 @@ def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> 
 
 
 def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, model: Path, link: RouterLink) -> None:
-    with contextlib.suppress(ShardRejectedError):  # refused at the door is as well
+    with contextlib.suppress(ShardRejectedError):  # being refused is fine too
         tiny = open_link(mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
         tiny.post(8)
         with pytest.raises(Exception, match="shard 0"):
@@ -245,7 +246,7 @@ def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) ->
         shard = mesh.shards[0]
         with pytest.raises(ValueError, match="epoch 4 is older than this shard's 5"):
             shard.call("apply_placement", first.to_json(), 4)
-        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint has 2 of 6"):
+        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint for 2 of 6"):
             shard.call("apply_placement", Placement.linear(NUM_LAYERS, 8, 2).to_json(), 6)
         assert shard.status().epoch == 5
 
@@ -294,12 +295,13 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     try:
         assert process.stdout is not None
+        assert select.select([process.stdout], [], [], 60)[0], "the shard printed no endpoint"
         endpoint = ShardEndpoint(**json.loads(process.stdout.readline()))
         assert (endpoint.rank, endpoint.pid) == (0, process.pid)
         link = open_link(endpoint)
         check_serves(link, model)
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-        assert "/vllm/" not in maps, "a shard needs vllm only where its kernel comes from there"
+        assert "/vllm/" not in maps, "a shard needs vllm only if its kernel comes from vllm"
         _, log = process.communicate(timeout=60)  # closes stdin
         assert process.returncode == 0
         assert b"12 of 12 experts loaded" in log
@@ -309,7 +311,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         link.close()
     finally:
         process.kill()
-        process.wait()
+        process.wait(10)
 
 
 def test_an_unknown_setting_is_an_error_that_names_it(model: Path) -> None:

@@ -1,4 +1,4 @@
-"""The handshake: who is refused and told why, and that the listener outlives them all."""
+"""The handshake: bad hellos are refused with the reason, and the listener survives them all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def raw(shard: EchoShard) -> socket.socket:
 
 
 def answer_to(shard: EchoShard, line: bytes) -> dict[str, Any]:
-    """What the shard says to `line`, which it is then seen to survive."""
+    """The shard's answer to `line`; also checks that the shard still serves."""
     with raw(shard) as connection:
         connection.sendall(line)
         data = b""
@@ -99,7 +99,7 @@ def test_what_no_router_would_say_is_refused_with_the_reason(shard: EchoShard, l
 
 
 def test_half_a_line_is_refused_at_the_handshake_deadline() -> None:
-    with echo_shard(handshake_s=0.2) as shard, raw(shard) as connection:
+    with echo_shard(handshake_timeout_s=0.2) as shard, raw(shard) as connection:
         connection.sendall(b'{"router_id": "r"')
         still_serves(shard)
         assert b"no complete line on the control socket" in connection.recv(4096)
@@ -118,7 +118,7 @@ def test_routers_that_hang_up_or_say_nothing_cost_nothing(shard: EchoShard) -> N
 
 @pytest.mark.parametrize("transport", ["shm", "gloo", "gloo_split"])
 def test_a_router_that_dies_in_the_handshake_leaves_no_channel(transport: str) -> None:
-    with echo_shard(handshake_s=1.0) as shard:
+    with echo_shard(handshake_timeout_s=1.0) as shard:
         connection = raw(shard)
         connection.sendall(json.dumps(asdict(hello_for(transport, "dead"))).encode() + b"\n")
         if transport != "shm":
@@ -138,7 +138,7 @@ def test_killed_routers_leave_nothing_behind(transport: str) -> None:
             process = context().Process(target=_route_until_killed, args=(shard.endpoint, transport, theirs))
             process.start()
             theirs.close()
-            assert ours.poll(LONG_S)
+            assert ours.poll(LONG_S), "the router did not connect"
             assert ours.recv() == "waiting"
             assert shard.event() == ("held", f"router{process.pid}")
             process.kill()
@@ -175,10 +175,10 @@ def test_nobody_listens() -> None:
 def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
     with echo_shard() as shard:
         shard.stop()
-        limit_s = deadline_in(0.3)
+        deadline_s = deadline_in(0.3)
         with pytest.raises(ShardTimeoutError, match="no answer to the handshake before the connect deadline"):
-            connect(shard.endpoint, hello_for(transport), "cpu", 20.0, limit_s)
-        assert time.monotonic() >= limit_s
+            connect(shard.endpoint, hello_for(transport), "cpu", 20.0, deadline_s)
+        assert time.monotonic() >= deadline_s
         shard.resume()
         still_serves(shard)
 

@@ -1,6 +1,6 @@
 """One router and several shards as processes, rows over NCCL: parity, failover, deadlines.
 
-Over NCCL never run by its authors: no GPU was at hand. The same tests run over gloo in NCCL's place, on the CPU.
+Without a GPU, the same tests run with gloo in NCCL's place.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tests.support.gpu_mesh import KINDS, mesh_over, on_device_of, router_over, 
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    await_true,
-    local,
+    one_process,
     oracle,
     random_batch,
     replicated,
     write_checkpoint,
 )
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 6, 3
-SILENCE_MS = 5000  # how long a stopped shard is waited for, and a first step that loads code on a shared GPU
+DISPATCH_TIMEOUT_MS = 5000  # long enough for a first step that loads code on a shared GPU
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def mesh(model: Path, kind: str, request: pytest.FixtureRequest) -> Iterator[Mes
 
 @pytest.fixture
 def router(mesh: Mesh, kind: str) -> MeshClient:
-    return router_over(kind, mesh, dispatch_timeout_ms=SILENCE_MS)
+    return router_over(kind, mesh, dispatch_timeout_ms=DISPATCH_TIMEOUT_MS)
 
 
 def check_step(mesh: Mesh, router: MeshClient, seed: int, num_tokens: int = 20) -> None:
-    """A whole step gives what the definition gives."""
+    """A whole step gives the oracle's result."""
     for layer in range(NUM_LAYERS):
         batch = random_batch(num_tokens, seed=seed + layer)
         assert_matches(run_there(router, layer, batch), oracle(mesh.checkpoint, layer, batch))
@@ -68,7 +68,7 @@ def check_went_on_without(mesh: Mesh, router: MeshClient, rank: int, reason: str
 
 @pytest.mark.parametrize("num_shards", [2, 3, 4])
 def test_parity(model: Path, kind: str, num_shards: int) -> None:
-    """Zero tokens, one, and more than one message's worth."""
+    """Zero tokens, one, and more than fit into one message."""
     with mesh_over(kind, model, replicated(NUM_LAYERS, NUM_EXPERTS, num_shards, 1)) as mesh:
         router = router_over(kind, mesh, max_rows_per_dispatch=64)
         assert set(router.status().transports.values()) == {kind}
@@ -76,7 +76,7 @@ def test_parity(model: Path, kind: str, num_shards: int) -> None:
             for layer in range(NUM_LAYERS):
                 batch = random_batch(num_tokens, seed=num_tokens + layer)
                 got_TD = run_there(router, layer, batch)
-                here_TD = local(model).forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
+                here_TD = one_process(model).forward(layer, batch.x_TD, batch.weights_TK, batch.ids_TK)
                 assert_matches(got_TD, oracle(mesh.checkpoint, layer, batch))
                 assert_matches(got_TD, here_TD)
         assert (router.status().failovers, router.status().fallback_pairs) == (0, 0)
@@ -89,14 +89,14 @@ def test_half_precision(model: Path, kind: str, dtype: torch.dtype) -> None:
         router = router_over(kind, mesh, dtype)
         batch = random_batch(30, dtype=dtype)
         got_TD, expected_TD = run_there(router, 0, batch), oracle(mesh.checkpoint, 0, batch)
-        # Weights, inner activations and parts have 8 (11) bits each.
+        # Weights, inner activations and partial sums have 8 (11) bits each.
         scale = expected_TD.abs().max().item()
         torch.testing.assert_close(got_TD.double(), expected_TD, rtol=0.05, atol=0.05 * scale)
 
 
 @pytest.mark.gpu
 def test_auto_kernel(model: Path) -> None:
-    """The kernel that measures best here, whichever that is."""
+    """The kernel that is fastest here."""
     with mesh_over("nccl", model, replicated(NUM_LAYERS, NUM_EXPERTS, 2, 1), kernel="auto") as mesh:
         check_step(mesh, router_over("nccl", mesh), 0)
 
@@ -111,7 +111,7 @@ def test_killed_while_idle(mesh: Mesh, router: MeshClient) -> None:
 
 
 def test_killed_between_begin_and_finish(mesh: Mesh, router: MeshClient) -> None:
-    """Its communicator has a send in flight that nobody will ever take."""
+    """Its communicator has a send in flight that nothing will ever receive."""
     check_step(mesh, router, 0)
     batch = random_batch(40, seed=3)
     mesh.shards[1].signal(signal.SIGSTOP)  # so that it cannot have answered before it dies
@@ -123,7 +123,7 @@ def test_killed_between_begin_and_finish(mesh: Mesh, router: MeshClient) -> None
 
 
 def test_stopped_then_continued(mesh: Mesh, router: MeshClient) -> None:
-    """The deadline holds while the GPU waits for rows, and the GPU is of use afterwards."""
+    """The deadline holds while the GPU waits for rows, and the GPU still works afterwards."""
     check_step(mesh, router, 0)
     mesh.shards[1].signal(signal.SIGSTOP)
     check_step(mesh, router, 10)

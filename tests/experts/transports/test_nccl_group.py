@@ -1,4 +1,4 @@
-"""NcclGroup's own part, with a made-up process group in NCCL's place: torch's answers as its source has them."""
+"""NcclGroup around a fake process group, which answers as torch's source does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experts.transports.torch_groups import ROUTER, SHARD, NcclGroup
 
 
 class Work:
-    """As ProcessGroupNCCL's: asking for success is an error by itself, wait() raises what went wrong."""
+    """Like ProcessGroupNCCL's work: is_success() always raises, wait() raises the work's error."""
 
     def __init__(self, error: str | None = None, done: bool = True) -> None:
         self.error, self.done = error, done
@@ -32,7 +32,7 @@ class Work:
 
 
 class Group:
-    """Every send and receive answers with `work`."""
+    """Every send and receive returns `work`."""
 
     def __init__(self) -> None:
         self.work = Work()

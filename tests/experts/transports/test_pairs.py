@@ -1,4 +1,4 @@
-"""What holds for a pair of a router and a shard over every transport."""
+"""What every transport must do for a pair of a router and a shard."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.support.echo_shard import (
     post_body,
     reply_body,
 )
+from tests.support.waiting import join
 
 TRANSPORTS = ["shm", "gloo", "gloo_split"]
 LONG_S = 30.0
@@ -42,15 +43,15 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def lasting_shard() -> Iterator[EchoShard]:
-    """For tests that leave the shard as it was."""
+    """For tests that leave the shard unchanged."""
     with echo_shard() as shard:
         yield shard
 
 
 def settle(shard: EchoShard, num_channels: int = 0) -> None:
-    """Wait until the shard has let go of its routers, and of the events that tells of it."""
-    limit_s = deadline()
-    while time.monotonic() < limit_s:
+    """Wait until the shard has `num_channels` channels, and drop its events meanwhile."""
+    deadline_s = deadline()
+    while time.monotonic() < deadline_s:
         shard.pipe.send("channels")
         while (event := shard.event())[0] != "channels":
             continue
@@ -97,7 +98,7 @@ def test_killed_shard_ends_a_wait_long_before_its_deadline(transport: str) -> No
         post_body(link, b"abc", HOLD)
         assert shard.event() == ("held", "router")
         os.kill(shard.endpoint.pid, signal.SIGKILL)
-        # A deadline so far away that only the loss itself can end this within the test's time limit.
+        # The deadline is so far away that only the loss can end the wait within the test's time-out.
         with pytest.raises(ShardLostError) as caught:
             link.wait(deadline(3600))
         assert caught.value.rank == 0
@@ -110,15 +111,15 @@ def test_stopped_shard_costs_the_deadline_and_not_more_links(transport: str) -> 
         link = shard.connect(transport)
         shard.stop()
         post_body(link, b"abc")
-        limit_s = deadline(0.3)
+        deadline_s = deadline(0.3)
         with pytest.raises(ShardTimeoutError, match="before the dispatch deadline"):
-            link.wait(limit_s)
-        assert time.monotonic() >= limit_s - 0.002
+            link.wait(deadline_s)
+        assert time.monotonic() >= deadline_s - 0.002
         link.close()
         with pytest.raises(ShardLostError):
             post_body(link, b"abc")
         shard.resume()
-        # The stopped shard wakes up, finds the router gone, and serves the next one.
+        # The shard resumes, finds the router gone, and serves the next one.
         settle(shard)
         again = shard.connect(transport)
         nbytes = post_body(again, b"abc")
@@ -192,7 +193,7 @@ def test_many_routers_at_once_each_get_their_own_answers(transport: str) -> None
 
 def test_a_router_that_never_reads_does_not_hold_up_the_others(transport: str) -> None:
     with echo_shard() as shard:
-        # Large enough that the reply cannot rest in socket buffers.
+        # Too large for the reply to fit into socket buffers.
         stalled = shard.connect(transport, "stalled", capacity=1 << 24)
         post_body(stalled, bytes((1 << 24) - HEADER_BYTES))
         other = shard.connect(transport, "other")
@@ -228,15 +229,15 @@ def test_pairs_leave_no_threads_and_no_descriptors_behind(lasting_shard: EchoSha
         assert reply_body(link, nbytes) == counted_up(b"abc")
         link.close()
 
-    open_and_close()  # whatever is made once, such as gloo's device
+    open_and_close()  # makes what exists once, such as gloo's device
     settle(lasting_shard)
     gc.collect()
     before = resources(os.getpid()), resources(lasting_shard.endpoint.pid)
     for _ in range(5):
         open_and_close()
     settle(lasting_shard)
-    limit_s = deadline()
-    while time.monotonic() < limit_s:
+    deadline_s = deadline()
+    while time.monotonic() < deadline_s:
         gc.collect()
         after = resources(os.getpid()), resources(lasting_shard.endpoint.pid)
         if all(a <= b for new, old in zip(after, before, strict=True) for a, b in zip(new, old, strict=True)):
@@ -256,10 +257,10 @@ def test_waits_run_without_the_interpreter_lock(transport: str) -> None:
         post_body(link, b"abc", HOLD)
         assert shard.event() == ("held", "router")
         outcome: list[int] = []
-        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline())))
+        waiter = threading.Thread(target=lambda: outcome.append(link.wait(deadline())), daemon=True)
         waiter.start()
         shard.pipe.send("release")  # only possible while the wait lets other threads run
         assert shard.event() == ("released", 1)
-        waiter.join(LONG_S)
+        join(waiter, "the reply")
         assert outcome == [HEADER_BYTES + 3]
         link.close()

@@ -1,4 +1,4 @@
-"""The store over which the two ends of a torch pair meet."""
+"""The store through which the two ends of a torch pair meet."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from experts.transports.rendezvous import Meeting, PairStore, connect_to_meeting
 from tests.support.echo_shard import deadline_in
+from tests.support.waiting import join
 
 LONG_S = 30.0
 
@@ -52,14 +53,14 @@ def test_strangers_are_passed_over() -> None:
     meeting = Meeting("127.0.0.1")
     details = meeting.details()
     stores: list[Any] = []
-    accepting = threading.Thread(target=lambda: stores.append(meeting.accept(deadline_in(LONG_S))))
+    accepting = threading.Thread(target=lambda: stores.append(meeting.accept(deadline_in(LONG_S))), daemon=True)
     accepting.start()
     socket.create_connection(("127.0.0.1", details["meeting_port"])).close()
     stranger = connect_to_meeting("127.0.0.1", {**details, "meeting_token": "0" * 32}, deadline_in(LONG_S))
     with pytest.raises(ConnectionError):
         stranger.get("anything")
     router = connect_to_meeting("127.0.0.1", details, deadline_in(LONG_S))
-    accepting.join(LONG_S)
+    join(accepting, "the router to be accepted")
     router.set("a", b"1")
     assert stores[0].get("a") == b"1"
     router.close()
@@ -76,9 +77,9 @@ def test_closing_a_meeting_ends_the_wait_for_the_router() -> None:
         except OSError as error:
             errors.append(error)
 
-    accepting = threading.Thread(target=accept)
+    accepting = threading.Thread(target=accept, daemon=True)
     accepting.start()
     meeting.close()
     meeting.close()
-    accepting.join(LONG_S)
+    join(accepting, "the wait to end with the meeting")
     assert len(errors) == 1

@@ -1,7 +1,7 @@
 """Every place where the project touches vLLM's internals is as it was when the plug-in was written.
 
 A failure here means that this version of vLLM moved a joint: the message names it, and experts/vllm_plugin/joints.py,
-vllm_plugin.py and vllm_worker.py are the files to change.
+layer.py and worker.py are the files to change.
 """
 
 from __future__ import annotations

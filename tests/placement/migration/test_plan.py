@@ -240,7 +240,9 @@ def test_what_cannot_be_done_is_refused_in_one_line(arguments, message):
 
 def test_other_models_and_other_nodes_are_refused():
     current = Placement.linear(2, 4, 4, 2)
-    with pytest.raises(MigrationError, match="num_layers 2, the target 1"):
+    with pytest.raises(
+        MigrationError, match="the current placement is for 2 layers of 4 experts, the target for 1 of 4"
+    ):
         plan_migration(current, Placement.linear(1, 4, 4, 2), expert_bytes=1)
     with pytest.raises(MigrationError, match="2 ranks a node, the target 4"):
         plan_migration(current, Placement.linear(2, 4, 4, 1), expert_bytes=1)

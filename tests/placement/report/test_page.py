@@ -80,7 +80,7 @@ def test_counts_alone_leave_out_what_follows_from_sets(tmp_path):
     trace = ActivationTrace(np.zeros((0, 2, 1), np.int16), 8, counts=np.arange(16).reshape(2, 8))
     page, *pictures = write_report(trace, TOGETHER, None, tmp_path)
     assert {path.name for path in pictures} == {"load.png", "moves.png"}
-    assert "counts alone" in page.read_text()
+    assert "only counts" in page.read_text()
     assert "nan" not in re.sub(r'src="[^"]+"', "", page.read_text())
 
 

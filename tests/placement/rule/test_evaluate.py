@@ -143,7 +143,7 @@ def test_counts_alone_give_balance_alone():
 
 def test_a_placement_of_another_model_is_refused():
     trace = ActivationTrace(np.zeros((1, 2, 1), np.int16), 4)
-    with pytest.raises(ValueError, match="the placement has 2 layers of 8 experts, the trace 2 of 4"):
+    with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the trace for 2 of 4"):
         evaluate(Placement.linear(2, 8, 2), trace)
 
 

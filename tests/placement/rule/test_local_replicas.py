@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.rule.local_replicas import choose_local_first, keep_near
+from placement.rule.local_replicas import choose_local_first, keep_local
 from placement.rule.replica_choice import choose_replicas
 
 
@@ -16,7 +16,7 @@ def test_every_expert_keeps_its_near_slots_or_else_all(seed: int, num_ranks: int
     rng = np.random.default_rng(seed)
     slots_LER = rng.integers(-1, 4, (2, num_experts, num_ranks)).astype(np.int32)
     local_R = rng.random(num_ranks) < 0.5
-    kept_LER = keep_near(slots_LER, local_R)
+    kept_LER = keep_local(slots_LER, local_R)
     for layer, expert in np.ndindex(2, num_experts):
         slots_R, kept_R = slots_LER[layer, expert], kept_LER[layer, expert]
         near = {rank for rank in range(num_ranks) if local_R[rank] and slots_R[rank] >= 0}
@@ -40,7 +40,7 @@ def test_every_router_chooses_by_the_rule_from_what_is_near_to_it(
     loads_NR = np.zeros((num_nodes, num_ranks), np.int64)
     for t in range(tokens):
         home = t % num_nodes
-        near_ER = keep_near(slots_ER[None], node_R == home)[0]
+        near_ER = keep_local(slots_ER[None], node_R == home)[0]
         alone_1K = np.empty((1, 3), np.int32)
         choose_replicas(ids_TK[t : t + 1], near_ER, node_R, num_nodes, loads_NR[home], alone_1K)
         assert found_TK[t].tolist() == alone_1K[0].tolist()
@@ -50,4 +50,4 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     slots_LER = np.zeros((1, 2, 3), np.int32)
     for wrong in (np.ones(2, bool), np.ones(3, np.int8)):
         with pytest.raises(ValueError, match=r"local_R must be bool \[3\]"):
-            keep_near(slots_LER, wrong)
+            keep_local(slots_LER, wrong)

@@ -159,7 +159,7 @@ def test_counts_alone_give_balance_and_say_so() -> None:
     counts = np.random.default_rng(0).lognormal(0, 1, (2, 16)) * 1000
     trace = ActivationTrace(np.zeros((0, 2, 1), np.int16), 16, counts=counts.astype(int))
     result = optimize(trace, PlanRequest(4, 1, 5, effort=SMALL))
-    assert "counts alone" in result.notes[0]
+    assert "only counts" in result.notes[0]
     assert np.isnan(result.fan_out).all()
     assert (result.balancedness > 0.95).all()
 
@@ -210,7 +210,7 @@ def test_an_expired_deadline_still_gives_a_plan() -> None:
     ("arguments", "message"),
     [
         ({"slots_per_rank": 3}, "12 slots cannot hold 16 experts: at least 16 are needed"),
-        ({"slots_per_rank": 4, "min_replicas": 2}, "16 slots cannot hold 16 experts in 2 copies: at least 32"),
+        ({"slots_per_rank": 4, "min_replicas": 2}, "16 slots cannot hold 16 experts in 2 replicas: at least 32"),
         ({"slots_per_rank": 16, "min_replicas": 5}, "5 replicas on different ranks need 5 ranks, there are 4"),
         ({"slots_per_rank": 24, "num_nodes": 2, "min_replicas": 3}, "3 replicas on different nodes need 3 nodes"),
         ({"slots_per_rank": 4, "load_cap": 0.9}, "load cap is 0.9"),
@@ -226,7 +226,7 @@ def test_impossible_requests_are_refused(arguments, message) -> None:
 
 
 def test_a_current_placement_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="the placement has 2 layers of 8 experts, the trace 2 of 16"):
+    with pytest.raises(ValueError, match="the current placement is for 2 layers of 8 experts, the trace for 2 of 16"):
         optimize(clique_trace(num_tokens=20), PlanRequest(4, 1, 4), current=Placement.linear(2, 8, 4))
 
 

@@ -64,7 +64,7 @@ def test_never_worse_than_greedy_balancing_nor_than_what_it_started_from(case, s
     trace, request = case
     current = None
     if start == "random":
-        current = random_placement(trace.num_layers, trace.num_experts, request)
+        current = random_placement(trace, request)
     elif start == "planned":
         current = optimize(trace, replace(request, load_cap=3.0, seed=request.seed + 1)).placement
     if current is not None:

@@ -76,7 +76,7 @@ def test_a_rank_that_is_empty_stays_empty() -> None:
 
 
 def test_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="the window has 2 layers of 16 experts, the placement 2 of 8"):
+    with pytest.raises(ValueError, match="the window is for 2 layers of 16 experts, the placement for 2 of 8"):
         refresh(Placement.linear(2, 8, 4), clique_trace(num_tokens=10))
 
 

@@ -15,6 +15,7 @@ from placement.traces.profile import KEY_VARIABLE, Prompt, ServerError, profile_
 from placement.traces.profile import Server as Http
 from placement.traces.trace import ActivationTrace
 from tests.support.made_up_traces import clique_trace
+from tests.support.waiting import free_ports, join
 
 
 class Server(BaseHTTPRequestHandler):
@@ -72,11 +73,11 @@ class Server(BaseHTTPRequestHandler):
 def server():
     Server.sent, Server.recorded, Server.key, Server.broken = [], 0, "", False
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
-        thread.join()
+        join(thread, "the server to shut down")
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_what_was_recorded_before_can_be_kept(prompts, server) -> None:
     Server.recorded = 10
     assert profile(prompts, server, "--keep") == 0
     assert ActivationTrace.load_npz(prompts.parent / "new.npz").num_tokens == 11
-    with pytest.raises(ValueError, match="keep has no meaning"):
+    with pytest.raises(ValueError, match="so keep is not possible"):
         profile_server(server, [Prompt(text="a", domain="code")], keep=True)
 
 
@@ -148,7 +149,7 @@ def test_what_the_server_says_ends_in_one_line(prompts, server, capsys) -> None:
     assert "/v1/completions: status 503: out of shards" in one_line(capsys)
 
 
-def test_a_server_that_is_down_or_no_url(prompts, server, capsys, free_ports) -> None:
+def test_a_server_that_is_down_or_no_url(prompts, server, capsys) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     assert profile(prompts, url) == 2
     assert f"{url}/v1/models: [Errno 111] Connection refused; is the server up?" in one_line(capsys)

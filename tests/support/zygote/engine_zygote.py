@@ -1,7 +1,7 @@
-"""Starts engines and shards for the parity tests as processes of their own, without paying for `import vllm` each time.
+"""Start engines and shards in processes of their own without paying for `import vllm` each time.
 
 A zygote imports the libraries once and forks a child for every job, so that each engine has a process, a registry and
-globals to itself. It has a role, a key of its job module's `PRELOAD`, which says what it imports. Pytest's side is
+globals to itself. Its role, a key of its job module's `PRELOAD`, decides what it imports. Pytest's side is
 `Zygote`; the other side is this module run with `-m`. It reads jobs as JSON lines from standard input, ends all
 children when that closes, and writes events as JSON lines to standard output: `{"job": n, "exit": status}`, and what a
 job emits.
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-IMPORT_DEADLINE_S = 240.0  # a cold import of vllm on a busy machine
-JOB_DEADLINE_S = 180.0
+IMPORT_TIMEOUT_S = 240.0  # a cold import of vllm on a busy machine
+JOB_TIMEOUT_S = 180.0
 
 
 class Zygote:
-    """Pytest's end: start jobs, await what they emit. Every wait has a deadline, and shows the log when it fails."""
+    """Pytest's end: start jobs and await what they emit. Every wait has a time limit and shows the log if it fails."""
 
     def __init__(self, folder: Path, role: str, jobs: str = "parity_jobs") -> None:
         """`jobs` names a module beside this one with `JOBS` and `PRELOAD`, of which `role` is a key."""
@@ -61,7 +61,7 @@ class Zygote:
     def start(self, kind: str, **arguments: Any) -> int:
         """Start a job of the module's `JOBS`; returns its number."""
         if not self._ready:
-            self.wait(-1, "ready", IMPORT_DEADLINE_S)
+            self.wait(-1, "ready", IMPORT_TIMEOUT_S)
             self._ready = True
         job = self._next
         self._next += 1
@@ -71,24 +71,24 @@ class Zygote:
         self._process.stdin.flush()
         return job
 
-    def wait(self, job: int, key: str, deadline_s: float = JOB_DEADLINE_S) -> Any:
-        """What the job emitted under a key."""
-        limit_s = time.monotonic() + deadline_s
+    def wait(self, job: int, key: str, timeout_s: float = JOB_TIMEOUT_S) -> Any:
+        """What the job emits under a key, once it has."""
+        deadline_s = time.monotonic() + timeout_s
         while key not in self._events.get(job, {}):
             seen = self._events.get(job, {})
-            left_s = limit_s - time.monotonic()
+            left_s = deadline_s - time.monotonic()
             if "exit" in seen or left_s <= 0 or self._process.poll() is not None:
-                why = f"ended with status {seen['exit']}" if "exit" in seen else f"did not within {deadline_s} s"
+                why = f"ended with status {seen['exit']}" if "exit" in seen else f"did not within {timeout_s} s"
                 raise AssertionError(f"job {job} should emit {key!r}, but {why}:\n{self._tail(job)}")
             self._read(left_s)
         return self._events[job][key]
 
     def events(self, job: int) -> dict[str, Any]:
-        """Everything that the job emitted so far."""
+        """Everything the job has emitted so far."""
         return dict(self._events[job])
 
     def stop(self, job: int) -> None:
-        """End a job that runs until it is told, as shards do."""
+        """End a job that runs until told to stop, such as a shard."""
         os.kill(self.wait(job, "pid"), signal.SIGTERM)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Zygote:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(20)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -136,7 +136,7 @@ def _run_child(jobs: Any, line: str, events_fd: int) -> int:
 
 
 def _lines_and_deaths(wakeup_fd: int) -> Iterator[str | None]:
-    """Lines of standard input as they come, None whenever a child may have died. Ends with the input."""
+    """Lines of standard input as they arrive; None when a child may have died. Ends when the input closes."""
     buffer = b""
     while True:
         ready = select.select([0, wakeup_fd], [], [])[0]
@@ -156,7 +156,7 @@ def main() -> None:
     os.dup2(2, 1)
     jobs = importlib.import_module(f"{__package__}.{sys.argv[2]}")
     jobs.PRELOAD[sys.argv[1]]()
-    gc.freeze()  # engines collect garbage several times as they start; what is here already is none
+    gc.freeze()  # engines collect garbage several times as they start; nothing loaded so far is garbage
     wakeup_read, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -28,7 +28,7 @@ _IMPORTED_BY_AN_ENGINE = (
 
 
 def preload_engine() -> None:
-    """Import what engines need, without starting a thread or registering the plug-in.
+    """Import what engines need without starting a thread or registering the plug-in.
 
     No numba: vLLM's CPU build looks at every module when a worker starts, and stumbles over llvmlite's library object.
     """
@@ -37,7 +37,7 @@ def preload_engine() -> None:
 
 
 def preload_shard() -> None:
-    """Import what shards need, and let numba load what it compiled: that is most of a shard's start."""
+    """Import what shards need and let Numba load its compiled code, which takes most of a shard's start."""
     from experts.transports.atomics import warm_up
 
     warm_up()
@@ -55,7 +55,7 @@ def prompts() -> list[list[int]]:
 
 
 def make(emit: Any, family: str, path: str, overrides: dict[str, Any]) -> None:
-    """Write a checkpoint, and say how many greedy choices of transformers its routed experts change."""
+    """Write a checkpoint and report the share of transformers' greedy choices that its routed experts change."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -97,7 +97,7 @@ def reference(emit: Any, model: str, result: str) -> None:
 
 
 def mesh(emit: Any, model: str, result: str, reference: str, memberships: list[dict[str, Any]]) -> None:
-    """The same with experts on shards, once for every membership; then the reference's tokens are scored."""
+    """The same with experts on shards, once for each membership; then score the reference's tokens."""
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
@@ -151,7 +151,7 @@ def _greedy(engine: Any) -> list[list[int]]:
 
 
 def _forced(engine: Any, ids: list[list[int]], count: int) -> list[list[dict[int, float]]]:
-    """For each new token, the log-probabilities of the `count` likeliest and of itself."""
+    """For each new token, the log-probabilities of the `count` likeliest tokens and of the token itself."""
     whole = [prompt + new for prompt, new in zip(prompts(), ids, strict=True)]
     outputs = _generate(engine, whole, max_tokens=1, prompt_logprobs=count)
     return [

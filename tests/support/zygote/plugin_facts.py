@@ -56,6 +56,7 @@ def joints(emit: Any) -> None:
 
     import experts.vllm_plugin.worker as worker
     from experts.vllm_plugin.layer import MeshExpertsMixin, NoLocalWeights, register
+    from experts.vllm_plugin.loader import LOAD_FORMAT
 
     register()  # a second time
 
@@ -79,7 +80,7 @@ def joints(emit: Any) -> None:
             isinstance(SomebodysExperts.__new__(SomebodysExperts), MeshExpertsMixin),
         ],
         schemas={name: str(getattr(torch.ops.expertmesh, name).default._schema) for name in ops},
-        loader=_loader_of(worker.LOAD_FORMAT),
+        loader=_loader_of(LOAD_FORMAT),
         clashes=_clashes(worker.ExpertMeshWorker),
     )
 
@@ -123,13 +124,13 @@ def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
 
 
 def verification(emit: Any) -> None:
-    """What `verify_model` says of models that were not replaced as a whole, and `_split_graphs` of CUDA graphs."""
+    """What `verify_model` says of models that were not replaced as a whole, and `split_graphs` of CUDA graphs."""
     import torch
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     from experts.vllm_plugin.layer import register
     from experts.vllm_plugin.loader import verify_model
-    from experts.vllm_plugin.refusals import _split_graphs
+    from experts.vllm_plugin.refusals import split_graphs
 
     register()
 
@@ -148,7 +149,7 @@ def verification(emit: Any) -> None:
     def graphs(mode: str, eager: bool = False, device: str = "cuda") -> Any:
         compilation = SimpleNamespace(cudagraph_mode=mode, splitting_ops=["vllm::attention"])
         config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=eager))
-        return error_of(_split_graphs, config, device) or compilation.splitting_ops
+        return error_of(split_graphs, config, device) or compilation.splitting_ops
 
     emit(
         own_experts=error_of(verify_model, model_with(OwnExperts())),

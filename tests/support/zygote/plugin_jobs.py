@@ -61,7 +61,7 @@ def plain(emit: Any, model: str) -> None:
 
 
 def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, victim: int | None = None) -> None:
-    """A router's whole life: before the first epoch, after it, a shard killed while it generates, later epochs."""
+    """A router's whole life: before the first epoch, after it, with a shard killed while it generates, later epochs."""
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
@@ -96,12 +96,12 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
 
 
 def _warm_up(worker: Any) -> None:
-    """A step of nobody's requests, as vLLM runs them when it starts."""
+    """A step without requests, such as vLLM runs when it starts."""
     worker.model_runner._dummy_run(NUM_PROMPTS)
 
 
 def _tokens_recorded(data: bytes) -> float:
-    """All that were counted, sampled or not."""
+    """All tokens counted, sampled or not."""
     from placement.traces.trace import ActivationTrace
 
     trace = ActivationTrace.load_npz(io.BytesIO(data))
@@ -110,7 +110,7 @@ def _tokens_recorded(data: bytes) -> float:
 
 
 def start(emit: Any, model: str, model_path: str) -> None:
-    """Try to start a router; emits the error, None if it starts."""
+    """Try to start a router; emit the error, or None if it starts."""
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
@@ -144,7 +144,7 @@ def _second_engine(model: str) -> None:
 
 
 def _greedy(engine: Any, kill_in_the_middle: int | None = None) -> list[list[int]]:
-    """Greedy tokens of all prompts at once; the process `kill_in_the_middle` dies halfway."""
+    """Greedy tokens of all prompts in one batch; the process `kill_in_the_middle` is killed halfway."""
     from vllm import SamplingParams
 
     if kill_in_the_middle is None:
@@ -170,7 +170,7 @@ def _count_params(model: Any) -> int:
 
 
 def _expert_parameters(engine: Any) -> list[str]:
-    """Names of parameters and buffers of routed experts with anything in them."""
+    """Names of the routed experts' parameters and buffers that are not empty."""
 
     def find(model: Any) -> list[str]:
         tensors = [*model.named_parameters(), *model.named_buffers()]

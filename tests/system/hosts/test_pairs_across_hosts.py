@@ -1,4 +1,4 @@
-"""Pairs between processes of different hosts: gloo over the interface that the hosts share, and a host cut off."""
+"""Pairs between processes on different hosts: gloo over their common interface, and a host that is cut off."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shards(hosts: list[Host]) -> Iterator[list[EchoShard]]:
 
 
 class Router:
-    """A router's process on the first host; it does one thing at a time and answers with the outcome."""
+    """A router's process on the first host; runs one command at a time and returns the result."""
 
     def __init__(self, host: Host) -> None:
         self.pipe, theirs = context().Pipe()
@@ -50,7 +50,7 @@ class Router:
         theirs.close()
 
     def ask(self, *command: Any) -> Any:
-        """A value, or the (class name, reason) of a ShardError."""
+        """The command's result, or (class name, reason) of a ShardError."""
         self.pipe.send(command)
         if not self.pipe.poll(LONG_S):
             raise TimeoutError(f"the router did not answer {command}")
@@ -82,14 +82,14 @@ def _route(netns: str, pipe: Any) -> None:
             pipe.send((type(error).__name__, error.reason))
 
 
-def _connect(links: dict[int, RouterLink], rank: int, endpoint: ShardEndpoint, transport: str, limit_s: float) -> str:
-    links[rank] = connect(endpoint, hello_for(transport), "cpu", 20.0, time.monotonic() + limit_s)
+def _connect(links: dict[int, RouterLink], rank: int, endpoint: ShardEndpoint, transport: str, timeout_s: float) -> str:
+    links[rank] = connect(endpoint, hello_for(transport), "cpu", 20.0, time.monotonic() + timeout_s)
     return links[rank].transport
 
 
-def _turn(links: dict[int, RouterLink], rank: int, body: bytes, limit_s: float) -> bytes:
+def _turn(links: dict[int, RouterLink], rank: int, body: bytes, timeout_s: float) -> bytes:
     post_body(links[rank], body)
-    return reply_body(links[rank], links[rank].wait(time.monotonic() + limit_s))
+    return reply_body(links[rank], links[rank].wait(time.monotonic() + timeout_s))
 
 
 def _hold(links: dict[int, RouterLink], rank: int) -> str:
@@ -97,8 +97,8 @@ def _hold(links: dict[int, RouterLink], rank: int) -> str:
     return "posted"
 
 
-def _await(links: dict[int, RouterLink], rank: int, limit_s: float) -> int:
-    return links[rank].wait(time.monotonic() + limit_s)
+def _await(links: dict[int, RouterLink], rank: int, timeout_s: float) -> int:
+    return links[rank].wait(time.monotonic() + timeout_s)
 
 
 def _close(links: dict[int, RouterLink], rank: int) -> str:

@@ -1,4 +1,4 @@
-"""The whole system on a real Ray cluster of three hosts: router on one, shards on the others, one of them cut off."""
+"""The whole system on a real Ray cluster of three hosts: router on one, shards on the others; one is cut off."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ import yaml
 
 from benchmarks.serving.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
 from benchmarks.serving.ray_hosts import Node, ray_environment, start_ray
+from tests.support.waiting import join
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[3]
 HTTP_PORT = 8000
-START_S, ANSWER_S = 420.0, 120.0
+START_TIMEOUT_S, ANSWER_TIMEOUT_S = 420.0, 120.0
 PROMPTS = ["def read_lines(path):", "The function returns", "import os", "class Node:"]
 NUM_TOKENS = 300
 
 
 def config() -> dict[str, Any]:
-    """Both applications, pinned by Ray resources: everything but the shards on the host that has "router_host"."""
+    """Both applications, pinned by Ray resources: all but the shards run on the host with "router_host"."""
     model = {"id": "tiny-moe", "path": str(ROOT / "examples" / "tiny-moe"), "dtype": "float32"}
     here = {"router_host": 0.01}
     experts = {
@@ -91,16 +92,16 @@ def _start(hosts: list[Host]) -> Mesh:
         command += [f"--address={address}"]
         server = head.popen(*command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     client = Client(head)
-    limit_s = time.monotonic() + START_S
+    deadline_s = time.monotonic() + START_TIMEOUT_S
     while client.ask("get", "/health")[0] != 200:
-        if server.poll() is not None or time.monotonic() > limit_s:
-            raise RuntimeError(f"no token was generated; the server said:\n{log_path.read_text()[-8000:]}")
+        if server.poll() is not None or time.monotonic() > deadline_s:
+            raise RuntimeError(f"/health was not 200 within {START_TIMEOUT_S} s:\n{log_path.read_text()[-8000:]}")
         time.sleep(0.2)
     return Mesh(hosts, client)
 
 
 class Client:
-    """A process on the router's host that speaks HTTP to it."""
+    """A process on the router's host that sends HTTP requests to it."""
 
     def __init__(self, host: Host) -> None:
         self.pipe, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -109,14 +110,14 @@ class Client:
         theirs.close()
 
     def ask(self, *command: Any) -> Any:
-        """What the command gave."""
+        """The command's result."""
         self.pipe.send(command)
         return self.answer()
 
     def answer(self) -> Any:
-        """The next thing that the client reports."""
-        if not self.pipe.poll(ANSWER_S):
-            raise TimeoutError("the client reported nothing")
+        """The next message from the client."""
+        if not self.pipe.poll(ANSWER_TIMEOUT_S):
+            raise TimeoutError(f"the client sent nothing within {ANSWER_TIMEOUT_S} s")
         return self.pipe.recv()
 
 
@@ -143,28 +144,28 @@ def _get(path: str) -> tuple[int, str]:
 
 
 def _streams(pipe: Any, prompts: list[str]) -> list[tuple[str, str]]:
-    """Complete all prompts at once, greedily; says "midway" when each stream has all_begun. (text, error) of each."""
+    """Complete all prompts in parallel, greedily; sends "midway" once every stream runs. (text, error) of each."""
     results = [("", "not finished")] * len(prompts)
-    all_begun = threading.Barrier(len(prompts) + 1, timeout=60)
+    all_started = threading.Barrier(len(prompts) + 1, timeout=60)
 
     def stream(number: int) -> None:
         try:
-            results[number] = _stream(prompts[number], all_begun)
+            results[number] = _stream(prompts[number], all_started)
         except Exception as error:
             results[number] = ("", repr(error))
 
-    threads = [threading.Thread(target=stream, args=(number,)) for number in range(len(prompts))]
+    threads = [threading.Thread(target=stream, args=(number,), daemon=True) for number in range(len(prompts))]
     for thread in threads:
         thread.start()
     with contextlib.suppress(threading.BrokenBarrierError):
-        all_begun.wait()
+        all_started.wait()
     pipe.send("midway")
     for thread in threads:
-        thread.join()
+        join(thread, "a stream to end", ANSWER_TIMEOUT_S)
     return results
 
 
-def _stream(prompt: str, all_begun: threading.Barrier) -> tuple[str, str]:
+def _stream(prompt: str, all_started: threading.Barrier) -> tuple[str, str]:
     body = {"model": "tiny-moe", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=100)
     connection.request(
@@ -186,7 +187,7 @@ def _stream(prompt: str, all_begun: threading.Barrier) -> tuple[str, str]:
         text += message["choices"][0]["text"]
         chunks += 1
         if chunks == 5:
-            all_begun.wait()
+            all_started.wait()
     return text, "the stream ended before [DONE]"
 
 
@@ -204,7 +205,7 @@ def complete(mesh: Mesh, midway: Any) -> list[str]:
     still_streaming = not mesh.client.pipe.poll(0)
     results = mesh.client.answer()
     assert [error for _, error in results if error] == []
-    assert still_streaming, "the streams were over before anything could happen to them"
+    assert still_streaming, "the streams ended before the fault"
     return [text for text, _ in results]
 
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import openai
 import pytest
 
-from tests.system.serve.conftest import Service
+from tests.support.serve.service import Service
 
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
 CHAT = [{"role": "user", "content": "def read_lines(path):"}]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.system.serve.conftest import API_KEY, REPOSITORY, Service, free_ports, session_members, tiny_config, wait_for
+from tests.support.serve.service import API_KEY, REPOSITORY, Service, session_members, tiny_config
+from tests.support.waiting import free_ports, wait_for
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import openai
 import psutil
 import pytest
 
-from tests.system.serve.conftest import API_KEY, Service, wait_for
+from tests.support.serve.service import API_KEY, Service
+from tests.support.waiting import wait_for
 
 GOOD = {"model": "tiny-moe", "prompt": "def", "max_tokens": 2}
 

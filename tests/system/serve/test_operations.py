@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.system.serve.conftest import API_KEY, Service, wait_for
+from tests.support.serve.service import API_KEY, Service
+from tests.support.waiting import wait_for
 
 
 def metrics(service: Service) -> dict[str, float]:

@@ -10,7 +10,8 @@ import openai
 import psutil
 import pytest
 
-from tests.system.serve.conftest import Service, wait_for
+from tests.support.serve.service import Service
+from tests.support.waiting import wait_for
 
 
 def whole(service: Service) -> bool:

@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from tests.system.serve.conftest import Service, wait_for
+from tests.support.serve.service import Service
+from tests.support.waiting import wait_for
 
 
 def test_llm_is_upgraded_to_two_routers_while_the_shards_stay(service: Service) -> None:

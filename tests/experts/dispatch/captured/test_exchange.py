@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.experts.dispatch.captured.test_fixed_dispatch import SHAPE, definition, placement, routing
-from tests.support.gpu_mesh import KINDS, places
+from tests.support.fixed_steps import SHAPE, definition, placement, routing
+from tests.support.gpu_mesh import KINDS, NCCL, places
 
+pytestmark = pytest.mark.triton
 R = 3
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, triton_device: torch.device) -> str:
     if (request.param == "nccl") != (triton_device.type == "cuda"):
-        pytest.skip(f"Triton's programs run on {triton_device} here")
+        pytest.skip(f"rows travel over {request.param}, Triton's programs run on {triton_device} here")
     return request.param
 
 
@@ -61,10 +62,9 @@ def test_steps(kind: str, tmp_path: Path, num_tokens: int, replicas: bool) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [NCCL], indirect=True)
 def test_a_captured_exchange_is_replayed(kind: str, tmp_path: Path) -> None:
     """Pack, exchange and combine as one graph; other tokens and another epoch at each replay."""
-    if kind != "nccl":
-        pytest.skip("graphs are captured on GPUs only")
     from experts.dispatch.captured.exchange import exchange
     from tests.support.exchange_peers import peers
 

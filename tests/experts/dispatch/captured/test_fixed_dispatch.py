@@ -11,31 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from experts.dispatch.layer_shape import LayerShape
 from placement.rule.replica_choice import choose_replicas
+from tests.support.fixed_steps import SHAPE, definition, placement, routing
 
-SHAPE = LayerShape(num_layers=2, num_experts=12, top_k=4, hidden_size=40, dtype=torch.float32)
-
-
-def placement(num_ranks: int, replicas: bool, seed: int) -> np.ndarray:
-    """slots [L, E, R]; every expert stands somewhere."""
-    rng = np.random.default_rng(seed)
-    slots_LER = np.full((SHAPE.num_layers, SHAPE.num_experts, num_ranks), -1, np.int32)
-    for layer in range(SHAPE.num_layers):
-        for expert in range(SHAPE.num_experts):
-            count = min(num_ranks, int(rng.integers(1, 3))) if replicas else 1
-            slots_LER[layer, expert, rng.permutation(num_ranks)[:count]] = expert
-    return slots_LER
-
-
-def routing(num_tokens: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weights, ids; one pair in ten is padding."""
-    generator = torch.Generator().manual_seed(seed)
-    K, E = SHAPE.top_k, SHAPE.num_experts
-    ids_TK = torch.rand(num_tokens, E, generator=generator).argsort(1)[:, :K].int()
-    ids_TK[torch.rand(num_tokens, K, generator=generator) < 0.1] = -1
-    x_TD = torch.randn(num_tokens, SHAPE.hidden_size, generator=generator).to(dtype)
-    return x_TD, torch.rand(num_tokens, K, generator=generator), ids_TK
+pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 
 
 def answer(dispatch) -> None:
@@ -50,12 +29,6 @@ def answer(dispatch) -> None:
         for row in range(len(message.rows_MD)):
             scale = scale_N[offsets[row] : offsets[row + 1]].sum().item()
             dispatch.recv_RTD[rank, row] = message.rows_MD[row] * scale
-
-
-def definition(x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-    """In float64."""
-    scale_TK = torch.where(ids_TK >= 0, weights_TK.double() * (ids_TK + 1), 0.0)
-    return x_TD.double() * scale_TK.sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -131,7 +104,6 @@ def test_what_does_not_fit_is_refused(triton_device):
         read_message(torch.full((layout.nbytes,), 0x7F, dtype=torch.uint8), layout, torch.float32)
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device; graphs are captured there only")
 @pytest.mark.parametrize("replicas", [False, True], ids=["single", "replicas"])
 def test_a_captured_step_is_replayed_with_other_tokens_and_another_epoch(triton_device, replicas):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.protocol.wire import MAGIC, header_of, request_layout
+from experts.dispatch.rows.host_programs import request_header
+from experts.protocol.wire import H_LAYER, H_SEQ, MAGIC, header_of, request_layout
 from tests.support.planned_dispatch import POISON, Planned, run_plan
 
 
@@ -104,7 +106,9 @@ def simple(num_tokens: int, top_k: int, num_experts: int) -> tuple[np.ndarray, n
 def test_header_says_what_is_in_the_message() -> None:
     x_TB, _, weights_TK = simple(2, 2, 2)
     ids_TK, slots_ER = np.array([[0, 1], [0, -1]], np.int32), np.array([[3], [4]], np.int32)
-    planned = run_plan(x_TB, ids_TK, weights_TK, slots_ER, head=(11, 3, 2**40, 2, 16))
+    header = request_header(11, torch.bfloat16, 16)
+    header[H_LAYER], header[H_SEQ] = 3, 2**40
+    planned = run_plan(x_TB, ids_TK, weights_TK, slots_ER, header=header)
     # magic, seq, epoch, layer, rows, pairs, dtype, hidden, status, and zeros
     assert header_of(planned.buffers[0]).tolist() == [MAGIC, 2**40, 11, 3, 2, 3, 2, 16, 0, 0, 0, 0, 0, 0, 0, 0]
 

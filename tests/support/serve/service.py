@@ -1,0 +1,221 @@
+"""The whole service on a Ray cluster of its own, as its users and its operator see it.
+
+It is started as a user starts it: `ray start`, then `python -m serve_app CONFIG`. Everything is on free ports and in
+folders of its own, including a copy of the model, and gone at the end: the head node is a child, in its own session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import yaml
+
+from tests.support.waiting import free_ports, wait_for
+
+REPOSITORY = Path(__file__).parents[3]
+API_KEY = "test-key"
+START_TIMEOUT_S = 400.0
+
+
+def tiny_config(port: int, folder: Path) -> dict[str, Any]:
+    """The shipped config on another port, with keys, a queue limit that a test can reach, and a copy of the model."""
+    model = folder / "model"
+    model.mkdir()
+    for file in (REPOSITORY / "examples" / "tiny-moe").glob("*"):
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            shutil.copy(file, model)
+    data = yaml.safe_load((REPOSITORY / "configs" / "tiny-cpu.yaml").read_text())
+    data["http_options"]["port"] = port
+    llm = data["applications"][1]["args"]
+    llm["http"] |= {"api_keys": [API_KEY], "max_pending_requests": 6, "retry_after_s": 2}
+    llm["model"]["path"] = str(model)
+    return data
+
+
+@dataclass
+class Service:
+    """The running service as its users see it, and its cluster as an operator sees it."""
+
+    url: str
+    config: dict[str, Any]
+    folder: Path
+    env: dict[str, str]
+    dashboard: str
+    client: openai.OpenAI = field(init=False)
+
+    @property
+    def log(self) -> Path:
+        """The command's output."""
+        return self.folder / "serve_app.log"
+
+    def __post_init__(self) -> None:
+        self.client = self.openai_client(API_KEY)
+
+    def openai_client(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def get(self, path: str, timeout_s: float = 60) -> tuple[int, bytes]:
+        """Status and body of a GET with the key, whatever the status."""
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {API_KEY}"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a POST with the key."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {API_KEY}"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def status(self) -> dict[str, Any]:
+        """/expertmesh/status."""
+        code, body = self.get("/expertmesh/status")
+        assert code == 200, body
+        return json.loads(body)
+
+    def shards(self) -> dict[int, dict[str, Any]]:
+        """What the controller knows of each shard, by rank, once every shard has sent a heartbeat."""
+
+        def known() -> dict[int, dict[str, Any]]:
+            controller = self.status()["controller"] or {"shards": [], "num_ranks": 1}
+            found = {s["rank"]: s for s in controller["shards"] if s["serving"] and "weights_digest" in s}
+            return found if len(found) == controller["num_ranks"] else {}
+
+        return wait_for(known, 60, "a heartbeat of every shard")
+
+    def greedy(self, num_tokens: int = 48, on_chunk: Callable[[int], None] = lambda _: None) -> str:
+        """A streamed greedy completion of a fixed prompt; calls `on_chunk` with the index of each chunk."""
+        stream = self.client.completions.create(
+            model="tiny-moe",
+            prompt="import os\n\n\ndef main(",
+            max_tokens=num_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        text = ""
+        for index, chunk in enumerate(stream):
+            text += chunk.choices[0].text
+            on_chunk(index)
+        return text
+
+    def run(self, *command: str, timeout_s: float = 120) -> str:
+        """The output of one of Ray's commands, run in the repository with the cluster's environment."""
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            cwd=REPOSITORY,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def write_config(self, name: str) -> Path:
+        """Write the current config to a file."""
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        return path
+
+
+@contextlib.contextmanager
+def running_service() -> Iterator[Service]:
+    """Start everything and wait for the first token; end it all afterwards."""
+    # Short: the paths of Unix sockets below it may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
+    gcs, dashboard, agent, client_port, http = free_ports(5)
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
+    env.pop("PYTEST_CURRENT_TEST", None)
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        *("start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client_port}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"),
+    ]
+    with open(folder / "ray.log", "w") as log:
+        head = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
+    running = Service(
+        f"http://127.0.0.1:{http}", tiny_config(http, folder), folder, env, dashboard=f"http://127.0.0.1:{dashboard}"
+    )
+    command_process: subprocess.Popen[bytes] | None = None
+    try:
+        wait_for(lambda: _answers(running.dashboard) or head.poll() is not None, 120, "Ray's dashboard")
+        assert head.poll() is None, (folder / "ray.log").read_text()
+        config = running.write_config("mesh.yaml")
+        with open(running.log, "w") as log:
+            command_process = subprocess.Popen(
+                [sys.executable, "-m", "serve_app", str(config), "--address", env["RAY_ADDRESS"], "--port", str(http)],
+                cwd=REPOSITORY,
+                env=env,
+                stdout=log,
+                stderr=log,
+            )
+        started = lambda: "Ctrl-C stops it" in running.log.read_text() or command_process.poll() is not None  # noqa: E731
+        wait_for(started, START_TIMEOUT_S, "the first token")
+        assert command_process.poll() is None, running.log.read_text()
+        yield running
+    finally:
+        _end(head, command_process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _end(head: subprocess.Popen[bytes], command: subprocess.Popen[bytes] | None) -> None:
+    """Kill the cluster with all its processes, then the command, which then has nothing to clean up."""
+    for pid in [head.pid, *session_members(head.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    head.wait(10)
+    if command is not None:
+        command.kill()
+        command.wait(10)
+
+
+def session_members(session_id: int) -> list[int]:
+    """Processes that belong to a Unix session."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session_id:
+                    pids.append(int(entry.name))
+    return pids
