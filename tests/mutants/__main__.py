@@ -109,7 +109,7 @@ def judge_module(
     tree: Path, worker: Worker, module: str, mutants: list[Mutant], explained: list[dict[str, str]]
 ) -> dict[str, Any]:
     """Run a module's tests on its mutants. RuntimeError if they fail on the module itself."""
-    original, tests = (tree / module).read_text(), JUDGES[module].paths(tree)
+    original, tests = (tree / module).read_text(), JUDGES[module].arguments(tree)
     results: list[dict[str, Any]] = []
     try:
         baseline = worker.run(tests, 600)
