@@ -88,7 +88,7 @@ def by_hand(module: str, source: str, entries: list[dict[str, str]]) -> list[Mut
     """The mutants of by_hand.toml for a module; ValueError names a text that is not in the source once."""
     mutants = []
     for entry in (entry for entry in entries if entry["module"] == module):
-        old, new = entry["old"].strip("\n"), entry["new"].strip("\n")
+        old, new = entry["old"], entry["new"]
         if (found := source.count(old)) != 1:
             raise ValueError(f"by_hand.toml: {old!r} is found {found} times in {module}, expected once")
         line = source[: source.index(old)].count("\n") + 1
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="modules with one of these in their path")
     parser.add_argument("--by-hand", action="store_true", help="the mutants of by_hand.toml alone")
-    parser.add_argument("--out", type=Path, default=ROOT / "mutants.json", help="result file [default: %(default)s]")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench-results" / "mutants.json", help="result file")
     args = parser.parse_args()
     explained = tomllib.loads((HERE / "explained.toml").read_text()).get("survivor", [])
     hand = tomllib.loads((HERE / "by_hand.toml").read_text()).get("mutant", [])
@@ -176,6 +176,7 @@ def main() -> int:
             worker = Worker(Path(folder), compiled)
             for module in names:
                 report[module] = judge_module(Path(folder), worker, module, sampled[module], explained)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps({"seed": args.seed, "modules": report}, indent=1))
             worker.close()
     return tell(report, time.monotonic() - start_s)

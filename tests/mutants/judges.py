@@ -33,6 +33,12 @@ def _tests(*patterns: str, **more: Any) -> Judge:
     return Judge(tuple(f"tests/{pattern}" for pattern in patterns), **more)
 
 
+_DISPATCH = _tests(
+    "experts/dispatch/test_sums_in_float32.py",
+    "experts/dispatch/test_dispatch*.py",
+    compiled=True,
+    without="shards_give or on_one_shard or routers",  # whose shards are processes
+)
 _CHECKPOINT = _tests("experts/checkpoint/test_[!p]*.py")  # but for parity, which needs transformers' models
 _GATE = "cluster/http/test_gate*.py"
 
@@ -42,12 +48,9 @@ JUDGES = {
     "cluster/observability/metrics.py": _tests("cluster/observability/test_metrics*.py"),
     "cluster/controller/roster.py": _tests("cluster/controller/test_roster_edges.py", "cluster/controller/test_r*.py"),
     "cluster/controller/deployment.py": _tests("cluster/controller/test_[!i]*.py"),  # but for the initial placement
-    "experts/dispatch/dispatcher.py": _tests(
-        "experts/dispatch/test_sums_in_float32.py",
-        "experts/dispatch/test_dispatch*.py",
-        compiled=True,
-        without="shards_give or on_one_shard or routers",  # whose shards are processes
-    ),
+    "experts/dispatch/dispatcher.py": _DISPATCH,
+    "experts/dispatch/rows/host_mover.py": _DISPATCH,
+    "experts/dispatch/rows/torch_mover.py": _DISPATCH,
     "experts/protocol/wire.py": _tests("experts/protocol/test_wire*.py"),
     "experts/shard/request.py": _tests("experts/shard/test_request*.py"),
     "experts/shard/slots.py": _tests("experts/shard/test_slots.py"),
