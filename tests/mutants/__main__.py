@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.judges import JUDGES, Judge
+from tests.mutants.judges import JUDGES
 from tests.mutants.operators import Mutant, Site, mutant_at, sites_of
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,8 @@ ENOUGH = 0.9
 class Worker:
     """One process of worker.py in a copy of the tree."""
 
-    def __init__(self, tree: Path, judge: Judge) -> None:
-        jit = {} if judge.compiled else {"NUMBA_DISABLE_JIT": "1"}
+    def __init__(self, tree: Path, compiled: bool) -> None:
+        jit = {} if compiled else {"NUMBA_DISABLE_JIT": "1"}
         settings = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **jit}
         command = [sys.executable, "-m", "tests.mutants.worker"]
         self._process = subprocess.Popen(
@@ -88,7 +88,7 @@ def by_hand(module: str, source: str, entries: list[dict[str, str]]) -> list[Mut
     """The mutants of by_hand.toml for a module; ValueError names a text that is not in the source once."""
     mutants = []
     for entry in (entry for entry in entries if entry["module"] == module):
-        old, new = entry["old"].strip("\n"), entry["new"].strip("\n")
+        old, new = entry["old"], entry["new"]
         if (found := source.count(old)) != 1:
             raise ValueError(f"by_hand.toml: {old!r} is found {found} times in {module}, expected once")
         line = source[: source.index(old)].count("\n") + 1
@@ -106,11 +106,10 @@ def explanation(module: str, mutant: Mutant, entries: list[dict[str, str]]) -> s
 
 
 def judge_module(
-    tree: Path, module: str, judge: Judge, mutants: list[Mutant], explained: list[dict[str, str]]
+    tree: Path, worker: Worker, module: str, mutants: list[Mutant], explained: list[dict[str, str]]
 ) -> dict[str, Any]:
     """Run a module's tests on its mutants. RuntimeError if they fail on the module itself."""
-    original, tests = (tree / module).read_text(), judge.paths(tree)
-    worker = Worker(tree, judge)
+    original, tests = (tree / module).read_text(), JUDGES[module].arguments(tree)
     results: list[dict[str, Any]] = []
     try:
         baseline = worker.run(tests, 600)
@@ -132,7 +131,6 @@ def judge_module(
             tell_one(module, result)
     finally:
         (tree / module).write_text(original)
-        worker.close()
     return {"baseline_s": baseline["seconds"], "mutants": results}
 
 
@@ -154,7 +152,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="modules with one of these in their path")
     parser.add_argument("--by-hand", action="store_true", help="the mutants of by_hand.toml alone")
-    parser.add_argument("--out", type=Path, default=ROOT / "mutants.json", help="result file [default: %(default)s]")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench-results" / "mutants.json", help="result file")
     args = parser.parse_args()
     explained = tomllib.loads((HERE / "explained.toml").read_text()).get("survivor", [])
     hand = tomllib.loads((HERE / "by_hand.toml").read_text()).get("mutant", [])
@@ -169,11 +167,24 @@ def main() -> int:
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy_tree(Path(folder))
-        for module, judge in JUDGES.items():
-            if sampled[module] and (not args.only or any(text in module for text in args.only)):
-                report[module] = judge_module(Path(folder), module, judge, sampled[module], explained)
+        for compiled in (False, True):
+            names = [
+                m for m, judge in JUDGES.items() if judge.compiled == compiled and sampled[m] and chosen(m, args.only)
+            ]
+            if not names:
+                continue
+            worker = Worker(Path(folder), compiled)
+            for module in names:
+                report[module] = judge_module(Path(folder), worker, module, sampled[module], explained)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps({"seed": args.seed, "modules": report}, indent=1))
+            worker.close()
     return tell(report, time.monotonic() - start_s)
+
+
+def chosen(module: str, only: list[str]) -> bool:
+    """Whether --only names this module, or no module at all."""
+    return not only or any(text in module for text in only)
 
 
 def tell(report: dict[str, Any], seconds: float) -> int:

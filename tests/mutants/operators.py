@@ -46,7 +46,7 @@ class Site:
 
 def sites_of(source: str) -> list[Site]:
     """All sites of a source in a fixed order, but for annotations, docstrings, log calls and the guards of dataclasses,
-    on which no result depends."""
+    on which no result depends, and Numba's intrinsics, which its interpreter does without."""
     unread = _unread_spans(ast.parse(source))
     found: dict[tuple[int, int, str], list[tuple[str, Callable[[], str | None]]]] = defaultdict(list)
     for kind, at, operator, change in (*_cosmic_ray(source), *_own(source)):
@@ -97,6 +97,8 @@ def _unread_spans(tree: ast.Module) -> list[Span]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             spans += [_span(node.returns)] if node.returns is not None else []
             spans += [_whole_line(one) for one in node.decorator_list if _name_of(one) in _SPEED_ONLY]
+            if any(_name_of(one) == "intrinsic" for one in node.decorator_list):  # for the compiler alone
+                spans.append(_whole_line(node))
         if isinstance(node, ast.ClassDef):
             # That a value cannot be changed changes no value.
             spans += [_whole_line(one) for one in node.decorator_list if _name_of(one) == "dataclass"]
@@ -109,7 +111,8 @@ def _unread_spans(tree: ast.Module) -> list[Span]:
 
 def _whole_line(node: ast.AST) -> Span:
     (line, _), end = _span(node)
-    return (line, 0), (end[0], end[1] + 1)
+    first = min([line, *(one.lineno for one in getattr(node, "decorator_list", []))])
+    return (first, 0), (end[0], end[1] + 1)
 
 
 def _name_of(decorator: ast.expr) -> str:

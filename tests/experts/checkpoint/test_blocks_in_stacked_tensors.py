@@ -1,4 +1,4 @@
-"""FP8 blocks in tensors that hold all experts of a layer, also transposed; no square shapes, no repeated scale.
+"""FP8 blocks in tensors that hold all experts of a layer, also transposed: no shape is square, no scale occurs twice.
 
 Legend: E experts, D hidden size, I expert intermediate size.
 """
