@@ -113,5 +113,5 @@ def test_blocks_in_one_tall_matrix_are_refused(tmp_path: Path) -> None:
     known = config("dbrx", n_layers=1, d_model=D)
     known["ffn_config"] = {"moe_num_experts": E, "moe_top_k": 2, "ffn_hidden_size": I}
     checkpoint = ExpertCheckpoint.open(write(tmp_path, known, tensors))
-    with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 blocks in a tensor of stacked rows are not supported"):
+    with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 blocks .* stacked rows"):
         checkpoint.check()
