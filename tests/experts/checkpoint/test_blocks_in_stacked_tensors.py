@@ -81,21 +81,25 @@ def test_transposed_blocks_are_kept_by_no_kernel(tmp_path: Path) -> None:
         checkpoint.read_quantized(0, 0)
 
 
-@pytest.mark.parametrize(("inner", "kept"), [(256, True), (300, False), (128, True), (129, False)])
-def test_a_block_that_spans_gate_and_up_keeps_experts_from_being_taken_as_stored(
-    tmp_path: Path, inner: int, kept: bool
-) -> None:
+@pytest.mark.parametrize("inner", [129, 300])
+def test_a_block_that_spans_gate_and_up_keeps_experts_from_being_taken_as_stored(tmp_path: Path, inner: int) -> None:
+    checkpoint, _ = fused(tmp_path, "qwen3_moe", transposed=False, inner=inner)
+    assert checkpoint.weight_format is None
+    with pytest.raises(CheckpointError, match="are not all stored quantized"):
+        checkpoint.read_quantized(0, 0)
+
+
+@pytest.mark.parametrize("inner", [128, 256])
+def test_blocks_that_end_with_the_gate_are_taken_as_stored(tmp_path: Path, inner: int) -> None:
     checkpoint, stored = fused(tmp_path, "qwen3_moe", transposed=False, inner=inner)
-    assert checkpoint.weight_format == (WeightFormat("fp8_block", BLOCK) if kept else None)
-    if not kept:
-        return
+    assert checkpoint.weight_format == WeightFormat("fp8_block", BLOCK)
     for expert in range(E):
-        kept_expert, read = checkpoint.read_quantized(0, expert), checkpoint.read_expert(0, expert, torch.float32)
-        assert torch.equal(kept_expert.w13_2IB, stored["gate_up_proj"][expert].view(torch.uint8))
-        assert torch.equal(kept_expert.w2_DB, stored["down_proj"][expert].view(torch.uint8))
-        assert torch.equal(kept_expert.w13_scale, stored["gate_up_proj_scale_inv"][expert])
-        assert torch.equal(kept_expert.w2_scale, stored["down_proj_scale_inv"][expert])
-        assert torch.equal(kept_expert.dequantize(torch.float32).w13_2ID, read.w13_2ID)
+        kept, read = checkpoint.read_quantized(0, expert), checkpoint.read_expert(0, expert, torch.float32)
+        assert torch.equal(kept.w13_2IB, stored["gate_up_proj"][expert].view(torch.uint8))
+        assert torch.equal(kept.w2_DB, stored["down_proj"][expert].view(torch.uint8))
+        assert torch.equal(kept.w13_scale, stored["gate_up_proj_scale_inv"][expert])
+        assert torch.equal(kept.w2_scale, stored["down_proj_scale_inv"][expert])
+        assert torch.equal(kept.dequantize(torch.float32).w13_2ID, read.w13_2ID)
 
 
 def test_a_scale_that_stands_the_other_way_round_is_refused(tmp_path: Path) -> None:
