@@ -9,7 +9,7 @@ import pytest
 from cluster.controller.messages import JoinRequest, MembershipAnswer
 from cluster.controller.roster import placement_digest
 from placement.placement import Placement
-from tests.cluster.controller.conftest import DIGEST, PLACEMENT, Play, Scene, turns
+from tests.support.controller_scene import DIGEST, PLACEMENT, Play, Scene, turns
 from tests.support.serve.statuses import shard_status
 
 

@@ -64,7 +64,13 @@ def test_a_plan_for_near_replicas_first_fetches_less_from_afar(tmp_path: Path, m
     monkeypatch.setattr(policy, "search_seconds", lambda *_: 0.1)  # no time limit is hit: the plan is always the same
     trace = ActivationTrace.load_npz(TINY / "trace.npz").take(np.arange(0, 25_000, 10))
     trace.save(tmp_path / "trace.npz")
-    section = {"policy": "optimized", "trace": str(tmp_path / "trace.npz"), "num_nodes": 2, "load_cap": 1.2}
+    section = {
+        "policy": "optimized",
+        "trace": str(tmp_path / "trace.npz"),
+        "num_nodes": 2,
+        "load_cap": 1.2,
+        "max_seconds": 600.0,
+    }
     shards = {"count": 4, "slots_per_rank": 10}
     plain, near = (
         evaluate(

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.cluster.controller.conftest import Play, Scene, turns
+from tests.support.controller_scene import Play, Scene, turns
 
 
 def test_a_shard_that_leaves_is_held_until_every_router_goes_on_without_it(play: Play) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.controller.conftest import Play, Scene
+from tests.support.controller_scene import Play, Scene
 
 
 class Waits:
