@@ -119,3 +119,25 @@ def test_blocks_in_one_tall_matrix_are_refused(tmp_path: Path) -> None:
     checkpoint = ExpertCheckpoint.open(write(tmp_path, known, tensors))
     with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 blocks .* stacked rows"):
         checkpoint.check()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "message"),
+    [(64, 48, "down_proj_blocks: 48 columns"), (48, 64, "gate_up_proj_blocks: 48 columns")],
+)
+def test_mxfp4_rows_that_do_not_fill_their_groups_are_refused(
+    tmp_path: Path, hidden: int, inner: int, message: str
+) -> None:
+    stem = "model.layers.0.mlp.experts."
+    tensors = {
+        f"{stem}{part}{suffix}": torch.zeros(E, 4, 1, dtype=torch.uint8)
+        for part in ("gate_up_proj", "down_proj")
+        for suffix in ("_blocks", "_scales", "_bias")
+    }
+    tensors[stem + "gate_up_proj_blocks"] = torch.zeros(E, 2 * inner, hidden // 32, 16, dtype=torch.uint8)
+    tensors[stem + "gate_up_proj_scales"] = torch.zeros(E, 2 * inner, hidden // 32, dtype=torch.uint8)
+    tensors[stem + "gate_up_proj_bias"] = torch.zeros(E, 2 * inner)
+    known = config("gpt_oss", hidden_size=hidden, intermediate_size=inner, num_local_experts=E)
+    known["quantization_config"] = {"quant_method": "mxfp4"}
+    with pytest.raises(CheckpointError, match=message):
+        ExpertCheckpoint.open(write(tmp_path, known, tensors)).check()
