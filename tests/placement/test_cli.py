@@ -110,7 +110,7 @@ def test_export(files) -> None:
         (["--domain", "law"], "error: no domain 'law'"),
         (["--ranks", "0"], "error: 0 ranks on 1 nodes: each must be at least 1"),
         (["--min-replicas", "0"], "error: min_replicas is 0, expected at least 1"),
-        (["--effort", "inf"], "error: effort is inf, expected 0 or more"),
+        (["--effort", "inf"], "error: effort is inf, expected a finite number, 0 or more"),
         (["--speeds", "1,nan,1,1"], "error: speeds must be 4 numbers above 0, got (1.0, nan"),
         (["--speeds", "1,1,1,inf"], "error: speeds must be 4 numbers above 0"),
         (["--seed", "-1"], "error: seed is -1, expected 0 or more"),
