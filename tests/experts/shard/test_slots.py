@@ -87,8 +87,14 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 100.0
+        self.looks = 0
         self.asleep: Callable[[], None] = lambda: None
-        monkeypatch.setattr(slots_module, "time", SimpleNamespace(monotonic=lambda: self.now_s, sleep=self.sleep))
+        monkeypatch.setattr(slots_module, "time", SimpleNamespace(monotonic=self.look, sleep=self.sleep))
+
+    def look(self) -> float:
+        self.looks += 1
+        assert self.looks < 1000, "it waits without letting time pass"
+        return self.now_s
 
     def sleep(self, seconds: float) -> None:
         assert 0 < seconds < 0.01, "a request lasts milliseconds"
