@@ -167,7 +167,12 @@ def test_the_watch_looks_twice_a_heartbeat(play: Play, monkeypatch: pytest.Monke
                 raise InterruptedError("enough")
 
         monkeypatch.setattr(controller_module, "asyncio", SimpleNamespace(sleep=sleep))
-        monkeypatch.setattr(scene.controller, "_look_for_silence", looked.append)
+
+        def look(now_s: float) -> None:
+            looked.append(now_s)
+            assert len(looked) < 9, "it looks again and again without sleeping"
+
+        monkeypatch.setattr(scene.controller, "_look_for_silence", look)
         with pytest.raises(InterruptedError):
             await scene.controller._watch_silence()
         half_s = scene.controller._config.membership.heartbeat_s / 2
