@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.controller import deployment as controller_module
 from tests.support.controller_scene import Play, Scene
 
 
@@ -150,5 +152,31 @@ def test_a_shard_of_an_epoch_that_all_of_them_made_is_a_sign_of_an_earlier_life(
         assert await scene.rejoin(0, epoch)
         await scene.seconds(5, 0)
         assert (await scene.ranks_for("new") == [0]) == earlier_life
+
+    play(act)
+
+
+def test_the_watch_looks_twice_a_heartbeat(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(scene: Scene) -> None:
+        looked, slept = [], []
+
+        async def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            scene.now_s += seconds
+            if len(slept) == 3:
+                raise InterruptedError("enough")
+
+        monkeypatch.setattr(controller_module, "asyncio", SimpleNamespace(sleep=sleep))
+
+        def look(now_s: float) -> None:
+            looked.append(now_s)
+            assert len(looked) < 9, "it looks again and again without sleeping"
+
+        monkeypatch.setattr(scene.controller, "_look_for_silence", look)
+        with pytest.raises(InterruptedError):
+            await scene.controller._watch_silence()
+        half_s = scene.controller._config.membership.heartbeat_s / 2
+        assert slept == [half_s] * 3
+        assert looked == [1000.0 + half_s, 1000.0 + 2 * half_s]
 
     play(act)

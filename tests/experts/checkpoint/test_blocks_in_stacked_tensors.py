@@ -81,21 +81,25 @@ def test_transposed_blocks_are_kept_by_no_kernel(tmp_path: Path) -> None:
         checkpoint.read_quantized(0, 0)
 
 
-@pytest.mark.parametrize(("inner", "kept"), [(256, True), (300, False), (128, True), (129, False)])
-def test_a_block_that_spans_gate_and_up_keeps_experts_from_being_taken_as_stored(
-    tmp_path: Path, inner: int, kept: bool
-) -> None:
+@pytest.mark.parametrize("inner", [129, 300])
+def test_a_block_that_spans_gate_and_up_keeps_experts_from_being_taken_as_stored(tmp_path: Path, inner: int) -> None:
+    checkpoint, _ = fused(tmp_path, "qwen3_moe", transposed=False, inner=inner)
+    assert checkpoint.weight_format is None
+    with pytest.raises(CheckpointError, match="are not all stored quantized"):
+        checkpoint.read_quantized(0, 0)
+
+
+@pytest.mark.parametrize("inner", [128, 256])
+def test_blocks_that_end_with_the_gate_are_taken_as_stored(tmp_path: Path, inner: int) -> None:
     checkpoint, stored = fused(tmp_path, "qwen3_moe", transposed=False, inner=inner)
-    assert checkpoint.weight_format == (WeightFormat("fp8_block", BLOCK) if kept else None)
-    if not kept:
-        return
+    assert checkpoint.weight_format == WeightFormat("fp8_block", BLOCK)
     for expert in range(E):
-        kept_expert, read = checkpoint.read_quantized(0, expert), checkpoint.read_expert(0, expert, torch.float32)
-        assert torch.equal(kept_expert.w13_2IB, stored["gate_up_proj"][expert].view(torch.uint8))
-        assert torch.equal(kept_expert.w2_DB, stored["down_proj"][expert].view(torch.uint8))
-        assert torch.equal(kept_expert.w13_scale, stored["gate_up_proj_scale_inv"][expert])
-        assert torch.equal(kept_expert.w2_scale, stored["down_proj_scale_inv"][expert])
-        assert torch.equal(kept_expert.dequantize(torch.float32).w13_2ID, read.w13_2ID)
+        kept, read = checkpoint.read_quantized(0, expert), checkpoint.read_expert(0, expert, torch.float32)
+        assert torch.equal(kept.w13_2IB, stored["gate_up_proj"][expert].view(torch.uint8))
+        assert torch.equal(kept.w2_DB, stored["down_proj"][expert].view(torch.uint8))
+        assert torch.equal(kept.w13_scale, stored["gate_up_proj_scale_inv"][expert])
+        assert torch.equal(kept.w2_scale, stored["down_proj_scale_inv"][expert])
+        assert torch.equal(kept.dequantize(torch.float32).w13_2ID, read.w13_2ID)
 
 
 def test_a_scale_that_stands_the_other_way_round_is_refused(tmp_path: Path) -> None:
@@ -113,5 +117,27 @@ def test_blocks_in_one_tall_matrix_are_refused(tmp_path: Path) -> None:
     known = config("dbrx", n_layers=1, d_model=D)
     known["ffn_config"] = {"moe_num_experts": E, "moe_top_k": 2, "ffn_hidden_size": I}
     checkpoint = ExpertCheckpoint.open(write(tmp_path, known, tensors))
-    with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 blocks in a tensor of stacked rows are not supported"):
+    with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 blocks .* stacked rows"):
         checkpoint.check()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "message"),
+    [(64, 48, "down_proj_blocks: 48 columns"), (48, 64, "gate_up_proj_blocks: 48 columns")],
+)
+def test_mxfp4_rows_that_do_not_fill_their_groups_are_refused(
+    tmp_path: Path, hidden: int, inner: int, message: str
+) -> None:
+    stem = "model.layers.0.mlp.experts."
+    tensors = {
+        f"{stem}{part}{suffix}": torch.zeros(E, 4, 1, dtype=torch.uint8)
+        for part in ("gate_up_proj", "down_proj")
+        for suffix in ("_blocks", "_scales", "_bias")
+    }
+    tensors[stem + "gate_up_proj_blocks"] = torch.zeros(E, 2 * inner, hidden // 32, 16, dtype=torch.uint8)
+    tensors[stem + "gate_up_proj_scales"] = torch.zeros(E, 2 * inner, hidden // 32, dtype=torch.uint8)
+    tensors[stem + "gate_up_proj_bias"] = torch.zeros(E, 2 * inner)
+    known = config("gpt_oss", hidden_size=hidden, intermediate_size=inner, num_local_experts=E)
+    known["quantization_config"] = {"quant_method": "mxfp4"}
+    with pytest.raises(CheckpointError, match=message):
+        ExpertCheckpoint.open(write(tmp_path, known, tensors)).check()

@@ -51,7 +51,7 @@ def test_the_first_key_that_is_there_counts(tmp_path: Path) -> None:
     found = config(tmp_path, second=2, third=3, null=None, one=1)
     assert found.int_of("first", "null", "second", "third") == 2
     assert found.int_of("one") == 1
-    with pytest.raises(CheckpointError, match=r"config\.json: none of first, null is given"):
+    with pytest.raises(CheckpointError, match=r"config\.json: expected one of first, null, found none"):
         found.int_of("first", "null")
 
 
@@ -239,7 +239,7 @@ def test_the_clamp_of_gpt_oss_is_in_its_configuration(tmp_path: Path) -> None:
 
 def test_an_unknown_family_is_refused_with_the_known_ones_in_order(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"model_type 'llama' is not known; expected one of \['dbrx', 'deepseek_v2'"
+        CheckpointError, match=r"model_type 'llama' is unknown; expected one of \['dbrx', 'deepseek_v2'"
     ):
         family_of(config(tmp_path, model_type="llama"))
 

@@ -26,8 +26,8 @@ def test_groups_that_share_a_scale(name: str, groups: set[int]) -> None:
 def test_rows_that_do_not_fill_their_groups_fit_blocks_alone() -> None:
     assert [FP8.misfit(columns) for columns in (1, 127, 200)] == [None] * 3
     assert (MXFP4.misfit(64), INT4.misfit(128)) == (None, None)
-    assert MXFP4.misfit(48) == "48 columns are no multiple of the 32 that share a scale in mxfp4"
-    assert INT4.misfit(96) == "96 columns are no multiple of the 64 that share a scale in int4"
+    assert MXFP4.misfit(48) == "48 columns are not a multiple of the 32 that share a scale in mxfp4"
+    assert INT4.misfit(96) == "96 columns are not a multiple of the 64 that share a scale in int4"
 
 
 def test_sizes_of_a_matrix() -> None:

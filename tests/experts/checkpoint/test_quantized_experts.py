@@ -57,7 +57,10 @@ def int4_checkpoint(folder: Path, **weights: Any) -> tuple[Path, dict[str, torch
 def assert_same_values(checkpoint: ExpertCheckpoint) -> None:
     for expert in range(checkpoint.spec.num_experts):
         for dtype in (torch.float32, torch.bfloat16):
-            kept = checkpoint.read_quantized(0, expert).dequantize(dtype)
+            stored = checkpoint.read_quantized(0, expert)
+            scales = torch.uint8 if stored.format.name == "mxfp4" else torch.float32
+            assert (stored.w13_scale.dtype, stored.w2_scale.dtype) == (scales, scales)
+            kept = stored.dequantize(dtype)
             read = checkpoint.read_expert(0, expert, dtype)
             for field in ("w13_2ID", "w2_DI", "b13_2I", "b2_D"):
                 if getattr(read, field) is None:

@@ -87,8 +87,14 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 100.0
+        self.looks = 0
         self.asleep: Callable[[], None] = lambda: None
-        monkeypatch.setattr(slots_module, "time", SimpleNamespace(monotonic=lambda: self.now_s, sleep=self.sleep))
+        monkeypatch.setattr(slots_module, "time", SimpleNamespace(monotonic=self.look, sleep=self.sleep))
+
+    def look(self) -> float:
+        self.looks += 1
+        assert self.looks < 1000, "it waits without letting time pass"
+        return self.now_s
 
     def sleep(self, seconds: float) -> None:
         assert 0 < seconds < 0.01, "a request lasts milliseconds"
@@ -157,7 +163,7 @@ def test_a_placement_that_needs_more_slots_is_refused_when_the_last_is_gone() ->
 @pytest.mark.parametrize(("layers", "experts"), [(1, 6), (3, 6), (2, 4), (2, 8)])
 def test_a_placement_of_another_model_is_refused_before_anything_is_read(layers: int, experts: int) -> None:
     weights = Weights()
-    text = f"the placement is for {layers} layers of {experts} experts, the checkpoint has 2 of 6"
+    text = f"the placement is for {layers} layers of {experts} experts, the checkpoint for 2 of 6"
     with pytest.raises(ValueError, match=text):
         table(weights=weights).load(Placement.linear(layers, experts, 2), 0)
     assert weights.read == []

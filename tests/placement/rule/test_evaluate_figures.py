@@ -100,6 +100,11 @@ def test_the_ranks_of_a_whole_trace_hold_the_experts_and_padding_has_none() -> N
             assert rank == -1 if expert < 0 else expert in held[rank]
 
 
+def test_no_replica_is_preferred_unless_asked_for() -> None:
+    plain, local = (dispatch_trace(PLACEMENT, IDS_TLK, prefer).tolist() for prefer in (False, True))
+    assert dispatch_trace(PLACEMENT, IDS_TLK).tolist() == plain != local
+
+
 def test_loads_of_an_even_split() -> None:
     loads_LE = np.array([[4.0, 1, 6, 3, 2], [8.0, 5, 7, 4, 6]])
     # Layer 0: experts 0, 2 and 4 have two replicas each. Layer 1: 3 and 4.

@@ -97,7 +97,7 @@ def test_a_token_is_told_how_many_ranks_and_nodes_it_visits_and_leaves_no_trace(
     count_E = holds_ER.sum(1).astype(np.int32)
     rank_ER = np.full((num_experts, num_ranks), -1, np.int32)
     for expert in range(num_experts):
-        rank_ER[expert, : count_E[expert]] = np.flatnonzero(holds_ER[expert])
+        rank_ER[expert, : count_E[expert]] = rng.permutation(np.flatnonzero(holds_ER[expert]))  # in any order
     nodes = Nodes(node_of_rank_R, num_nodes, int(block_of_nodes(node_of_rank_R, num_nodes)))
     scratch = cover_scratch(num_ranks, num_nodes)
     load_R, chosen_E = np.zeros(num_ranks, np.int64), np.full(num_experts, -1, np.int32)
