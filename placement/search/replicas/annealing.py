@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
+from placement.rule.replica_choice import Holders, Nodes
 from placement.search.annealing import (
     EXCESS_TOLERANCE,
     Best,
@@ -25,7 +26,7 @@ from placement.search.annealing import (
     keep_best,
     total_excess,
 )
-from placement.search.replicas.holders import update_local_holders
+from placement.search.replicas.holders import RouterHolders, update_local_holders
 from placement.search.replicas.moves import (
     Move,
     SwapChance,
@@ -35,7 +36,7 @@ from placement.search.replicas.moves import (
     propose_move,
     restore_holders,
 )
-from placement.search.replicas.state import Limits, State, Tokens, accept_trial, all_holders, cover_again, cover_all
+from placement.search.replicas.state import Limits, State, Tokens, accept_trial, all_holders, cover_all, cover_rows
 from placement.xorshift import random_below, random_unit
 
 HALF_OF_MOVES = SwapChance(0, 1, 2)
@@ -54,49 +55,56 @@ def anneal_replicas(
     slots met, the start among them; loads up to `EXCESS_TOLERANCE` above the limits count as within.
     """
     filled, visits = cover_all(tokens, limits, state)
-    holders = all_holders(state)
-    load_R, trial_load_R = state.covering.load_R, state.trial.load_R
-    excess = total_excess(load_R, limits.allowed_R)
-    keep_best(best, state.experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
+    experts_Rs, routers, covering, trial = state.experts_Rs, state.routers, state.covering, state.trial
+    holders, start_E = all_holders(routers), tokens.start_E
+    load_R, load_ER, trial_load_R = covering.load_R, covering.load_ER, trial.load_R
+    nodes, node_weight, allowed_R = limits.nodes, limits.node_weight, limits.allowed_R
+    excess = total_excess(load_R, allowed_R)
+    keep_best(best, experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
     heat, penalty = 0.0, 0.0
     for step in range(schedule.iterations):
         if step % COOLING_STEPS == 0:
-            heat, penalty = heat_and_penalty(schedule, step, len(tokens.ids_TK))
+            heat, penalty = heat_and_penalty(schedule, step, len(covering.visits_T))
         rank = random_below(random_1, len(load_R))
         if excess > 0 and random_below(random_1, HOT_RANK_DRAWS) == 0:
-            rank = fullest(load_R, limits.allowed_R, rank)
+            rank = fullest(load_R, allowed_R, rank)
         num_free = limits.max_filled - filled
-        move = propose_move(rank, state.experts_Rs, holders, num_free, HALF_OF_MOVES, random_1)
+        move = propose_move(rank, experts_Rs, holders, num_free, HALF_OF_MOVES, random_1)
         if move.rank < 0:
             continue
         threshold = -heat * np.log(random_unit(random_1))
         # Most moves above the limits need no look at tokens.
-        likely_limit = threshold - 0.5 * penalty * (_likely_excess(limits, state, move, excess) - excess)
-        if likely_limit < -0.5 * (1 + limits.node_weight) * _num_wanting(tokens, move):
+        likely_excess = _likely_excess(load_R, load_ER, allowed_R, holders, move, excess)
+        likely_limit = threshold - 0.5 * penalty * (likely_excess - excess)
+        if likely_limit < -0.5 * (1 + node_weight) * _num_wanting(start_E, move):
             continue
 
-        _apply(limits, state, move)
+        # Routers choose from the new holders; slots stay until the move is accepted.
+        move_holders(holders, move)
+        _update_routers(routers, nodes, move)
         accepted, rows, change = False, -1, 0.0
-        if keeps_spread(holders, move, limits.nodes, limits.min_replicas):
+        if keeps_spread(holders, move, nodes, limits.min_replicas):
             rows, change = _cover_trial(tokens, limits, state, move, likely_limit)
         new_excess = excess
         if rows >= 0:
-            new_excess = total_excess(trial_load_R, limits.allowed_R)
+            new_excess = total_excess(trial_load_R, allowed_R)
             accepted = change <= threshold - penalty * (new_excess - excess)
         if not accepted:
-            _undo(limits, state, move)
+            restore_holders(holders, move)
+            _update_routers(routers, nodes, move)
             continue
-        accept_trial(tokens, state, rows)
-        filled += move_slots(state.experts_Rs, move)
+        accept_trial(tokens, covering, trial, rows)
+        filled += move_slots(experts_Rs, move)
         visits += change
         excess = new_excess
-        keep_best(best, state.experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
+        keep_best(best, experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
 
 
 @compiled(forceinline=True)
-def _likely_excess(limits: Limits, state: State, move: Move, excess: float) -> float:
+def _likely_excess(
+    load_R: np.ndarray, load_ER: np.ndarray, allowed_R: np.ndarray, holders: Holders, move: Move, excess: float
+) -> float:
     """The excess load after a move if replicas keep their shares: an estimate from loads alone."""
-    load_R, load_ER, allowed_R = state.covering.load_R, state.covering.load_ER, limits.allowed_R
     gone, came = 0.0, 0.0
     if move.leaving >= 0:
         gone = load_ER[move.leaving, move.rank]
@@ -104,10 +112,10 @@ def _likely_excess(limits: Limits, state: State, move: Move, excess: float) -> f
         if move.other_rank >= 0:
             came = load_ER[move.coming, move.other_rank]
         else:
-            holders = all_holders(state)
-            for h in range(holders.count_E[move.coming]):
-                came += load_ER[move.coming, holders.rank_ER[move.coming, h]]
-            came /= holders.count_E[move.coming] + 1
+            count_E, rank_ER = holders.count_E, holders.rank_ER
+            for h in range(count_E[move.coming]):
+                came += load_ER[move.coming, rank_ER[move.coming, h]]
+            came /= count_E[move.coming] + 1
     after = excess - excess_of(load_R[move.rank], allowed_R[move.rank])
     after += excess_of(load_R[move.rank] - gone + came, allowed_R[move.rank])
     if move.other_rank >= 0:
@@ -119,68 +127,57 @@ def _likely_excess(limits: Limits, state: State, move: Move, excess: float) -> f
 
 
 @compiled(forceinline=True)
-def _num_wanting(tokens: Tokens, move: Move) -> int:
+def _num_wanting(start_E: np.ndarray, move: Move) -> int:
     """(token, expert) pairs of the experts of a move."""
     count = np.int64(0)
     for expert in (move.leaving, move.coming):
         if expert >= 0:
-            count += tokens.start_E[expert + 1] - tokens.start_E[expert]
+            count += start_E[expert + 1] - start_E[expert]
     return int(count)
 
 
 @compiled(forceinline=True)
-def _update_routers(limits: Limits, state: State, move: Move) -> None:
+def _update_routers(routers: RouterHolders, nodes: Nodes, move: Move) -> None:
     for expert in (move.leaving, move.coming):
         if expert >= 0:
-            update_local_holders(state.routers, expert, limits.nodes)
+            update_local_holders(routers, expert, nodes)
 
 
-@compiled(forceinline=True)
-def _apply(limits: Limits, state: State, move: Move) -> None:
-    """Update the holders that routers choose from; slots stay until the move is accepted."""
-    move_holders(all_holders(state), move)
-    _update_routers(limits, state, move)
-
-
-@compiled(forceinline=True)
-def _undo(limits: Limits, state: State, move: Move) -> None:
-    restore_holders(all_holders(state), move)
-    _update_routers(limits, state, move)
-
-
-@compiled(forceinline=True)
+@compiled()
 def _cover_trial(tokens: Tokens, limits: Limits, state: State, move: Move, likely_limit: float) -> tuple[int, float]:
     """Cover the tokens that want an expert of the move again; returns how many, and the change of weighted visits.
 
     (-1, 0) if it is given up: after 48, 96, ... tokens the change of all of them is estimated, and a move that is two
     standard errors above `likely_limit` is not worth going on with.
     """
-    trial, token_P = state.trial, tokens.token_P
+    trial, token_P, start_E = state.trial, tokens.token_P, tokens.start_E
+    token_T = trial.token_T
     trial.pairs_QR[:] = state.covering.pairs_QR
     trial.load_R[:] = state.covering.load_R
     at_a, end_a, at_b, end_b = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     if move.leaving >= 0:
-        at_a, end_a = tokens.start_E[move.leaving], tokens.start_E[move.leaving + 1]
+        at_a, end_a = start_E[move.leaving], start_E[move.leaving + 1]
     if move.coming >= 0:
-        at_b, end_b = tokens.start_E[move.coming], tokens.start_E[move.coming + 1]
+        at_b, end_b = start_E[move.coming], start_E[move.coming + 1]
     total = (end_a - at_a) + (end_b - at_b)
     change, squares = 0.0, 0.0
     rows, next_look = 0, FIRST_LOOK
     while at_a < end_a or at_b < end_b:
-        # Merged by token, so that a token that wants both is covered once.
-        if at_b >= end_b or (at_a < end_a and token_P[at_a] <= token_P[at_b]):
-            t = token_P[at_a]
-            if at_b < end_b and token_P[at_b] == t:
+        first = rows
+        while rows < next_look and (at_a < end_a or at_b < end_b):
+            # Merged by token, so that a token that wants both is covered once.
+            if at_b >= end_b or (at_a < end_a and token_P[at_a] <= token_P[at_b]):
+                t = token_P[at_a]
+                if at_b < end_b and token_P[at_b] == t:
+                    at_b += 1
+                    total -= 1
+                at_a += 1
+            else:
+                t = token_P[at_b]
                 at_b += 1
-                total -= 1
-            at_a += 1
-        else:
-            t = token_P[at_b]
-            at_b += 1
-        of_token = cover_again(tokens, limits, state, t, rows)
-        rows += 1
-        change += of_token
-        squares += of_token * of_token
+            token_T[rows] = t
+            rows += 1
+        change, squares = cover_rows(tokens, limits, state, first, rows, change, squares)
         if rows == next_look:
             next_look *= 2
             scale = total / rows

@@ -30,7 +30,7 @@ def add_holder(holders: Holders, expert: int, rank: int) -> None:
     holders.count_E[expert] += 1
 
 
-@compiled(forceinline=True)
+@compiled()
 def remove_holder(holders: Holders, expert: int, rank: int) -> None:
     for j in range(holders.count_E[expert]):
         if holders.rank_ER[expert, j] == rank:
@@ -39,7 +39,7 @@ def remove_holder(holders: Holders, expert: int, rank: int) -> None:
             return
 
 
-@compiled(forceinline=True)
+@compiled()
 def has_holder(holders: Holders, expert: int, rank: int) -> bool:
     for j in range(holders.count_E[expert]):  # noqa: SIM110
         if holders.rank_ER[expert, j] == rank:
@@ -78,7 +78,7 @@ def even_split(holders: Holders, load_E: np.ndarray) -> np.ndarray:
     return load_R
 
 
-@compiled(forceinline=True)
+@compiled()
 def is_spread(holders: Holders, expert: int, nodes: Nodes, min_replicas: int) -> bool:
     """Whether an expert has replicas on `min_replicas` different nodes (ranks, where there is one node)."""
     count = holders.count_E[expert]
@@ -94,7 +94,7 @@ def is_spread(holders: Holders, expert: int, nodes: Nodes, min_replicas: int) ->
     return distinct >= min_replicas
 
 
-@compiled(forceinline=True)
+@compiled()
 def update_local_holders(routers: RouterHolders, expert: int, nodes: Nodes) -> None:
     """Bring the lists of the routers on nodes up to date with router 0's, for one expert; with one router, nothing."""
     count_QE, rank_QER = routers.count_QE, routers.rank_QER
@@ -111,7 +111,7 @@ def update_local_holders(routers: RouterHolders, expert: int, nodes: Nodes) -> N
         count_QE[q, expert] = count
 
 
-@compiled(forceinline=True)
+@compiled()
 def count_remote_ranks(wanted_K: np.ndarray, num_wanted: int, chosen_E: np.ndarray, nodes: Nodes, home: int) -> int:
     """Distinct ranks on other nodes than `home` among those chosen for the first `num_wanted` experts of a token."""
     remote = 0

@@ -147,76 +147,106 @@ def state_of(problem: LayerProblem, experts_Rs: np.ndarray) -> State:
 
 
 @compiled(forceinline=True)
-def all_holders(state: State) -> Holders:
+def all_holders(routers: RouterHolders) -> Holders:
     """The holders as router 0 sees them: all."""
-    return Holders(state.routers.count_QE[0], state.routers.rank_QER[0])
+    return Holders(routers.count_QE[0], routers.rank_QER[0])
 
 
-@compiled(forceinline=True)
-def cover(tokens: Tokens, limits: Limits, state: State, t: int, pairs_QR: np.ndarray) -> float:
-    """Apply the rule to one token; returns its weighted visits. Its ranks are in `state.chosen_E` afterwards."""
-    wanted_K, width, router = tokens.ids_TK[t], tokens.width_T[t], tokens.router_T[t]
-    holders = Holders(state.routers.count_QE[router], state.routers.rank_QER[router])
-    ranks, nodes = cover_token(wanted_K, width, holders, limits.nodes, pairs_QR[router], state.chosen_E, state.scratch)
+@compiled(inline="always")
+def cover(
+    ids_TK: np.ndarray,
+    t: int,
+    width: int,
+    router: int,
+    routers: RouterHolders,
+    limits: Limits,
+    pairs_QR: np.ndarray,
+    chosen_E: np.ndarray,
+    scratch: CoverScratch,
+) -> float:
+    """Apply the rule to one token; returns its weighted visits. Its ranks are in `chosen_E` afterwards."""
+    wanted_K = ids_TK[t]
+    holders = Holders(routers.count_QE[router], routers.rank_QER[router])
+    ranks, nodes = cover_token(wanted_K, width, holders, limits.nodes, pairs_QR[router], chosen_E, scratch)
     if router > 0:
-        nodes = count_remote_ranks(wanted_K, width, state.chosen_E, limits.nodes, router - 1)
+        nodes = count_remote_ranks(wanted_K, width, chosen_E, limits.nodes, router - 1)
     return ranks + limits.node_weight * nodes
 
 
 @compiled()
 def cover_all(tokens: Tokens, limits: Limits, state: State) -> tuple[int, float]:
     """Apply the rule to all tokens, from the slots alone; returns filled slots, and weighted visits of all tokens."""
-    filled = collect_holders(all_holders(state), state.experts_Rs)
-    for e in range(state.routers.count_QE.shape[1]):
-        update_local_holders(state.routers, e, limits.nodes)
-    covering = state.covering
-    covering.pairs_QR[:] = 0
-    covering.load_R[:] = 0.0
-    covering.load_ER[:] = 0.0
+    routers, covering, chosen_E, scratch = state.routers, state.covering, state.chosen_E, state.scratch
+    ids_TK, width_T, router_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.router_T, tokens.pair_weight_E
+    pairs_QR, load_R, load_ER = covering.pairs_QR, covering.load_R, covering.load_ER
+    rank_TK, visits_T = covering.rank_TK, covering.visits_T
+    filled = collect_holders(all_holders(routers), state.experts_Rs)
+    for e in range(len(load_ER)):
+        update_local_holders(routers, e, limits.nodes)
+    pairs_QR[:] = 0
+    load_R[:] = 0.0
+    load_ER[:] = 0.0
     visits = 0.0
-    for t in range(len(tokens.ids_TK)):
-        covering.visits_T[t] = cover(tokens, limits, state, t, covering.pairs_QR)
-        visits += covering.visits_T[t]
-        for k in range(tokens.width_T[t]):
-            expert = tokens.ids_TK[t, k]
-            rank = state.chosen_E[expert]
-            covering.rank_TK[t, k] = rank
-            covering.load_R[rank] += tokens.pair_weight_E[expert]
-            covering.load_ER[expert, rank] += tokens.pair_weight_E[expert]
+    for t in range(len(ids_TK)):
+        width = width_T[t]
+        visits_T[t] = cover(ids_TK, t, width, router_T[t], routers, limits, pairs_QR, chosen_E, scratch)
+        visits += visits_T[t]
+        for k in range(width):
+            expert = ids_TK[t, k]
+            rank = chosen_E[expert]
+            rank_TK[t, k] = rank
+            load_R[rank] += pair_weight_E[expert]
+            load_ER[expert, rank] += pair_weight_E[expert]
     return filled, visits
 
 
-@compiled(forceinline=True)
-def cover_again(tokens: Tokens, limits: Limits, state: State, t: int, row: int) -> float:
-    """Cover one token as the next row of the trial; returns the change of its weighted visits."""
-    covering, trial = state.covering, state.trial
-    width, router = tokens.width_T[t], tokens.router_T[t]
-    for k in range(width):
-        rank = covering.rank_TK[t, k]
-        trial.pairs_QR[router, rank] -= 1
-        trial.load_R[rank] -= tokens.pair_weight_E[tokens.ids_TK[t, k]]
-    change = cover(tokens, limits, state, t, trial.pairs_QR) - covering.visits_T[t]
-    for k in range(width):
-        expert = tokens.ids_TK[t, k]
-        rank = state.chosen_E[expert]
-        trial.rank_TK[row, k] = rank
-        trial.load_R[rank] += tokens.pair_weight_E[expert]
-    trial.visits_T[row] = covering.visits_T[t] + change
-    trial.token_T[row] = t
-    return change
+@compiled()
+def cover_rows(
+    tokens: Tokens, limits: Limits, state: State, first: int, end: int, change: float, squares: float
+) -> tuple[float, float]:
+    """Cover the tokens of some rows of the trial again.
+
+    Returns `change` and `squares` with the changes of the rows' weighted visits, and their squares, added.
+    """
+    # Members are looked up once: in the loop, each look-up would count references.
+    routers, covering, trial = state.routers, state.covering, state.trial
+    chosen_E, scratch = state.chosen_E, state.scratch
+    ids_TK, width_T, router_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.router_T, tokens.pair_weight_E
+    rank_TK, visits_T = covering.rank_TK, covering.visits_T
+    pairs_QR, load_R, token_T = trial.pairs_QR, trial.load_R, trial.token_T
+    new_rank_TK, new_visits_T = trial.rank_TK, trial.visits_T
+    for row in range(first, end):
+        t = token_T[row]
+        width, router = width_T[t], router_T[t]
+        for k in range(width):
+            rank = rank_TK[t, k]
+            pairs_QR[router, rank] -= 1
+            load_R[rank] -= pair_weight_E[ids_TK[t, k]]
+        of_token = cover(ids_TK, t, width, router, routers, limits, pairs_QR, chosen_E, scratch) - visits_T[t]
+        for k in range(width):
+            expert = ids_TK[t, k]
+            rank = chosen_E[expert]
+            new_rank_TK[row, k] = rank
+            load_R[rank] += pair_weight_E[expert]
+        new_visits_T[row] = visits_T[t] + of_token
+        change += of_token
+        squares += of_token * of_token
+    return change, squares
 
 
-@compiled(forceinline=True)
-def accept_trial(tokens: Tokens, state: State, num_rows: int) -> None:
+@compiled()
+def accept_trial(tokens: Tokens, covering: Covering, trial: Trial, num_rows: int) -> None:
     """Take over the first rows of the trial."""
-    covering, trial = state.covering, state.trial
+    ids_TK, width_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.pair_weight_E
+    load_ER, rank_TK, visits_T = covering.load_ER, covering.rank_TK, covering.visits_T
+    token_T, new_rank_TK, new_visits_T = trial.token_T, trial.rank_TK, trial.visits_T
     for row in range(num_rows):
-        t = trial.token_T[row]
-        for k in range(tokens.width_T[t]):
-            expert = tokens.ids_TK[t, k]
-            covering.load_ER[expert, covering.rank_TK[t, k]] -= tokens.pair_weight_E[expert]
-            covering.load_ER[expert, trial.rank_TK[row, k]] += tokens.pair_weight_E[expert]
-            covering.rank_TK[t, k] = trial.rank_TK[row, k]
-        covering.visits_T[t] = trial.visits_T[row]
+        t = token_T[row]
+        for k in range(width_T[t]):
+            expert = ids_TK[t, k]
+            load_ER[expert, rank_TK[t, k]] -= pair_weight_E[expert]
+            load_ER[expert, new_rank_TK[row, k]] += pair_weight_E[expert]
+            rank_TK[t, k] = new_rank_TK[row, k]
+        visits_T[t] = new_visits_T[row]
     covering.pairs_QR[:] = trial.pairs_QR
     covering.load_R[:] = trial.load_R
