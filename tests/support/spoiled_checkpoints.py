@@ -257,7 +257,8 @@ def fuse(case: Case) -> None:
                 case.index.pop(name, None)
             case.index |= dict.fromkeys(made, file)
         if len(layers) == 1 or case.side != "both":
-            case.culprits |= {*made, *(n for part in names for n in part)}
+            case.culprits |= {n for part in names for n in part}
+            case.culprits |= {f"model.layers.{n}.mlp.experts.gate_up_proj" for n in range(num_layers)}
 
 
 def quantize(case: Case) -> None:

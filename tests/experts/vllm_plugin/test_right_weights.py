@@ -1,10 +1,9 @@
-"""A router and its shards have the weights of the checkpoint, or are refused by name: whatever happened to its files."""
+"""A router and its shards have the weights of the checkpoint, or are refused by name, whatever became of its files."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
