@@ -55,6 +55,11 @@ def tiny_tensors() -> dict[str, Stored]:
     }
 
 
+def tiny_config() -> dict[str, Any]:
+    """Its config.json."""
+    return json.loads((TINY / "config.json").read_text())
+
+
 @dataclass
 class Case:
     """A folder in the making. `files`: tensors by file; `raw`: files whose bytes are set, None for a directory."""
