@@ -19,6 +19,7 @@ from typing import Any
 
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.haproxy_guard import HAProxyGuard
 from cluster.serve_environment import HAPROXY_SWITCH, MISSING_HAPROXY, environment_of_a_local_cluster, has_haproxy
 from cluster.start_up import ServeFailedError, StartUp
 from experts.protocol.settings import StrictModel
@@ -94,8 +95,9 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if options.address is None:
             # Short: it holds Unix sockets, whose paths may have 107 characters.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-", ignore_cleanup_errors=True))
-            _set_environment(Path(folder))
+            folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+            stack.callback(HAProxyGuard(folder).close)
+            _set_environment(folder)
         with _applications(config, options) as url:
             yield url
 
