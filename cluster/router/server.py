@@ -38,6 +38,7 @@ from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.status import RouterStatus
+from experts.vllm_plugin.early_engine import EarlyEngine
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,7 +66,7 @@ class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
     async def __init__(  # type: ignore[misc]
-        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, import_s: float
+        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, early_engine: EarlyEngine, import_s: float
     ) -> None:
         replica = replica_identity()
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
@@ -76,7 +77,8 @@ class ExpertMeshLLMServer(LLMServer):
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra)
         in_process = mesh.routers.accelerator == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
-        await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
+        with early_engine.vllm_uses():
+            await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
 
     def _set_up(self, mesh: LLMAppConfig, router_id: str, controller: ControllerClient) -> None:
         """Everything of a router but its engine."""
