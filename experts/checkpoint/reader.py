@@ -5,15 +5,19 @@ Legend: D hidden size, I expert intermediate size.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import activation_of, family_of
-from experts.checkpoint.hf_config import ModelConfig
+from experts.checkpoint.fingerprint import Fingerprint, fingerprint_of
+from experts.checkpoint.hf_config import AGREED_KEYS, ModelConfig
 from experts.checkpoint.layout import Part, Role
 from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
@@ -26,11 +30,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ExpertCheckpoint:
     """The routed experts of a checkpoint folder. Create it with `open`; safe to use from several threads."""
 
-    def __init__(self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None) -> None:
+    def __init__(
+        self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None, config: ModelConfig
+    ) -> None:
         self.spec = spec
+        self.store = storage.store
+        self._config = config
         self._format = weight_format
         self._storage = storage
         self._parts = {part.role: part for part in storage.layout.parts}
+        self._fingerprint: concurrent.futures.Future[Fingerprint] | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
@@ -63,7 +73,40 @@ class ExpertCheckpoint:
             raise CheckpointError(
                 f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts, expected at most {spec.num_experts}"
             )
-        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format)
+        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format, config)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What config.json says that routers and shards must agree on, as plain JSON values by name."""
+        spec = self.spec
+        return {
+            "model type": spec.model_type,
+            "decoder layers with experts": list(spec.layer_ids),
+            "experts in a layer": spec.num_experts,
+            "experts for a token": spec.top_k,
+            "hidden size": spec.hidden_size,
+            "expert width": spec.intermediate_size,
+            "activation": [spec.activation.kind, spec.activation.alpha, spec.activation.limit],
+            "biases": spec.has_bias,
+            "router weight on the input": spec.weight_on_input,
+            "quantization": spec.quantization,
+            **{f"config.json's {key}": self._config.get(key) for key in AGREED_KEYS},
+        }
+
+    def start_fingerprint(self) -> concurrent.futures.Future[Fingerprint]:
+        """The hashes of all tensors, made in the background once; CheckpointError as its result names a broken file."""
+        with self._lock:
+            if self._fingerprint is None:
+                self._fingerprint = concurrent.futures.Future()
+                threading.Thread(target=self._make_fingerprint, name="fingerprint", daemon=True).start()
+            return self._fingerprint
+
+    def _make_fingerprint(self) -> None:
+        assert self._fingerprint is not None
+        try:
+            self._fingerprint.set_result(fingerprint_of(self.store))
+        except Exception as error:
+            self._fingerprint.set_exception(error)
 
     @property
     def expert_bytes(self) -> int:
@@ -90,15 +133,22 @@ class ExpertCheckpoint:
 
     @functools.cached_property
     def weight_format(self) -> WeightFormat | None:
-        """The format of `read_quantized`, None unless all experts are stored in one. Reads headers only."""
+        """The format of `read_quantized`, None unless every expert of every layer is stored in it. Reads headers only.
+
+        Of experts whose files are not here, the names of their tensors tell it.
+        """
         form, spec = self._format, self.spec
         matrices = [part for part in self._parts.values() if not part.role.endswith("_bias")]
         if form is None or (form.name == "fp8_block" and any(part.transposed for part in matrices)):
             return None
         if form.name == "fp8_block" and "gate_up" in self._parts and spec.intermediate_size % form.group:
             return None  # some block has rows of both gate and up
-        layers = range(spec.num_layers)
-        quantized = all(len(self._ranges(part, layer, 0)) == 2 for layer in layers for part in matrices)
+        quantized = all(
+            self._storage.is_quantized(part, self._shape(part), spec.layer_ids[layer], expert)
+            for layer in range(spec.num_layers)
+            for part in matrices
+            for expert in self._apart(part)
+        )
         return form if quantized else None
 
     def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
@@ -139,15 +189,23 @@ class ExpertCheckpoint:
         """Whether a tensor (weights, biases, scales) belongs to a routed expert; routers do not load those."""
         return self._storage.owns(name)
 
-    def check(self) -> None:
-        """Check that every expert's tensors exist with the right shape and dtype. Reads headers only.
+    def check(self, *, only_here: bool = False) -> None:
+        """Check that every expert's tensors exist with the right shape and dtype, and that every tensor is in the file
+        that the index names. Reads headers only; with `only_here`, files that are not in the folder are passed over.
 
-        CheckpointError names the first tensor that does not.
+        CheckpointError names the first tensor that does not, and its file.
         """
         for layer in range(self.spec.num_layers):
             for part in self._parts.values():
-                for expert in range(self.spec.num_experts) if part.stack == "none" else (0,):
-                    self._ranges(part, layer, expert)
+                for expert in self._apart(part):
+                    shape, layer_id = self._shape(part), self.spec.layer_ids[layer]
+                    if not only_here or self._storage.is_here(part, layer_id, expert):
+                        self._storage.ranges(part, shape, layer_id, expert)
+        self.store.check_index()
+
+    def _apart(self, part: Part) -> range:
+        """Experts that have a tensor each; the first stands for all that share one."""
+        return range(self.spec.num_experts if part.stack == "none" else 1)
 
     def _check_place(self, layer: int, expert: int) -> None:
         for what, value, bound in (("layer", layer, self.spec.num_layers), ("expert", expert, self.spec.num_experts)):
