@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.header import TensorEntry
 from experts.checkpoint.layout import Layout, Part
-from experts.checkpoint.safetensors_file import TensorEntry, TensorStore
+from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.weight_format import WeightFormat
 
 _SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # of the tensor whose presence means that a part is quantized

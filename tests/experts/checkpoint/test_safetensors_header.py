@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from experts.checkpoint import CheckpointError
-from experts.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, TensorStore
+from experts.checkpoint.header import TensorEntry
+from experts.checkpoint.safetensors_file import SafetensorsFile, TensorStore
 
 DATA = bytes(range(64))
 
@@ -151,16 +152,6 @@ def test_nothing_is_a_view_of_any_place(tmp_path: Path) -> None:
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
-
-
-def test_one_file_is_enough_and_others_beside_it_are_not_read(tmp_path: Path) -> None:
-    file_with(tmp_path, {"a": entry()})
-    file_with(tmp_path, b"no header", name="other")
-    store = TensorStore(tmp_path)
-    assert "a" in store
-    assert "b" not in store
-    with pytest.raises(CheckpointError, match="tensor b is missing"):
-        store.entry("b")
 
 
 def test_files_of_any_name_make_a_folder(tmp_path: Path) -> None:
