@@ -10,6 +10,7 @@ from ray.serve.deployment import Application
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
+from cluster.controller.pinned_model import with_pinned_model
 from cluster.ingress import Ingress
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
@@ -41,6 +42,7 @@ def experts_application(config: ExpertsAppConfig) -> Application:
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 
+    config = with_pinned_model(config)
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
     shards = serve.deployment(
@@ -62,7 +64,8 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """Routers and the OpenAI ingress."""
+    """Routers and the OpenAI ingress. Raises ConfigError, with nothing deployed, if the model cannot be had."""
+    config = with_pinned_model(config)
     args = config.model_dump(exclude_unset=True)
     routers = serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
     options = {**INGRESS_OPTIONS, **config.http.deployment_config}

@@ -6,6 +6,7 @@ to name the class, ten seconds before the first replica starts to do the same.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from cluster.config.apps import LLMAppConfig
@@ -19,11 +20,13 @@ class Router:
 
     async def __init__(self, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
         from cluster.router.server import ExpertMeshLLMServer, llm_config_of
+        from experts.checkpoint.reader import fetch_rest
 
         config = parse(LLMAppConfig, mesh)
+        folder = await asyncio.to_thread(fetch_rest, config.model.path)
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
-        await server.__init__(llm_config_of(config), mesh=config)  # type: ignore[misc]
+        await server.__init__(llm_config_of(config, str(folder)), mesh=config)  # type: ignore[misc]
         self._server = server
 
     def __getattr__(self, name: str) -> Any:

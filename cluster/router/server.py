@@ -30,13 +30,13 @@ from experts.protocol.status import RouterStatus
 logger = logging.getLogger("ray.serve")
 
 
-def llm_config_of(config: LLMAppConfig) -> LLMConfig:
-    """Ray Serve LLM's config: the user's options, with the model, the plug-in and the server class."""
+def llm_config_of(config: LLMAppConfig, folder: str | None = None) -> LLMConfig:
+    """Ray Serve LLM's config: the user's options, with the model (fetched to `folder`), the plug-in and the server class."""
     routers = config.routers
     fields: dict[str, Any] = {
         "callback_config": {"callback_class": no_download_callback()},
         **routers.llm_config,
-        "model_loading_config": {"model_id": config.model.id, "model_source": config.model.path},
+        "model_loading_config": {"model_id": config.model.id, "model_source": folder or config.model.path},
         "engine_kwargs": config.engine_kwargs(),
         "deployment_config": routers.deployment_config,
         "accelerator_config": {"kind": routers.accelerator},
