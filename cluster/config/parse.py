@@ -20,6 +20,7 @@ NAMES = {"model.path"}
 
 # Keys of earlier versions, and what replaces them.
 RENAMED = {
+    "http.deployment_config": "routers.deployment_config",
     "membership.join_deadline_s": "join_timeout_s",
     "placement.near_replicas_first": "prefer_local_replicas",
     "transport.near_replicas_first": "prefer_local_replicas",
