@@ -40,7 +40,7 @@ logger = logging.getLogger("ray.serve")
 
 
 def llm_config_of(config: LLMAppConfig, folder: str | None = None) -> LLMConfig:
-    """Ray Serve LLM's config: the user's options, with the model (fetched to `folder`), the plug-in and the server class."""
+    """Ray Serve LLM's config: the user's options, the model (fetched to `folder`), the plug-in and the server class."""
     routers = config.routers
     fields: dict[str, Any] = {
         "callback_config": {"callback_class": no_download_callback()},

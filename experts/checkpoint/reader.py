@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from experts.checkpoint.families import activation_of, family_of
 from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.layout import Part, Role
 from experts.checkpoint.safetensors_file import TensorStore
+from experts.checkpoint.sources.opening import open_source
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
 from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
 from experts.model.spec import ExpertSpec, ExpertWeights
@@ -34,18 +36,19 @@ class ExpertCheckpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
-        """Read config.json and the index or header, but no weights.
+        """Read config.json and the index or header, but no weights. `path` is a folder or another name of a model.
 
         CheckpointError names the missing file, key or tensor, or the unsupported quantization.
         """
-        folder = Path(path)
+        source = open_source(path).resolved()
+        folder = source.fetch(source.facts())
         config = ModelConfig(folder)
         family = family_of(config)
         layer_ids = tuple(family.moe_layers(config))
         if not layer_ids:
             raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
         weight_format = config.weight_format()
-        store = TensorStore(folder)
+        store = TensorStore(folder, source)
         layout, prefix = find_layout(store, family.layouts, layer_ids[0])
         spec = ExpertSpec(
             model_type=config.model_type,
@@ -64,6 +67,34 @@ class ExpertCheckpoint:
                 f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts, expected at most {spec.num_experts}"
             )
         return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format)
+
+    @property
+    def remote(self) -> bool:
+        """Whether files are fetched when first needed, so that some may not be here yet."""
+        return self._storage.store.source.remote
+
+    def fetch_experts(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Have the files with these experts, (layer, expert) as in `read_expert`, in the folder, and no others.
+
+        CheckpointError names a tensor that is missing, or a file that cannot be had.
+        """
+        if self.remote:
+            layer_ids, parts = self.spec.layer_ids, self._parts.values()
+            names = {
+                name
+                for layer, expert in wanted
+                for part in parts
+                for name in self._storage.names(part, layer_ids[layer], expert)
+            }
+            self._storage.store.fetch(names)
+
+    def fetch_rest(self) -> Path:
+        """The folder, with what a router needs in it: files with a tensor that is no expert's, config, tokenizer."""
+        store = self._storage.store
+        if self.remote:
+            store.fetch(name for name in store.index.file_of if not self.owns(name))
+            store.source.fetch(store.source.other_files())
+        return store.folder
 
     @property
     def expert_bytes(self) -> int:
@@ -198,3 +229,9 @@ def _packed(pieces: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         out[row : row + len(piece)].copy_(piece)
         row += len(piece)
     return out
+
+
+def fetch_rest(model: str) -> Path:
+    """The folder with what a router needs of a model; see `ExpertCheckpoint.fetch_rest`. A folder is as it is."""
+    source = open_source(model)
+    return ExpertCheckpoint.open(model).fetch_rest() if source.remote else source.fetch([])

@@ -92,6 +92,7 @@ class SlotTable:
             for expert in np.unique(wanted_Ls[layer])
             if expert >= 0 and self.slot_of_expert_LE[layer, expert] < 0
         ]
+        self.checkpoint.fetch_experts(missing)
         start_s = logged_s = time.monotonic()
         for count, (layer, expert) in enumerate(missing):
             slot = self._free_slot(layer, wanted_Ls[layer])

@@ -53,7 +53,9 @@ class FakeHub:
 
     def downloads(self) -> Counter[str]:
         """How often each file's contents were asked for."""
-        return Counter(path.rsplit("/", 1)[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path)
+        return Counter(
+            path.rsplit("/", 1)[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path
+        )
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """What a client's environment needs to use this hub, with its cache in `home`."""

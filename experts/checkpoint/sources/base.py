@@ -10,7 +10,7 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_SUFFIX = ".safetensors"
 # At the top of a repository beside the safetensors files: the same weights in other formats, and what is for people.
-_OTHER_WEIGHTS = ".bin .pt .pth .ckpt .gguf .ggml .onnx .h5 .msgpack .ot .npz .tflite .mlmodel .engine .nemo .tar .gz .zip"
+_OTHER_WEIGHTS = ".bin .pt .pth .ckpt .gguf .ggml .onnx .h5 .msgpack .ot .npz .tflite .mlmodel .nemo .tar .gz .zip"
 _FOR_PEOPLE = ".md .pdf .png .jpg .jpeg .gif .webp .svg .mp4 .ipynb"
 _UNUSED_SUFFIXES = frozenset(f"{_OTHER_WEIGHTS} {_FOR_PEOPLE}".split())
 _USED_FOLDERS = ("additional_chat_templates",)  # of the tokenizer; others hold the weights in other formats

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.sources.base import CONFIG_NAME, ModelSource
@@ -120,6 +120,7 @@ class HubSource(ModelSource):
         from huggingface_hub import constants, errors
 
         endpoint = constants.ENDPOINT
+        others: tuple[type[Exception], ...] = (errors.HFValidationError, OSError, *_transport_errors())
         try:
             yield
         except errors.GatedRepoError:
@@ -139,7 +140,7 @@ class HubSource(ModelSource):
                 reason = f"{endpoint} does not answer, and the cache of this node lacks it: {_first_line(cause)}"
         except errors.HfHubHTTPError as error:
             reason = f"{endpoint} answers with an error: {_first_line(error)}"
-        except (errors.HFValidationError, OSError, *_transport_errors()) as error:
+        except others as error:
             reason = _first_line(error)
         else:
             return
@@ -164,7 +165,7 @@ def _reporting_to(add: Callable[[int], None]) -> type:
     from tqdm.std import tqdm
 
     class Bar(tqdm):
-        bars: list[Bar] = []
+        bars: ClassVar[list[Bar]] = []
         reported = 0
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -117,8 +117,8 @@ class ObjectStoreSource(ModelSource):
         free = shutil.disk_usage(folder).free
         if total > free:
             raise CheckpointError(
-                f"{self}: {in_words(total)} to fetch, {in_words(free)} free in {folder}; set {HOME_VARIABLE} to a folder "
-                "with more room"
+                f"{self}: {in_words(total)} to fetch, {in_words(free)} free in {folder}; set {HOME_VARIABLE} to a "
+                "folder with more room"
             )
         progress = Progress(str(self), total)
         # Two pools, as a task that waits for tasks of its own pool would wait for ever.
@@ -143,7 +143,7 @@ class ObjectStoreSource(ModelSource):
                 progress.add(int(expected[0]))
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{target.name}.part")  # under the lock; left by a killed process, it is overwritten
+            part = target.with_name(f".{target.name}.part")  # one that a killed process left is overwritten
             try:
                 self._download(name, int(expected[0]), part, parts, progress)
                 found = self._entry(self._filesystem().info(f"{self.path}/{name}", refresh=True))

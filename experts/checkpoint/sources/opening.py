@@ -43,3 +43,12 @@ def open_source(model: str | os.PathLike[str]) -> ModelSource:
 
         return HubSource(hub[1], hub[2])
     return FolderSource(Path(model))
+
+
+def local_folder(model: str | os.PathLike[str]) -> Path:
+    """The folder of this node where a model's files are, or are going to be; config.json and the index are there.
+
+    CheckpointError if they cannot be had.
+    """
+    source = open_source(model).resolved()
+    return source.fetch(source.facts())

@@ -39,9 +39,7 @@ class Progress:
     def finish(self) -> None:
         """Log what it took."""
         seconds = time.monotonic() - self._start_s
-        logger.info(
-            "%s: %s fetched in %.1f s, %s/s", self._what, in_words(self._done), seconds, in_words(self._rate())
-        )
+        logger.info("%s: %s fetched in %.1f s, %s/s", self._what, in_words(self._done), seconds, in_words(self._rate()))
 
     def _rate(self) -> float:
         return self._done / max(time.monotonic() - self._start_s, 1e-6)
