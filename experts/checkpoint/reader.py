@@ -128,8 +128,12 @@ class ExpertCheckpoint:
             return None
         if form.name == "fp8_block" and "gate_up" in self._parts and spec.intermediate_size % form.group:
             return None  # some block has rows of both gate and up
-        layers = range(spec.num_layers)
-        quantized = all(len(self._ranges(part, layer, 0)) == 2 for layer in layers for part in matrices)
+        quantized = all(
+            self._storage.is_quantized(part, self._shape(part), spec.layer_ids[layer], expert)
+            for layer in range(spec.num_layers)
+            for part in matrices
+            for expert in self._apart(part)
+        )
         return form if quantized else None
 
     def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
@@ -173,12 +177,18 @@ class ExpertCheckpoint:
     def check(self) -> None:
         """Check that every expert's tensors exist with the right shape and dtype. Reads headers only.
 
-        CheckpointError names the first tensor that does not.
+        Of a model that is fetched, only the files that are here by now. CheckpointError names the first tensor that
+        does not.
         """
-        for layer in range(self.spec.num_layers):
+        for layer, layer_id in enumerate(self.spec.layer_ids):
             for part in self._parts.values():
-                for expert in range(self.spec.num_experts) if part.stack == "none" else (0,):
-                    self._ranges(part, layer, expert)
+                for expert in self._apart(part):
+                    if not self.remote or self._storage.is_here(part, layer_id, expert):
+                        self._ranges(part, layer, expert)
+
+    def _apart(self, part: Part) -> range:
+        """Experts that have a tensor each; the first stands for all that share one."""
+        return range(self.spec.num_experts if part.stack == "none" else 1)
 
     def _check_place(self, layer: int, expert: int) -> None:
         for what, value, bound in (("layer", layer, self.spec.num_layers), ("expert", expert, self.spec.num_experts)):

@@ -33,7 +33,7 @@ class Fetched:
 
 
 def start_client(role: str, model: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a client. Roles: plan, config, rest, or `experts:0.3,1.17` for expert 3 of layer 0 and 17 of layer 1."""
+    """Start a client. Roles: config, rest, plan, or `experts:0.3,1.17` for expert 3 of layer 0 and 17 of layer 1."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "AWS_", "EXPERTMESH_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.support.model_client", role, model],
