@@ -36,6 +36,8 @@ from placement.placement import Placement
 
 logger = logging.getLogger(__name__)
 
+_LOADING_THREADS = 8  # more than cores: they wait for the disk in turn; see benchmarks.data_plane.expert_loading
+
 
 class ShardServer:
     """A shard's life: start, apply later placements, stop."""
@@ -81,7 +83,7 @@ class ShardServer:
         kernel = pick_kernel(keep_quantized(shape, checkpoint.weight_format, settings.kernel), settings.kernel)
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         start_s = time.monotonic()
-        count = slots.load(placement, rank)
+        count = slots.load(placement, rank, _LOADING_THREADS)
         logger.info(
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )

@@ -32,28 +32,31 @@ class Fetched:
         return set(self.sha256 or {})
 
 
-def start_client(role: str, model: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a client. Roles: config, rest, plan, or `experts:0.3,1.17` for expert 3 of layer 0 and 17 of layer 1."""
+def start_client(roles: str, model: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a client that plays roles, separated by spaces, one after another.
+
+    Roles: plan, config, rest, or `experts:0.3,1.17` for expert 3 of layer 0 and 17 of layer 1.
+    """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "AWS_", "EXPERTMESH_"))}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.model_client", role, model],
+        [sys.executable, "-m", "tests.support.model_client", model, *roles.split()],
         cwd=ROOT, env={**inherited, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def result_of(client: subprocess.Popen[str]) -> Fetched:
-    """Wait for a client. AssertionError with its log if it died."""
+def results_of(client: subprocess.Popen[str]) -> list[Fetched]:
+    """Wait for a client; what it had after each role. AssertionError with its log if it died."""
     try:
-        out, log = client.communicate(timeout=120)
+        out, log = client.communicate(timeout=300)
     finally:
         client.kill()
     assert client.returncode == 0, log
-    return Fetched(**json.loads(out.splitlines()[-1]))
+    return [Fetched(**values) for values in json.loads(out.splitlines()[-1])]
 
 
 def fetch(role: str, model: str, environment: dict[str, str]) -> Fetched:
-    """Run a client."""
-    return result_of(start_client(role, model, environment))
+    """Run a client that plays one role."""
+    return results_of(start_client(role, model, environment))[0]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -65,8 +68,8 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def main(role: str, model: str) -> dict[str, Any]:
-    """Do as told; what is printed as JSON."""
+def play(role: str, model: str) -> dict[str, Any]:
+    """Play a role in this process: the values of a `Fetched`."""
     from experts.checkpoint import CheckpointError
     from experts.checkpoint.sources.opening import open_source
 
@@ -99,4 +102,4 @@ def main(role: str, model: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    print(json.dumps([play(role, sys.argv[1]) for role in sys.argv[2:]]))

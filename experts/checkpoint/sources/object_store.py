@@ -145,13 +145,9 @@ class ObjectStoreSource(ModelSource):
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(f".{target.name}.part")  # one that a killed process left is overwritten
             try:
+                self._check_version(name, expected)
                 self._download(name, int(expected[0]), part, parts, progress)
-                found = self._entry(self._filesystem().info(f"{self.path}/{name}", refresh=True))
-                if found != expected:
-                    raise CheckpointError(
-                        f"{self._url}/{name} changed while it was fetched, or since the service was built: "
-                        f"{found}, expected {expected} (bytes, version); deploy again"
-                    )
+                self._check_version(name, expected)  # or parts of two versions may be in it
                 part.replace(target)
             except CheckpointError:
                 raise
@@ -159,6 +155,14 @@ class ObjectStoreSource(ModelSource):
                 raise CheckpointError(f"{self._url}/{name}: cannot be fetched: {_one_line(error)}") from None
             finally:
                 part.unlink(missing_ok=True)
+
+    def _check_version(self, name: str, expected: list[Any]) -> None:
+        found = self._entry(self._filesystem().info(f"{self.path}/{name}", refresh=True))
+        if found != expected:
+            raise CheckpointError(
+                f"{self._url}/{name} has changed since the service was built: it is {found}, expected {expected} "
+                "(bytes, version); deploy again"
+            )
 
     def _download(self, name: str, size: int, part: Path, parts: ThreadPoolExecutor, progress: Progress) -> None:
         filesystem = self._filesystem()

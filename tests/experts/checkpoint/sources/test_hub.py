@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_hub import TOKEN, FakeHub, fake_hub
-from tests.support.model_client import digests, fetch, result_of, start_client
+from tests.support.model_client import digests, fetch, results_of, start_client
 from tests.support.split_checkpoint import NOT_WEIGHTS, TINY, experts_apart, split_tiny
 from tests.support.waiting import await_true
 
@@ -33,15 +33,12 @@ def test_each_process_fetches_the_files_it_needs(hub: FakeHub, split: Path, tmp_
     commit = hub.add("org/moe", extra)
     env = hub.environment(tmp_path)
 
-    planner = fetch("plan", "org/moe", env)
+    planner, shard, router = results_of(start_client("plan experts:0.3,2.31,2.16 rest", "org/moe", env))
     assert planner.error is None
     assert planner.pinned == f"org/moe@{commit}"
     assert planner.files == {"config.json", INDEX}
-
-    shard = fetch("experts:0.3,2.31,2.16", planner.pinned, env)
     assert shard.files - planner.files == {"layer-0-low.safetensors", "layer-2-high.safetensors"}
 
-    router = fetch("rest", planner.pinned, env)
     assert router.files - shard.files == {"rest.safetensors", *NOT_WEIGHTS} - {"config.json"}
     assert router.sha256 == {name: digest for name, digest in digests(split).items() if name in router.files}
     assert set(hub.downloads().values()) == {1}, "each file once a node"
@@ -50,21 +47,20 @@ def test_each_process_fetches_the_files_it_needs(hub: FakeHub, split: Path, tmp_
 def test_a_model_in_one_file_is_fetched_by_all(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("org/tiny", {name: (TINY / name).read_bytes() for name in ("model.safetensors", *NOT_WEIGHTS)})
     env = hub.environment(tmp_path)
-    for role in ("plan", "experts:0.0", "rest"):
-        assert "model.safetensors" in fetch(role, "org/tiny", env).files
+    for process in results_of(start_client("plan experts:0.0 rest", "org/tiny", env)):
+        assert "model.safetensors" in process.files
     assert hub.downloads()["model.safetensors"] == 1
 
 
 def test_two_processes_at_once_download_once(hub: FakeHub, split: Path, tmp_path: Path) -> None:
     commit = hub.add_folder("org/moe", split)
     env = hub.environment(tmp_path)
-    assert fetch("plan", "org/moe", env).error is None
     hub.hold = threading.Event()
     clients = [start_client("experts:1.1", f"org/moe@{commit}", env) for _ in range(2)]
     heads = ("HEAD", f"/org/moe/resolve/{commit}/layer-1-low.safetensors")
     await_true(lambda: hub.requests.count(heads) >= 2, "both have asked for the file", 60)
     hub.hold.set()
-    first, second = map(result_of, clients)
+    [first], [second] = map(results_of, clients)
     assert first.sha256 == second.sha256
     assert first.error is None
     assert hub.downloads()["layer-1-low.safetensors"] == 1
@@ -73,7 +69,7 @@ def test_two_processes_at_once_download_once(hub: FakeHub, split: Path, tmp_path
 def test_a_branch_that_moves_between_two_processes_does_not_mix(hub: FakeHub, split: Path, tmp_path: Path) -> None:
     old = hub.add_folder("org/moe", split)
     env = hub.environment(tmp_path)
-    pinned = fetch("plan", "org/moe", env).pinned
+    pinned = fetch("config", "org/moe", env).pinned
     files = hub.repos["org/moe"][old]
     hub.add("org/moe", {**files, "rest.safetensors": b"new", "config.json": files["config.json"] + b" "})
     router = fetch("rest", pinned, env)
@@ -88,12 +84,12 @@ def test_offline_a_full_cache_will_do_and_an_empty_one_is_named(hub: FakeHub, sp
     online = fetch("rest", "org/moe", env)
     hub.requests.clear()
     offline = {**env, "HF_HUB_OFFLINE": "1"}
-    assert fetch("rest", "org/moe", offline).sha256 == online.sha256, "main, too, is in the cache"
-    lacking = fetch("experts:1.1", "org/moe", offline)
+    found, lacking = results_of(start_client("rest experts:1.1", "org/moe", offline))
+    assert found.sha256 == online.sha256, "main, too, is in the cache"
     assert lacking.error is not None
     assert "layer-1-low.safetensors is not in the cache of this node" in lacking.error
     assert "HF_HUB_OFFLINE is set" in lacking.error
-    empty = fetch("rest", "org/moe", {**offline, "HF_HOME": str(tmp_path / "empty")})
+    empty = fetch("config", "org/moe", {**offline, "HF_HOME": str(tmp_path / "empty")})
     assert empty.error is not None
     assert empty.error.startswith("org/moe: not in the cache of this node")
     assert hub.requests == []
@@ -102,9 +98,9 @@ def test_offline_a_full_cache_will_do_and_an_empty_one_is_named(hub: FakeHub, sp
 def test_a_hub_that_is_down_leaves_what_is_cached(hub: FakeHub, split: Path, tmp_path: Path) -> None:
     hub.add_folder("org/moe", split)
     env = hub.environment(tmp_path)
-    online = fetch("rest", "org/moe", env)
+    online = fetch("config", "org/moe", env)
     hub.broken = True
-    assert fetch("rest", "org/moe", env).sha256 == online.sha256
+    assert fetch("config", "org/moe", env) == online
     other = fetch("config", "org/other", env)
     assert other.error is not None
     assert other.error.startswith(f"org/other: {hub.url} does not answer")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.model_client import Fetched, digests, fetch, result_of, start_client
+from tests.support.model_client import Fetched, digests, play, results_of, start_client
 from tests.support.split_checkpoint import NOT_WEIGHTS, experts_apart, split_tiny
 
 pytest.importorskip("moto", reason="an S3 stand-in needs moto, flask, flask_cors")
@@ -40,6 +40,16 @@ class Store:
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.url, "EXPERTMESH_HOME": str(home), **more}
+
+    def fetch(self, role: str, model: str, home: Path) -> Fetched:
+        """What a process with its cache in `home` has in the end; in this process."""
+        import s3fs
+
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in self.environment(home).items():
+                patch.setenv(key, value)
+            s3fs.S3FileSystem.clear_instance_cache()
+            return Fetched(**play(role, model))
 
 
 @pytest.fixture
@@ -78,44 +88,42 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_process_fetches_the_files_it_needs(store: Store, split: Path, tmp_path: Path) -> None:
     store.put_folder(split, "org/moe")
     store.put("org/moe/README.md", b"x")
-    env = store.environment(tmp_path)
-    planner = fetch("plan", "s3://models/org/moe", env)
+    planner = store.fetch("plan", "s3://models/org/moe", tmp_path)
     assert planner.error is None
     assert planner.files == {"config.json", INDEX}
-    shard = fetch("experts:0.3,2.31", planner.pinned, env)
+    shard = store.fetch("experts:0.3,2.31", planner.pinned, tmp_path)
     assert shard.files - planner.files == {"layer-0-low.safetensors", "layer-2-high.safetensors"}
-    router = fetch("rest", planner.pinned, env)
+    router = store.fetch("rest", planner.pinned, tmp_path)
     assert router.files - shard.files == {"rest.safetensors", *NOT_WEIGHTS} - {"config.json"}
     assert router.sha256 == {name: digest for name, digest in digests(split).items() if name in router.files}
     assert {store.downloads(name) for name in router.files} == {1}
 
     store.requests.clear()
-    assert fetch("rest", planner.pinned, env) == router
+    assert store.fetch("rest", planner.pinned, tmp_path) == router
     assert store.requests == [], "nothing is asked for what is here"
 
 
 def test_a_source_that_changed_is_not_mixed_with_its_old_files(store: Store, split: Path, tmp_path: Path) -> None:
     store.put_folder(split, "moe")
-    env = store.environment(tmp_path)
-    planner = fetch("plan", "s3://models/moe", env)
+    planner = store.fetch("plan", "s3://models/moe", tmp_path)
     store.put("moe/layer-0-low.safetensors", b"other weights")
     for home in (tmp_path, tmp_path / "another-node"):
-        refused = fetch("experts:0.3", planner.pinned, store.environment(home))
+        refused = store.fetch("experts:0.3", planner.pinned, home)
         assert refused.error is not None
         assert "changed" in refused.error
         assert "deploy again" in refused.error
     assert not list(tmp_path.rglob("*.safetensors*[!k]")), "no weights, whole or in part, only a lock"
     store.put("moe/README.md", b"for people")
-    again = fetch("plan", "s3://models/moe", env)
+    again = store.fetch("plan", "s3://models/moe", tmp_path)
     assert again.pinned != planner.pinned
-    assert fetch("config", again.pinned, env).error is None
+    assert store.fetch("config", again.pinned, tmp_path).error is None
 
 
 def test_two_processes_at_once_download_once(store: Store, split: Path, tmp_path: Path) -> None:
     store.put_folder(split, "moe")
-    env = store.environment(tmp_path)
-    pinned = fetch("plan", "s3://models/moe", env).pinned
-    first, second = map(result_of, [start_client("experts:1.1", pinned, env) for _ in range(2)])
+    pinned = store.fetch("plan", "s3://models/moe", tmp_path).pinned
+    clients = [start_client("experts:1.1", pinned, store.environment(tmp_path)) for _ in range(2)]
+    [first], [second] = map(results_of, clients)
     assert first.error is None
     assert first.sha256 == second.sha256
     assert store.downloads("layer-1-low.safetensors") == 1
@@ -136,18 +144,17 @@ def test_what_cannot_be_had_is_refused_by_name_in_one_line(
     if model.startswith("gs://") and importlib.util.find_spec("gcsfs") is not None:
         pytest.skip("gcsfs is installed")
     store.put("bare/model.safetensors", b"x")
-    refused = fetch("config", model, store.environment(tmp_path))
+    refused = store.fetch("config", model, tmp_path)
     assert refused.error == reason.format(refused.pinned.partition("@")[2])
 
 
 def test_a_process_killed_while_it_downloads_leaves_no_half_file(store: Store, split: Path, tmp_path: Path) -> None:
     """What it leaves is a file of another name, and the next one starts over."""
     store.put_folder(split, "moe")
-    env = store.environment(tmp_path)
-    planned = fetch("plan", "s3://models/moe", env)
+    planned = store.fetch("plan", "s3://models/moe", tmp_path)
     folder = tmp_path / "models" / "s3" / "models" / "moe" / planned.pinned.partition("@")[2]
     (folder / ".layer-1-low.safetensors.part").write_bytes(b"half")
-    found: Fetched = fetch("experts:1.1", planned.pinned, env)
+    found: Fetched = store.fetch("experts:1.1", planned.pinned, tmp_path)
     assert found.sha256 is not None
     assert found.sha256["layer-1-low.safetensors"] == digests(split)["layer-1-low.safetensors"]
     assert not list(folder.glob("*.part"))
