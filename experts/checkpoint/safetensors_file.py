@@ -82,10 +82,24 @@ class TensorStore:
             raise CheckpointError(f"{path}: tensor {name} is missing, though {INDEX_NAME} says it is in this file")
         return entry
 
+    def check_index(self) -> None:
+        """Check that every tensor is in the file that the index names, of the files that are here. Reads headers only.
+
+        CheckpointError names the tensor and the file.
+        """
+        for name in self.index.file_of:
+            if self.is_here(name):
+                self.entry(name)
+
     def is_here(self, name: str) -> bool:
         """Whether the file of a tensor is in the folder: a model may be fetched without the files nobody needs here."""
         path = self.index.path_of(name)
         return path in self._files or os.path.lexists(path)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor: a view of the file's mapping if aligned there. CheckpointError as in `entry`."""
+        entry = self.entry(name)
+        return self.read(entry, entry.start, entry.nbytes, entry.shape)
 
     def read(self, entry: TensorEntry, start: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         """A byte range of the entry's file as a tensor of the entry's dtype. All reads of data go through here."""

@@ -27,6 +27,12 @@ _LOG_INTERVAL_S = 2.0
 _REQUEST_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
 
 
+def experts_of(placement: Placement, rank: int) -> list[tuple[int, int]]:
+    """(layer, expert) of each expert that a placement gives to a rank, in order and once."""
+    wanted_Ls = np.asarray(placement.experts_of_rank(rank))
+    return [(layer, int(e)) for layer, wanted_s in enumerate(wanted_Ls) for e in np.unique(wanted_s) if e >= 0]
+
+
 class SlotTable:
     """Fills a kernel's slots with the experts that a placement gives to a rank, and maps experts to slots.
 
@@ -90,12 +96,7 @@ class SlotTable:
         spec = self.checkpoint.spec
         check_same_model("the placement", placement, "the checkpoint", spec)
         wanted_Ls = np.asarray(placement.experts_of_rank(rank))
-        missing = [
-            (layer, int(expert))
-            for layer in range(spec.num_layers)
-            for expert in np.unique(wanted_Ls[layer])
-            if expert >= 0 and self.slot_of_expert_LE[layer, expert] < 0
-        ]
+        missing = [pair for pair in experts_of(placement, rank) if self.slot_of_expert_LE[pair] < 0]
         self.checkpoint.fetch_experts(missing)
         start_s = logged_s = time.monotonic()
         for count, _ in enumerate(self._fill(missing, wanted_Ls, num_threads), start=1):
