@@ -224,8 +224,8 @@ class ExpertCheckpoint:
         """Check that every expert's tensors exist with the right shape and dtype, and that every tensor is in the file
         that the index names. Reads headers only; with `only_here`, files that are not in the folder are passed over.
 
-        Of a model that is fetched, files that are not here yet are passed over too. CheckpointError names the first tensor
-        that does not, and its file.
+        Of a model that is fetched, files that are not here yet are passed over too. CheckpointError names the first
+        tensor that does not, and its file.
         """
         only_here = only_here or self.remote
         for layer, layer_id in enumerate(self.spec.layer_ids):

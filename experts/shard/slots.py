@@ -121,10 +121,12 @@ class SlotTable:
                     self._vacate(layer, slot)
                     self._expert_in_slot_Ls[layer, slot] = expert  # so that no other expert takes it
                     under_way.append((layer, slot, expert, pool.submit(self._install, layer, slot, expert)))
-                    if len(under_way) > num_threads:
-                        yield self._publish(*under_way.popleft())
+                    if len(under_way) == num_threads:
+                        self._publish(*under_way.popleft())
+                        yield
                 while under_way:
-                    yield self._publish(*under_way.popleft())
+                    self._publish(*under_way.popleft())
+                    yield
             finally:
                 for layer, slot, _, future in under_way:
                     future.cancel()
