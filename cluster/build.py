@@ -11,6 +11,7 @@ from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
+from cluster.controller.pinned_model import with_pinned_model
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
@@ -41,6 +42,7 @@ def experts_application(config: ExpertsAppConfig) -> Application:
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 
+    config = with_pinned_model(config)
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
     shards = serve.deployment(
@@ -62,7 +64,8 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """The routers, which are the application's HTTP ingress."""
+    """The routers, which are the application's HTTP ingress. Raises ConfigError if the model cannot be had."""
+    config = with_pinned_model(config)
     args = config.model_dump(exclude_unset=True)
     return serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
 

@@ -9,6 +9,7 @@ the proxy's.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -30,12 +31,16 @@ class Router:
         early_engine = EarlyEngine()  # it imports vllm while this process does
         importing_s = time.monotonic()
         from cluster.router.server import ExpertMeshLLMServer, llm_config_of
+        from experts.checkpoint.reader import fetch_rest
 
         import_s = time.monotonic() - importing_s
+        fetching_s = time.monotonic()
+        folder = await asyncio.to_thread(fetch_rest, config.model.path)
+        started = {"import": import_s, "fetch": time.monotonic() - fetching_s}
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
         await server.__init__(  # type: ignore[misc]
-            llm_config_of(config), mesh=config, early_engine=early_engine, import_s=import_s
+            llm_config_of(config, str(folder)), mesh=config, early_engine=early_engine, started=started
         )
         self._server = server
 
