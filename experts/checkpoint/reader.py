@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from experts.checkpoint.fingerprint import Fingerprint, fingerprint_of
 from experts.checkpoint.hf_config import AGREED_KEYS, ModelConfig
 from experts.checkpoint.layout import Part, Role
 from experts.checkpoint.safetensors_file import TensorStore
+from experts.checkpoint.sources.opening import open_source
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
 from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
 from experts.model.spec import ExpertSpec, ExpertWeights
@@ -44,18 +46,19 @@ class ExpertCheckpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
-        """Read config.json and the index or header, but no weights.
+        """Read config.json and the index or header, but no weights. `path` is a folder or another name of a model.
 
         CheckpointError names the missing file, key or tensor, or the unsupported quantization.
         """
-        folder = Path(path)
+        source = open_source(path).resolved()
+        folder = source.fetch(source.facts())
         config = ModelConfig(folder)
         family = family_of(config)
         layer_ids = tuple(family.moe_layers(config))
         if not layer_ids:
             raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
         weight_format = config.weight_format()
-        store = TensorStore(folder)
+        store = TensorStore(folder, source)
         layout, prefix = find_layout(store, family.layouts, layer_ids[0])
         spec = ExpertSpec(
             model_type=config.model_type,
@@ -107,6 +110,34 @@ class ExpertCheckpoint:
             self._fingerprint.set_result(fingerprint_of(self.store))
         except Exception as error:
             self._fingerprint.set_exception(error)
+
+    @property
+    def remote(self) -> bool:
+        """Whether files are fetched when first needed, so that some may not be here yet."""
+        return self.store.source.remote
+
+    def fetch_experts(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Have the files with these experts, (layer, expert) as in `read_expert`, in the folder, and no others.
+
+        CheckpointError names a tensor that is missing, or a file that cannot be had.
+        """
+        if self.remote:
+            layer_ids, parts = self.spec.layer_ids, self._parts.values()
+            names = {
+                name
+                for layer, expert in wanted
+                for part in parts
+                for name in self._storage.names(part, layer_ids[layer], expert)
+            }
+            self.store.fetch(names)
+
+    def fetch_rest(self) -> Path:
+        """The folder, with what a router needs in it: files with a tensor that is no expert's, config, tokenizer."""
+        store = self.store
+        if self.remote:
+            store.fetch(name for name in store.index.file_of if not self.owns(name))
+            store.source.fetch(store.source.other_files())
+        return store.folder
 
     @property
     def expert_bytes(self) -> int:
@@ -193,14 +224,15 @@ class ExpertCheckpoint:
         """Check that every expert's tensors exist with the right shape and dtype, and that every tensor is in the file
         that the index names. Reads headers only; with `only_here`, files that are not in the folder are passed over.
 
-        CheckpointError names the first tensor that does not, and its file.
+        Of a model that is fetched, files that are not here yet are passed over too. CheckpointError names the first
+        tensor that does not, and its file.
         """
-        for layer in range(self.spec.num_layers):
+        only_here = only_here or self.remote
+        for layer, layer_id in enumerate(self.spec.layer_ids):
             for part in self._parts.values():
                 for expert in self._apart(part):
-                    shape, layer_id = self._shape(part), self.spec.layer_ids[layer]
                     if not only_here or self._storage.is_here(part, layer_id, expert):
-                        self._storage.ranges(part, shape, layer_id, expert)
+                        self._ranges(part, layer, expert)
         self.store.check_index()
 
     def _apart(self, part: Part) -> range:
@@ -256,3 +288,9 @@ def _packed(pieces: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         out[row : row + len(piece)].copy_(piece)
         row += len(piece)
     return out
+
+
+def fetch_rest(model: str) -> Path:
+    """The folder with what a router needs of a model; see `ExpertCheckpoint.fetch_rest`. A folder is as it is."""
+    source = open_source(model)
+    return ExpertCheckpoint.open(model).fetch_rest() if source.remote else source.fetch([])

@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.header import TensorEntry, open_weights, parse_header
 from experts.checkpoint.index import INDEX_NAME, WeightIndex
+from experts.checkpoint.sources.base import ModelSource
+from experts.checkpoint.sources.folder import FolderSource
 
 # Private and writable, so that torch accepts the buffer without a warning. Nothing is written, so nothing is reserved.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE exists from Python 3.13
@@ -45,15 +48,24 @@ class SafetensorsFile:
 
 
 class TensorStore:
-    """All tensors of a checkpoint folder by name; `index` decides the file. Headers are parsed when first needed."""
+    """All tensors of a checkpoint by name; `index` decides the file. Files are fetched when first needed, if they come
+    from a `source`, and headers parsed.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, source: ModelSource | None = None) -> None:
         self.folder = folder
+        self.source = FolderSource(folder) if source is None else source
         self.index = WeightIndex.of_folder(folder)
         self._lock = threading.Lock()
         self._files: dict[Path, SafetensorsFile] = {}
 
+    def fetch(self, names: Iterable[str]) -> None:
+        """Have the files of these tensors in the folder. CheckpointError names a tensor or file that cannot be had."""
+        self.source.fetch(self.index.files_of(names))
+
     def _open(self, path: Path) -> SafetensorsFile:
+        if path not in self._files and self.source.remote:
+            self.source.fetch([path.relative_to(self.folder).as_posix()])
         with self._lock:
             if path not in self._files:
                 self._files[path] = SafetensorsFile(path)

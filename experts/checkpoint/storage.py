@@ -53,15 +53,15 @@ class ExpertStorage:
 
     def is_here(self, part: Part, layer_id: int, expert: int) -> bool:
         """Whether the files of a part are in the folder. True for a part that no file has, which `ranges` names."""
-        return all(self.store.is_here(name) for name in self._names(part, layer_id, expert))
+        return all(self.store.is_here(name) for name in self.names(part, layer_id, expert))
 
     def is_quantized(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> bool:
         """Whether a part is stored quantized, by its header or, if its files are not here, by the names beside it."""
         if self.is_here(part, layer_id, expert):
             return len(self.ranges(part, shape, layer_id, expert)) == 2
-        return len(self._names(part, layer_id, expert)) > 1
+        return len(self.names(part, layer_id, expert)) > 1
 
-    def _names(self, part: Part, layer_id: int, expert: int) -> list[str]:
+    def names(self, part: Part, layer_id: int, expert: int) -> list[str]:
         """The tensors of a part, as far as a file has them."""
         name = self.prefix + part.name.format(layer=layer_id, expert=expert)
         return [name + suffix for suffix in _SUFFIXES if name + suffix in self.store]

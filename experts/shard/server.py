@@ -29,15 +29,16 @@ from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
-from experts.shard.slots import SlotTable
+from experts.shard.slots import SlotTable, experts_of
 from experts.transports.base import ShardChannel
 from experts.transports.connect import open_shard_channel
 from experts.transports.control import ControlListener, Hello, LifeLine, OtherIncarnationError
 from experts.transports.shm import ShmDoorbell
-from placement.placement import Placement
+from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
 
+_LOADING_THREADS = 8  # more than cores: they wait for the disk in turn; see benchmarks.data_plane.expert_loading
 _NAMED = 3  # tensors that a refusal names
 
 
@@ -68,6 +69,8 @@ class ShardServer:
         settings = self.settings
         torch.set_num_threads(settings.num_threads)
         checkpoint = ExpertCheckpoint.open(settings.model_path)
+        check_same_model("the placement", placement, "the checkpoint", checkpoint.spec)
+        checkpoint.fetch_experts(experts_of(placement, rank))
         checkpoint.check(only_here=True)
         fingerprint = checkpoint.start_fingerprint()
         spec = checkpoint.spec
@@ -88,7 +91,7 @@ class ShardServer:
         kernel = pick_kernel(keep_quantized(shape, checkpoint.weight_format, settings.kernel), settings.kernel)
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         start_s = time.monotonic()
-        count = slots.load(placement, rank)
+        count = slots.load(placement, rank, _LOADING_THREADS)
         logger.info(
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
