@@ -87,9 +87,12 @@ class TensorStore:
 
         CheckpointError names the tensor and the file.
         """
-        for name in self.index.file_of:
-            if self.is_here(name):
-                self.entry(name)
+        for path, names in self.index.by_file().items():
+            if self.is_here(names[0]):
+                entries = self._open(path).entries
+                for name in names:
+                    if name not in entries:
+                        self.entry(name)  # which raises
 
     def is_here(self, name: str) -> bool:
         """Whether the file of a tensor is in the folder: a model may be fetched without the files nobody needs here."""
