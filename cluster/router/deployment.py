@@ -16,6 +16,7 @@ from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
+from cluster.ray_joints import show_data_plane_log
 
 
 @serve.ingress()
@@ -29,6 +30,7 @@ class Router:
         from experts.checkpoint.reader import fetch_rest
 
         config = parse(LLMAppConfig, mesh)
+        show_data_plane_log()
         folder = await asyncio.to_thread(fetch_rest, config.model.path)
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
