@@ -54,7 +54,7 @@ def test_a_model_in_one_file_is_fetched_by_all(hub: FakeHub, tmp_path: Path) -> 
 
 def test_two_processes_at_once_download_once(hub: FakeHub, split: Path, tmp_path: Path) -> None:
     commit = hub.add_folder("org/moe", split)
-    env = hub.environment(tmp_path)
+    env = hub.environment(tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="300")
     hub.hold = threading.Event()
     clients = [start_client("experts:1.1", f"org/moe@{commit}", env) for _ in range(2)]
     heads = ("HEAD", f"/org/moe/resolve/{commit}/layer-1-low.safetensors")
