@@ -36,7 +36,7 @@ ORDER = {
             "router",
             "console",
         ),
-        *("build", "cli"),
+        *("build", "start_up", "haproxy_guard", "cli"),
     ],
 }
 

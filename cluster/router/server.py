@@ -7,8 +7,11 @@ between steps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +38,7 @@ from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.status import RouterStatus
+from experts.vllm_plugin.early_engine import EarlyEngine
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,16 +65,20 @@ def llm_config_of(config: LLMAppConfig, folder: str | None = None) -> LLMConfig:
 class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
-    async def __init__(self, llm_config: LLMConfig, *, mesh: LLMAppConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, early_engine: EarlyEngine, started: dict[str, float]
+    ) -> None:
         replica = replica_identity()
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
+        self._start_s.update(started)
         self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra)
         in_process = mesh.routers.accelerator == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
-        await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
+        with early_engine.vllm_uses():
+            await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
 
     def _set_up(self, mesh: LLMAppConfig, router_id: str, controller: ControllerClient) -> None:
         """Everything of a router but its engine."""
@@ -81,15 +89,20 @@ class ExpertMeshLLMServer(LLMServer):
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
         self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
         self._loops: list[asyncio.Task[None]] = []
+        self._start_s: dict[str, float] = {}  # seconds of each part of the start
 
     async def start(self) -> None:
         """Start the engine and meanwhile wait for the shards; not healthy before the first epoch is applied."""
         first = asyncio.create_task(self._epochs.first_membership())
         try:
-            await super().start()
-            await self._epochs.apply_first(await first)
+            with self._timed("engine"):
+                await super().start()
+            with self._timed("shards"):
+                await self._epochs.apply_first(await first)
         finally:
             first.cancel()
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._start_s.items())
+        logger.info("router %s started: %s", self._router_id, parts)
         self._loops = [
             asyncio.create_task(self._epochs.follow(), name="follow"),
             asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
@@ -139,7 +152,8 @@ class ExpertMeshLLMServer(LLMServer):
 
     async def ready(self) -> GenerationHealth:
         """Whether this router has generated a token since it started; generates one if not."""
-        return await self._health.ready(self._mesh.deadlines.probe_s)
+        health = await self._health.ready(self._mesh.deadlines.probe_s)
+        return replace(health, start_s={part: round(seconds, 1) for part, seconds in self._start_s.items()})
 
     async def close(self) -> None:
         """Tell the controller that this router stops, and release the engine."""
@@ -150,6 +164,13 @@ class ExpertMeshLLMServer(LLMServer):
         except ControllerLostError as error:
             logger.info("stopping without deregistering first: %s", error)
         await self.engine.shutdown()
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Note how long a part of the start took."""
+        begin_s = time.monotonic()
+        yield
+        self._start_s[part] = time.monotonic() - begin_s
 
     def _note_lost(self, status: RouterStatus) -> None:
         """The next poll tells the controller which shards this router gave up."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Values that mean nothing without a scale. (F8_E8M0 holds scales themselves.)
+_SCALED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 _Region = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset in the storage, sizes, strides
 
 
@@ -90,7 +92,7 @@ class LoadRecord(TorchDispatchMode):
                 if offered is not None:
                     offered.taken.add(_region_of(source))
                     filled.sources.add(offered.name)
-                    if source.dtype.itemsize < 2 <= filled.parameter.dtype.itemsize:
+                    if source.dtype in _SCALED and filled.parameter.dtype.itemsize > 1:
                         offered.cast_from = str(source.dtype).removeprefix("torch.")
 
     def problems(self, loaded: set[str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""vLLM's weight loader without the routed experts, and the checks that all weights came and all layers were replaced."""
+"""vLLM's weight loader without the routed experts, and the checks that all weights came and all layers are ours."""
 
 from __future__ import annotations
 

@@ -55,6 +55,11 @@ def tiny_tensors() -> dict[str, Stored]:
     }
 
 
+def tiny_config() -> dict[str, Any]:
+    """Its config.json."""
+    return json.loads((TINY / "config.json").read_text())
+
+
 @dataclass
 class Case:
     """A folder in the making. `files`: tensors by file; `raw`: files whose bytes are set, None for a directory."""
@@ -257,7 +262,8 @@ def fuse(case: Case) -> None:
                 case.index.pop(name, None)
             case.index |= dict.fromkeys(made, file)
         if len(layers) == 1 or case.side != "both":
-            case.culprits |= {*made, *(n for part in names for n in part)}
+            case.culprits |= {n for part in names for n in part}
+            case.culprits |= {f"model.layers.{n}.mlp.experts.gate_up_proj" for n in range(num_layers)}
 
 
 def quantize(case: Case) -> None:

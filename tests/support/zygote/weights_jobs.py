@@ -6,7 +6,6 @@ The model is built once; each case fills it anew. Bytes are compared, which is s
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,11 +99,11 @@ def cases(emit: Any, folder: str, seeds: list[int]) -> None:
     """Load the cases of `seeds`: [{seed, steps, side, culprits, refusal or None, wrong: names of unequal bytes}]."""
     import torch
 
-    from tests.support.spoiled_checkpoints import TINY, make_case, tiny_tensors
+    from tests.support.spoiled_checkpoints import TINY, make_case, tiny_config, tiny_tensors
 
     router = build(str(TINY))
     right, right_experts = router.load(TINY), read_experts(TINY)
-    tensors, config = tiny_tensors(), json.loads((TINY / "config.json").read_text())
+    tensors, config = tiny_tensors(), tiny_config()
     emit(parameters=len(right))
     found = []
     for seed in seeds:
@@ -131,5 +130,14 @@ def cases(emit: Any, folder: str, seeds: list[int]) -> None:
     emit(cases=found)
 
 
+def loads(emit: Any, folders: dict[str, str]) -> None:
+    """What loading each folder as a router says: {name: message}, None where it loads."""
+    from tests.support.spoiled_checkpoints import TINY
+    from tests.support.zygote.plugin_facts import error_of
+
+    router = build(str(TINY))
+    emit(errors={name: error_of(router.load, Path(folder)) for name, folder in folders.items()})
+
+
 PRELOAD = {"engine": preload_engine, "shard": preload_shard}
-JOBS = {"cases": cases}
+JOBS = {"cases": cases, "loads": loads}
