@@ -7,6 +7,7 @@ functions: they import vllm, which takes seconds and which shards and the contro
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,15 @@ def delete_applications(names: list[str]) -> None:
 def deployment_handle(name: str, app_name: str) -> DeploymentHandle:
     """A handle to a deployment that need not exist yet, as applications of one config start side by side."""
     return serve.get_deployment_handle(name, app_name, _check_exists=False)
+
+
+def show_data_plane_log() -> None:
+    """Send what `experts` logs, downloads and loading among it, where Serve's own log of this process goes."""
+    serve_log, ours = logging.getLogger("ray.serve"), logging.getLogger("experts")
+    ours.setLevel(serve_log.getEffectiveLevel())
+    for handler in serve_log.handlers:
+        if handler not in ours.handlers:
+            ours.addHandler(handler)
 
 
 def agree(key: str, propose: Callable[[], str]) -> str:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.config.parse import ConfigError
-from cluster.ray_joints import agree
+from cluster.ray_joints import agree, show_data_plane_log
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.sources.base import CONFIG_NAME
 from experts.checkpoint.sources.opening import open_source
@@ -29,6 +29,7 @@ def with_pinned_model(config: C) -> C:
         source = open_source(written)
         if not source.remote:
             return config
+        show_data_plane_log()
         pinned = agree(f"model {written}", lambda: str(source.resolved()))
         open_source(pinned).fetch([CONFIG_NAME])
     except CheckpointError as error:

@@ -17,6 +17,7 @@ from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
+from cluster.ray_joints import show_data_plane_log
 from experts.vllm_plugin.early_engine import EarlyEngine
 
 
@@ -35,6 +36,7 @@ class Router:
 
         import_s = time.monotonic() - importing_s
         fetching_s = time.monotonic()
+        show_data_plane_log()
         folder = await asyncio.to_thread(fetch_rest, config.model.path)
         started = {"import": import_s, "fetch": time.monotonic() - fetching_s}
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.

@@ -22,9 +22,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def runtime_env_of(routers: RoutersSection) -> dict[str, Any]:
-    """Environment of routers and their engines. Offline, because the checkpoint is a folder."""
+    """Environment of routers and their engines."""
     own = CPU_ROUTER_ENV if routers.accelerator == "cpu" else {}
-    return {"env_vars": {"HF_HUB_OFFLINE": "1", **ROUTER_ENVIRONMENT, **own, **routers.env_vars}}
+    return {"env_vars": {**ROUTER_ENVIRONMENT, **own, **routers.env_vars}}
 
 
 def router_options(routers: RoutersSection) -> dict[str, Any]:

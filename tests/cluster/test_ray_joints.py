@@ -159,3 +159,28 @@ def test_serve_s_controller_has_its_known_name() -> None:
     from ray.serve._private import constants
 
     assert (constants.SERVE_CONTROLLER_NAME, constants.SERVE_NAMESPACE) == ("SERVE_CONTROLLER_ACTOR", "serve")
+
+
+def test_what_the_data_plane_logs_goes_to_serve_s_log() -> None:
+    import logging
+
+    seen: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    serve_log, ours, handler = logging.getLogger("ray.serve"), logging.getLogger("experts"), Handler()
+    before = (serve_log.level, ours.level, list(ours.handlers))
+    serve_log.addHandler(handler)
+    serve_log.setLevel(logging.INFO)
+    try:
+        joints.show_data_plane_log()
+        joints.show_data_plane_log()
+        logging.getLogger("experts.checkpoint.sources.progress").info("1 GB of 2 GB")
+        assert seen == ["1 GB of 2 GB"]
+    finally:
+        serve_log.removeHandler(handler)
+        serve_log.setLevel(before[0])
+        ours.setLevel(before[1])
+        ours.handlers[:] = before[2]

@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if self.hub.hold is not None and name.endswith(".safetensors"):
-            self.hub.hold.wait(60)
+            self.hub.hold.wait(300)
         if self.hub.cut.get(name, 0) > 0:
             self.hub.cut[name] -= 1
             self.wfile.write(data[start : start + (len(data) - start) // 2])

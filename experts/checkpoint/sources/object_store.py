@@ -157,7 +157,9 @@ class ObjectStoreSource(ModelSource):
                 part.unlink(missing_ok=True)
 
     def _check_version(self, name: str, expected: list[Any]) -> None:
-        found = self._entry(self._filesystem().info(f"{self.path}/{name}", refresh=True))
+        filesystem = self._filesystem()
+        filesystem.invalidate_cache()  # it keeps listings
+        found = self._entry(filesystem.info(f"{self.path}/{name}"))
         if found != expected:
             raise CheckpointError(
                 f"{self._url}/{name} has changed since the service was built: it is {found}, expected {expected} "
@@ -232,7 +234,9 @@ class ObjectStoreSource(ModelSource):
 
     def _list(self) -> dict[str, list[Any]]:
         try:
-            found = self._filesystem().find(self.path, detail=True, refresh=True)
+            filesystem = self._filesystem()
+            filesystem.invalidate_cache()
+            found = filesystem.find(self.path, detail=True)
         except FileNotFoundError:
             found = {}
         except CheckpointError:

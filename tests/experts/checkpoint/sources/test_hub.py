@@ -54,11 +54,11 @@ def test_a_model_in_one_file_is_fetched_by_all(hub: FakeHub, tmp_path: Path) -> 
 
 def test_two_processes_at_once_download_once(hub: FakeHub, split: Path, tmp_path: Path) -> None:
     commit = hub.add_folder("org/moe", split)
-    env = hub.environment(tmp_path)
+    env = hub.environment(tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="300")
     hub.hold = threading.Event()
     clients = [start_client("experts:1.1", f"org/moe@{commit}", env) for _ in range(2)]
     heads = ("HEAD", f"/org/moe/resolve/{commit}/layer-1-low.safetensors")
-    await_true(lambda: hub.requests.count(heads) >= 2, "both have asked for the file", 60)
+    await_true(lambda: hub.requests.count(heads) >= 2, "both have asked for the file", 250)
     hub.hold.set()
     [first], [second] = map(results_of, clients)
     assert first.sha256 == second.sha256
@@ -155,7 +155,7 @@ def test_a_cut_download_is_resumed_or_leaves_no_half_file(hub: FakeHub, split: P
     hub.hold = threading.Event()
     killed = start_client("experts:2.31", "org/moe", env)
     get = ("GET", f"/org/moe/resolve/{hub.refs['org/moe']['main']}/layer-2-high.safetensors")
-    await_true(lambda: get in hub.requests, "the download has begun", 60)
+    await_true(lambda: get in hub.requests, "the download has begun", 250)
     killed.kill()
     killed.communicate(timeout=30)
     hub.hold.set()
