@@ -1,0 +1,78 @@
+"""What the project adds to vLLM's FastAPI app inside a router's process."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from cluster.config.http_sections import HttpSection
+from cluster.http import vllm_joints
+from cluster.http.gate import Gate
+from cluster.http.health import HealthSource, add_health_routes
+from cluster.http.requests import BodyCheck
+from cluster.http.responses import OneErrorFormat, answer_exception
+
+logger = logging.getLogger("ray.serve")
+
+# `Exception` itself would be handled outside all middleware, and raised again.
+HANDLED: tuple[type[Exception], ...] = (
+    *(RequestValidationError, HTTPException, ValueError, TypeError, ArithmeticError, LookupError, AttributeError),
+    *(AssertionError, RuntimeError, OSError),
+)
+
+
+def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource) -> FastAPI:
+    """Keys, queue limit, OpenAI's error format and health routes on vLLM's app, in place.
+
+    Call it once the app's state is set. Raises ValueError if http.api_keys_env names a variable that holds no key.
+    """
+    gone = vllm_joints.take_off(app)
+    logger.info("these paths of vLLM's app are not served: %s", ", ".join(gone))
+    add_health_routes(app, health, http.retry_after_s)
+
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> JSONResponse:
+        """One model of /v1/models."""
+        return JSONResponse((await vllm_joints.model_card(app, model)).model_dump())
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return answer_exception(request.scope, error, http.retry_after_s)
+
+    app.exception_handlers = dict.fromkeys((*HANDLED, *vllm_joints.error_classes()), handle)
+    vllm_joints.guard_engine(app.state.engine_client, http.max_prompt_logprobs)
+    # From the outside in: errors first, so that they come in one format from every layer; then vLLM's own middleware
+    # (CORS, metrics); then, next to the routes, what may refuse a request, so that refusals are counted too.
+    refusals: list[tuple[Any, dict[str, Any]]] = [
+        (
+            Gate,
+            {
+                "keys": http.keys(),
+                "more_digests": vllm_joints.take_keys(app),
+                "limited_paths": vllm_joints.generation_paths(app),
+                "max_pending": http.max_pending_requests,
+                "retry_after_s": http.retry_after_s,
+            },
+        ),
+        (
+            BodyCheck,
+            {
+                "max_body_bytes": http.max_body_bytes,
+                "max_sequences": http.max_sequences_per_request,
+                "max_model_len": app.state.engine_client.model_config.max_model_len,
+            },
+        ),
+    ]
+    app.user_middleware[:] = [
+        Middleware(OneErrorFormat, retry_after_s=http.retry_after_s),
+        *app.user_middleware,
+        *(Middleware(cls, **options) for cls, options in refusals),
+    ]
+    app.middleware_stack = None  # vLLM has built it already; Starlette builds it again at the next request
+    app.title = f"{model_id} on expertmesh"
+    return app
