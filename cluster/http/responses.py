@@ -53,7 +53,9 @@ def answer_exception(scope: Scope, error: BaseException, retry_after_s: int) -> 
     if isinstance(error, RuntimeError) and str(error).startswith("Caught handled exception") and error.__cause__:
         error = error.__cause__  # Starlette's, for an exception after the start of a response
     if isinstance(error, HTTPException):
-        return error_response(**_of_the_framework(scope, error.status_code, str(error.detail)))
+        response = error_response(**_of_the_framework(scope, error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})  # which methods are allowed
+        return response
     if isinstance(error, RefusedError | RequestValidationError | UnavailableError):
         return response_for(error, retry_after_s)
     found = found_in(scope)

@@ -18,7 +18,7 @@ from cluster.http.errors import RefusedError, param_of
 
 MAX_DEPTH = 128  # of arrays and objects within each other; vLLM takes schemas of 64
 MAX_ITEMS = 1024  # in one array or object, token ids not counted
-MORE_ITEMS = {"messages": 2048, "logit_bias": 2**16, "input": 512}  # each item of `input` is tried as 30 types
+MORE_ITEMS = {"messages": 2048, "logit_bias": 2**15, "input": 512}  # each item of `input` is tried as 30 types
 MAX_VALUES = 50_000  # in the whole body, token ids not counted
 MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKEN_IDS = 2**18  # in one array, but for a prompt, whose length vLLM compares with the context first
