@@ -118,7 +118,7 @@ class _Answer:
             logger.error("exception after an error was answered", exc_info=error)
         else:
             self._replaced = True
-            await response(self._scope, self._receive, self._send)
+            await _dressed(self._scope, response)(self._scope, self._receive, self._send)
 
     async def _send_chunk(self, message: Message) -> None:
         body = message.get("body", b"")
@@ -151,9 +151,7 @@ class _Answer:
     ) -> None:
         if retry_after is None and fields["status"] == 503:
             retry_after = str(self._retry_after_s).encode()
-        response = error_response(**fields)
-        if _is_anthropic(self._scope):
-            response = JSONResponse({"type": "error", **json.loads(bytes(response.body))}, fields["status"])
+        response = _dressed(self._scope, error_response(**fields))
         response.raw_headers.extend([*headers, *([] if retry_after is None else [(b"retry-after", retry_after)])])
         await response(self._scope, self._receive, self._send)
 
@@ -194,6 +192,16 @@ def _content_type(start: Message) -> bytes:
 
 def _is_anthropic(scope: Scope) -> bool:
     return str(scope["path"]).startswith("/v1/messages")
+
+
+def _dressed(scope: Scope, response: JSONResponse) -> JSONResponse:
+    """An error as the clients of this path know it: Anthropic's have OpenAI's fields and one more."""
+    if not _is_anthropic(scope):
+        return response
+    dressed = JSONResponse({"type": "error", **json.loads(bytes(response.body))}, response.status_code)
+    if "retry-after" in response.headers:
+        dressed.headers["retry-after"] = response.headers["retry-after"]
+    return dressed
 
 
 def _event(scope: Scope, body: bytes) -> bytes:

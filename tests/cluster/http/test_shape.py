@@ -76,7 +76,7 @@ def test_what_is_not_json_by_the_letter_is_refused_and_nothing_else(raw: bytes) 
     if is_strict(raw):
         assert parse(raw) == json.loads(raw)
     else:
-        with pytest.raises(RefusedError, match="^the request body is not JSON: ") as found:
+        with pytest.raises(RefusedError, match=r"^the request body is not JSON: ") as found:
             parse(raw)
         assert found.value.code in ("invalid_json", "invalid_unicode")
 
