@@ -30,7 +30,8 @@ HANDLED: tuple[type[Exception], ...] = (
 def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource) -> FastAPI:
     """Keys, queue limit, OpenAI's error format and health routes on vLLM's app, in place.
 
-    Call it once the app's state is set. Raises ValueError if http.api_keys_env names a variable that holds no key.
+    Call it once the app's state is set. Raises ValueError if http.api_keys_env names a variable that holds no key,
+    RuntimeError if vLLM's routes are not found.
     """
     gone = vllm_joints.take_off(app)
     logger.info("these paths of vLLM's app are not served: %s", ", ".join(gone))
@@ -74,5 +75,6 @@ def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: Health
         *(Middleware(cls, **options) for cls, options in refusals),
     ]
     app.middleware_stack = None  # vLLM has built it already; Starlette builds it again at the next request
+    vllm_joints.forget_http_metrics()
     app.title = f"{model_id} on expertmesh"
     return app

@@ -54,6 +54,8 @@ def take_off(app: FastAPI) -> list[str]:
     gone = sorted({path_of(route) for route in app.router.routes if not is_served(path_of(route))})
     app.router.routes[:] = [route for route in app.router.routes if is_served(path_of(route))]
     app.openapi_schema = None
+    if "/v1/completions" not in generation_paths(app):  # FastAPI 0.137 hides the routes of a router
+        raise RuntimeError(f"vLLM's app has no route /v1/completions with this version of FastAPI; it has {gone}")
     return gone
 
 
@@ -75,6 +77,19 @@ def take_keys(app: FastAPI) -> frozenset[bytes]:
         digests |= set(AuthenticationMiddleware(app, **middleware.kwargs).api_tokens)  # type: ignore[arg-type]
         app.user_middleware.remove(middleware)
     return frozenset(digests)
+
+
+def forget_http_metrics() -> None:
+    """Let the middleware that counts requests be built a second time.
+
+    It keeps quiet, and counts nothing, where its metrics are registered already: by the stack that vLLM has built.
+    """
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    registry = get_prometheus_registry()
+    named = registry._names_to_collectors.items()
+    for collector in {collector for name, collector in named if name.startswith(("http_request", "http_response"))}:
+        registry.unregister(collector)
 
 
 def model_card(app: FastAPI, model: str) -> Any:
