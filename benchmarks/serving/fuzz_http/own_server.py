@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.processes import tied
 
 ROOT = Path(__file__).parents[3]
 START_TIMEOUT_S = 400.0  # a cold import of vllm on a busy machine
@@ -30,19 +31,11 @@ def own_server(*options: str, engine_options: tuple[str, ...] = ENGINE_OPTIONS) 
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "benchmarks.serving.fuzz_http.server", *options, *engine_options]
-    with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-        )
-        try:
-            yield _url_of(process, Path(log.name))
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # the engine's process, if it is left
-                    os.killpg(process.pid, signal.SIGKILL)
+    with (
+        tempfile.NamedTemporaryFile(suffix=".log") as log,
+        tied(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log) as process,
+    ):
+        yield _url_of(process, Path(log.name))
 
 
 def _url_of(process: subprocess.Popen[str], log: Path) -> str:
