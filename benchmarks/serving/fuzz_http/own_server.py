@@ -15,7 +15,13 @@ from benchmarks.processes import tied
 
 ROOT = Path(__file__).parents[3]
 START_TIMEOUT_S = 400.0  # a cold import of vllm on a busy machine
-ENGINE_OPTIONS = ("--enforce-eager", "--max-num-seqs=32", "--max-model-len=256", "--dtype=float32")
+ENGINE_OPTIONS = (
+    "--served-model-name=tiny-moe",
+    "--enforce-eager",
+    "--max-num-seqs=32",
+    "--max-model-len=256",
+    "--dtype=float32",
+)
 
 
 @contextlib.contextmanager
