@@ -9,6 +9,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import parse as parse_module
+from cluster.config.llm_sections import DeadlinesSection
 from cluster.config.serve_file import MeshConfig
 from tests.support.serve.shipped_configs import CONFIGS, SHAPES, serve_config
 
@@ -89,3 +90,14 @@ def test_kuberay_gives_each_pod_one_gpu_and_the_keys() -> None:
     named = [variable["name"] for variable in worker["env"]]
     llm = serve_config("kuberay/qwen3-30b-a3b.yaml")["applications"][1]["args"]
     assert llm["http"]["api_keys_env"] in named
+
+
+def test_kuberay_sends_requests_to_a_pod_after_the_first_token() -> None:
+    manifest = yaml.safe_load((CONFIGS / "kuberay/qwen3-30b-a3b.yaml").read_text())
+    [group] = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    [worker] = group["template"]["spec"]["containers"]
+    probe = worker["readinessProbe"]
+    options = serve_config("kuberay/qwen3-30b-a3b.yaml")["http_options"]
+    assert probe["httpGet"] == {"path": "/ready", "port": options["port"]}
+    assert probe["timeoutSeconds"] > DeadlinesSection().probe_s, "the first answer generates a token"
+    assert "livenessProbe" not in worker, "no pod of a shard is restarted because a router is sick"
