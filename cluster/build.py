@@ -11,6 +11,7 @@ from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
 from cluster.ingress import Ingress
+from cluster.refusals.applications import refuse_experts, refuse_llm
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
@@ -37,7 +38,8 @@ INGRESS_OPTIONS: dict[str, Any] = {
 
 
 def experts_application(config: ExpertsAppConfig) -> Application:
-    """Shards and their controller. Raises ConfigError, with nothing deployed, if model or slots do not fit."""
+    """Shards and their controller. Raises ConfigError, with nothing deployed, if model, slots or options do not fit."""
+    refuse_experts(config)
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 
@@ -62,7 +64,8 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """Routers and the OpenAI ingress."""
+    """Routers and the OpenAI ingress. Raises ConfigError, with nothing deployed, for what could not come up."""
+    refuse_llm(config)
     args = config.model_dump(exclude_unset=True)
     routers = serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
     options = {**INGRESS_OPTIONS, **config.http.deployment_config}

@@ -106,6 +106,7 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
         logging.disable(logging.INFO)
     import ray
 
+    _refuse(config, options)
     http_options = dict(config.serve.get("http_options") or {})
     if options.port is not None:
         http_options["port"] = options.port
@@ -123,6 +124,15 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
             _progress("shutting down")
             _undeploy(config)
             ray.shutdown()
+
+
+def _refuse(config: MeshConfig, options: Options) -> None:
+    """Raise ConfigError for what the builders would refuse, before anything is started."""
+    from cluster.refusals.applications import refuse_experts, refuse_llm
+
+    refuse_experts(config.experts, f"{options.config}: {config.experts_name}")
+    # A cluster elsewhere may have variables that are not set here.
+    refuse_llm(config.llm, f"{options.config}: {config.llm_name}", keys=options.address is None)
 
 
 def _connect_to_ray(options: Options) -> None:

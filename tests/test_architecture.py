@@ -26,7 +26,7 @@ ORDER = {
     ],
     "cluster": [
         *("config", "ray_joints", "controller", "observability", "shard", "router", "http", "console", "ingress"),
-        *("build", "cli"),
+        *("refusals", "build", "cli"),
     ],
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -36,6 +36,12 @@ OFF = {
     "enable_dbo": "a step's dispatch is not split",
     "enable_lora": "adapters are not supported together with experts on shards",
 }
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a line that refuses a name: the known one that looks most like it, or nothing."""
+    found = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def refused_by_project(options: dict[str, Any], device: str) -> Iterator[str]:
@@ -73,7 +79,7 @@ def refused_by_vllm(options: dict[str, Any], source: VllmSource | None = None) -
         elif name in engine:
             yield from next(filter(None, map(list, _judged(source, name, value))), [])
         else:
-            yield f"{name} is no engine option of the installed vllm{_nearest(name, [*engine, *front_end])}"
+            yield f"{name} is no engine option of the installed vllm{did_you_mean(name, [*engine, *front_end])}"
 
 
 def _judged(source: VllmSource, name: str, value: Any) -> Iterator[Iterator[str]]:
@@ -81,7 +87,9 @@ def _judged(source: VllmSource, name: str, value: Any) -> Iterator[Iterator[str]
     yield _wrong_value(name, value, source.type_of(*ENGINE, name))
     module, node = source.fields(*ENGINE)[name]
     goes_to = source.same_field(module, node)
-    if goes_to is None and isinstance(node.value, ast.Constant) and node.value.value is None:
+    if isinstance(node.value, ast.Constant) and node.value.value is None:
+        # vLLM compares these with defaults of its own before a config class makes a number of a string.
+        yield _quoted_number(name, value, source.type_of(*ENGINE, name))
         named = ((ENGINE[0], owner, name) for owner in CONFIGS if name in source.fields(ENGINE[0], owner))
         goes_to = next(named, None)
     if goes_to is not None and value is not None:
@@ -90,13 +98,14 @@ def _judged(source: VllmSource, name: str, value: Any) -> Iterator[Iterator[str]
 
 def _wrong_value(name: str, value: Any, kind: Any) -> Iterator[str]:
     try:
-        taken = TypeAdapter(kind).validate_python(value)
+        TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         yield from _lines(name, value, error, kind)
-        return
-    if isinstance(value, str) and isinstance(taken, int | float):
-        # The engine compares numbers before a config class of vLLM would make one of a string.
-        yield f"{name} is the string {value!r}, expected a {type(taken).__name__}"
+
+
+def _quoted_number(name: str, value: Any, kind: Any) -> Iterator[str]:
+    if isinstance(value, str) and isinstance(TypeAdapter(kind).validate_python(value), int | float):
+        yield f"{name} is the string {value!r}: expected {value}, without quotes"
 
 
 def _lines(name: str, value: Any, error: ValidationError, kind: Any) -> Iterator[str]:
@@ -108,16 +117,11 @@ def _lines(name: str, value: Any, error: ValidationError, kind: Any) -> Iterator
     for loc, items in places.items():
         place = ".".join(map(str, (name, *loc)))
         if items[0]["type"] == "extra_forbidden":
-            yield f"{place} is no option of the installed vllm{_nearest(str(loc[-1]), _keys_at(kind, loc[:-1]))}"
+            yield f"{place} is no option of the installed vllm{did_you_mean(str(loc[-1]), _keys_at(kind, loc[:-1]))}"
         else:
             texts = dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in items)
             expected = " or ".join(texts).replace("Input should be ", "expected ")
             yield f"{place} is {items[0]['input']!r}: {expected}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _keys_at(kind: Any, loc: tuple[Any, ...]) -> list[str]:

@@ -8,6 +8,7 @@ the imported classes.
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ class VllmSource:
     def type_of(self, module: str, name: str, field: str) -> Any:
         """The type of a dataclass's field, for pydantic; Any where it is not known."""
         where, node = self.fields(module, name)[field]
-        kind = self._field_type(where, node, self._validators(module, name).get(field))
+        kind = self._field_type(where, node, self._validators(module, name))
         return kind if _has_schema(kind) else Any
 
     def same_field(self, module: str, node: ast.AnnAssign) -> tuple[str, str, str] | None:
@@ -156,7 +157,7 @@ class VllmSource:
         return found if found is not None and isinstance(found.node, ast.ClassDef) else None
 
     def _validators(self, module: str, name: str) -> dict[str, str]:
-        """The mode of each field's validator in a class: before, after, wrap or plain."""
+        """The mode of each field's validator in a class: before, after, wrap or plain. "*" is for every field."""
         found = self._class_of(module, name)
         modes: dict[str, str] = {}
         for function in ast.walk(found.node) if found is not None else ():
@@ -164,12 +165,13 @@ class VllmSource:
                 match decorator:
                     case ast.Call(func=ast.Name(id="field_validator"), args=args, keywords=keywords):
                         mode = next((ast.literal_eval(k.value) for k in keywords if k.arg == "mode"), "after")
-                        modes |= {arg.value: mode for arg in args if isinstance(arg, ast.Constant)}
+                        modes |= {str(arg.value): mode for arg in args if isinstance(arg, ast.Constant)}
         return modes
 
     # Types -----------------------------------------------------------------------------------------------------------
 
-    def _field_type(self, module: str, node: ast.AnnAssign, validator: str | None) -> Any:
+    def _field_type(self, module: str, node: ast.AnnAssign, validators: dict[str, str]) -> Any:
+        validator = validators.get(ast.unparse(node.target), validators.get("*"))
         kind = self._type(module, node.annotation)
         limits: dict[str, Any] = {}
         default: ast.expr | None = node.value
@@ -181,8 +183,10 @@ class VllmSource:
                 for key, value in given.items()
                 if key in _CONSTRAINTS and not any(isinstance(part, ast.Name) for part in ast.walk(value))
             }
-        if validator in ("before", "plain") and not isinstance(kind, _Unknown) and "one of" not in repr(kind):
-            return Any  # it may turn the value into the type
+        if validator in ("before", "plain"):  # it may turn the value into the type
+            if "one of" not in repr(kind):
+                return Any
+            kind = kind | Literal["auto"]
         if limits and not isinstance(kind, _Unknown):
             kind = Annotated[kind, Field(**limits)]
         empty = isinstance(default, ast.Constant) and default.value is None
@@ -219,7 +223,7 @@ class VllmSource:
             validators = self._validators(module, name)
             fields: dict[str, Any] = {}
             for field, (where, node) in self.fields(module, name).items():
-                kind = self._field_type(where, node, validators.get(field))
+                kind = self._field_type(where, node, validators)
                 fields[field] = (kind if _has_schema(kind) else Any, None)
             self._models[key] = create_model(
                 name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **_public(fields)
@@ -264,8 +268,10 @@ def _enum(node: ast.ClassDef) -> Any:
     known = {str(word).upper() for member in members.items() for word in member if word is not None}
 
     def check(value: Any) -> Any:
-        if str(value).upper() not in known:
-            raise ValueError(f"expected one of {', '.join(members)}")
+        if str(int(value) if isinstance(value, bool) else value).upper() not in known:
+            near = difflib.get_close_matches(str(value).upper(), members, 3, 0.3) or list(members)[:8]
+            names = list(members) if len(members) <= 8 else near
+            raise ValueError(f"expected one of {', '.join(names)}{'' if names == list(members) else ', ...'}")
         return value
 
     check.__qualname__ = f"one of {node.name}"
