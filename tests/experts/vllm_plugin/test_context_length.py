@@ -28,7 +28,11 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         {},
         2048,
     ),
-    "older": ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}}, {}, 8192),
+    "older": (
+        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {},
+        8192,
+    ),
     "model_max_length": ({"model_max_length": 1024}, {}, 1024),
     "window kept": ({"sliding_window": 256, "use_sliding_window": True, "max_window_layers": 0}, {}, 2048),
     "window off": (

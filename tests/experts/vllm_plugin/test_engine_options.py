@@ -104,7 +104,10 @@ def test_few_values_that_vllm_refuses_are_taken(facts: dict[str, Any], source: V
 
 # What users get wrong, and the line they get. vLLM is asked for a config of the same options.
 WRONG = {
-    "misspelt": ({"max_num_sequences": 4}, "max_num_sequences is no engine option of the installed vllm; did you mean "),
+    "misspelt": (
+        {"max_num_sequences": 4},
+        "max_num_sequences is no engine option of the installed vllm; did you mean ",
+    ),
     "gone": ({"swap_space": 4}, "swap_space is no engine option of the installed vllm"),
     "zero": ({"max_num_seqs": 0}, "max_num_seqs is 0: expected greater than or equal to 1"),
     "no tokens": ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0: expected greater than or equal to 1"),
@@ -171,7 +174,10 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
         ({"enable_expert_parallel": True}, "enable_expert_parallel is True, expected false: the shards hold"),
         ({"enable_eplb": True}, "enable_eplb is True, expected false: the shards hold"),
         ({"enable_lora": True}, "enable_lora is True, expected false: adapters are not supported"),
-        ({"compilation_config": {"cudagraph_mode": "full"}}, "compilation_config.cudagraph_mode is 'full', expected PI"),
+        (
+            {"compilation_config": {"cudagraph_mode": "full"}},
+            "compilation_config.cudagraph_mode is 'full', expected",
+        ),
     ],
 )
 def test_what_the_project_cannot_serve_with_is_refused(options: dict[str, Any], expected: str) -> None:
