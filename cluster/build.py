@@ -7,11 +7,11 @@ from typing import Any
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
-from cluster.ingress import Ingress
-from cluster.refusals.applications import refuse_experts, refuse_llm
+from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
@@ -30,8 +30,8 @@ SHARD_OPTIONS = {
     "health_check_timeout_s": 30,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
-INGRESS_OPTIONS: dict[str, Any] = {
-    "max_ongoing_requests": 1_000_000,
+CONSOLE_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 1000,
     "num_replicas": 1,
     "graceful_shutdown_wait_loop_s": 0.2,
 }
@@ -64,12 +64,17 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """Routers and the OpenAI ingress. Raises ConfigError, with nothing deployed, for what could not come up."""
+    """The routers, which are the application's HTTP ingress. Raises ConfigError, with nothing deployed."""
     refuse_llm(config)
     args = config.model_dump(exclude_unset=True)
-    routers = serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
-    options = {**INGRESS_OPTIONS, **config.http.deployment_config}
-    return serve.deployment(Ingress, name="Ingress", **options).bind(args, routers)
+    return serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
+
+
+def console_application(config: ConsoleAppConfig) -> Application:
+    """Status, placement, traces and metrics over HTTP. Raises ConfigError, with nothing deployed."""
+    refuse_console(config)
+    options = {**CONSOLE_OPTIONS, **config.deployment_config}
+    return serve.deployment(ConsoleServer, name="Console", **options).bind(config.model_dump(exclude_unset=True))
 
 
 def _with_env(options: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import logging
@@ -11,15 +12,17 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.serve_environment import HAPROXY_SWITCH, MISSING_HAPROXY, environment_of_a_local_cluster, has_haproxy
 from experts.protocol.settings import StrictModel
 
 START_S = time.monotonic()
@@ -32,8 +35,6 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's workers run at a low priority by default; here they are the service itself.
     "RAY_worker_niceness": "0",
-    # Serve kills a proxy that is not up within 5 s, three times; a busy machine needs longer.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 
 
@@ -91,17 +92,34 @@ def _progress(message: str) -> None:
 # Start and stop -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(config: MeshConfig, options: Options) -> Iterator[str]:
     """Start Ray unless a cluster is named, deploy both applications, and yield their URL; undo all of it on exit.
 
     Raises ServeFailedError if Ray or Serve refuse, ConfigError if the placement does not fit the model.
     """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if options.address is None and "RAY_AUTH_MODE" not in os.environ:
+    with contextlib.ExitStack() as stack:
+        if options.address is None:
+            # Short: it holds Unix sockets, whose paths may have 107 characters.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-", ignore_cleanup_errors=True))
+            _set_environment(Path(folder))
+        with _applications(config, options) as url:
+            yield url
+
+
+def _set_environment(folder: Path) -> None:
+    """The environment of the cluster to start here; what the user has set stays."""
+    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
+    os.environ.update(environment_of_a_local_cluster(folder, os.environ))
+    if os.environ[HAPROXY_SWITCH] != "1" and not has_haproxy():
+        _progress(MISSING_HAPROXY)
+    if "RAY_AUTH_MODE" not in os.environ:
         # Ray asks for a token by default. One that lives as long as this cluster leaves no file in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+
+
+@contextlib.contextmanager
+def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
     if not options.verbose:
         logging.disable(logging.INFO)
     import ray
@@ -116,7 +134,7 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _progress("starting Serve")
         _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
-        _progress(f"deploying {config.experts_name} ({config.experts.shards.count} shards) and {config.llm_name}")
+        _progress(f"deploying {config.experts_name} ({config.experts.shards.count} shards), {config.llm_name}")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     finally:
@@ -128,11 +146,13 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
 
 def _refuse(config: MeshConfig, options: Options) -> None:
     """Raise ConfigError for what the builders would refuse, before anything is started."""
-    from cluster.refusals.applications import refuse_experts, refuse_llm
+    from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
 
+    keys = options.address is None  # a cluster elsewhere may have variables that are not set here
     refuse_experts(config.experts, f"{options.config}: {config.experts_name}")
-    # A cluster elsewhere may have variables that are not set here.
-    refuse_llm(config.llm, f"{options.config}: {config.llm_name}", keys=options.address is None)
+    refuse_llm(config.llm, f"{options.config}: {config.llm_name}", keys=keys)
+    if config.console is not None:
+        refuse_console(config.console, f"{options.config}: {config.console_name}", keys=keys)
 
 
 def _connect_to_ray(options: Options) -> None:
@@ -189,14 +209,13 @@ def _check_plan(config: MeshConfig) -> None:
 
 
 def _undeploy(config: MeshConfig) -> None:
-    from ray import serve
+    from cluster.ray_joints import delete_applications
 
-    for name in (config.llm_name, config.experts_name):
-        try:
-            serve.delete(name)
-        except Exception as error:
-            # The user must see the error that led here, and the rest must be deleted as well.
-            _progress(f"{name} was not deleted: {_one_line(error)}")
+    try:
+        delete_applications(config.names)
+    except Exception as error:
+        # The user must see the error that led here.
+        _progress(f"not everything was deleted: {_one_line(error)}")
 
 
 def _reachable(host: str) -> str:
@@ -211,7 +230,7 @@ def _one_line(error: Exception) -> str:
 
 
 def wait_until_healthy(config: MeshConfig, url: str, timeout_s: float) -> None:
-    """Return once /health has seen a generated token. Raises ServeFailedError with Serve's reason."""
+    """Return once /ready has seen a generated token. Raises ServeFailedError with Serve's reason."""
     end_s = time.monotonic() + timeout_s
     shown: dict[str, str] = {}
     reason = "nothing answers yet"
@@ -221,7 +240,7 @@ def wait_until_healthy(config: MeshConfig, url: str, timeout_s: float) -> None:
             if shown.get(name) != state:
                 shown[name] = state
                 _progress(line)
-        healthy, reason = health(url + config.llm_route_prefix.rstrip("/") + "/health")
+        healthy, reason = health(url + config.llm_route_prefix.rstrip("/") + "/ready")
         if healthy:
             return
         time.sleep(HEALTH_PERIOD_S)
@@ -233,7 +252,7 @@ def _states(config: MeshConfig) -> Iterator[str]:
     from ray import serve
 
     applications = serve.status().applications
-    for name in (config.experts_name, config.llm_name):
+    for name in config.names:
         application = applications.get(name)
         if application is None:
             continue
@@ -272,11 +291,18 @@ def _welcome(config: MeshConfig, url: str) -> None:
     }
     _progress("ready: the first token was generated")
     print(f"\n  {base}/v1   (OpenAI API, model {config.llm.model.id!r})")
-    print(f"  {base}/health   {base}/metrics   {base}/expertmesh/status\n")
+    print(f"  {base}/health   {base}/metrics   {_console_links(config, url)}\n")
     print(
         f"  curl {base}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
     )
     print("Ctrl-C stops it.", flush=True)
+
+
+def _console_links(config: MeshConfig, url: str) -> str:
+    if config.console is None:
+        return ""
+    base = url + config.console_route_prefix.rstrip("/")
+    return f"{base}/status   {base}/metrics"
 
 
 def _watch(config: MeshConfig) -> None:

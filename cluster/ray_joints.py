@@ -44,6 +44,18 @@ def deploy_config(serve_config: dict[str, Any]) -> None:
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config), _blocking=False)
 
 
+def delete_applications(names: list[str]) -> None:
+    """Delete applications side by side, and wait until they are gone; `serve.delete` takes one after another."""
+    from ray.serve.context import _get_global_client
+
+    _get_global_client().delete_apps(names, blocking=True)
+
+
+def deployment_handle(name: str, app_name: str) -> DeploymentHandle:
+    """A handle to a deployment that need not exist yet, as applications of one config start side by side."""
+    return serve.get_deployment_handle(name, app_name, _check_exists=False)
+
+
 def node_address() -> str:
     """IP address at which other nodes reach this one; 127.0.0.1 on a single machine without a network."""
     return ray.util.get_node_ip_address()
@@ -76,13 +88,6 @@ async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> 
 def unfinished_requests(llm_server: Any) -> int:
     """Requests that the engine of an LLMServer replica holds, running or waiting."""
     return int(llm_server.engine._engine_client.output_processor.get_num_unfinished_requests())
-
-
-def model_card(llm_config: Any) -> Any:
-    """The entry of /v1/models for one LLMConfig."""
-    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-
-    return to_model_metadata(llm_config.model_id, llm_config)
 
 
 def vllm_engine_cls(in_process: bool) -> type:

@@ -25,7 +25,17 @@ ORDER = {
         *("model", "protocol", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin", "precompile"),
     ],
     "cluster": [
-        *("config", "ray_joints", "controller", "observability", "shard", "router", "http", "console", "ingress"),
+        *(
+            "config",
+            "serve_environment",
+            "ray_joints",
+            "controller",
+            "observability",
+            "shard",
+            "http",
+            "router",
+            "console",
+        ),
         *("refusals", "build", "cli"),
     ],
 }

@@ -15,6 +15,7 @@ PATHS = {"model": ("path",), "placement": ("file", "trace")}
 
 # Keys of earlier versions, and what replaces them.
 RENAMED = {
+    "http.deployment_config": "routers.deployment_config",
     "membership.join_deadline_s": "join_timeout_s",
     "placement.near_replicas_first": "prefer_local_replicas",
     "transport.near_replicas_first": "prefer_local_replicas",

@@ -14,9 +14,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.router.client import RouterLostError
-
 logger = logging.getLogger("ray.serve")
+
+
+class UnavailableError(RuntimeError):
+    """What the answer needs is away for now; the client sees the message with status 503."""
+
 
 _TYPES = {
     400: "invalid_request_error",
@@ -50,7 +53,7 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
         return error_response(503, "too many requests are queued; try again", retry_after_s=retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
         return error_response(503, "no router is available; try again", retry_after_s=retry_after_s)
-    if isinstance(error, RouterLostError):
+    if isinstance(error, UnavailableError):
         return error_response(503, str(error), retry_after_s=retry_after_s)
     if isinstance(error, TimeoutError):
         return error_response(503, "no answer in time; try again", retry_after_s=retry_after_s)

