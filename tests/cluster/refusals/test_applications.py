@@ -294,3 +294,18 @@ print([name for name in ("vllm", "torch", "transformers") if name in sys.modules
         "args.shards.ray_actor_options.num_cpu is unknown to Serve; did you mean num_cpus?",
         "[]",
     ]
+
+
+def test_serves_build_task_reports_the_lines_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A joint: this task returns a message for an exception of Serve's own, and raises any other one."""
+    from ray.serve._private import application_state
+    from ray.serve.schema import LoggingConfig
+
+    monkeypatch.setattr(application_state, "configure_component_logger", lambda **_: None)
+    build = application_state.build_serve_application._function
+    args = llm(engine_kwargs={"max_num_sequences": 1})
+    _, _, message = build("serve_app:build_llm", "v", "llm", args, LoggingConfig(), None, {}, {}, {})
+    assert message == (
+        "args.routers.engine_kwargs.max_num_sequences is no engine option of the installed vllm; did you mean "
+        "max_num_seqs?"
+    )
