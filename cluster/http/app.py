@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from cluster.config.http_sections import HttpSection
+from cluster.http.connections import CloseAfterResponse
 from cluster.http.errors import ErrorsStayInside
 from cluster.http.gate import Gate
 from cluster.http.health import HealthSource
+from cluster.serve_environment import HAPROXY_SWITCH
 
 
 def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource) -> FastAPI:
@@ -37,4 +41,6 @@ def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: Health
     app.add_middleware(ErrorsStayInside, retry_after_s=http.retry_after_s)
     app.add_middleware(Gate, keys=http.keys(), max_pending=http.max_pending_requests, retry_after_s=http.retry_after_s)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    if os.environ.get(HAPROXY_SWITCH) == "1":
+        app.add_middleware(CloseAfterResponse)
     return app
