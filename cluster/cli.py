@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import http.client
 import json
 import logging
 import os
@@ -14,21 +13,20 @@ import signal
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.haproxy_guard import HAProxyGuard
 from cluster.serve_environment import HAPROXY_SWITCH, MISSING_HAPROXY, environment_of_a_local_cluster, has_haproxy
+from cluster.start_up import ServeFailedError, StartUp
 from experts.protocol.settings import StrictModel
 
 START_S = time.monotonic()
-HEALTH_TIMEOUT_S = 3.0  # Serve's proxy holds requests back until there is an ingress
 STATUS_TIMEOUT_S = 10.0
-HEALTH_PERIOD_S, WATCH_PERIOD_S = 0.3, 2.0
+WATCH_PERIOD_S = 2.0
 
 # Read by Ray when it is imported.
 RAY_ENVIRONMENT = {
@@ -36,10 +34,6 @@ RAY_ENVIRONMENT = {
     # Ray's workers run at a low priority by default; here they are the service itself.
     "RAY_worker_niceness": "0",
 }
-
-
-class ServeFailedError(RuntimeError):
-    """The applications did not start; the message says which one and why."""
 
 
 class Options(StrictModel):
@@ -59,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = MeshConfig.from_file(options.config)
         with serving(config, options) as url:
-            wait_until_healthy(config, url, options.timeout_s)
+            StartUp(config, _progress).wait_until_ready(url, options.timeout_s)
             _welcome(config, url)
             _watch(config)
     except (ConfigError, ServeFailedError) as error:
@@ -101,8 +95,9 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if options.address is None:
             # Short: it holds Unix sockets, whose paths may have 107 characters.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-", ignore_cleanup_errors=True))
-            _set_environment(Path(folder))
+            folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+            stack.callback(HAProxyGuard(folder).close)
+            _set_environment(folder)
         with _applications(config, options) as url:
             yield url
 
@@ -134,7 +129,7 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _progress("starting Serve")
         _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
-        _progress(f"deploying {config.experts_name} ({config.experts.shards.count} shards), {config.llm_name}")
+        _progress(f"deploying {', '.join(config.names)} ({config.experts.shards.count} shards)")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     finally:
@@ -227,58 +222,6 @@ def _one_line(error: Exception) -> str:
 
 
 # While it runs --------------------------------------------------------------------------------------------------------
-
-
-def wait_until_healthy(config: MeshConfig, url: str, timeout_s: float) -> None:
-    """Return once /ready has seen a generated token. Raises ServeFailedError with Serve's reason."""
-    end_s = time.monotonic() + timeout_s
-    shown: dict[str, str] = {}
-    reason = "nothing answers yet"
-    while time.monotonic() < end_s:
-        for line in _states(config):
-            name, _, state = line.partition(": ")
-            if shown.get(name) != state:
-                shown[name] = state
-                _progress(line)
-        healthy, reason = health(url + config.llm_route_prefix.rstrip("/") + "/ready")
-        if healthy:
-            return
-        time.sleep(HEALTH_PERIOD_S)
-    raise ServeFailedError(f"no token after {timeout_s} s: {reason}")
-
-
-def _states(config: MeshConfig) -> Iterator[str]:
-    """One line for each deployment: how many replicas are in which state. ServeFailedError if Serve gave up on one."""
-    from ray import serve
-
-    applications = serve.status().applications
-    for name in config.names:
-        application = applications.get(name)
-        if application is None:
-            continue
-        for deployment_name, deployment in application.deployments.items():
-            counts = ", ".join(f"{count} {str(state).lower()}" for state, count in deployment.replica_states.items())
-            yield f"{name}/{deployment_name}: {counts or 'waiting'}"
-            if deployment.status in ("UNHEALTHY", "DEPLOY_FAILED"):
-                raise ServeFailedError(f"{name}/{deployment_name}: {deployment.message or application.message}")
-        # An application that failed to build has no deployments.
-        if application.status == "DEPLOY_FAILED":
-            raise ServeFailedError(f"{name}: {application.message}")
-
-
-def health(url: str) -> tuple[bool, str]:
-    """(True, "") if the URL answers with status 200, else (False, the reason)."""
-    try:
-        with urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S) as response:
-            return response.status == 200, ""
-    except urllib.error.HTTPError as error:
-        body = error.read().decode(errors="replace")
-        try:
-            return False, str(json.loads(body)["reason"])
-        except (ValueError, KeyError):
-            return False, body.strip() or str(error)
-    except (OSError, http.client.HTTPException) as error:
-        return False, str(error) or type(error).__name__
 
 
 def _welcome(config: MeshConfig, url: str) -> None:

@@ -36,7 +36,7 @@ ORDER = {
             "router",
             "console",
         ),
-        *("refusals", "build", "cli"),
+        *("refusals", "build", "start_up", "haproxy_guard", "cli"),
     ],
 }
 

@@ -9,6 +9,7 @@ the proxy's.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray import serve
@@ -24,12 +25,14 @@ class Router:
     _server: Any = None
 
     async def __init__(self, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
+        importing_s = time.monotonic()
         from cluster.router.server import ExpertMeshLLMServer, llm_config_of
 
+        import_s = time.monotonic() - importing_s
         config = parse(LLMAppConfig, mesh)
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
-        await server.__init__(llm_config_of(config), mesh=config)  # type: ignore[misc]
+        await server.__init__(llm_config_of(config), mesh=config, import_s=import_s)  # type: ignore[misc]
         self._server = server
 
     async def __serve_build_asgi_app__(self) -> Any:

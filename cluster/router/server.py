@@ -7,8 +7,11 @@ between steps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -61,10 +64,13 @@ def llm_config_of(config: LLMAppConfig) -> LLMConfig:
 class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
-    async def __init__(self, llm_config: LLMConfig, *, mesh: LLMAppConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, import_s: float
+    ) -> None:
         replica = replica_identity()
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
+        self._start_s["import"] = import_s
         self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
@@ -81,15 +87,20 @@ class ExpertMeshLLMServer(LLMServer):
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
         self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
         self._loops: list[asyncio.Task[None]] = []
+        self._start_s: dict[str, float] = {}
 
     async def start(self) -> None:
         """Start the engine and meanwhile wait for the shards; not healthy before the first epoch is applied."""
         first = asyncio.create_task(self._epochs.first_membership())
         try:
-            await super().start()
-            await self._epochs.apply_first(await first)
+            with self._timed("engine"):
+                await super().start()
+            with self._timed("shards"):
+                await self._epochs.apply_first(await first)
         finally:
             first.cancel()
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._start_s.items())
+        logger.info("router %s started: %s", self._router_id, parts)
         self._loops = [
             asyncio.create_task(self._epochs.follow(), name="follow"),
             asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
@@ -139,7 +150,8 @@ class ExpertMeshLLMServer(LLMServer):
 
     async def ready(self) -> GenerationHealth:
         """Whether this router has generated a token since it started; generates one if not."""
-        return await self._health.ready(self._mesh.deadlines.probe_s)
+        health = await self._health.ready(self._mesh.deadlines.probe_s)
+        return replace(health, start_s={part: round(seconds, 1) for part, seconds in self._start_s.items()})
 
     async def close(self) -> None:
         """Tell the controller that this router stops, and release the engine."""
@@ -150,6 +162,13 @@ class ExpertMeshLLMServer(LLMServer):
         except ControllerLostError as error:
             logger.info("stopping without deregistering first: %s", error)
         await self.engine.shutdown()
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Note how long a part of the start took."""
+        begin_s = time.monotonic()
+        yield
+        self._start_s[part] = time.monotonic() - begin_s
 
     def _note_lost(self, status: RouterStatus) -> None:
         """The next poll tells the controller which shards this router gave up."""

@@ -18,9 +18,10 @@ from ray.exceptions import RayActorError
 
 from cluster import cli as command
 from cluster import ray_joints
-from cluster.cli import Options, ServeFailedError
+from cluster.cli import Options
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.start_up import ServeFailedError, StartUp, ask, reason_of
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 
@@ -125,7 +126,7 @@ def test_an_application_that_serve_gave_up_on_ends_the_wait(
     status = SimpleNamespace(applications={"experts": experts, "llm": application("DEPLOYING")})
     monkeypatch.setattr(serve, "status", lambda: status)
     with pytest.raises(ServeFailedError, match=expected):
-        command.wait_until_healthy(config, "http://127.0.0.1:1", timeout_s=5.0)
+        StartUp(config, print).wait_until_ready("http://127.0.0.1:1", timeout_s=5.0)
 
 
 @contextmanager
@@ -146,7 +147,8 @@ def no_http_server() -> Iterator[str]:
 
 def test_an_answer_that_is_not_http_is_not_healthy() -> None:
     with no_http_server() as url:
-        assert command.health(url) == (False, "not http\r\n")
+        ready, answer = ask(url)
+        assert (ready, reason_of(answer)) == (False, "not http\r\n")
 
 
 @pytest.mark.parametrize(
