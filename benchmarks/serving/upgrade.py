@@ -28,6 +28,7 @@ import yaml
 
 from benchmarks.common import ROOT, TINY_MODEL, print_table, real_prompts, save
 from benchmarks.serving.endless_streams import Streams
+from cluster.haproxy_guard import HAProxyGuard
 from cluster.serve_environment import environment_of_a_local_cluster
 
 MARK = "EXPERTMESH_BENCH_RUN"  # in the environment of every process of this run's cluster
@@ -197,6 +198,7 @@ def main() -> None:
         # Short: the paths of Unix sockets below it may have 107 characters.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="em-", ignore_cleanup_errors=True)))
         (folder / "model").mkdir()
+        stack.callback(HAProxyGuard(folder).close)
         service = stack.enter_context(Service(folder).running())
         streams = stack.enter_context(Streams(service.url, "tiny-moe", prompts, max_tokens=200).running())
         rows = [_undisturbed(streams)]
