@@ -11,7 +11,9 @@ from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
+from cluster.controller.pinned_model import with_pinned_model
 from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
+from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
@@ -39,7 +41,9 @@ CONSOLE_OPTIONS: dict[str, Any] = {
 
 def experts_application(config: ExpertsAppConfig) -> Application:
     """Shards and their controller. Raises ConfigError, with nothing deployed, if model, slots or options do not fit."""
-    refuse_experts(config)
+    config = with_pinned_model(config)
+    folder, complete = folder_here(config.model.path)
+    refuse_experts(config, folder=folder, complete=complete)
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 
@@ -65,7 +69,9 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 def llm_application(config: LLMAppConfig) -> Application:
     """The routers, which are the application's HTTP ingress. Raises ConfigError, with nothing deployed."""
-    refuse_llm(config)
+    config = with_pinned_model(config)
+    folder, complete = folder_here(config.model.path)
+    refuse_llm(config, folder=folder, complete=complete)
     args = config.model_dump(exclude_unset=True)
     return serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
 

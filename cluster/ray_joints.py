@@ -7,6 +7,7 @@ functions: they import vllm, which takes seconds and which shards and the contro
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,29 @@ def delete_applications(names: list[str]) -> None:
 def deployment_handle(name: str, app_name: str) -> DeploymentHandle:
     """A handle to a deployment that need not exist yet, as applications of one config start side by side."""
     return serve.get_deployment_handle(name, app_name, _check_exists=False)
+
+
+def agree(key: str, propose: Callable[[], str]) -> str:
+    """One answer for all processes of this Serve: that of whoever asked first, until Serve is shut down.
+
+    Kept in Ray's key-value store. Without a running Serve, `propose()`.
+    """
+    from ray.experimental import internal_kv
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    if not ray.is_initialized():
+        return propose()
+    try:
+        # A controller that is restarted keeps its id.
+        serve_id = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)._actor_id.hex()
+    except ValueError:
+        return propose()
+    place = f"expertmesh/{serve_id}/{key}"
+    answer = internal_kv._internal_kv_get(place)
+    if answer is None:
+        internal_kv._internal_kv_put(place, propose(), overwrite=False)
+        answer = internal_kv._internal_kv_get(place)
+    return str(answer, "utf-8")
 
 
 def node_address() -> str:

@@ -8,7 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-INDEX = "model.safetensors.index.json"
+from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.index import INDEX_NAME, WeightIndex
+from experts.checkpoint.sources.base import CONFIG_NAME
+from experts.checkpoint.sources.opening import open_source
+
 # One of these is there in every checkpoint with a tokenizer: the vocabulary, or the code that knows it.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model*", "tekken.json", "*.tiktoken", "tiktoken.model", "vocab.*", "merges.txt"),
@@ -18,9 +22,15 @@ _LFS = b"version https://git-lfs"
 _NAMED = 3  # of a list of missing files
 
 
+def folder_here(model: str) -> tuple[Path, bool]:
+    """(a folder with at least config.json, whether the whole checkpoint is in it) for a model with fixed contents."""
+    source = open_source(model)
+    return source.fetch([CONFIG_NAME]) if source.remote else Path(model), not source.remote
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The values of config.json. Raises ValueError that names the file if it is missing or no JSON object."""
-    path = folder / "config.json"
+    path = folder / CONFIG_NAME
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -34,19 +44,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def missing_weights(folder: Path) -> Iterator[str]:
     """One line for files of weights that are named in the index and not there, or if there are none at all."""
-    index = folder / INDEX
-    if not index.exists():
+    if not (folder / INDEX_NAME).exists():
         if not any(folder.glob("*.safetensors")):
-            yield f"{folder} holds no *.safetensors file and no {INDEX}: download the checkpoint's weights"
+            yield f"{folder} holds no *.safetensors file and no {INDEX_NAME}: download the checkpoint's weights"
         return
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        yield f"{index}: cannot be read as an index of weights: {type(error).__name__}: {error}"
+        files = sorted(set(WeightIndex.of_folder(folder).file_of.values()))
+    except CheckpointError as error:
+        yield str(error)
         return
     gone = [file for file in files if not (folder / file).is_file()]
     if gone:
-        yield f"{folder} lacks {_list(gone)} of the {len(files)} files that {INDEX} names: download the rest"
+        yield f"{folder} lacks {_list(gone)} of the {len(files)} files that {INDEX_NAME} names: download the rest"
     pointers = [file for file in files if file not in gone and _is_lfs_pointer(folder / file)]
     if pointers:
         yield f"{folder} holds Git LFS pointers in place of {_list(pointers)}: run git lfs pull there"

@@ -9,6 +9,7 @@ the proxy's.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
+from experts.vllm_plugin.early_engine import EarlyEngine
 
 
 @serve.ingress()
@@ -25,14 +27,21 @@ class Router:
     _server: Any = None
 
     async def __init__(self, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
+        config = parse(LLMAppConfig, mesh)
+        early_engine = EarlyEngine()  # it imports vllm while this process does
         importing_s = time.monotonic()
         from cluster.router.server import ExpertMeshLLMServer, llm_config_of
+        from experts.checkpoint.reader import fetch_rest
 
         import_s = time.monotonic() - importing_s
-        config = parse(LLMAppConfig, mesh)
+        fetching_s = time.monotonic()
+        folder = await asyncio.to_thread(fetch_rest, config.model.path)
+        started = {"import": import_s, "fetch": time.monotonic() - fetching_s}
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
-        await server.__init__(llm_config_of(config), mesh=config, import_s=import_s)  # type: ignore[misc]
+        await server.__init__(  # type: ignore[misc]
+            llm_config_of(config, str(folder)), mesh=config, early_engine=early_engine, started=started
+        )
         self._server = server
 
     async def __serve_build_asgi_app__(self) -> Any:

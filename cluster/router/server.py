@@ -38,17 +38,18 @@ from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.status import RouterStatus
+from experts.vllm_plugin.early_engine import EarlyEngine
 
 logger = logging.getLogger("ray.serve")
 
 
-def llm_config_of(config: LLMAppConfig) -> LLMConfig:
-    """Ray Serve LLM's config: the user's options, with the model, the plug-in and the server class."""
+def llm_config_of(config: LLMAppConfig, folder: str | None = None) -> LLMConfig:
+    """Ray Serve LLM's config: the user's options, the model (fetched to `folder`), the plug-in and the server class."""
     routers = config.routers
     fields: dict[str, Any] = {
         "callback_config": {"callback_class": no_download_callback()},
         **routers.llm_config,
-        "model_loading_config": {"model_id": config.model.id, "model_source": config.model.path},
+        "model_loading_config": {"model_id": config.model.id, "model_source": folder or config.model.path},
         "engine_kwargs": config.engine_kwargs(),
         "deployment_config": routers.deployment_config,
         "accelerator_config": {"kind": routers.accelerator},
@@ -65,18 +66,19 @@ class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
     async def __init__(  # type: ignore[misc]
-        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, import_s: float
+        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, early_engine: EarlyEngine, started: dict[str, float]
     ) -> None:
         replica = replica_identity()
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
-        self._start_s["import"] = import_s
+        self._start_s.update(started)
         self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra)
         in_process = mesh.routers.accelerator == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
-        await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
+        with early_engine.vllm_uses():
+            await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
 
     def _set_up(self, mesh: LLMAppConfig, router_id: str, controller: ControllerClient) -> None:
         """Everything of a router but its engine."""
@@ -87,7 +89,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
         self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
         self._loops: list[asyncio.Task[None]] = []
-        self._start_s: dict[str, float] = {}
+        self._start_s: dict[str, float] = {}  # seconds of each part of the start
 
     async def start(self) -> None:
         """Start the engine and meanwhile wait for the shards; not healthy before the first epoch is applied."""

