@@ -1,6 +1,6 @@
 """Upgrades of the application `llm` under endless streams: what clients notice, with good and with broken versions.
 
-    python -m benchmarks.serving.upgrade [--quick] [--streams 16]
+    python -m benchmarks.serving.upgrade [--quick] [--streams 16] [--cases 0,1,6,7]
 
 One router and three shards of the tiny model on a Ray cluster of their own. Each case is one `serve deploy` (its config
 handed to Serve as that command does) in the middle of the streams; after a version that does not come up, the next
@@ -33,7 +33,7 @@ from cluster.serve_environment import environment_of_a_local_cluster
 
 MARK = "EXPERTMESH_BENCH_RUN"  # in the environment of every process of this run's cluster
 ROUTER_TITLE, ENGINE_TITLE = b"ray::ServeReplica:llm:Router", b"VLLM::EngineCore"
-OUTCOME_TIMEOUT_S = 400.0
+OUTCOME_TIMEOUT_S = 600.0
 AFTERWARDS_S = 5.0
 LOADING_S = (2.0, 10.0, 20.0)  # how long after its start the first, second, third new router is killed
 GAP_GOAL_S = 1.0
@@ -192,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first two cases")
     parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--cases", help="which of them, by number from 0, such as 0,1,6,7")
     args = parser.parse_args()
     prompts = real_prompts(args.streams, 32)
     with contextlib.ExitStack() as stack:
@@ -202,7 +203,11 @@ def main() -> None:
         service = stack.enter_context(Service(folder).running())
         streams = stack.enter_context(Streams(service.url, "tiny-moe", prompts, max_tokens=200).running())
         rows = [_undisturbed(streams)]
-        for case in cases(folder / "model")[: 2 if args.quick else None]:
+        every = cases(folder / "model")
+        wanted = (
+            [int(number) for number in args.cases.split(",")] if args.cases else range(2 if args.quick else len(every))
+        )
+        for case in (every[number] for number in wanted):
             print(f"{case.name} ...", flush=True)
             rows.append(run(service, streams, case))
     table = [
