@@ -53,7 +53,7 @@ class StartUp:
                 self.progress(f"{name}: {state} ({time.monotonic() - self._start_s:.1f} s)")
 
     def _show_router(self, answer: Any) -> None:
-        parts = answer.get("start_s") if isinstance(answer, dict) else None
+        parts = answer.get("router", {}).get("start_s") if isinstance(answer, dict) else None
         if parts:
             times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
             self.progress(f"{self.config.llm_name}: of a router's start {times}")

@@ -48,6 +48,21 @@ class HttpSection(KeysSection):
         ge=1,
         description="Most generation requests that a router holds, running or queued; others get status 503.",
     )
+    max_body_bytes: int = Field(
+        default=8 * 2**20, ge=1024, description="Largest request body; larger ones get status 413."
+    )
+    max_sequences_per_request: int = Field(
+        default=256,
+        ge=1,
+        description="Most sequences that one request may ask for: its prompts times n. The engine takes a request's "
+        "sequences all at once, and streams of others wait meanwhile.",
+    )
+    max_prompt_logprobs: int = Field(
+        default=4096,
+        ge=0,
+        description="Most log-probabilities of prompt tokens in one request: tokens of the prompt times "
+        "(prompt_logprobs + 1). They are made into text at once, and streams of others wait meanwhile.",
+    )
     healthy_within_s: float = Field(
         default=10.0,
         ge=0,

@@ -1,40 +1,84 @@
-"""What the project adds to vLLM's FastAPI app inside a router."""
+"""What the project adds to vLLM's FastAPI app inside a router's process."""
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
+import logging
+import os
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from cluster.config.http_sections import HttpSection
-from cluster.http.errors import ErrorsStayInside
+from cluster.http import vllm_joints
+from cluster.http.connections import CloseAfterResponse
 from cluster.http.gate import Gate
-from cluster.http.health import HealthSource
+from cluster.http.health import HealthSource, add_health_routes
+from cluster.http.requests import BodyCheck
+from cluster.http.responses import OneErrorFormat, answer_exception
+from cluster.serve_environment import HAPROXY_SWITCH
+
+logger = logging.getLogger("ray.serve")
+
+# `Exception` itself would be handled outside all middleware, and raised again.
+HANDLED: tuple[type[Exception], ...] = (
+    *(RequestValidationError, HTTPException, ValueError, TypeError, ArithmeticError, LookupError, AttributeError),
+    *(AssertionError, RuntimeError, OSError),
+)
 
 
 def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource) -> FastAPI:
-    """Keys, queue limit, OpenAI's error format and health routes on vLLM's app, in place."""
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in ("/health",)]
+    """Keys, queue limit, OpenAI's error format and health routes on vLLM's app, in place.
 
-    @app.get("/health")
-    async def get_health() -> JSONResponse:
-        routers, errors = await health.all_routers()
-        ok = any(router.ok for router in routers)
-        errors = [*errors, *(f"{router.router_id}: {router.reason}" for router in routers if not router.ok)]
-        body = {"status": "ok" if ok else "unavailable", "reason": "; ".join(errors)}
-        return JSONResponse(body | {"routers": [r.to_dict() for r in routers]}, status_code=200 if ok else 503)
+    Call it once the app's state is set. Raises ValueError if http.api_keys_env names a variable that holds no key,
+    RuntimeError if vLLM's routes are not found.
+    """
+    gone = vllm_joints.take_off(app)
+    logger.info("these paths of vLLM's app are not served: %s", ", ".join(gone))
+    add_health_routes(app, health, http.retry_after_s)
 
-    @app.get("/ready")
-    async def get_ready() -> JSONResponse:
-        state = await health.ready()
-        return JSONResponse(state.to_dict(), status_code=200 if state.ok else 503)
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> JSONResponse:
+        """One model of /v1/models."""
+        return JSONResponse((await vllm_joints.model_card(app, model)).model_dump())
 
-    @app.get("/live")
-    async def get_live() -> JSONResponse:
-        return JSONResponse({"status": "ok"})
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return answer_exception(request.scope, error, http.retry_after_s)
 
-    app.middleware_stack = None
-    app.add_middleware(ErrorsStayInside, retry_after_s=http.retry_after_s)
-    app.add_middleware(Gate, keys=http.keys(), max_pending=http.max_pending_requests, retry_after_s=http.retry_after_s)
-    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    app.exception_handlers = dict.fromkeys((*HANDLED, *vllm_joints.error_classes()), handle)
+    vllm_joints.guard_engine(app.state.engine_client, http.max_prompt_logprobs)
+    # From the outside in: errors first, so that they come in one format from every layer; then vLLM's own middleware
+    # (CORS, metrics); then, next to the routes, what may refuse a request, so that refusals are counted too.
+    refusals: list[tuple[Any, dict[str, Any]]] = [
+        (
+            Gate,
+            {
+                "keys": http.keys(),
+                "more_digests": vllm_joints.take_keys(app),
+                "limited_paths": vllm_joints.generation_paths(app),
+                "max_pending": http.max_pending_requests,
+                "retry_after_s": http.retry_after_s,
+            },
+        ),
+        (
+            BodyCheck,
+            {
+                "max_body_bytes": http.max_body_bytes,
+                "max_sequences": http.max_sequences_per_request,
+                "max_model_len": app.state.engine_client.model_config.max_model_len,
+            },
+        ),
+    ]
+    app.user_middleware[:] = [
+        *([Middleware(CloseAfterResponse)] if os.environ.get(HAPROXY_SWITCH) == "1" else []),
+        Middleware(OneErrorFormat, retry_after_s=http.retry_after_s),
+        *app.user_middleware,
+        *(Middleware(cls, **options) for cls, options in refusals),
+    ]
+    app.middleware_stack = None  # vLLM has built it already; Starlette builds it again at the next request
+    vllm_joints.forget_http_metrics()
+    app.title = f"{model_id} on expertmesh"
     return app

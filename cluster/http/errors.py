@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,24 +17,51 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("ray.serve")
 
+MAX_MESSAGE = 1000  # characters; a longer one repeats what the client sent
+
+_CODES = {
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+# What pydantic found, in OpenAI's words.
+_VALIDATION_CODES = {
+    "missing": "missing_required_parameter",
+    "greater_than": "integer_below_min_value",
+    "greater_than_equal": "integer_below_min_value",
+    "less_than": "integer_above_max_value",
+    "less_than_equal": "integer_above_max_value",
+    "too_long": "array_above_max_length",
+    "too_short": "array_below_min_length",
+    "string_too_long": "string_above_max_length",
+    "string_too_short": "string_below_min_length",
+}
+
+
+# Parts of the place of a finding that are no names of fields.
+_NO_FIELDS = frozenset({"body", "str", "int", "float", "bool", "bytes", "list", "dict", "none", "constrained"})
+
 
 class UnavailableError(RuntimeError):
     """What the answer needs is away for now; the client sees the message with status 503."""
 
 
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    503: "overloaded_error",
-}
-_CODES = {401: "invalid_api_key", 404: "not_found"}
+class RefusedError(ValueError):
+    """A request that the client has to change; the fields are those of the answer."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code, self.status = message, param, code, status
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of one error."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    """The body of one error. `type` and, if it is None, `code` follow from the status."""
+    kind = "invalid_request_error" if status < 500 else "overloaded_error" if status == 503 else "server_error"
+    if len(message) > MAX_MESSAGE:
+        message = message[:MAX_MESSAGE] + "..."
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
 
 
@@ -48,7 +76,9 @@ def error_response(
 def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
     """The response to any exception. An unexpected one is logged, and the client does not see its details."""
     if isinstance(error, RequestValidationError | ValidationError):
-        return _validation_response(error)
+        return error_response(**validation_fields(error.errors()))
+    if isinstance(error, RefusedError):
+        return error_response(error.status, error.message, error.param, error.code)
     if isinstance(error, BackPressureError):
         return error_response(503, "too many requests are queued; try again", retry_after_s=retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
@@ -59,10 +89,6 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
         return error_response(503, "no answer in time; try again", retry_after_s=retry_after_s)
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail))
-    status = getattr(error, "status_code", None)
-    message = getattr(error, "message", None)
-    if isinstance(status, int) and isinstance(message, str):  # Ray Serve LLM's OpenAIHTTPException
-        return error_response(status, message)
     if isinstance(error, RayError):
         cause = getattr(error, "cause", None)
         if isinstance(cause, ValueError | BackPressureError):
@@ -72,7 +98,45 @@ def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
     if isinstance(error, ValueError):
         return error_response(400, str(error))
     logger.error("unexpected error under a request", exc_info=error)
-    return error_response(500, "internal error; see the log of the ingress")
+    return error_response(500, "internal error; see the log of the replica that answered")
+
+
+def validation_fields(errors: Iterable[Any]) -> dict[str, Any]:
+    """Arguments of `error_response` for what pydantic or FastAPI found wrong; the first finding is told."""
+    first = next(iter(errors), None)
+    if not isinstance(first, dict):  # vLLM's own words
+        message = str(first or "invalid request")
+        return {"status": 415 if "Media Type" in message else 400, "message": message}
+    if first.get("type") == "json_invalid":
+        return {
+            "status": 400,
+            "message": f"the request body is not JSON: {first['ctx']['error']}",
+            "code": "invalid_json",
+        }
+    param = param_of(first.get("loc", ()))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    kind = str(first.get("type", ""))
+    code = _VALIDATION_CODES.get(kind) or ("invalid_type" if "_type" in kind or "_parsing" in kind else "invalid_value")
+    return {
+        "status": 400,
+        "message": f"{param}: {message}" if param else message,
+        "param": param or None,
+        "code": code,
+    }
+
+
+def param_of(place: Iterable[Any]) -> str:
+    """A place in a request body as OpenAI writes it: ("body", "messages", 0, "role") is messages[0].role.
+
+    Names of types, which pydantic puts where it tried several, are left out.
+    """
+    param = ""
+    for part in place:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif str(part).isidentifier() and str(part) not in _NO_FIELDS and not str(part)[0].isupper():
+            param += f".{part}" if param else str(part)
+    return param
 
 
 class OpenAIApp(FastAPI):
@@ -103,7 +167,7 @@ class ErrorsStayInside:
     """Answers exceptions that no handler took, instead of passing them on.
 
     Starlette's handler for `Exception` answers and then raises again. Serve would carry the exception to its proxy,
-    and the proxy would import vllm to unpickle one of Ray Serve LLM's: for seconds no request would get through.
+    which would log it once more and import what it takes to unpickle it.
     """
 
     def __init__(self, app: ASGIApp, retry_after_s: int) -> None:
@@ -131,14 +195,3 @@ class ErrorsStayInside:
             # The stream has started, so its status is sent already; the error becomes its last event.
             last = b"data: " + bytes(response.body) + b"\n\ndata: [DONE]\n\n"
             await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def _validation_response(error: RequestValidationError | ValidationError) -> JSONResponse:
-    first: Any = next(iter(error.errors()), {"msg": "invalid request", "loc": ()})
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first.get("type") == "json_invalid":
-        return error_response(400, f"the request body is not JSON: {first['ctx']['error']}", code="invalid_json")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return error_response(
-        400, f"{place}: {message}" if place else message, param=place or None, code="invalid_parameter"
-    )

@@ -1,39 +1,55 @@
-"""What stands before the OpenAI API: keys and the queue limit, as one ASGI middleware that leaves streams alone."""
+"""Who may ask, and how many at once: keys and the queue limit, as one ASGI middleware that leaves streams alone."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.http.errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/docs", "/openapi.json"})
-GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/metrics", "/docs", "/openapi.json"})
 
 
 class Gate:
-    """Answers 401 to a request without a valid key (if there are keys), and 503 to a generation over the limit."""
+    """Answers 401 to a request without a valid key (if there are keys), and 503 to one over the limit.
 
-    def __init__(self, app: ASGIApp, keys: frozenset[str], max_pending: int, retry_after_s: int) -> None:
+    `more_digests` are SHA-256 digests of further keys. The limit is on requests to `limited_paths` that are running.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Collection[str],
+        max_pending: int,
+        retry_after_s: int,
+        limited_paths: Collection[str] = (),
+        more_digests: Collection[bytes] = (),
+    ) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [*(_digest(key) for key in keys), *more_digests]
+        self._limited_paths = frozenset(limited_paths)
         self._max_pending = max_pending
         self._retry_after_s = retry_after_s
         self._pending = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection; anything but HTTP passes through."""
+        """Handle one connection. A WebSocket without a key is closed; what is neither passes through."""
+        if scope["type"] == "websocket" and self._digests and not self._admits(scope):
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._digests and path not in OPEN_PATHS and not self._admits(scope):
             response = error_response(401, "no valid API key: send one as 'Authorization: Bearer KEY'")
+            response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return
-        if path not in GENERATION_PATHS:
+        if path not in self._limited_paths:
             await self._app(scope, receive, send)
             return
         if self._pending >= self._max_pending:

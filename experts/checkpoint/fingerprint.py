@@ -52,19 +52,15 @@ class Fingerprint:
 
 def fingerprint_of(store: TensorStore) -> Fingerprint:
     """Hash all tensors of a folder. CheckpointError names a file that cannot be read."""
-    entries: dict[Path, list[tuple[str, TensorEntry]]] = {}
-    absent = set()
-    for name in store.index.file_of:
-        if store.is_here(name):
-            entry = store.entry(name)
-            entries.setdefault(entry.file, []).append((name, entry))
+    absent: set[int] = set()
+    parts: list[tuple[Path, list[tuple[str, TensorEntry]]]] = []
+    for path, names in store.index.by_file().items():
+        if store.is_here(names[0]):
+            # In the order of the file, which disks and their caches like best.
+            entries = sorted(((name, store.entry(name)) for name in names), key=lambda pair: pair[1].start)
+            parts += [(path, entries[start : start + _AT_ONCE]) for start in range(0, len(entries), _AT_ONCE)]
         else:
-            absent.add(_absent_hash(name))
-    parts = [
-        (path, group[start : start + _AT_ONCE])
-        for path, group in entries.items()
-        for start in range(0, len(group), _AT_ONCE)
-    ]
+            absent |= {_absent_hash(name) for name in names}
     name_of: dict[int, str] = {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="fingerprint") as pool:
         for part in pool.map(_hash_part, parts):

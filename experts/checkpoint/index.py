@@ -7,6 +7,7 @@ the folder say it, and a tensor in two of them is refused. Needs no torch, and o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -74,7 +75,18 @@ class WeightIndex:
 
     def path_of(self, name: str) -> Path:
         """Where a tensor is. CheckpointError if it is in no file."""
-        return self.folder / self._file(name)
+        return self._paths[self._file(name)]
+
+    @functools.cached_property
+    def _paths(self) -> dict[str, Path]:
+        return {file: self.folder / file for file in self.files}
+
+    def by_file(self) -> dict[Path, list[str]]:
+        """The tensors of each file."""
+        found: dict[Path, list[str]] = {}
+        for name, file in self.file_of.items():
+            found.setdefault(self._paths[file], []).append(name)
+        return found
 
     def _file(self, name: str) -> str:
         file = self.file_of.get(name)

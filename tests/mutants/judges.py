@@ -45,6 +45,7 @@ _GATE = "cluster/http/test_gate*.py"
 JUDGES = {
     "cluster/http/gate.py": _tests("cluster/http/test_gate_keys.py", _GATE),
     "cluster/http/errors.py": _tests("cluster/http/test_error_statuses.py", _GATE),
+    "cluster/http/shape.py": _tests("cluster/http/test_shape.py", "cluster/http/test_requests.py"),
     "cluster/observability/metrics.py": _tests("cluster/observability/test_metrics*.py"),
     "cluster/controller/roster.py": _tests("cluster/controller/test_roster_edges.py", "cluster/controller/test_r*.py"),
     "cluster/controller/deployment.py": _tests("cluster/controller/test_[!i]*.py"),  # but for the initial placement

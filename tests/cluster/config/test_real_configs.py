@@ -9,6 +9,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import parse as parse_module
+from cluster.config.llm_sections import DeadlinesSection
 from cluster.config.serve_file import MeshConfig
 from tests.support.serve.shipped_configs import CONFIGS, SHAPES, serve_config
 
@@ -61,6 +62,21 @@ def test_config_is_valid_and_the_model_fits(name: str) -> None:
 
 @pytest.mark.usefixtures("checkpoints_are_elsewhere")
 @pytest.mark.parametrize("name", SHAPES)
+def test_routers_are_replaced_with_a_surge_where_a_gpu_has_room_for_one_more(name: str) -> None:
+    mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
+    shards, routers = mesh.experts.shards, mesh.llm.routers
+    of_shard = shards.ray_actor_options["num_gpus"]
+    of_router = routers.placement_group_config["bundles"][0]["GPU"] if routers.placement_group_config else 1
+    free = [1 - of_shard] * shards.count + [1.0] * (SHAPES[name].num_gpus - shards.count)
+    for _ in range(routers.count or 1):
+        free.remove(place := min(share for share in free if share > of_router - 1e-6))
+        free.append(place - of_router)
+    room = max(free) > of_router - 1e-6 or "max_nodes: 5" in (CONFIGS / name).read_text()
+    assert routers.deployment_config.get("max_surge_percent", 100) == (100 if room else 0)
+
+
+@pytest.mark.usefixtures("checkpoints_are_elsewhere")
+@pytest.mark.parametrize("name", SHAPES)
 def test_shards_wait_for_routers_as_long_as_routers_for_shards(name: str) -> None:
     mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
     ours, theirs = mesh.llm.router_settings(), mesh.experts.shard_settings("127.0.0.1")
@@ -89,3 +105,14 @@ def test_kuberay_gives_each_pod_one_gpu_and_the_keys() -> None:
     named = [variable["name"] for variable in worker["env"]]
     llm = serve_config("kuberay/qwen3-30b-a3b.yaml")["applications"][1]["args"]
     assert llm["http"]["api_keys_env"] in named
+
+
+def test_kuberay_sends_requests_to_a_pod_after_the_first_token() -> None:
+    manifest = yaml.safe_load((CONFIGS / "kuberay/qwen3-30b-a3b.yaml").read_text())
+    [group] = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    [worker] = group["template"]["spec"]["containers"]
+    probe = worker["readinessProbe"]
+    options = serve_config("kuberay/qwen3-30b-a3b.yaml")["http_options"]
+    assert probe["httpGet"] == {"path": "/ready", "port": options["port"]}
+    assert probe["timeoutSeconds"] > DeadlinesSection().probe_s, "the first answer generates a token"
+    assert "livenessProbe" not in worker, "no pod of a shard is restarted because a router is sick"

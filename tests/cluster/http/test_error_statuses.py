@@ -18,8 +18,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from cluster.http.errors import (
+    MAX_MESSAGE,
     ErrorsStayInside,
     OpenAIApp,
+    RefusedError,
+    UnavailableError,
     add_error_handlers,
     error_body,
     error_response,
@@ -36,13 +39,6 @@ def told(response: JSONResponse) -> tuple[int, dict[str, Any], str | None]:
 
 def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     return {"message": message, "type": kind, "param": param, "code": code}
-
-
-class OpenAIHTTPError(Exception):
-    """As Ray Serve LLM raises it."""
-
-    def __init__(self, status_code: Any, message: Any) -> None:
-        self.status_code, self.message = status_code, message
 
 
 def ray_error(cause: Any) -> RayError:
@@ -67,19 +63,27 @@ ROUTER_FAILED = error("the router that had this request failed; try again", AGAI
         ),
         (TimeoutError(), 503, error("no answer in time; try again", AGAIN), "4"),
         (TimeoutError("in words of its own"), 503, error("no answer in time; try again", AGAIN), "4"),
-        (HTTPException(404, "no model x"), 404, error("no model x", "not_found_error", code="not_found"), None),
-        (HTTPException(408, "too late"), 408, error("too late", "timeout_error"), None),
+        (UnavailableError("router a is away"), 503, error("router a is away", AGAIN), "4"),
+        (
+            RefusedError("no", param="n", code="c", status=413),
+            413,
+            error("no", "invalid_request_error", "n", "c"),
+            None,
+        ),
+        (HTTPException(404, "no model x"), 404, error("no model x", "invalid_request_error", code="not_found"), None),
+        (HTTPException(408, "too late"), 408, error("too late", "invalid_request_error"), None),
         (HTTPException(422, "no"), 422, error("no", "invalid_request_error"), None),
-        (OpenAIHTTPError(404, "which?"), 404, error("which?", "not_found_error", code="not_found"), None),
-        (OpenAIHTTPError(500, "oh"), 500, error("oh", "server_error"), None),
-        (OpenAIHTTPError("500", "oh"), 500, error("internal error; see the log of the ingress", "server_error"), None),
-        (OpenAIHTTPError(404, None), 500, error("internal error; see the log of the ingress", "server_error"), None),
         (ray_error(None), 503, ROUTER_FAILED, "4"),
         (ray_error(KeyError("inside")), 503, ROUTER_FAILED, "4"),
         (ray_error(ValueError("prompt is long")), 400, error("prompt is long", "invalid_request_error"), None),
         (ray_error(BackPressureError(3, 2)), 503, error("too many requests are queued; try again", AGAIN), "4"),
         (ValueError("top_p is 7"), 400, error("top_p is 7", "invalid_request_error"), None),
-        (KeyError("inside"), 500, error("internal error; see the log of the ingress", "server_error"), None),
+        (
+            KeyError("inside"),
+            500,
+            error("internal error; see the log of the replica that answered", "server_error"),
+            None,
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
@@ -93,10 +97,12 @@ def test_every_exception_has_one_answer(
     ("status", "kind", "code"),
     [
         (400, "invalid_request_error", None),
-        (401, "authentication_error", "invalid_api_key"),
-        (404, "not_found_error", "not_found"),
-        (405, "invalid_request_error", None),
-        (408, "timeout_error", None),
+        (401, "invalid_request_error", "invalid_api_key"),
+        (404, "invalid_request_error", "not_found"),
+        (405, "invalid_request_error", "method_not_allowed"),
+        (403, "invalid_request_error", "forbidden"),
+        (413, "invalid_request_error", "request_too_large"),
+        (415, "invalid_request_error", "unsupported_media_type"),
         (499, "invalid_request_error", None),
         (500, "server_error", None),
         (501, "server_error", None),
@@ -139,24 +145,66 @@ def validation_error(**values: Any) -> ValidationError:
 
 
 @pytest.mark.parametrize(
-    ("raised", "message", "param"),
+    ("raised", "message", "param", "code"),
     [
         (
             validation_error(inner=[{"n": 1}, {"n": -1}]),
-            "inner.1.n: Input should be greater than or equal to 0",
-            "inner.1.n",
+            "inner[1].n: Input should be greater than or equal to 0",
+            "inner[1].n",
+            "integer_below_min_value",
         ),
-        (validation_error(name="long"), "name: name has more than 3 letters", "name"),
-        (RequestValidationError([{"loc": ("body",), "msg": "Field required"}]), "Field required", None),
-        (RequestValidationError([{"loc": ("body", "a"), "msg": "wrong"}]), "a: wrong", "a"),
-        (RequestValidationError([{"loc": ("query", "a"), "msg": "wrong"}, {"loc": (), "msg": "2"}]), "query.a: wrong",
-         "query.a"),
-        (RequestValidationError([]), "invalid request", None),
+        (validation_error(name="long"), "name: name has more than 3 letters", "name", "invalid_value"),
+        (
+            RequestValidationError([{"loc": ("body",), "msg": "Field required", "type": "missing"}]),
+            "Field required",
+            None,
+            "missing_required_parameter",
+        ),
+        (
+            RequestValidationError([{"loc": ("body", "a"), "msg": "wrong", "type": "int_type"}]),
+            "a: wrong",
+            "a",
+            "invalid_type",
+        ),
+        (
+            RequestValidationError([{"loc": ("query", "a"), "msg": "wrong"}, {"loc": (), "msg": "2"}]),
+            "query.a: wrong",
+            "query.a",
+            "invalid_value",
+        ),
+        (
+            RequestValidationError(
+                [
+                    {
+                        "loc": ("body", "stop", "list[constrained-str]", 0, "str", "TextPart"),
+                        "msg": "no",
+                        "type": "too_long",
+                    }
+                ]
+            ),
+            "stop[0]: no",
+            "stop[0]",
+            "array_above_max_length",
+        ),
+        (RequestValidationError([]), "invalid request", None, None),
     ],
-)  # fmt: skip
-def test_a_bad_parameter_is_named_with_its_place(raised: BaseException, message: str, param: str | None) -> None:
-    expected = error(message, "invalid_request_error", param, "invalid_parameter")
+)
+def test_a_bad_parameter_is_named_with_its_place(
+    raised: BaseException, message: str, param: str | None, code: str | None
+) -> None:
+    expected = error(message, "invalid_request_error", param, code)
     assert told(response_for(raised, 4)) == (400, expected, None)
+
+
+def test_a_wrong_content_type_in_vllms_words_is_415() -> None:
+    message = "Unsupported Media Type: Only 'application/json' is allowed"
+    expected = error(message, "invalid_request_error", code="unsupported_media_type")
+    assert told(response_for(RequestValidationError([message]), 4)) == (415, expected, None)
+
+
+def test_a_message_that_repeats_the_request_is_cut() -> None:
+    message = error_body(400, "x" * 10**6)["error"]["message"]
+    assert message == "x" * MAX_MESSAGE + "..."
 
 
 def test_what_is_no_json_is_told_as_the_parser_says_it() -> None:
@@ -195,7 +243,7 @@ def test_an_app_answers_what_the_framework_itself_raises_in_this_format() -> Non
     add_error_handlers(app, 4)
     for kind in (RequestValidationError, HTTPException):
         response = asyncio.run(app.exception_handlers[kind](SimpleNamespace(), HTTPException(404, "gone")))
-        assert told(response)[:2] == (404, error("gone", "not_found_error", code="not_found"))
+        assert told(response)[:2] == (404, error("gone", "invalid_request_error", code="not_found"))
     assert [middleware.cls for middleware in app.user_middleware] == [ErrorsStayInside]
     assert app.user_middleware[0].kwargs == {"retry_after_s": 4}
 

@@ -16,17 +16,9 @@ from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.http.errors import OpenAIApp, add_error_handlers, error_body, response_for
+from cluster.http.errors import OpenAIApp, UnavailableError, add_error_handlers, error_body, response_for
 from cluster.http.gate import Gate
-from cluster.router.client import RouterLostError
 from tests.support.waiting import run_async, within
-
-
-class OpenAIError(Exception):
-    """As Ray Serve LLM's."""
-
-    def __init__(self, status_code: int, message: str) -> None:
-        self.status_code, self.message = status_code, message
 
 
 class Body(BaseModel):
@@ -37,7 +29,7 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
     app = OpenAIApp()
     events = {"entered": asyncio.Event(), "go_on": asyncio.Event()}
     add_error_handlers(app, retry_after_s=7)
-    app.add_middleware(Gate, keys=keys, max_pending=max_pending, retry_after_s=7)
+    app.add_middleware(Gate, keys=keys, max_pending=max_pending, retry_after_s=7, limited_paths=["/v1/completions"])
 
     @app.post("/v1/completions")
     async def completions(body: Body) -> dict[str, int]:
@@ -71,8 +63,7 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
             "queue": BackPressureError(3, 2),
             "no_router": DeploymentUnavailableError(DeploymentID("Router", "llm")),
             "timeout": TimeoutError(),
-            "lost": RouterLostError("a router did not answer mesh_trace in 5 s"),
-            "of_ray_serve_llm": OpenAIError(422, "top_k is 0"),
+            "lost": UnavailableError("a router did not answer mesh_trace in 5 s"),
         }[kind]
 
     # What Serve does with an app that it is given.
@@ -123,7 +114,6 @@ def test_bad_bodies_are_400(body: bytes, expected: str) -> None:
         ("no_router", 503, "no router is available", "Traceback"),
         ("timeout", 503, "no answer in time", "Traceback"),
         ("lost", 503, "a router did not answer mesh_trace in 5 s", "Traceback"),
-        ("of_ray_serve_llm", 422, "top_k is 0", "Traceback"),
     ],
 )
 def test_exceptions_become_errors_that_tell_what_helps(kind: str, status: int, told: str, untold: str) -> None:
@@ -256,10 +246,10 @@ def test_an_error_of_a_router_is_the_clients_fault_only_if_it_says_so(error: Exc
     ("status", "kind", "code"),
     [
         (400, "invalid_request_error", None),
-        (401, "authentication_error", "invalid_api_key"),
-        (404, "not_found_error", "not_found"),
-        (405, "invalid_request_error", None),
-        (408, "timeout_error", None),
+        (401, "invalid_request_error", "invalid_api_key"),
+        (404, "invalid_request_error", "not_found"),
+        (405, "invalid_request_error", "method_not_allowed"),
+        (413, "invalid_request_error", "request_too_large"),
         (500, "server_error", None),
         (503, "overloaded_error", None),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from cluster.http.gate import Gate
 
 KEYS = frozenset({"sk-team-0123456789", "sk-team-9876543210"})
+GENERATION = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
 class Asked:
@@ -44,13 +47,13 @@ class Asked:
 class Door:
     """A gate with an app that only notes who comes through."""
 
-    def __init__(self, keys: frozenset[str] = KEYS, max_pending: int = 5) -> None:
+    def __init__(self, keys: frozenset[str] = KEYS, max_pending: int = 5, more: Collection[bytes] = ()) -> None:
         self.seen: list[dict[str, Any]] = []
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             self.seen.append(scope)
 
-        self.gate = Gate(app, keys, max_pending, retry_after_s=9)
+        self.gate = Gate(app, keys, max_pending, retry_after_s=9, limited_paths=GENERATION, more_digests=more)
 
     def ask(self, path: str = "/v1/models", headers: list[tuple[bytes, bytes]] | None = None, **more: Any) -> Asked:
         scope = {"type": "http", "method": "GET", "path": path, "headers": headers or [], **more}
@@ -65,6 +68,17 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
 def test_every_key_admits(key: str) -> None:
     assert Door().ask(headers=bearer(key)).passed
     assert Door().ask(headers=bearer(f"  {key} ")).passed, "space around a key is no part of it"
+
+
+def test_a_key_may_be_given_as_its_digest() -> None:
+    door = Door(frozenset(), more=[hashlib.sha256(b"vllms-own").digest()])
+    assert door.ask(headers=bearer("vllms-own")).passed
+    assert not door.ask(headers=bearer("another")).passed
+    assert not door.ask().passed
+
+
+def test_a_refusal_says_how_to_authenticate() -> None:
+    assert Door().ask().headers[b"www-authenticate"] == b"Bearer"
 
 
 KEY = "sk-team-0123456789"
@@ -96,7 +110,7 @@ def test_a_key_counts_only_where_and_as_it_belongs(headers: list[tuple[bytes, by
     assert not Door().ask(headers=headers).passed
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/metrics", "/docs", "/openapi.json"])
 def test_what_probes_and_readers_ask_needs_no_key(path: str) -> None:
     assert Door().ask(path).passed
     assert Door().ask("/prefix" + path, root_path="/prefix").passed
@@ -117,8 +131,17 @@ def test_what_is_no_request_or_only_asks_for_what_is_allowed_passes() -> None:
     door = Door(max_pending=0)
     assert door.ask(method="OPTIONS").passed
     assert door.ask("/v1/completions", method="OPTIONS").passed
-    for kind in ("websocket", "lifespan"):
-        assert Asked(door.gate, door.seen, {"type": kind}).passed
+    assert Asked(door.gate, door.seen, {"type": "lifespan"}).passed
+
+
+def test_a_web_socket_needs_a_key_too() -> None:
+    door = Door()
+    assert Asked(door.gate, door.seen, {"type": "websocket", "headers": bearer(KEY)}).passed
+    refused = Asked(door.gate, door.seen, {"type": "websocket", "headers": bearer("another")})
+    assert not refused.passed
+    assert refused.sent == [{"type": "websocket.close", "code": 1008}]
+    open_door = Door(frozenset())
+    assert Asked(open_door.gate, open_door.seen, {"type": "websocket", "headers": []}).passed
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -148,7 +171,7 @@ def test_the_limit_counts_requests_that_run_and_nothing_else() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        gate = Gate(app, frozenset(), 2, 9)
+        gate = Gate(app, frozenset(), 2, 9, limited_paths=GENERATION)
 
         def begin(path: str, fails: bool = False) -> asyncio.Task[None]:
             scope = {"type": "http", "method": "POST", "path": path, "headers": [], "fails": fails}

@@ -1,0 +1,248 @@
+"""Every touch of vLLM's HTTP side: its routes, its keys, its exceptions, its way into the engine.
+
+Written against vLLM 0.32. `tests/cluster/http/test_vllm_joints.py` fails when one of them moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.routing import BaseRoute
+
+from cluster.http.errors import RefusedError
+
+logger = logging.getLogger("ray.serve")
+
+# Clients may use what is below these, and these. Everything else is taken off the app: control of the engine
+# (scaling, sleep, pause, caches, weights, profiles, adapters, collective_rpc, server_info and what comes with
+# VLLM_SERVER_DEV_MODE), scale-out's internals, and SageMaker's /ping and /invocations.
+SERVED_BELOW = ("/v1/", "/v2/")
+SERVED = frozenset(
+    {
+        *("/tokenize", "/detokenize", "/generative_scoring", "/classify", "/embed", "/score", "/rerank", "/pooling"),
+        *("/load", "/version", "/metrics", "/docs", "/openapi.json"),
+    }
+)
+CONTROL = ("lora_adapter", "weight", "cache", "/render", "/derender", "/realtime")  # in paths below SERVED_BELOW
+# POST without a generation; every other POST counts for the queue limit.
+LIGHT = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/{response_id}/cancel"})
+
+PROMPTS = ("messages", "prompt", "input")
+_CONTEXT = re.compile(r"maximum context length|maximum model length|maximum input length|max_model_len")
+_PROMPT = re.compile(r"decoder prompt|one prompt|Token id \S+ is out of|empty conversation")
+_EXTRAS = re.compile(r" \(parameter=[^()]*(, value=.*)?\)$", re.DOTALL)
+
+
+def path_of(route: BaseRoute) -> str:
+    """The path of a route or a mount."""
+    return str(getattr(route, "path", ""))
+
+
+def is_served(path: str) -> bool:
+    """Whether clients may use a path of vLLM's app."""
+    below = path.startswith(SERVED_BELOW) and not any(word in path for word in CONTROL)
+    return below or path in SERVED
+
+
+def take_off(app: FastAPI) -> list[str]:
+    """Remove the routes that clients may not use; their paths."""
+    gone = sorted({path_of(route) for route in app.router.routes if not is_served(path_of(route))})
+    app.router.routes[:] = [route for route in app.router.routes if is_served(path_of(route))]
+    app.openapi_schema = None
+    if "/v1/completions" not in generation_paths(app):  # FastAPI 0.137 hides the routes of a router
+        raise RuntimeError(f"vLLM's app has no route /v1/completions with this version of FastAPI; it has {gone}")
+    return gone
+
+
+def generation_paths(app: FastAPI) -> frozenset[str]:
+    """The paths whose requests make the engine work."""
+    return frozenset(
+        path_of(route)
+        for route in app.router.routes
+        if "POST" in (getattr(route, "methods", None) or ()) and path_of(route) not in LIGHT
+    )
+
+
+def take_keys(app: FastAPI) -> frozenset[bytes]:
+    """SHA-256 digests of the keys that vLLM itself would ask for (VLLM_API_KEY); its own check is removed."""
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    digests: set[bytes] = set()
+    for middleware in [one for one in app.user_middleware if one.cls is AuthenticationMiddleware]:
+        digests |= set(AuthenticationMiddleware(app, **middleware.kwargs).api_tokens)  # type: ignore[arg-type]
+        app.user_middleware.remove(middleware)
+    return frozenset(digests)
+
+
+def forget_http_metrics() -> None:
+    """Let the middleware that counts requests be built a second time.
+
+    It keeps quiet, and counts nothing, where its metrics are registered already: by the stack that vLLM has built.
+    """
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    registry = get_prometheus_registry()
+    named = registry._names_to_collectors.items()
+    for collector in {collector for name, collector in named if name.startswith(("http_request", "http_response"))}:
+        registry.unregister(collector)
+
+
+def model_card(app: FastAPI, model: str) -> Any:
+    """The entry of /v1/models for a model. Awaitable; raises RefusedError if it is not served."""
+
+    async def find() -> Any:
+        models = await app.state.openai_serving_models.show_available_models()
+        for card in models.data:
+            if card.id == model:
+                return card
+        names = ", ".join(card.id for card in models.data)
+        message = f"the model {model!r} does not exist; this service has {names}"
+        raise RefusedError(message, param="model", code="model_not_found", status=404)
+
+    return find()
+
+
+def error_classes() -> tuple[type[Exception], ...]:
+    """Bases of the exceptions that vLLM's handlers raise, apart from Python's own."""
+    from vllm.exceptions import VLLMError
+
+    return (VLLMError,)
+
+
+def guard_engine(engine: Any, max_prompt_logprobs: int) -> None:
+    """Let the engine's `add_request` blame the client for what it cannot take, and leave nothing of it behind.
+
+    vLLM answers 500 without a word when a request cannot be prepared or sent to the engine's process (an integer that
+    msgpack does not take), whether or not it has started to stream, and goes on counting it as unfinished.
+    """
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    add_request, core = engine.add_request, engine.engine_core
+    send = core.add_request_async
+
+    async def checked_add_request(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = getattr(params, "prompt_logprobs", None)
+        asked = engine.model_config.get_vocab_size() if asked == -1 else asked
+        length = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
+        if asked is not None and length * (asked + 1) > max_prompt_logprobs:
+            raise VLLMValidationError(
+                f"prompt_logprobs={asked} of {length} prompt tokens are {length * (asked + 1)} log-probabilities, "
+                f"expected at most {max_prompt_logprobs}: send a shorter prompt, or ask for fewer "
+                "(http.max_prompt_logprobs)",
+                parameter="prompt_logprobs",
+            )
+        try:
+            return await add_request(request_id, prompt, params, *args, **kwargs)
+        except (VLLMClientError, GracefulHTTPError, EngineDeadError):
+            raise
+        except Exception as error:
+            if engine.errored:
+                raise
+            logger.warning("the engine cannot take a request", exc_info=error)
+            raise VLLMValidationError(f"the engine cannot take this request: {_words(error)}") from error
+
+    async def checked_send(request: Any) -> None:
+        try:
+            await send(request)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the list of ids may be what cannot be sent
+                await engine.abort(request.request_id, internal=True)
+            raise
+
+    engine.add_request = checked_add_request
+    core.add_request_async = checked_send
+
+
+def fields_of(error: BaseException, fields: tuple[str, ...], has_grammar: bool) -> dict[str, Any] | None:
+    """Arguments of `error_response` for what vLLM raises under a request; None if it is not known.
+
+    `fields` are the names at the top of the request's body. An exception of a kind that values cause (a wrong type, a
+    missing key, a recursion) is the client's: what breaks a sound engine in this way stands in the request.
+    """
+    from vllm.exceptions import (
+        GenerationError,
+        GracefulHTTPError,
+        RetryableRequestError,
+        VLLMClientError,
+        VLLMNotFoundError,
+        VLLMUnprocessableEntityError,
+    )
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    cause = error.__cause__
+    if isinstance(error, EngineDeadError) or (isinstance(error, EngineGenerateError) and _is_dead(cause)):
+        return {"status": 503, "message": "the engine of this router has stopped; it is being replaced: try again"}
+    if isinstance(error, GracefulHTTPError):
+        return {"status": int(error.http_status), "message": error.message, "code": "queue_full"}
+    if isinstance(error, VLLMClientError):
+        unprocessable = isinstance(error, VLLMUnprocessableEntityError)
+        status = 404 if isinstance(error, VLLMNotFoundError) else 422 if unprocessable else 400
+        return client_fields(status, str(error), getattr(error, "parameter", None), fields)
+    if isinstance(error, RetryableRequestError):
+        return {"status": 503, "message": f"{error}: try again"}
+    if isinstance(error, GenerationError) and has_grammar:
+        return grammar_fields(fields)
+    if isinstance(error, EngineGenerateError | GenerationError):
+        logger.error("the engine failed a request", exc_info=error)
+        return None
+    blamed = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError, RecursionError)
+    if type(error) is Exception or isinstance(error, (*blamed, NotImplementedError)) or _is_foreign(error):
+        logger.warning("a request that vLLM cannot process", exc_info=error)
+        return client_fields(400, f"this request cannot be processed: {_words(error)}", None, fields)
+    return None
+
+
+def client_fields(status: int, message: str, param: str | None, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments of `error_response` for an error that vLLM tells in words, with OpenAI's `param` and `code`."""
+    message = _EXTRAS.sub("", message)
+    if status == 404 and "model" in message:
+        return {"status": 404, "message": message, "param": "model", "code": "model_not_found"}
+    if _CONTEXT.search(message) and param != "max_tokens":
+        param = next((name for name in PROMPTS if name in fields), param)
+        return {"status": 400, "message": message, "param": param, "code": "context_length_exceeded"}
+    if param is None and _PROMPT.search(message):
+        param = next((name for name in PROMPTS if name in fields), None)
+    if param is None:
+        param = next((word for word in _named(message) if word in fields), None)
+    code = None if status != 400 else "invalid_value"
+    return {"status": status, "message": message, "param": param, "code": code}
+
+
+def _named(message: str) -> Iterator[str]:
+    """Words of a message that may be the name of a field: its first one, quoted ones, and those_like_this."""
+    for match in re.finditer(r"([`'\"]?)([a-z][a-z0-9_]*)", message):
+        if match[1] or "_" in match[2] or match.start() == 0:
+            yield match[2]
+
+
+def grammar_fields(fields: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments of `error_response` for a grammar that passed vLLM's check and then could not be compiled."""
+    names = ("structured_outputs", "response_format", "text", "tools")
+    param = next((name for name in names if name in fields), None)
+    message = f"the engine cannot follow {param or 'the grammar of this request'}: simplify it"
+    return {"status": 400, "message": message, "param": param, "code": "invalid_value"}
+
+
+def _is_dead(error: BaseException | None) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Errors of the template engine, and panics of Rust libraries, which are BaseException."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"TemplateError", "PanicException"})
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    if text and type(error) in (ValueError, TypeError, NotImplementedError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

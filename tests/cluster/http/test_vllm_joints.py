@@ -1,0 +1,149 @@
+"""What the front door takes for granted of vLLM: its routes, its exceptions, its engine client."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+pytest.importorskip("vllm", reason="vLLM's HTTP side")
+
+from cluster.http import vllm_joints
+from tests.support.waiting import run_async
+
+
+@pytest.fixture(scope="module")
+def vllm_app() -> FastAPI:
+    """vLLM's app with every route it can have, development's included."""
+    from vllm import envs
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m", "--api-key", "vllms-own"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envs, "VLLM_SERVER_DEV_MODE", True)
+        patch.setattr(envs, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", True)
+        return build_app(args, ("generate",), None)
+
+
+def test_clients_reach_what_they_need_and_nothing_that_controls_the_engine(vllm_app: FastAPI) -> None:
+    """Each path that is new in a version of vLLM has to be put on one side here."""
+    paths = {vllm_joints.path_of(route) for route in vllm_app.router.routes}
+    served = {path for path in paths if vllm_joints.is_served(path)}
+    assert served == {
+        *("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"),
+        *("/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/v1/systemone", "/generative_scoring"),
+        *("/tokenize", "/detokenize", "/load", "/version", "/metrics", "/docs", "/openapi.json"),
+    }
+    dangerous = {"/collective_rpc", "/sleep", "/pause", "/server_info", "/scale_elastic_ep", "/reset_prefix_cache"}
+    assert dangerous <= paths - served, "what VLLM_SERVER_DEV_MODE brings is on the other side"
+
+
+def test_generation_is_what_makes_the_engine_work(vllm_app: FastAPI) -> None:
+    app = FastAPI()
+    app.router.routes[:] = [r for r in vllm_app.router.routes if vllm_joints.is_served(vllm_joints.path_of(r))]
+    assert vllm_joints.generation_paths(app) == {
+        *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages"),
+        *("/v1/systemone", "/generative_scoring"),
+    }
+
+
+def test_vllms_own_keys_become_the_doors(vllm_app: FastAPI) -> None:
+    import hashlib
+
+    before = len(vllm_app.user_middleware)
+    assert vllm_joints.take_keys(vllm_app) == {hashlib.sha256(b"vllms-own").digest()}
+    assert len(vllm_app.user_middleware) == before - 1
+    assert vllm_joints.take_keys(vllm_app) == frozenset()
+
+
+def test_the_engine_client_has_the_methods_that_are_wrapped() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    assert list(inspect.signature(AsyncLLM.add_request).parameters)[1:4] == ["request_id", "prompt", "params"]
+    assert "self.add_request(" in inspect.getsource(AsyncLLM.generate)
+    assert list(inspect.signature(AsyncMPClient.add_request_async).parameters) == ["self", "request"]
+    assert {"internal"} <= set(inspect.signature(AsyncLLM.abort).parameters)
+    assert isinstance(AsyncLLM.errored, property)
+
+
+class Engine:
+    """An engine client that cannot send what it is asked to."""
+
+    def __init__(self, error: Exception, errored: bool = False) -> None:
+        self.errored, self.aborted, self.engine_core = errored, [], self
+        self._error = error
+        self.model_config = self
+
+    def get_vocab_size(self) -> int:
+        return 1000
+
+    async def add_request(self, request_id: str, prompt: Any, params: Any, *, priority: int = 0) -> str:
+        await self.engine_core.add_request_async(self)
+        return f"{request_id} {priority}"
+
+    async def add_request_async(self, request: Any) -> None:
+        if self._error is not None:
+            raise self._error
+
+    async def abort(self, request_id: Any, internal: bool) -> None:
+        assert internal
+        self.aborted.append(request_id)
+
+    request_id = "inner"
+
+
+class Params:
+    def __init__(self, prompt_logprobs: int | None = None) -> None:
+        self.prompt_logprobs = prompt_logprobs
+
+
+PROMPT = {"type": "token", "prompt_token_ids": [5] * 10}
+
+
+def test_what_the_engine_cannot_be_sent_is_the_clients_mistake_and_forgotten() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = Engine(OverflowError("can't serialize ints >= 2**64"))
+    vllm_joints.guard_engine(engine, 100)
+    with pytest.raises(VLLMValidationError, match="the engine cannot take this request: OverflowError: can't"):
+        run_async(engine.add_request("outer", PROMPT, Params()))
+    assert engine.aborted == ["inner"]
+
+
+@pytest.mark.parametrize("errored", [False, True])
+def test_what_the_engine_says_itself_stays_as_it_is(errored: bool) -> None:
+    from vllm.exceptions import QueueOverflowError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    for error in (EngineDeadError(), QueueOverflowError(), *([ValueError("x")] if errored else [])):
+        engine = Engine(error, errored)
+        vllm_joints.guard_engine(engine, 100)
+        with pytest.raises(type(error)):
+            run_async(engine.add_request("outer", PROMPT, Params()))
+
+
+def test_a_request_that_the_engine_takes_passes_with_all_its_arguments() -> None:
+    engine: Any = Engine(None)  # type: ignore[arg-type]
+    vllm_joints.guard_engine(engine, 100)
+    assert run_async(engine.add_request("outer", PROMPT, Params(), priority=3)) == "outer 3"
+    assert engine.aborted == []
+
+
+@pytest.mark.parametrize(("asked", "passes"), [(None, True), (0, True), (9, True), (10, False), (-1, False)])
+def test_log_probabilities_of_the_prompt_are_counted(asked: int | None, passes: bool) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine: Any = Engine(None)  # type: ignore[arg-type]
+    vllm_joints.guard_engine(engine, 100)
+    if passes:
+        assert run_async(engine.add_request("outer", PROMPT, Params(asked)))
+    else:
+        with pytest.raises(VLLMValidationError, match="max_prompt_logprobs") as found:
+            run_async(engine.add_request("outer", PROMPT, Params(asked)))
+        assert found.value.parameter == "prompt_logprobs"
