@@ -170,7 +170,7 @@ def running_service() -> Iterator[Service]:
     )
     command_process: subprocess.Popen[bytes] | None = None
     try:
-        wait_for(lambda: _answers(running.dashboard) or head.poll() is not None, 120, "Ray's dashboard")
+        wait_for(lambda: answers(running.dashboard) or head.poll() is not None, 120, "Ray's dashboard")
         assert head.poll() is None, (folder / "ray.log").read_text()
         config = running.write_config("mesh.yaml")
         with open(running.log, "w") as log:
@@ -186,11 +186,15 @@ def running_service() -> Iterator[Service]:
         assert command_process.poll() is None, running.log.read_text()
         yield running
     finally:
-        _end(head, command_process)
+        end_session(head)
+        if command_process is not None:  # it has nothing to clean up any more
+            command_process.kill()
+            command_process.wait(10)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether anything answers in HTTP there."""
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
@@ -200,15 +204,12 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _end(head: subprocess.Popen[bytes], command: subprocess.Popen[bytes] | None) -> None:
-    """Kill the cluster with all its processes, then the command, which then has nothing to clean up."""
+def end_session(head: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session, such as `ray start --block`, with all processes of the session."""
     for pid in [head.pid, *session_members(head.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     head.wait(10)
-    if command is not None:
-        command.kill()
-        command.wait(10)
 
 
 def session_members(session_id: int) -> list[int]:

@@ -1,0 +1,150 @@
+"""The ways to hand over code and configs that README.md and docs/upgrades.md name, each twice with changed code between.
+
+The cluster serves the console alone: it is built and replaced as the other applications are, and starts in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.serve_environment import environment_of_a_local_cluster
+from tests.support.serve.service import REPOSITORY, answers, end_session
+from tests.support.waiting import free_ports, wait_for
+
+OLD, NEW = "there is no router yet", "there is no router so far"
+CHANGED = Path("cluster", "console", "endpoints.py")
+
+
+@dataclass
+class Cluster:
+    """A Ray cluster whose processes find the code in `code`, as `ray start` in a checkout makes one."""
+
+    code: Path
+    env: dict[str, str]
+    http: int
+
+    def run(self, *command: str) -> str:
+        """The output of one of Ray's commands, run beside the code."""
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            cwd=self.code,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def deploy(self, release: str | None) -> None:
+        """`serve deploy` of a config with the console; waits until Serve has carried it out."""
+        app: dict[str, Any] = {
+            "name": "console",
+            "route_prefix": "/expertmesh",
+            "import_path": "serve_app:build_console",
+        }
+        if release is not None:
+            app["runtime_env"] = {"env_vars": {"EXPERTMESH_RELEASE": release}}
+        config = self.code / "console.yaml"
+        http = {"host": "127.0.0.1", "port": self.http}
+        config.write_text(yaml.safe_dump({"http_options": http, "applications": [app]}))
+        self.run("serve", "deploy", str(config))
+        wait_for(lambda: self.state() == "RUNNING", 120, "the console to run")
+
+    def state(self) -> str:
+        """What `serve status` says of the console."""
+        status = yaml.safe_load(self.run("serve", "status"))
+        return str(status["applications"].get("console", {}).get("status"))
+
+    def answer(self) -> str:
+        """The console's words for a mesh without routers, which the changed code changes."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/expertmesh/trace", timeout=30) as response:
+                return response.read().decode()
+        except urllib.error.HTTPError as error:
+            with contextlib.suppress(ValueError, KeyError):
+                return str(json.loads(error.read())["error"]["message"])
+            return str(error)
+        except OSError as error:
+            return str(error)
+
+    def change_code(self, old: str, new: str) -> None:
+        """Edit the code that the cluster's processes import."""
+        path = self.code / CHANGED
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
+    code = folder / "code"
+    code.mkdir()
+    for name in ("cluster", "experts", "placement"):
+        shutil.copytree(REPOSITORY / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "serve_app.py", code)
+    gcs, dashboard, agent, client, http = free_ports(5)
+    env = {
+        **os.environ,
+        **environment_of_a_local_cluster(folder, {}),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "PYTHONPATH": str(code),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    env.pop("PYTEST_CURRENT_TEST", None)
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        *("start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"),
+    ]
+    with open(folder / "ray.log", "w") as log:
+        head = subprocess.Popen(command, cwd=code, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        up = lambda: answers(env["RAY_DASHBOARD_ADDRESS"]) or head.poll() is not None  # noqa: E731
+        wait_for(up, 120, "Ray's dashboard")
+        assert head.poll() is None, (folder / "ray.log").read_text()
+        yield Cluster(code, env, http)
+    finally:
+        end_session(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_changed_code_runs_once_the_release_changes(cluster: Cluster) -> None:
+    cluster.deploy("1")
+    wait_for(lambda: cluster.answer() == OLD, 60, "the console to answer")
+    cluster.change_code(OLD, NEW)
+    cluster.deploy("1")
+    assert cluster.answer() == OLD, "Serve compares configs, and this one is the same"
+    cluster.deploy("2")
+    wait_for(lambda: cluster.answer() == NEW, 60, "the console of the changed code")
+    cluster.change_code(NEW, OLD)
+    cluster.deploy("3")
+    wait_for(lambda: cluster.answer() == OLD, 60, "the code of the third release")
+
+
+def test_a_job_runs_the_code_of_its_working_directory(cluster: Cluster, tmp_path: Path) -> None:
+    for words in ("first words", "second words"):
+        (tmp_path / "told.py").write_text(f"import placement.cli\nprint('{words}', placement.cli.__name__)\n")
+        told = cluster.run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "told.py")
+        assert f"{words} placement.cli" in told
