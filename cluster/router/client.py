@@ -7,13 +7,12 @@ from typing import Any
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.http.errors import UnavailableError
 from cluster.ray_joints import broadcast
 from cluster.router.messages import GenerationHealth, TraceSample
 from experts.protocol.status import RouterStatus
 
 
-class RouterLostError(UnavailableError):
+class RouterLostError(RuntimeError):
     """A router that the answer needs did not answer; the message has a line for each one."""
 
 
