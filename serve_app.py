@@ -1,9 +1,10 @@
-"""The builders of the two Serve applications, and the command that serves them on this machine.
+"""The builders of the Serve applications, and the command that serves them on this machine.
 
 Import paths in a Serve config (see configs/):
 
     import_path: serve_app:build_experts   args: sections model, shards, placement, membership
     import_path: serve_app:build_llm       args: sections model, routers, transport, deadlines, http
+    import_path: serve_app:build_console   args: experts_app, llm_apps, http
 
 The command: `python -m serve_app configs/tiny-cpu.yaml`.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.parse import parse
 
 if TYPE_CHECKING:
@@ -29,10 +30,17 @@ def build_experts(args: dict[str, Any]) -> Application:
 
 
 def build_llm(args: dict[str, Any]) -> Application:
-    """The application with the routers and the OpenAI API. Raises ConfigError with the key."""
+    """The application with the routers, which serve the OpenAI API. Raises ConfigError with the key."""
     from cluster.build import llm_application
 
     return llm_application(parse(LLMAppConfig, args))
+
+
+def build_console(args: dict[str, Any]) -> Application:
+    """The application for people and their tools: status, placement, traces. Raises ConfigError with the key."""
+    from cluster.build import console_application
+
+    return console_application(parse(ConsoleAppConfig, args))
 
 
 if __name__ == "__main__":

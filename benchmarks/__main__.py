@@ -14,6 +14,7 @@ MODULES = (
     "benchmarks.data_plane.round_trip",
     "benchmarks.data_plane.transport_pingpong",
     "benchmarks.data_plane.shard_kernel",
+    "benchmarks.data_plane.expert_loading",
     "benchmarks.data_plane.failover",
     "benchmarks.placement",
     "benchmarks.serving.placement_end_to_end",

@@ -7,10 +7,11 @@ from typing import Any
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
-from cluster.ingress import Ingress
+from cluster.controller.pinned_model import with_pinned_model
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
@@ -29,8 +30,8 @@ SHARD_OPTIONS = {
     "health_check_timeout_s": 30,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
-INGRESS_OPTIONS: dict[str, Any] = {
-    "max_ongoing_requests": 1_000_000,
+CONSOLE_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 1000,
     "num_replicas": 1,
     "graceful_shutdown_wait_loop_s": 0.2,
 }
@@ -41,6 +42,7 @@ def experts_application(config: ExpertsAppConfig) -> Application:
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 
+    config = with_pinned_model(config)
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
     shards = serve.deployment(
@@ -62,11 +64,16 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """Routers and the OpenAI ingress."""
+    """The routers, which are the application's HTTP ingress. Raises ConfigError if the model cannot be had."""
+    config = with_pinned_model(config)
     args = config.model_dump(exclude_unset=True)
-    routers = serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
-    options = {**INGRESS_OPTIONS, **config.http.deployment_config}
-    return serve.deployment(Ingress, name="Ingress", **options).bind(args, routers)
+    return serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
+
+
+def console_application(config: ConsoleAppConfig) -> Application:
+    """Status, placement, traces and metrics over HTTP."""
+    options = {**CONSOLE_OPTIONS, **config.deployment_config}
+    return serve.deployment(ConsoleServer, name="Console", **options).bind(config.model_dump(exclude_unset=True))
 
 
 def _with_env(options: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:

@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import http.client
+import contextlib
 import json
 import logging
 import os
 import secrets
 import signal
 import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.haproxy_guard import HAProxyGuard
+from cluster.serve_environment import HAPROXY_SWITCH, MISSING_HAPROXY, environment_of_a_local_cluster, has_haproxy
+from cluster.start_up import ServeFailedError, StartUp
 from experts.protocol.settings import StrictModel
 
 START_S = time.monotonic()
-HEALTH_TIMEOUT_S = 3.0  # Serve's proxy holds requests back until there is an ingress
 STATUS_TIMEOUT_S = 10.0
-HEALTH_PERIOD_S, WATCH_PERIOD_S = 0.3, 2.0
+WATCH_PERIOD_S = 2.0
 
 # Read by Ray when it is imported.
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's workers run at a low priority by default; here they are the service itself.
     "RAY_worker_niceness": "0",
-    # Serve kills a proxy that is not up within 5 s, three times; a busy machine needs longer.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
-
-
-class ServeFailedError(RuntimeError):
-    """The applications did not start; the message says which one and why."""
 
 
 class Options(StrictModel):
@@ -58,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = MeshConfig.from_file(options.config)
         with serving(config, options) as url:
-            wait_until_healthy(config, url, options.timeout_s)
+            StartUp(config, _progress).wait_until_ready(url, options.timeout_s)
             _welcome(config, url)
             _watch(config)
     except (ConfigError, ServeFailedError) as error:
@@ -91,17 +86,35 @@ def _progress(message: str) -> None:
 # Start and stop -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(config: MeshConfig, options: Options) -> Iterator[str]:
     """Start Ray unless a cluster is named, deploy both applications, and yield their URL; undo all of it on exit.
 
     Raises ServeFailedError if Ray or Serve refuse, ConfigError if the placement does not fit the model.
     """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if options.address is None and "RAY_AUTH_MODE" not in os.environ:
+    with contextlib.ExitStack() as stack:
+        if options.address is None:
+            # Short: it holds Unix sockets, whose paths may have 107 characters.
+            folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+            stack.callback(HAProxyGuard(folder).close)
+            _set_environment(folder)
+        with _applications(config, options) as url:
+            yield url
+
+
+def _set_environment(folder: Path) -> None:
+    """The environment of the cluster to start here; what the user has set stays."""
+    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
+    os.environ.update(environment_of_a_local_cluster(folder, os.environ))
+    if os.environ[HAPROXY_SWITCH] != "1" and not has_haproxy():
+        _progress(MISSING_HAPROXY)
+    if "RAY_AUTH_MODE" not in os.environ:
         # Ray asks for a token by default. One that lives as long as this cluster leaves no file in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+
+
+@contextlib.contextmanager
+def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
     if not options.verbose:
         logging.disable(logging.INFO)
     import ray
@@ -115,7 +128,7 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _progress("starting Serve")
         _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
-        _progress(f"deploying {config.experts_name} ({config.experts.shards.count} shards) and {config.llm_name}")
+        _progress(f"deploying {', '.join(config.names)} ({config.experts.shards.count} shards)")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     finally:
@@ -179,14 +192,13 @@ def _check_plan(config: MeshConfig) -> None:
 
 
 def _undeploy(config: MeshConfig) -> None:
-    from ray import serve
+    from cluster.ray_joints import delete_applications
 
-    for name in (config.llm_name, config.experts_name):
-        try:
-            serve.delete(name)
-        except Exception as error:
-            # The user must see the error that led here, and the rest must be deleted as well.
-            _progress(f"{name} was not deleted: {_one_line(error)}")
+    try:
+        delete_applications(config.names)
+    except Exception as error:
+        # The user must see the error that led here.
+        _progress(f"not everything was deleted: {_one_line(error)}")
 
 
 def _reachable(host: str) -> str:
@@ -200,58 +212,6 @@ def _one_line(error: Exception) -> str:
 # While it runs --------------------------------------------------------------------------------------------------------
 
 
-def wait_until_healthy(config: MeshConfig, url: str, timeout_s: float) -> None:
-    """Return once /health has seen a generated token. Raises ServeFailedError with Serve's reason."""
-    end_s = time.monotonic() + timeout_s
-    shown: dict[str, str] = {}
-    reason = "nothing answers yet"
-    while time.monotonic() < end_s:
-        for line in _states(config):
-            name, _, state = line.partition(": ")
-            if shown.get(name) != state:
-                shown[name] = state
-                _progress(line)
-        healthy, reason = health(url + config.llm_route_prefix.rstrip("/") + "/health")
-        if healthy:
-            return
-        time.sleep(HEALTH_PERIOD_S)
-    raise ServeFailedError(f"no token after {timeout_s} s: {reason}")
-
-
-def _states(config: MeshConfig) -> Iterator[str]:
-    """One line for each deployment: how many replicas are in which state. ServeFailedError if Serve gave up on one."""
-    from ray import serve
-
-    applications = serve.status().applications
-    for name in (config.experts_name, config.llm_name):
-        application = applications.get(name)
-        if application is None:
-            continue
-        for deployment_name, deployment in application.deployments.items():
-            counts = ", ".join(f"{count} {str(state).lower()}" for state, count in deployment.replica_states.items())
-            yield f"{name}/{deployment_name}: {counts or 'waiting'}"
-            if deployment.status in ("UNHEALTHY", "DEPLOY_FAILED"):
-                raise ServeFailedError(f"{name}/{deployment_name}: {deployment.message or application.message}")
-        # An application that failed to build has no deployments.
-        if application.status == "DEPLOY_FAILED":
-            raise ServeFailedError(f"{name}: {application.message}")
-
-
-def health(url: str) -> tuple[bool, str]:
-    """(True, "") if the URL answers with status 200, else (False, the reason)."""
-    try:
-        with urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S) as response:
-            return response.status == 200, ""
-    except urllib.error.HTTPError as error:
-        body = error.read().decode(errors="replace")
-        try:
-            return False, str(json.loads(body)["reason"])
-        except (ValueError, KeyError):
-            return False, body.strip() or str(error)
-    except (OSError, http.client.HTTPException) as error:
-        return False, str(error) or type(error).__name__
-
-
 def _welcome(config: MeshConfig, url: str) -> None:
     base = url + config.llm_route_prefix.rstrip("/")
     key = '-H "Authorization: Bearer $API_KEY" ' if config.llm.http.api_keys or config.llm.http.api_keys_env else ""
@@ -262,11 +222,18 @@ def _welcome(config: MeshConfig, url: str) -> None:
     }
     _progress("ready: the first token was generated")
     print(f"\n  {base}/v1   (OpenAI API, model {config.llm.model.id!r})")
-    print(f"  {base}/health   {base}/metrics   {base}/expertmesh/status\n")
+    print(f"  {base}/health   {base}/metrics   {_console_links(config, url)}\n")
     print(
         f"  curl {base}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
     )
     print("Ctrl-C stops it.", flush=True)
+
+
+def _console_links(config: MeshConfig, url: str) -> str:
+    if config.console is None:
+        return ""
+    base = url + config.console_route_prefix.rstrip("/")
+    return f"{base}/status   {base}/metrics"
 
 
 def _watch(config: MeshConfig) -> None:

@@ -7,6 +7,8 @@ functions: they import vllm, which takes seconds and which shards and the contro
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,50 @@ def deploy_config(serve_config: dict[str, Any]) -> None:
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config), _blocking=False)
 
 
+def delete_applications(names: list[str]) -> None:
+    """Delete applications side by side, and wait until they are gone; `serve.delete` takes one after another."""
+    from ray.serve.context import _get_global_client
+
+    _get_global_client().delete_apps(names, blocking=True)
+
+
+def deployment_handle(name: str, app_name: str) -> DeploymentHandle:
+    """A handle to a deployment that need not exist yet, as applications of one config start side by side."""
+    return serve.get_deployment_handle(name, app_name, _check_exists=False)
+
+
+def show_data_plane_log() -> None:
+    """Send what `experts` logs, downloads and loading among it, where Serve's own log of this process goes."""
+    serve_log, ours = logging.getLogger("ray.serve"), logging.getLogger("experts")
+    ours.setLevel(serve_log.getEffectiveLevel())
+    for handler in serve_log.handlers:
+        if handler not in ours.handlers:
+            ours.addHandler(handler)
+
+
+def agree(key: str, propose: Callable[[], str]) -> str:
+    """One answer for all processes of this Serve: that of whoever asked first, until Serve is shut down.
+
+    Kept in Ray's key-value store. Without a running Serve, `propose()`.
+    """
+    from ray.experimental import internal_kv
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    if not ray.is_initialized():
+        return propose()
+    try:
+        # A controller that is restarted keeps its id.
+        serve_id = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)._actor_id.hex()
+    except ValueError:
+        return propose()
+    place = f"expertmesh/{serve_id}/{key}"
+    answer = internal_kv._internal_kv_get(place)
+    if answer is None:
+        internal_kv._internal_kv_put(place, propose(), overwrite=False)
+        answer = internal_kv._internal_kv_get(place)
+    return str(answer, "utf-8")
+
+
 def node_address() -> str:
     """IP address at which other nodes reach this one; 127.0.0.1 on a single machine without a network."""
     return ray.util.get_node_ip_address()
@@ -76,13 +122,6 @@ async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> 
 def unfinished_requests(llm_server: Any) -> int:
     """Requests that the engine of an LLMServer replica holds, running or waiting."""
     return int(llm_server.engine._engine_client.output_processor.get_num_unfinished_requests())
-
-
-def model_card(llm_config: Any) -> Any:
-    """The entry of /v1/models for one LLMConfig."""
-    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-
-    return to_model_metadata(llm_config.model_id, llm_config)
 
 
 def vllm_engine_cls(in_process: bool) -> type:

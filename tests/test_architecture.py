@@ -25,8 +25,18 @@ ORDER = {
         *("model", "protocol", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin", "precompile"),
     ],
     "cluster": [
-        *("config", "ray_joints", "controller", "observability", "shard", "router", "http", "console", "ingress"),
-        *("build", "cli"),
+        *(
+            "config",
+            "serve_environment",
+            "ray_joints",
+            "controller",
+            "observability",
+            "shard",
+            "http",
+            "router",
+            "console",
+        ),
+        *("build", "start_up", "haproxy_guard", "cli"),
     ],
 }
 

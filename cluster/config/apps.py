@@ -1,4 +1,4 @@
-"""The arguments of the two applications, and the settings that routers and shards get from them."""
+"""The arguments of the applications, and the settings that routers and shards get from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from cluster.config.experts_sections import MembershipSection, PlacementSection, ShardsSection
-from cluster.config.llm_sections import DeadlinesSection, HttpSection, RoutersSection, TransportSection
+from cluster.config.http_sections import HttpSection, KeysSection
+from cluster.config.llm_sections import DeadlinesSection, RoutersSection, TransportSection
 from cluster.config.model_section import ModelSection
 from experts.protocol.settings import RouterSettings, ShardSettings, StrictModel
 from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
@@ -72,3 +73,19 @@ class LLMAppConfig(StrictModel):
         return router_engine_kwargs(
             self.router_settings(), {**self.routers.engine_kwargs, "dtype": self.model.dtype}, device
         )
+
+
+class ConsoleAppConfig(StrictModel):
+    """Arguments of `serve_app:build_console`: status, placement, traces and metrics, for people and their tools."""
+
+    experts_app: str = Field(
+        default="experts", min_length=1, description="Name of the application that holds the shards."
+    )
+    llm_apps: list[str] = Field(
+        default=["llm"], min_length=1, description="Names of the applications that hold the routers."
+    )
+    http: KeysSection = Field(default=KeysSection(), description="API keys.")
+    deployment_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Ray Serve options of the deployment, including num_replicas and ray_actor_options.",
+    )

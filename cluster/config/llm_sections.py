@@ -1,8 +1,7 @@
-"""The sections `routers`, `transport`, `deadlines` and `http` of the application `llm`."""
+"""The sections `routers`, `transport` and `deadlines` of the application `llm`; `http` is in `http_sections`."""
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -135,48 +134,3 @@ class DeadlinesSection(StrictModel):
         default=120.0, gt=0, description="Time-out for a call to an engine's workers, such as a new epoch."
     )
     probe_s: float = Field(default=10.0, gt=0, description="Time-out for the token that /health generates.")
-
-
-class HttpSection(StrictModel):
-    """The HTTP side, in addition to Serve's own http_options."""
-
-    api_keys: list[str] = Field(
-        default_factory=list, description="Accepted API keys; without any, requests need no key. Prefer api_keys_env."
-    )
-    api_keys_env: str | None = Field(
-        default=None, description="Environment variable with more keys, comma-separated. It must be set if named here."
-    )
-    max_pending_requests: int = Field(
-        default=256,
-        ge=1,
-        description="Most generation requests that an ingress holds, running or queued; others get status 503.",
-    )
-    retry_after_s: int = Field(default=1, ge=0, description="Retry-After header of that 503, in seconds.")
-    healthy_within_s: float = Field(
-        default=10.0,
-        ge=0,
-        description="/health passes if a token was generated through the shards within this time; otherwise it "
-        "generates one.",
-    )
-    deployment_config: dict[str, Any] = Field(
-        default_factory=dict, description="Ray Serve options of the ingress deployment, including ray_actor_options."
-    )
-
-    @field_validator("api_keys")
-    @classmethod
-    def _not_empty(cls, value: list[str]) -> list[str]:
-        if any(not key.strip() for key in value):
-            raise ValueError("an API key is empty")
-        return value
-
-    def keys(self) -> frozenset[str]:
-        """All accepted keys; none means that requests need no key. Raises ValueError if api_keys_env is not set."""
-        keys = set(self.api_keys)
-        if self.api_keys_env is not None:
-            named = [key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip()]
-            if not named:
-                raise ValueError(
-                    f"http.api_keys_env names {self.api_keys_env}, which holds no key where the application is built"
-                )
-            keys.update(named)
-        return frozenset(keys)

@@ -13,8 +13,10 @@ class ModelSection(StrictModel):
     id: str = Field(min_length=1, description="Name of the model in the OpenAI API, without a colon.")
     path: str = Field(
         min_length=1,
-        description="Folder of the Hugging Face checkpoint, the same on every node. A relative path is looked up "
-        "beside the config file, in the current folder, and in the folder of serve_app.py.",
+        description="The checkpoint: a folder, the same on every node; a Hugging Face id, `org/name` or "
+        "`org/name@revision` (a branch, tag or commit); or an `s3://` or `gs://` folder. A relative path is looked up "
+        "beside the config file, in the current folder, and in the folder of serve_app.py; an id counts if no folder "
+        "has that name. What is not a folder is fetched once a node, by each shard and router the files it needs.",
     )
     dtype: DTypeName = Field(
         default="bfloat16", description="Data type of weights and computation, on routers and shards alike."

@@ -8,13 +8,19 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.sources.opening import is_remote_name, open_source
+
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 
 # Keys that hold a path, by section.
 PATHS = {"model": ("path",), "placement": ("file", "trace")}
+# Those among them that may name something on a server instead.
+NAMES = {"model.path"}
 
 # Keys of earlier versions, and what replaces them.
 RENAMED = {
+    "http.deployment_config": "routers.deployment_config",
     "membership.join_deadline_s": "join_timeout_s",
     "placement.near_replicas_first": "prefer_local_replicas",
     "transport.near_replicas_first": "prefer_local_replicas",
@@ -55,6 +61,22 @@ def find_path(value: str, where: str, folder: Path | None) -> Path:
     raise ConfigError(f"{where}: {value!r} does not exist; looked at {', '.join(map(str, candidates))}")
 
 
+def find_model(value: str, where: str, folder: Path | None) -> str:
+    """The absolute path of an existing folder, or else the hub id or URL as it is. Raises ConfigError as `find_path`.
+
+    Whether the hub or the store has it is asked when the application is built.
+    """
+    try:
+        return str(find_path(value, where, folder))
+    except ConfigError:
+        if not is_remote_name(value):
+            raise
+    try:
+        return str(open_source(value))
+    except CheckpointError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _with_absolute_paths(data: dict[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
     """A copy of an application's arguments in which the values of PATHS are absolute and exist."""
     data = dict(data)
@@ -65,7 +87,8 @@ def _with_absolute_paths(data: dict[str, Any], where: str, folder: Path | None) 
         for key in keys:
             value = data[section].get(key)
             if isinstance(value, str) and value:
-                data[section][key] = str(find_path(value, f"{where}.{section}.{key}", folder))
+                find = find_model if f"{section}.{key}" in NAMES else find_path
+                data[section][key] = str(find(value, f"{where}.{section}.{key}", folder))
     return data
 
 

@@ -1,11 +1,12 @@
-"""One YAML file with two Serve applications: reading it, and checking the two against each other.
+"""One YAML file with the Serve applications: reading it, and checking them against each other.
 
-The file is a Serve config, so `serve run` and `serve deploy` take it as it is. The arguments of its two applications
+The file is a Serve config, so `serve run` and `serve deploy` take it as it is. The arguments of its applications
 are the sections of `cluster.config.apps`; their builders are in `serve_app`:
 
     applications:
       - {name: experts, import_path: "serve_app:build_experts", args: {model: &model {...}, shards: ...}}
       - {name: llm, import_path: "serve_app:build_llm", args: {model: *model, routers: ...}}
+      - {name: console, import_path: "serve_app:build_console"}  # may be left out
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, parse
 from experts.protocol.settings import StrictModel
 
 EXPERTS_BUILDER = "serve_app:build_experts"
 LLM_BUILDER = "serve_app:build_llm"
+CONSOLE_BUILDER = "serve_app:build_console"
 UNNAMED = "default"  # what Serve calls an application without a name
 
 
 class MeshConfig(StrictModel):
-    """Both applications of one file, checked against each other."""
+    """The applications of one file, checked against each other."""
 
     experts: ExpertsAppConfig = Field(description="Arguments of the application that holds the shards.")
     llm: LLMAppConfig = Field(description="Arguments of the application that holds the routers.")
+    console: ConsoleAppConfig | None = Field(default=None, description="Arguments of the console, if there is one.")
     experts_name: str = Field(default="experts", description="Name of the application that holds the shards.")
     llm_name: str = Field(default="llm", description="Name of the application that holds the routers.")
     llm_route_prefix: str = Field(default="/", description="Route prefix of the OpenAI API.")
+    console_name: str = Field(default="console", description="Name of the application for people.")
+    console_route_prefix: str = Field(default="/expertmesh", description="Route prefix of the console.")
     serve: dict[str, Any] = Field(
         description="The whole Serve config. Paths that were relative to the file's folder are absolute."
     )
@@ -68,21 +73,29 @@ class MeshConfig(StrictModel):
             serve["applications"][index] = {**app, "args": _portable(args, config)}
             return config
 
-        experts, llm = (_index_of(builder, data["applications"], source) for builder in (EXPERTS_BUILDER, LLM_BUILDER))
+        applications = data["applications"]
+        experts, llm = (_index_of(builder, applications, source) for builder in (EXPERTS_BUILDER, LLM_BUILDER))
+        console = _find(CONSOLE_BUILDER, applications, source)
         mesh = cls(
             experts=checked(experts, ExpertsAppConfig),
             llm=checked(llm, LLMAppConfig),
-            experts_name=data["applications"][experts].get("name", UNNAMED),
-            llm_name=data["applications"][llm].get("name", UNNAMED),
-            llm_route_prefix=data["applications"][llm].get("route_prefix") or "/",
+            experts_name=applications[experts].get("name", UNNAMED),
+            llm_name=applications[llm].get("name", UNNAMED),
+            llm_route_prefix=applications[llm].get("route_prefix") or "/",
             serve=serve,
+            **({} if console is None else _console(applications[console], checked(console, ConsoleAppConfig))),
         )
         for problem in mesh.disagreements():
             raise ConfigError(f"{source}: {problem}")
         return mesh
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the applications, each after those that it asks."""
+        return [self.experts_name, self.llm_name, *([] if self.console is None else [self.console_name])]
+
     def disagreements(self) -> Iterator[str]:
-        """Contradictions between the two applications, one line each."""
+        """Contradictions between the applications, one line each."""
         for name in ModelSection.model_fields:
             ours, theirs = getattr(self.experts.model, name), getattr(self.llm.model, name)
             if ours != theirs:
@@ -96,6 +109,7 @@ class MeshConfig(StrictModel):
             yield f"experts_app is {self.llm.experts_app!r}, but the application is named {self.experts_name!r}"
         if self.llm_name == self.experts_name:
             yield f"both applications are named {self.llm_name!r}"
+        yield from self._console_disagreements()
         if self.experts.placement.prefer_local_replicas and not self.llm.transport.prefer_local_replicas:
             yield (
                 "placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not: the placement "
@@ -104,17 +118,50 @@ class MeshConfig(StrictModel):
         if self.llm.transport.name == "nccl" and self.experts.shards.device != "cuda":
             yield f"transport.name is nccl, but shards.device is {self.experts.shards.device!r}, expected cuda"
 
+    def _console_disagreements(self) -> Iterator[str]:
+        if self.console is None:
+            return
+        if self.console.experts_app != self.experts_name:
+            yield (
+                f"the console's experts_app is {self.console.experts_app!r}, but the application is named "
+                f"{self.experts_name!r}"
+            )
+        if self.llm_name not in self.console.llm_apps:
+            yield f"the console's llm_apps are {self.console.llm_apps}, expected {self.llm_name!r} among them"
+        if self.console_name in (self.experts_name, self.llm_name):
+            yield f"two applications are named {self.console_name!r}"
+        if self.console_route_prefix == self.llm_route_prefix:
+            yield f"the console and the OpenAI API have the same route prefix {self.llm_route_prefix!r}"
+        keys = self.llm.http.api_keys or self.llm.http.api_keys_env
+        if keys and not (self.console.http.api_keys or self.console.http.api_keys_env):
+            yield "the OpenAI API has API keys and the console has none, so anyone could read the status: set its http"
+
 
 def _index_of(builder: str, applications: list[Any], source: str) -> int:
     """The position of the one application with import_path `builder`. Raises ConfigError."""
+    found = _find(builder, applications, source)
+    if found is None:
+        raise ConfigError(f"{source}: no application has import_path {builder}")
+    return found
+
+
+def _find(builder: str, applications: list[Any], source: str) -> int | None:
+    """The same for an application that may be left out."""
     found = [
         index for index, app in enumerate(applications) if isinstance(app, dict) and app.get("import_path") == builder
     ]
-    if not found:
-        raise ConfigError(f"{source}: no application has import_path {builder}")
     if len(found) > 1:
         raise ConfigError(f"{source}: applications[{found[1]}]: a second application has import_path {builder}")
-    return found[0]
+    return found[0] if found else None
+
+
+def _console(app: dict[str, Any], config: ConsoleAppConfig) -> dict[str, Any]:
+    """The fields of MeshConfig about the console."""
+    return {
+        "console": config,
+        "console_name": app.get("name", UNNAMED),
+        "console_route_prefix": app.get("route_prefix") or "/",
+    }
 
 
 def _portable(args: dict[str, Any], config: BaseModel) -> dict[str, Any]:

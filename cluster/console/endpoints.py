@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
-from cluster.config.apps import LLMAppConfig
+from cluster.config.apps import ConsoleAppConfig
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.controller.messages import ControllerStatus
-from cluster.http.errors import error_response
+from cluster.http.errors import OpenAIApp, add_error_handlers, error_response
+from cluster.http.gate import Gate
 from cluster.observability.metrics import render
 from cluster.router.client import RouterClient
 from experts.protocol.status import RouterStatus
@@ -22,21 +24,34 @@ from experts.protocol.status import RouterStatus
 logger = logging.getLogger("ray.serve")
 
 STATUS_TIMEOUT_S = 5.0  # for the status of the controller and of all routers, and for the placement
+TRACE_TIMEOUT_S = 120.0  # a worker packs its whole sample between two steps
 
 ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
     "metrics": lambda app: app.get("/metrics"),
-    "mesh_status": lambda app: app.get("/expertmesh/status"),
-    "mesh_placement": lambda app: app.get("/expertmesh/placement"),
-    "mesh_trace": lambda app: app.get("/expertmesh/trace"),
-    "mesh_clear_trace": lambda app: app.delete("/expertmesh/trace", status_code=204),
+    "status": lambda app: app.get("/status"),
+    "placement": lambda app: app.get("/placement"),
+    "trace": lambda app: app.get("/trace"),
+    "clear_trace": lambda app: app.delete("/trace", status_code=204),
 }
+
+
+def console_app(console: Console) -> FastAPI:
+    """The FastAPI app of one replica. Raises ValueError if http.api_keys_env names a variable that holds no key."""
+    http = console.config.http
+    app = OpenAIApp(title="expertmesh console")
+    add_error_handlers(app, http.retry_after_s)
+    app.add_middleware(Gate, keys=http.keys(), max_pending=0, retry_after_s=http.retry_after_s)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    for name, route in ENDPOINTS.items():
+        route(app)(getattr(console, name))
+    return app
 
 
 class Console:
     """The handlers of ENDPOINTS."""
 
-    def __init__(self, config: LLMAppConfig, controller: ControllerClient, routers: RouterClient) -> None:
-        self._config = config
+    def __init__(self, config: ConsoleAppConfig, controller: ControllerClient, routers: Sequence[RouterClient]) -> None:
+        self.config = config
         self._controller = controller
         self._routers = routers
 
@@ -47,7 +62,7 @@ class Console:
             logger.warning("counters are missing: %s", error)
         return Response(render(routers, controller), media_type="text/plain; version=0.0.4")
 
-    async def mesh_status(self) -> JSONResponse:
+    async def status(self) -> JSONResponse:
         """What the controller and each router know (epochs, shards, lost ranks, counters), and who did not answer."""
         routers, controller, errors = await self._ask_all()
         return JSONResponse(
@@ -58,46 +73,48 @@ class Console:
             }
         )
 
-    async def mesh_placement(self) -> Response:
+    async def placement(self) -> Response:
         """The placement: slots of every layer, and the experts of each rank."""
         try:
             placement = await self._controller.placement(timeout_s=STATUS_TIMEOUT_S)
         except ControllerLostError as error:
-            return error_response(503, str(error), retry_after_s=self._config.http.retry_after_s)
+            return error_response(503, str(error), retry_after_s=self.config.http.retry_after_s)
         return JSONResponse(placement.to_dict())
 
-    async def mesh_trace(self, router: str = "") -> Response:
+    async def trace(self, router: str = "") -> Response:
         """Sampled routing decisions (.npz) of the router with the id `router`, by default of all as one trace."""
-        if (refusal := self._no_trace()) is not None:
-            return refusal
-        samples = await self._routers.traces(timeout_s=self._config.deadlines.apply_s)
+        answers = await asyncio.gather(*(client.traces(timeout_s=TRACE_TIMEOUT_S) for client in self._routers))
+        samples = {sample.router_id: sample for answer in answers for sample in answer}
+        if not samples:
+            return self._no_router()
         if router and router not in samples:
             return error_response(404, f"no router is named {router!r}; there are {sorted(samples)}", param="router")
-        if not samples:
-            return error_response(503, "there is no router yet", retry_after_s=self._config.http.retry_after_s)
-        wanted = [samples[name] for name in ([router] if router else sorted(samples)) if samples[name]]
-        if not wanted:
+        wanted = [samples[name] for name in ([router] if router else sorted(samples))]
+        if all(sample.npz is None for sample in wanted):
+            return _no_trace()
+        recorded = [sample.npz for sample in wanted if sample.npz]
+        if not recorded:
             return error_response(404, "no tokens have been recorded yet: send requests first", code="no_trace")
-        trace = wanted[0] if len(wanted) == 1 else await asyncio.to_thread(_merged, wanted)
+        trace = recorded[0] if len(recorded) == 1 else await asyncio.to_thread(_merged, recorded)
         return Response(trace, media_type="application/octet-stream")
 
-    async def mesh_clear_trace(self) -> Response:
+    async def clear_trace(self) -> Response:
         """Let every router drop what it sampled and start over."""
-        if (refusal := self._no_trace()) is not None:
-            return refusal
-        await self._routers.clear_traces(timeout_s=self._config.deadlines.apply_s)
-        return Response(status_code=204)
+        answers = await asyncio.gather(*(client.clear_traces(timeout_s=TRACE_TIMEOUT_S) for client in self._routers))
+        recording = [router for answer in answers for router in answer]
+        if not recording:
+            return self._no_router()
+        return Response(status_code=204) if any(recording) else _no_trace()
 
-    def _no_trace(self) -> Response | None:
-        if self._config.routers.trace_tokens:
-            return None
-        return error_response(404, "routers.trace_tokens is 0, so no trace is recorded")
+    def _no_router(self) -> Response:
+        return error_response(503, "there is no router yet", retry_after_s=self.config.http.retry_after_s)
 
     async def _ask_all(self) -> tuple[list[RouterStatus], ControllerStatus | None, list[str]]:
         """(statuses of the routers, status of the controller or None, one line for each that did not answer)."""
-        (routers, errors), controller = await asyncio.gather(
-            self._routers.statuses(timeout_s=STATUS_TIMEOUT_S), self._controller_status()
-        )
+        asked = asyncio.gather(*(client.statuses(timeout_s=STATUS_TIMEOUT_S) for client in self._routers))
+        controller, answers = await asyncio.gather(self._controller_status(), asked)
+        routers = [router for found, _ in answers for router in found]
+        errors = [error for _, missing in answers for error in missing]
         if controller is None:
             errors = [*errors, "the placement controller does not answer"]
         return routers, controller, errors
@@ -108,6 +125,10 @@ class Console:
         except ControllerLostError as error:
             logger.warning("%s", error)
             return None
+
+
+def _no_trace() -> Response:
+    return error_response(404, "routers.trace_tokens is 0, so no trace is recorded")
 
 
 def _merged(samples: list[bytes]) -> bytes:

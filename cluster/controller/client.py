@@ -6,8 +6,6 @@ import asyncio
 import logging
 from typing import Any
 
-from ray import serve
-
 from cluster.config.parse import ConfigError
 from cluster.controller.messages import (
     ControllerStatus,
@@ -19,6 +17,7 @@ from cluster.controller.messages import (
     PlacementView,
     RejoinRequest,
 )
+from cluster.ray_joints import deployment_handle
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
 
@@ -43,7 +42,7 @@ class ControllerClient:
         if not app_name:
             raise ConfigError("the application of shards has no name")
         self.app_name = app_name
-        self._handle = serve.get_deployment_handle(CONTROLLER, app_name)
+        self._handle = deployment_handle(CONTROLLER, app_name)
 
     async def join(self, request: JoinRequest, *, timeout_s: float, retry: bool = True) -> JoinAnswer:
         """`retry`: also through a restart of the controller."""

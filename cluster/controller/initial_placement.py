@@ -14,7 +14,10 @@ from placement.traces.trace import ActivationTrace
 
 
 def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
-    """The spec of the checkpoint's experts. Raises ConfigError with the reader's reason, or if an expert is missing."""
+    """The spec of the checkpoint's experts. Raises ConfigError with the reader's reason, or if an expert is missing.
+
+    Of a model that is not a folder, this fetches config.json and the index.
+    """
     try:
         checkpoint = ExpertCheckpoint.open(config.model.path)
         checkpoint.check()

@@ -31,6 +31,7 @@ class GenerationHealth:
     epoch: int | None = None
     connected: list[int] | None = None  # ranks
     lost: dict[int, str] | None = None  # why there is no link, by rank
+    start_s: dict[str, float] | None = None  # how long each part of the router's start took
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys, without those that are None."""

@@ -7,12 +7,14 @@ from typing import Any
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from cluster.http.errors import UnavailableError
+from cluster.http.health import GenerationHealth
 from cluster.ray_joints import broadcast
-from cluster.router.messages import GenerationHealth, TraceSample
+from cluster.router.messages import TraceSample
 from experts.protocol.status import RouterStatus
 
 
-class RouterLostError(RuntimeError):
+class RouterLostError(UnavailableError):
     """A router that the answer needs did not answer; the message has a line for each one."""
 
 
@@ -30,14 +32,13 @@ class RouterClient:
         """(healths, one line for each router without one)."""
         return await self.ask_each("generation_health", timeout_s)
 
-    async def traces(self, *, timeout_s: float) -> dict[str, bytes]:
-        """Sampled routing decisions of all routers (.npz; no bytes if nothing was recorded). Raises RouterLostError."""
-        samples: list[TraceSample] = await self._ask_all("mesh_trace", timeout_s)
-        return {sample.router_id: sample.npz for sample in samples}
+    async def traces(self, *, timeout_s: float) -> list[TraceSample]:
+        """What all routers sampled. Raises RouterLostError."""
+        return await self._ask_all("mesh_trace", timeout_s)
 
-    async def clear_traces(self, *, timeout_s: float) -> None:
-        """All routers drop what they sampled. Raises RouterLostError."""
-        await self._ask_all("mesh_clear_trace", timeout_s)
+    async def clear_traces(self, *, timeout_s: float) -> list[bool]:
+        """All routers drop what they sampled; whether each of them records at all. Raises RouterLostError."""
+        return await self._ask_all("mesh_clear_trace", timeout_s)
 
     async def ask_each(self, method: str, timeout_s: float) -> tuple[list[Any], list[str]]:
         """(answers that come within `timeout_s`, one line for each router that fails or is silent)."""

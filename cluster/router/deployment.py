@@ -2,29 +2,52 @@
 
 Otherwise everything that builds the application (the command, `serve run`, Serve's build task) would import vllm just
 to name the class, ten seconds before the first replica starts to do the same.
+
+A router is its application's HTTP ingress: its replica serves vLLM's own FastAPI app, so that a token takes no hop but
+the proxy's.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
+
+from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
+from cluster.ray_joints import show_data_plane_log
+from experts.vllm_plugin.early_engine import EarlyEngine
 
 
+@serve.ingress()
 class Router:
     """One router. Passes its methods on to a `cluster.router.server.ExpertMeshLLMServer`."""
 
     _server: Any = None
 
     async def __init__(self, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
-        from cluster.router.server import ExpertMeshLLMServer, llm_config_of
-
         config = parse(LLMAppConfig, mesh)
+        early_engine = EarlyEngine()  # it imports vllm while this process does
+        importing_s = time.monotonic()
+        from cluster.router.server import ExpertMeshLLMServer, llm_config_of
+        from experts.checkpoint.reader import fetch_rest
+
+        import_s = time.monotonic() - importing_s
+        fetching_s = time.monotonic()
+        show_data_plane_log()
+        folder = await asyncio.to_thread(fetch_rest, config.model.path)
+        started = {"import": import_s, "fetch": time.monotonic() - fetching_s}
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
-        await server.__init__(llm_config_of(config), mesh=config)  # type: ignore[misc]
+        await server.__init__(  # type: ignore[misc]
+            llm_config_of(config, str(folder)), mesh=config, early_engine=early_engine, started=started
+        )
         self._server = server
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return await self._server.__serve_build_asgi_app__()
 
     def __getattr__(self, name: str) -> Any:
         """Everything that the server offers."""

@@ -32,6 +32,7 @@ class EpochFollower:
         self._worker = worker
         self._deadlines = deadlines
         self._incarnations: dict[int, str] = {}  # of the epoch's shards, by rank
+        self._refused: set[int] = set()  # ranks whose shards refuse this router
         self.term, self.epoch = "", -1
         self.lost: dict[int, str] = {}  # why there is no link, by rank, as last heard from the worker
 
@@ -56,19 +57,24 @@ class EpochFollower:
         raise RuntimeError(f"no complete membership within {timeout_s} s; missing ranks: {named}")
 
     async def apply_first(self, answer: MembershipAnswer) -> None:
-        """Apply the first membership, waiting for connections. RuntimeError if every shard refuses this router."""
+        """Apply the first membership, waiting for connections. RefusedError if no shard takes this router."""
         assert answer.membership is not None, "a first membership is one"
         applied = await self._apply(answer.term, answer.membership, wait_s=None)
-        _check_accepted(answer.membership, applied)
+        _check_accepted(applied)
 
     async def follow(self) -> None:
-        """Apply epoch after epoch until cancelled; a failure is logged and the router goes on at its epoch."""
+        """Apply epoch after epoch until cancelled; a failure is logged and the router goes on at its epoch.
+
+        Raises RefusedError once no shard takes this router any more, which makes it unhealthy.
+        """
         while True:
             try:
                 answer = await self._poll()
                 if answer.membership is not None:
                     await self._connect_ahead(answer.membership)
-                    await self._apply(answer.term, answer.membership, wait_s=0.0)
+                    _check_accepted(await self._apply(answer.term, answer.membership, wait_s=0.0))
+            except RefusedError:
+                raise
             except ControllerLostError as error:
                 logger.warning("%s; this router goes on at epoch %d", error, self.epoch)
                 await asyncio.sleep(1.0)
@@ -81,7 +87,12 @@ class EpochFollower:
             router_id=self._router_id,
             term=self.term,
             epoch=self.epoch,
-            lost={rank: self._incarnations[rank] for rank in self.lost if rank in self._incarnations},
+            # A shard that refuses this router is not lost: others have it, and the controller must not take it out.
+            lost={
+                rank: self._incarnations[rank]
+                for rank in self.lost
+                if rank in self._incarnations and rank not in self._refused
+            },
             wait_s=LONG_POLL_S,
         )
         return await self._controller.await_membership(request, timeout_s=LONG_POLL_S + 10)
@@ -103,17 +114,16 @@ class EpochFollower:
         self._incarnations = {
             endpoint.rank: endpoint.incarnation for endpoint in membership.endpoints if endpoint is not None
         }
-        self.lost = applied.lost
+        self.lost, self._refused = applied.lost, set(applied.refused)
         logger.info("epoch %d: connected to shards %s, without %s", self.epoch, applied.connected, applied.lost)
         return applied
 
 
-def _check_accepted(membership: Membership, applied: AppliedMembership) -> None:
-    """Raises RuntimeError if every present shard refused this router: unnoticed, it would compute all experts itself.
+class RefusedError(RuntimeError):
+    """No shard takes this router; the message has their reasons."""
 
-    Shards that are away or slow do not count: they come back, and a router that starts meanwhile must serve.
-    """
-    present = [endpoint.rank for endpoint in membership.endpoints if endpoint is not None]
-    if present and sorted(applied.refused) == present:
-        reasons = {applied.lost[rank] for rank in present}
-        raise RuntimeError(f"no shard takes this router: {'; '.join(sorted(reasons))}")
+
+def _check_accepted(applied: AppliedMembership) -> None:
+    """Raises RefusedError if no shard takes this router: unnoticed, it would compute all experts itself."""
+    if applied.refusal is not None:
+        raise RefusedError(applied.refusal)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from cluster.router.messages import GenerationHealth
+from cluster.http.health import GenerationHealth
 from cluster.router.worker_calls import EngineSilentError, WorkerCalls
 from experts.protocol.status import RouterStatus
 
@@ -34,6 +34,7 @@ class RouterHealth:
         self._reading: asyncio.Task[RouterStatus] | None = None
         self._probe_lock = asyncio.Lock()
         self._missed_readings = 0
+        self._has_generated = False
 
     def check(self) -> None:
         """Raises EngineSilentError when the worker has missed MAX_MISSED_READINGS in a row."""
@@ -59,6 +60,7 @@ class RouterHealth:
         """A reading of the worker's counters, made now. Raises EngineSilentError."""
         status = await self._worker.status()
         self._missed_readings = 0
+        self._has_generated = self._has_generated or status.last_success_age_s is not None
         self._on_reading(status)
         return status
 
@@ -67,6 +69,12 @@ class RouterHealth:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self.read())
         return await asyncio.shield(self._reading)
+
+    async def ready(self, timeout_s: float) -> GenerationHealth:
+        """As `generation_health`, but one token since the start is enough, however long ago."""
+        if self._has_generated:
+            return GenerationHealth(ok=True, router_id=self._router_id, reason="", how="recent token")
+        return await self.generation_health(timeout_s, timeout_s)
 
     async def generation_health(self, within_s: float, timeout_s: float) -> GenerationHealth:
         """Whether tokens come out of this router with their experts on shards.

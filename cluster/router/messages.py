@@ -1,27 +1,8 @@
-"""What a router answers to the HTTP side. Its status is `experts.protocol.status.RouterStatus`."""
+"""What a router answers to the console. Its status is `experts.protocol.status.RouterStatus`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-
-@dataclass(frozen=True)
-class GenerationHealth:
-    """Whether this router generates tokens with its experts on shards."""
-
-    ok: bool
-    router_id: str
-    reason: str  # why not; empty if ok
-    how: Literal["recent token", "probe"]  # what the answer rests on
-    # None if the engine's worker did not say.
-    epoch: int | None = None
-    connected: list[int] | None = None  # ranks
-    lost: dict[int, str] | None = None  # why there is no link, by rank
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data with these fields as keys, without those that are None."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -29,4 +10,4 @@ class TraceSample:
     """The routing decisions that one router sampled."""
 
     router_id: str
-    npz: bytes  # an .npz file; empty if nothing was recorded
+    npz: bytes | None  # an .npz file; empty if nothing was recorded yet, None if routers.trace_tokens is 0

@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 from cluster.config.llm_sections import RoutersSection
+from cluster.serve_environment import ROUTER_ENVIRONMENT
 from experts.vllm_plugin.engine_kwargs import CPU_ROUTER_ENV
 
 SETUP_HOOK = "ray.llm._internal.serve._worker_process_setup_hook"
@@ -21,9 +22,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def runtime_env_of(routers: RoutersSection) -> dict[str, Any]:
-    """Environment of routers and their engines. Offline, because the checkpoint is a folder."""
+    """Environment of routers and their engines."""
     own = CPU_ROUTER_ENV if routers.accelerator == "cpu" else {}
-    return {"env_vars": {"HF_HUB_OFFLINE": "1", **own, **routers.env_vars}}
+    return {"env_vars": {**ROUTER_ENVIRONMENT, **own, **routers.env_vars}}
 
 
 def router_options(routers: RoutersSection) -> dict[str, Any]:

@@ -7,8 +7,11 @@ between steps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,26 +20,36 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
 from cluster.config.apps import LLMAppConfig
-from cluster.controller.client import ControllerClient, ControllerLostError
+from cluster.controller.client import ROUTER, ControllerClient, ControllerLostError
+from cluster.http.app import front_door
+from cluster.http.health import GenerationHealth
 from cluster.observability.metrics import RouterMetrics
-from cluster.ray_joints import no_download_callback, replica_identity, unfinished_requests, vllm_engine_cls
+from cluster.ray_joints import (
+    deployment_handle,
+    no_download_callback,
+    replica_identity,
+    unfinished_requests,
+    vllm_engine_cls,
+)
+from cluster.router.client import RouterClient
 from cluster.router.epochs import EpochFollower
 from cluster.router.health import RouterHealth
-from cluster.router.messages import GenerationHealth, TraceSample
+from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.status import RouterStatus
+from experts.vllm_plugin.early_engine import EarlyEngine
 
 logger = logging.getLogger("ray.serve")
 
 
-def llm_config_of(config: LLMAppConfig) -> LLMConfig:
-    """Ray Serve LLM's config: the user's options, with the model, the plug-in and the server class."""
+def llm_config_of(config: LLMAppConfig, folder: str | None = None) -> LLMConfig:
+    """Ray Serve LLM's config: the user's options, the model (fetched to `folder`), the plug-in and the server class."""
     routers = config.routers
     fields: dict[str, Any] = {
         "callback_config": {"callback_class": no_download_callback()},
         **routers.llm_config,
-        "model_loading_config": {"model_id": config.model.id, "model_source": config.model.path},
+        "model_loading_config": {"model_id": config.model.id, "model_source": folder or config.model.path},
         "engine_kwargs": config.engine_kwargs(),
         "deployment_config": routers.deployment_config,
         "accelerator_config": {"kind": routers.accelerator},
@@ -52,14 +65,20 @@ def llm_config_of(config: LLMAppConfig) -> LLMConfig:
 class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
-    async def __init__(self, llm_config: LLMConfig, *, mesh: LLMAppConfig) -> None:  # type: ignore[misc]
-        self._set_up(mesh, replica_identity().replica_id, ControllerClient(mesh.experts_app))
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, early_engine: EarlyEngine, started: dict[str, float]
+    ) -> None:
+        replica = replica_identity()
+        self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
+        self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
+        self._start_s.update(started)
         self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra)
         in_process = mesh.routers.accelerator == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
-        await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
+        with early_engine.vllm_uses():
+            await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
 
     def _set_up(self, mesh: LLMAppConfig, router_id: str, controller: ControllerClient) -> None:
         """Everything of a router but its engine."""
@@ -70,19 +89,29 @@ class ExpertMeshLLMServer(LLMServer):
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
         self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
         self._loops: list[asyncio.Task[None]] = []
+        self._start_s: dict[str, float] = {}  # seconds of each part of the start
 
     async def start(self) -> None:
         """Start the engine and meanwhile wait for the shards; not healthy before the first epoch is applied."""
         first = asyncio.create_task(self._epochs.first_membership())
         try:
-            await super().start()
-            await self._epochs.apply_first(await first)
+            with self._timed("engine"):
+                await super().start()
+            with self._timed("shards"):
+                await self._epochs.apply_first(await first)
         finally:
             first.cancel()
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._start_s.items())
+        logger.info("router %s started: %s", self._router_id, parts)
         self._loops = [
             asyncio.create_task(self._epochs.follow(), name="follow"),
             asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
         ]
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """vLLM's FastAPI app behind the project's keys, limits, error format and health."""
+        app = await super().__serve_build_asgi_app__()
+        return front_door(app, http=self._mesh.http, model_id=self._mesh.model.id, health=self)
 
     async def check_health(self) -> None:
         """Raises when the engine or one of the loops has ended or is stuck; Serve then restarts this router."""
@@ -103,15 +132,28 @@ class ExpertMeshLLMServer(LLMServer):
 
     async def mesh_trace(self) -> TraceSample:
         """The routing decisions this router sampled."""
-        return TraceSample(self._router_id, await self._worker.trace())
+        recording = self._mesh.routers.trace_tokens > 0
+        return TraceSample(self._router_id, await self._worker.trace() if recording else None)
 
-    async def mesh_clear_trace(self) -> None:
-        """Drop the sampled routing decisions and start over."""
+    async def mesh_clear_trace(self) -> bool:
+        """Drop the sampled routing decisions and start over; False if this router records none."""
+        if self._mesh.routers.trace_tokens == 0:
+            return False
         await self._worker.clear_trace()
+        return True
 
     async def generation_health(self) -> GenerationHealth:
         """Whether tokens come out of this router with their experts on shards."""
         return await self._health.generation_health(self._mesh.http.healthy_within_s, self._mesh.deadlines.probe_s)
+
+    async def all_routers(self) -> tuple[list[GenerationHealth], list[str]]:
+        """(healths of all routers of this application, one line for each that did not answer)."""
+        return await self._peers.generation_health(timeout_s=self._mesh.deadlines.probe_s + 5)
+
+    async def ready(self) -> GenerationHealth:
+        """Whether this router has generated a token since it started; generates one if not."""
+        health = await self._health.ready(self._mesh.deadlines.probe_s)
+        return replace(health, start_s={part: round(seconds, 1) for part, seconds in self._start_s.items()})
 
     async def close(self) -> None:
         """Tell the controller that this router stops, and release the engine."""
@@ -122,6 +164,13 @@ class ExpertMeshLLMServer(LLMServer):
         except ControllerLostError as error:
             logger.info("stopping without deregistering first: %s", error)
         await self.engine.shutdown()
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Note how long a part of the start took."""
+        begin_s = time.monotonic()
+        yield
+        self._start_s[part] = time.monotonic() - begin_s
 
     def _note_lost(self, status: RouterStatus) -> None:
         """The next poll tells the controller which shards this router gave up."""

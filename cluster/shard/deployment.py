@@ -15,7 +15,7 @@ from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.controller.messages import JoinRequest, RejoinRequest
 from cluster.controller.roster import placement_digest
-from cluster.ray_joints import node_address, replica_identity
+from cluster.ray_joints import node_address, replica_identity, show_data_plane_log
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
@@ -32,6 +32,7 @@ class ExpertShard:
         self._controller = ControllerClient(self._identity.app_name)
         self._epoch = 0
         self._fault: str | None = None
+        show_data_plane_log()
         from experts.shard.server import ShardServer  # imports torch, which naming this class must not
 
         self._server = ShardServer(self._config.shard_settings(node_address()))

@@ -11,6 +11,11 @@ from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.weight_format import WeightFormat
 
 FP8_BLOCK = 128
+# Beside the facts about experts: a router and a shard whose files differ in one of these serve different models.
+AGREED_KEYS = (
+    *("num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+    *("intermediate_size", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "scoring_func"),
+)
 _INT4_SCHEME = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 

@@ -5,17 +5,23 @@ Legend: D hidden size, I expert intermediate size.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
+import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import activation_of, family_of
-from experts.checkpoint.hf_config import ModelConfig
+from experts.checkpoint.fingerprint import Fingerprint, fingerprint_of
+from experts.checkpoint.hf_config import AGREED_KEYS, ModelConfig
 from experts.checkpoint.layout import Part, Role
 from experts.checkpoint.safetensors_file import TensorStore
+from experts.checkpoint.sources.opening import open_source
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
 from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
 from experts.model.spec import ExpertSpec, ExpertWeights
@@ -26,26 +32,33 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ExpertCheckpoint:
     """The routed experts of a checkpoint folder. Create it with `open`; safe to use from several threads."""
 
-    def __init__(self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None) -> None:
+    def __init__(
+        self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None, config: ModelConfig
+    ) -> None:
         self.spec = spec
+        self.store = storage.store
+        self._config = config
         self._format = weight_format
         self._storage = storage
         self._parts = {part.role: part for part in storage.layout.parts}
+        self._fingerprint: concurrent.futures.Future[Fingerprint] | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
-        """Read config.json and the index or header, but no weights.
+        """Read config.json and the index or header, but no weights. `path` is a folder or another name of a model.
 
         CheckpointError names the missing file, key or tensor, or the unsupported quantization.
         """
-        folder = Path(path)
+        source = open_source(path).resolved()
+        folder = source.fetch(source.facts())
         config = ModelConfig(folder)
         family = family_of(config)
         layer_ids = tuple(family.moe_layers(config))
         if not layer_ids:
             raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
         weight_format = config.weight_format()
-        store = TensorStore(folder)
+        store = TensorStore(folder, source)
         layout, prefix = find_layout(store, family.layouts, layer_ids[0])
         spec = ExpertSpec(
             model_type=config.model_type,
@@ -63,7 +76,68 @@ class ExpertCheckpoint:
             raise CheckpointError(
                 f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts, expected at most {spec.num_experts}"
             )
-        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format)
+        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format, config)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What config.json says that routers and shards must agree on, as plain JSON values by name."""
+        spec = self.spec
+        return {
+            "model type": spec.model_type,
+            "decoder layers with experts": list(spec.layer_ids),
+            "experts in a layer": spec.num_experts,
+            "experts for a token": spec.top_k,
+            "hidden size": spec.hidden_size,
+            "expert width": spec.intermediate_size,
+            "activation": [spec.activation.kind, spec.activation.alpha, spec.activation.limit],
+            "biases": spec.has_bias,
+            "router weight on the input": spec.weight_on_input,
+            "quantization": spec.quantization,
+            **{f"config.json's {key}": self._config.get(key) for key in AGREED_KEYS},
+        }
+
+    def start_fingerprint(self) -> concurrent.futures.Future[Fingerprint]:
+        """The hashes of all tensors, made in the background once; CheckpointError as its result names a broken file."""
+        with self._lock:
+            if self._fingerprint is None:
+                self._fingerprint = concurrent.futures.Future()
+                threading.Thread(target=self._make_fingerprint, name="fingerprint", daemon=True).start()
+            return self._fingerprint
+
+    def _make_fingerprint(self) -> None:
+        assert self._fingerprint is not None
+        try:
+            self._fingerprint.set_result(fingerprint_of(self.store))
+        except Exception as error:
+            self._fingerprint.set_exception(error)
+
+    @property
+    def remote(self) -> bool:
+        """Whether files are fetched when first needed, so that some may not be here yet."""
+        return self.store.source.remote
+
+    def fetch_experts(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Have the files with these experts, (layer, expert) as in `read_expert`, in the folder, and no others.
+
+        CheckpointError names a tensor that is missing, or a file that cannot be had.
+        """
+        if self.remote:
+            layer_ids, parts = self.spec.layer_ids, self._parts.values()
+            names = {
+                name
+                for layer, expert in wanted
+                for part in parts
+                for name in self._storage.names(part, layer_ids[layer], expert)
+            }
+            self.store.fetch(names)
+
+    def fetch_rest(self) -> Path:
+        """The folder, with what a router needs in it: files with a tensor that is no expert's, config, tokenizer."""
+        store = self.store
+        if self.remote:
+            store.fetch(name for name in store.index.file_of if not self.owns(name))
+            store.source.fetch(store.source.other_files())
+        return store.folder
 
     @property
     def expert_bytes(self) -> int:
@@ -90,15 +164,22 @@ class ExpertCheckpoint:
 
     @functools.cached_property
     def weight_format(self) -> WeightFormat | None:
-        """The format of `read_quantized`, None unless all experts are stored in one. Reads headers only."""
+        """The format of `read_quantized`, None unless every expert of every layer is stored in it. Reads headers only.
+
+        Of experts whose files are not here, the names of their tensors tell it.
+        """
         form, spec = self._format, self.spec
         matrices = [part for part in self._parts.values() if not part.role.endswith("_bias")]
         if form is None or (form.name == "fp8_block" and any(part.transposed for part in matrices)):
             return None
         if form.name == "fp8_block" and "gate_up" in self._parts and spec.intermediate_size % form.group:
             return None  # some block has rows of both gate and up
-        layers = range(spec.num_layers)
-        quantized = all(len(self._ranges(part, layer, 0)) == 2 for layer in layers for part in matrices)
+        quantized = all(
+            self._storage.is_quantized(part, self._shape(part), spec.layer_ids[layer], expert)
+            for layer in range(spec.num_layers)
+            for part in matrices
+            for expert in self._apart(part)
+        )
         return form if quantized else None
 
     def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
@@ -139,15 +220,24 @@ class ExpertCheckpoint:
         """Whether a tensor (weights, biases, scales) belongs to a routed expert; routers do not load those."""
         return self._storage.owns(name)
 
-    def check(self) -> None:
-        """Check that every expert's tensors exist with the right shape and dtype. Reads headers only.
+    def check(self, *, only_here: bool = False) -> None:
+        """Check that every expert's tensors exist with the right shape and dtype, and that every tensor is in the file
+        that the index names. Reads headers only; with `only_here`, files that are not in the folder are passed over.
 
-        CheckpointError names the first tensor that does not.
+        Of a model that is fetched, files that are not here yet are passed over too. CheckpointError names the first
+        tensor that does not, and its file.
         """
-        for layer in range(self.spec.num_layers):
+        only_here = only_here or self.remote
+        for layer, layer_id in enumerate(self.spec.layer_ids):
             for part in self._parts.values():
-                for expert in range(self.spec.num_experts) if part.stack == "none" else (0,):
-                    self._ranges(part, layer, expert)
+                for expert in self._apart(part):
+                    if not only_here or self._storage.is_here(part, layer_id, expert):
+                        self._ranges(part, layer, expert)
+        self.store.check_index()
+
+    def _apart(self, part: Part) -> range:
+        """Experts that have a tensor each; the first stands for all that share one."""
+        return range(self.spec.num_experts if part.stack == "none" else 1)
 
     def _check_place(self, layer: int, expert: int) -> None:
         for what, value, bound in (("layer", layer, self.spec.num_layers), ("expert", expert, self.spec.num_experts)):
@@ -198,3 +288,9 @@ def _packed(pieces: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         out[row : row + len(piece)].copy_(piece)
         row += len(piece)
     return out
+
+
+def fetch_rest(model: str) -> Path:
+    """The folder with what a router needs of a model; see `ExpertCheckpoint.fetch_rest`. A folder is as it is."""
+    source = open_source(model)
+    return ExpertCheckpoint.open(model).fetch_rest() if source.remote else source.fetch([])

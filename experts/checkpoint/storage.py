@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.header import TensorEntry
 from experts.checkpoint.layout import Layout, Part
-from experts.checkpoint.safetensors_file import TensorEntry, TensorStore
+from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.weight_format import WeightFormat
 
 _SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # of the tensor whose presence means that a part is quantized
+_SUFFIXES = ("", "_scale_inv", "_blocks", "_scales", "_packed", "_scale")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -37,7 +39,7 @@ class ExpertStorage:
         self, store: TensorStore, layout: Layout, prefix: str, num_experts: int, weight_format: WeightFormat | None
     ) -> None:
         self.layout = layout
-        self._store = store
+        self.store = store
         self.prefix = prefix
         self._num_experts = num_experts
         self._format = weight_format
@@ -49,6 +51,21 @@ class ExpertStorage:
         """Whether the tensor `name` is a part, or a part's scale, of a routed expert of any layer."""
         return self._owned.fullmatch(name) is not None
 
+    def is_here(self, part: Part, layer_id: int, expert: int) -> bool:
+        """Whether the files of a part are in the folder. True for a part that no file has, which `ranges` names."""
+        return all(self.store.is_here(name) for name in self.names(part, layer_id, expert))
+
+    def is_quantized(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> bool:
+        """Whether a part is stored quantized, by its header or, if its files are not here, by the names beside it."""
+        if self.is_here(part, layer_id, expert):
+            return len(self.ranges(part, shape, layer_id, expert)) == 2
+        return len(self.names(part, layer_id, expert)) > 1
+
+    def names(self, part: Part, layer_id: int, expert: int) -> list[str]:
+        """The tensors of a part, as far as a file has them."""
+        name = self.prefix + part.name.format(layer=layer_id, expert=expert)
+        return [name + suffix for suffix in _SUFFIXES if name + suffix in self.store]
+
     def ranges(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> list[ExpertRange]:
         """Where a part of `shape` (as kernels expect it) is stored: one range if plain, two if quantized.
 
@@ -56,7 +73,7 @@ class ExpertStorage:
         """
         name, form = self.prefix + part.name.format(layer=layer_id, expert=expert), self._format
         stored = shape[::-1] if part.transposed else shape
-        if form is not None and form.name != "fp8_block" and name + _SUFFIX[form.name] in self._store:
+        if form is not None and form.name != "fp8_block" and name + _SUFFIX[form.name] in self.store:
             misfit = form.misfit(shape[-1])
             if misfit is not None:
                 raise CheckpointError(f"{name}{_SUFFIX[form.name]}: {misfit}")
@@ -80,7 +97,7 @@ class ExpertStorage:
     def _range(
         self, part: Part, name: str, shape: tuple[int, ...], expert: int, dtypes: tuple[torch.dtype, ...]
     ) -> ExpertRange:
-        entry = self._store.entry(name)
+        entry = self.store.entry(name)
         whole = {
             "none": shape,
             "leading": (self._num_experts, *shape),
@@ -126,7 +143,7 @@ class ExpertStorage:
 
     def read_range(self, where: ExpertRange) -> torch.Tensor:
         """The bytes of a range, as stored."""
-        return self._store.read(where.entry, where.start, where.nbytes, where.shape)
+        return self.store.read(where.entry, where.start, where.nbytes, where.shape)
 
 
 def find_layout(store: TensorStore, layouts: tuple[Layout, ...], layer_id: int) -> tuple[Layout, str]:

@@ -5,6 +5,7 @@ Legend: T tokens, K top-k, D hidden size.
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import time
@@ -14,13 +15,13 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.connector import Connector
 from experts.dispatch.dispatcher import Dispatcher, Pending
 from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
-from experts.protocol.errors import UnsupportedModelError
+from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint, host_id
 from experts.protocol.settings import RouterSettings
 from experts.protocol.status import RouterStatus, StageHistograms
@@ -60,6 +61,8 @@ class MeshClient:
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._connector = Connector(self._connect)
         self._static = settings.membership
+        self._facts = checkpoint.facts
+        self._fingerprint = checkpoint.start_fingerprint()
 
     @property
     def attached(self) -> bool:
@@ -67,9 +70,14 @@ class MeshClient:
         return self.dispatcher.membership is not None
 
     def attach_static(self) -> None:
-        """Apply the membership in the settings, for engines that run without a controller."""
+        """Apply the membership in the settings, for engines that run without a controller.
+
+        UnsupportedModelError with the shards' reasons if they refuse this router.
+        """
         if self._static is not None and not self.attached:
-            self.apply_membership(Membership.from_dict(self._static))
+            applied = self.apply_membership(Membership.from_dict(self._static))
+            if applied.refusal is not None:
+                raise UnsupportedModelError(applied.refusal)
 
     def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
         """Start connecting to an epoch's new shards in the background; returns the ranks that are not done yet.
@@ -124,6 +132,10 @@ class MeshClient:
 
     def _connect(self, endpoint: ShardEndpoint) -> RouterLink:
         settings, shape = self.settings, self.shape
+        try:
+            weights = self._fingerprint.result().to_bytes()
+        except CheckpointError as error:
+            raise ShardRejectedError(endpoint.rank, f"this router cannot read its checkpoint: {error}") from error
         hello = Hello(
             router_id=self.router_id,
             transport=settings.transport,
@@ -134,6 +146,8 @@ class MeshClient:
             num_layers=shape.num_layers,
             request_capacity=request_capacity(settings.max_rows_per_dispatch, shape.top_k, shape.row_bytes),
             reply_capacity=reply_capacity(settings.max_rows_per_dispatch, shape.row_bytes),
+            facts=self._facts,
+            weights=base64.b64encode(weights).decode(),
         )
         deadline_s = time.monotonic() + settings.connect_timeout_s
         return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)

@@ -110,6 +110,16 @@ class AppliedMembership:
     lost: dict[int, str]  # why there is no link, by rank
     refused: list[int]  # those of the lost ranks whose shard answered and refused this router
 
+    @property
+    def refusal(self) -> str | None:
+        """Why no shard takes this router, None if one does or none answered: it would compute all experts itself.
+
+        Shards that are away or slow do not count, as they come back.
+        """
+        if self.connected or not self.refused:
+            return None
+        return f"no shard takes this router: {'; '.join(sorted({self.lost[rank] for rank in self.refused}))}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it travels over collective_rpc."""
         return asdict(self)

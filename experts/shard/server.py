@@ -7,6 +7,7 @@ its endpoint as one line of JSON.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import logging
 import os
@@ -21,20 +22,24 @@ from typing import Any
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint.fingerprint import Fingerprint
 from experts.kernels import KernelShape, keep_quantized, pick_kernel
 from experts.protocol.membership import AppliedPlacement, ShardEndpoint, host_id
 from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
-from experts.shard.slots import SlotTable
+from experts.shard.slots import SlotTable, experts_of
 from experts.transports.base import ShardChannel
 from experts.transports.connect import open_shard_channel
-from experts.transports.control import ControlListener, Hello, LifeLine
+from experts.transports.control import ControlListener, Hello, LifeLine, OtherIncarnationError
 from experts.transports.shm import ShmDoorbell
-from placement.placement import Placement
+from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
+
+_LOADING_THREADS = 8  # more than cores: they wait for the disk in turn; see benchmarks.data_plane.expert_loading
+_NAMED = 3  # tensors that a refusal names
 
 
 class ShardServer:
@@ -50,6 +55,7 @@ class ShardServer:
         self._loop: ShardLoop | None = None
         self._listener: ControlListener | None = None
         self._bell: ShmDoorbell | None = None
+        self._fingerprint: Fingerprint | None = None
 
     def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
         """Load the experts of `rank`, then listen; returns the endpoint.
@@ -63,6 +69,10 @@ class ShardServer:
         settings = self.settings
         torch.set_num_threads(settings.num_threads)
         checkpoint = ExpertCheckpoint.open(settings.model_path)
+        check_same_model("the placement", placement, "the checkpoint", checkpoint.spec)
+        checkpoint.fetch_experts(experts_of(placement, rank))
+        checkpoint.check(only_here=True)
+        fingerprint = checkpoint.start_fingerprint()
         spec = checkpoint.spec
         num_slots = settings.slots_per_rank or placement.slots_per_rank
         if num_slots < placement.slots_per_rank:
@@ -81,7 +91,7 @@ class ShardServer:
         kernel = pick_kernel(keep_quantized(shape, checkpoint.weight_format, settings.kernel), settings.kernel)
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         start_s = time.monotonic()
-        count = slots.load(placement, rank)
+        count = slots.load(placement, rank, _LOADING_THREADS)
         logger.info(
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
@@ -89,6 +99,7 @@ class ShardServer:
         self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads)
         self._loop.warm_up()
         self._loop.start()
+        self._fingerprint = fingerprint.result()
         self.placement, self.epoch = placement, epoch
         incarnation = uuid.uuid4().hex
         self._incarnation = incarnation
@@ -158,14 +169,18 @@ class ShardServer:
         spec = loop.slots.checkpoint.spec
         if hello.incarnation != self._incarnation:
             # Only this mesh's routers know the incarnation, so do not reveal it to strangers.
-            raise ValueError(f"this is another incarnation of the shard, the router wants {hello.incarnation}")
+            raise OtherIncarnationError(
+                f"this is another incarnation of the shard, the router wants {hello.incarnation}"
+            )
         for name, theirs, ours in (
             ("dtype", hello.dtype, self.settings.dtype),
             ("hidden size", hello.hidden_size, spec.hidden_size),
             ("number of MoE layers", hello.num_layers, spec.num_layers),
+            *((name, hello.facts.get(name), ours) for name, ours in loop.slots.checkpoint.facts.items()),
         ):
             if theirs != ours:
                 raise ValueError(f"router {hello.router_id} has {name} {theirs}, this shard has {ours}")
+        self._check_weights(hello)
         row_bytes = spec.hidden_size * self.dtype.itemsize
         largest = request_capacity(self.settings.max_rows_per_dispatch, max(hello.top_k, 1), row_bytes)
         if hello.request_capacity > largest or hello.reply_capacity > max(
@@ -178,6 +193,17 @@ class ShardServer:
         assert self._bell is not None
         deadline_s = time.monotonic() + self.settings.connect_timeout_s
         return open_shard_channel(hello, line, self._bell, self.settings.device, deadline_s)
+
+    def _check_weights(self, hello: Hello) -> None:
+        """ValueError names the tensors that the router has with other bytes: it would mix two models."""
+        assert self._fingerprint is not None
+        differing = self._fingerprint.differing(base64.b64decode(hello.weights, validate=True))
+        if differing:
+            named = ", ".join(differing[:_NAMED]) + (f" and {n} more" if (n := len(differing) - _NAMED) > 0 else "")
+            raise ValueError(
+                f"router {hello.router_id} has other weights than this shard, which reads {self.settings.model_path}: "
+                f"{named}; give both the same checkpoint"
+            )
 
 
 def main() -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 2.0
 _REQUEST_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
+
+
+def experts_of(placement: Placement, rank: int) -> list[tuple[int, int]]:
+    """(layer, expert) of each expert that a placement gives to a rank, in order and once."""
+    wanted_Ls = np.asarray(placement.experts_of_rank(rank))
+    return [(layer, int(e)) for layer, wanted_s in enumerate(wanted_Ls) for e in np.unique(wanted_s) if e >= 0]
 
 
 class SlotTable:
@@ -77,35 +86,51 @@ class SlotTable:
             total.update(digest)
         return total.hexdigest()[:16]
 
-    def load(self, placement: Placement, rank: int) -> int:
+    def load(self, placement: Placement, rank: int, num_threads: int = 1) -> int:
         """Load the experts that `placement` gives to `rank` and that are not here yet; returns how many.
 
         Experts that the placement no longer gives to this rank stay until their slots are needed, so that routers of
-        the previous epoch are still answered. Raises ValueError if there are too few slots.
+        the previous epoch are still answered. With several threads reading and packing overlap; while the shard serves
+        they would take its cores. Raises ValueError if there are too few slots.
         """
         spec = self.checkpoint.spec
         check_same_model("the placement", placement, "the checkpoint", spec)
         wanted_Ls = np.asarray(placement.experts_of_rank(rank))
-        missing = [
-            (layer, int(expert))
-            for layer in range(spec.num_layers)
-            for expert in np.unique(wanted_Ls[layer])
-            if expert >= 0 and self.slot_of_expert_LE[layer, expert] < 0
-        ]
+        missing = [pair for pair in experts_of(placement, rank) if self.slot_of_expert_LE[pair] < 0]
+        self.checkpoint.fetch_experts(missing)
         start_s = logged_s = time.monotonic()
-        for count, (layer, expert) in enumerate(missing):
-            slot = self._free_slot(layer, wanted_Ls[layer])
-            self._install(layer, slot, expert, self._read(layer, expert))
+        for count, _ in enumerate(self._fill(missing, wanted_Ls, num_threads), start=1):
             now_s = time.monotonic()
-            if now_s - logged_s > _LOG_INTERVAL_S or count + 1 == len(missing):
+            if now_s - logged_s > _LOG_INTERVAL_S or count == len(missing):
                 logged_s = now_s
-                done = (count + 1) * self._kernel.shape.expert_bytes
+                done = count * self._kernel.shape.expert_bytes
                 rate = done / max(now_s - start_s, 1e-6) / 1e6
                 logger.info(
                     "rank %d: %d of %d experts loaded, %.1f MB, %.0f MB/s",
-                    rank, count + 1, len(missing), done / 1e6, rate,
+                    rank, count, len(missing), done / 1e6, rate,
                 )  # fmt: skip
         return len(missing)
+
+    def _fill(self, missing: list[tuple[int, int]], wanted_Ls: np.ndarray, num_threads: int) -> Iterator[None]:
+        """Load experts, (layer, expert) each, in order; yields after each one, which the table then has."""
+        under_way: deque[tuple[int, int, int, Future[bytes]]] = deque()
+        with ThreadPoolExecutor(num_threads, "loading") as pool:
+            try:
+                for layer, expert in missing:
+                    slot = self._free_slot(layer, wanted_Ls[layer])
+                    self._vacate(layer, slot)
+                    self._expert_in_slot_Ls[layer, slot] = expert  # so that no other expert takes it
+                    under_way.append((layer, slot, expert, pool.submit(self._install, layer, slot, expert)))
+                    if len(under_way) == num_threads:
+                        self._publish(*under_way.popleft())
+                        yield
+                while under_way:
+                    self._publish(*under_way.popleft())
+                    yield
+            finally:
+                for layer, slot, _, future in under_way:
+                    future.cancel()
+                    self._expert_in_slot_Ls[layer, slot] = -1
 
     def _read(self, layer: int, expert: int) -> ExpertWeights | QuantizedExpert:
         if self._kernel.takes_quantized:
@@ -124,22 +149,37 @@ class SlotTable:
             )
         return int(spare[0])
 
-    def _install(self, layer: int, slot: int, expert: int, weights: ExpertWeights | QuantizedExpert) -> None:
+    def _vacate(self, layer: int, slot: int) -> None:
+        """Take the expert in a slot out of the table, and wait for the request that may use it."""
         old = int(self._expert_in_slot_Ls[layer, slot])
+        if old < 0:
+            return
         table_LE = self.slot_of_expert_LE.copy()
-        if old >= 0:
-            table_LE[layer, old] = -1
-            self.slot_of_expert_LE = table_LE.copy()
-            self._digests.pop((layer, old), None)
-            self._await_request()
-            self._expert_in_slot_Ls[layer, slot] = -1  # so that the slot is free if the next step fails
-        self._kernel.set_slot(layer, slot, weights)
-        self._expert_in_slot_Ls[layer, slot] = expert
-        table_LE[layer, expert] = slot
+        table_LE[layer, old] = -1
         self.slot_of_expert_LE = table_LE
+        self._digests.pop((layer, old), None)
+        self._await_request()
+        self._expert_in_slot_Ls[layer, slot] = -1
+
+    def _install(self, layer: int, slot: int, expert: int) -> bytes:
+        """Read an expert and pack it into a slot that nobody uses; returns its digest. Runs in several threads."""
+        weights = self._read(layer, expert)
+        self._kernel.set_slot(layer, slot, weights)
         if isinstance(weights, QuantizedExpert):
             first, last = weights.w13_2IB, weights.w2_DB
         else:
             first, last = weights.w13_2ID, weights.w2_DI
         sample = torch.cat([first.flatten()[:16], last.flatten()[-16:]]).float().numpy().tobytes()
-        self._digests[(layer, expert)] = hashlib.sha256(f"{layer}.{expert}.".encode() + sample).digest()
+        return hashlib.sha256(f"{layer}.{expert}.".encode() + sample).digest()
+
+    def _publish(self, layer: int, slot: int, expert: int, installed: Future[bytes]) -> None:
+        """Enter an expert into the table when it is installed; if that fails, its slot is free."""
+        try:
+            digest = installed.result()
+        except BaseException:
+            self._expert_in_slot_Ls[layer, slot] = -1
+            raise
+        table_LE = self.slot_of_expert_LE.copy()
+        table_LE[layer, expert] = slot
+        self.slot_of_expert_LE = table_LE
+        self._digests[(layer, expert)] = digest

@@ -24,9 +24,11 @@ from experts.transports.base import ShardChannel
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _DTYPES = ("float32", "bfloat16", "float16")
-_MAX_LINE_BYTES = 65536
+# A model of a trillion parameters has 200,000 tensors, whose hashes are a megabyte.
+_MAX_LINE_BYTES = 16 << 20
+_PEEK_BYTES = 65536
 _MAX_CAPACITY_BYTES = 1 << 31
 # A vanished host is noticed after about half a minute of silence, so that a shard does not keep the buffers of dead
 # routers forever. A dispatch has its own, much shorter deadline.
@@ -48,11 +50,15 @@ class Hello:
     reply_capacity: int
     details: dict[str, Any] = field(default_factory=dict)
     """What the transport itself needs, such as the name of the mailbox for shared memory."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the router's config.json says, by name: `ExpertCheckpoint.facts`."""
+    weights: str = ""
+    """The router's `Fingerprint` in base64."""
     version: int = PROTOCOL_VERSION
 
     def __post_init__(self) -> None:
         """TypeError or ValueError for impossible values: the other end of a socket may be anything."""
-        for name in ("router_id", "transport", "incarnation", "dtype"):
+        for name in ("router_id", "transport", "incarnation", "dtype", "weights"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"hello: {name} is {getattr(self, name)!r}, expected a string")
         for name in ("hidden_size", "top_k", "num_layers", "request_capacity", "reply_capacity"):
@@ -61,8 +67,9 @@ class Hello:
                 raise ValueError(f"hello: {name} is {value!r}, expected an integer of 1 to {_MAX_CAPACITY_BYTES}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"hello: unknown dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
-        if not isinstance(self.details, dict):
-            raise TypeError(f"hello: details is {self.details!r}, expected an object")
+        for name in ("details", "facts"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"hello: {name} is {getattr(self, name)!r}, expected an object")
 
 
 class LifeLine:
@@ -117,19 +124,20 @@ def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
 def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any]:
     """One JSON line. TimeoutError, or ConnectionError if the peer closes before the line is complete."""
     data = bytearray()
-    while not data.endswith(b"\n"):
+    end = 0
+    while not end:
         try:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError
             connection.settimeout(left_s)
-            # One byte at a time: nothing after the line may be consumed, and lines are short and rare.
-            byte = connection.recv(1)
+            seen = connection.recv(_PEEK_BYTES, socket.MSG_PEEK)
+            end = seen.find(b"\n") + 1
+            data += connection.recv(end or len(seen))  # nothing after the line may be consumed
         except TimeoutError as error:
             raise TimeoutError("no complete line on the control socket before the deadline") from error
-        if not byte:
+        if not seen:
             raise ConnectionError("the peer closed the control socket during the handshake")
-        data += byte
         if len(data) > _MAX_LINE_BYTES:
             raise ConnectionError(f"a control line is longer than {_MAX_LINE_BYTES} bytes")
     try:
@@ -175,6 +183,8 @@ def shake_hands(connection: socket.socket, rank: int, hello: Hello, deadline_s: 
         raise ShardTimeoutError(rank, "no answer to the handshake before the connect deadline") from error
     except (OSError, ValueError) as error:
         raise ShardLostError(rank, f"handshake failed: {error}") from error
+    if answer.get("restarted"):
+        raise ShardLostError(rank, str(answer.get("error")))
     if not answer.get("ok"):
         raise ShardRejectedError(rank, str(answer.get("error", answer)))
     connection.settimeout(None)
@@ -183,6 +193,10 @@ def shake_hands(connection: socket.socket, rank: int, hello: Hello, deadline_s: 
 
 ChannelOpener = Callable[[Hello, LifeLine], tuple[ShardChannel, dict[str, Any]]]
 """Opens the shard's end of a pair; returns it with the fields of the answer. Raises ValueError to refuse the router."""
+
+
+class OtherIncarnationError(ValueError):
+    """The router looks for a shard that is no more: it is not refused, it gets the next one's address."""
 
 
 class ControlListener:
@@ -234,7 +248,8 @@ class ControlListener:
             except (TypeError, ValueError, OSError, RuntimeError) as error:
                 logger.warning("refused a router: %s", error)
                 connection.settimeout(self._handshake_timeout_s)
-                _send_line(connection, {"ok": False, "error": str(error)})
+                restarted = isinstance(error, OtherIncarnationError)
+                _send_line(connection, {"ok": False, "restarted": restarted, "error": str(error)})
                 return
             with self._lock:
                 if self._stopped.is_set():

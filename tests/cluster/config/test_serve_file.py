@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
-from cluster.config.llm_sections import HttpSection
+from cluster.config.http_sections import HttpSection
 from cluster.config.parse import RENAMED, ConfigError, parse
 from cluster.config.serve_file import MeshConfig
 from experts.protocol.settings import ShardSettings
@@ -62,9 +62,16 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         ),
         (
             "applications.0.args.model.path",
-            "no/where",
-            r"args\.model\.path: 'no/where' does not exist; looked at .*no/where",
+            "no/such/folder",
+            r"args\.model\.path: 'no/such/folder' does not exist; looked at .*no/such/folder",
         ),
+        ("applications.0.args.model.path", "./no/where", r"args\.model\.path: './no/where' does not exist"),
+        (
+            "applications.0.args.model.path",
+            "ftp://x/y",
+            r"model\.path: 'ftp://x/y': expected a folder, ",
+        ),
+        ("applications.0.args.model.path", "s3://", r"model\.path: 's3://': expected .* s3://bucket/folder"),
         (
             "applications.0.args.placement.policy",
             "magic",
@@ -163,7 +170,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, place: str, value: Any, expected
 
 def test_an_application_without_a_name_is_the_one_that_serve_calls_default() -> None:
     data = tiny()
-    del data["applications"][1]["name"]
+    del data["applications"][2], data["applications"][1]["name"]
     assert MeshConfig.from_serve_config(data).llm_name == "default"
     del data["applications"][0]["name"]
     with pytest.raises(ConfigError, match="experts_app is 'experts', but the application is named 'default'"):
@@ -193,7 +200,43 @@ def test_a_renamed_key_is_answered_with_the_new_one(old: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(schema, data)
     assert str(caught.value) == f"args.{old}: unknown key; use {RENAMED[old]} instead"
-    assert RENAMED[old] in schema.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    new_section, _, new_key = RENAMED[old].rpartition(".")
+    assert new_key in schema.model_fields[new_section or section].annotation.model_fields  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "expected"),
+    [
+        ("2.args.experts_app", "other", "the console's experts_app is 'other', but the application is named 'experts'"),
+        ("2.args.llm_apps", ["a", "b"], r"llm_apps are \['a', 'b'\], expected 'llm' among them"),
+        ("2.args.llm_apps", [], "llm_apps"),
+        ("2.name", "llm", "two applications are named 'llm'"),
+        ("2.route_prefix", "/", "have the same route prefix '/'"),
+        ("1.args.http.api_keys", ["k"], "the OpenAI API has API keys and the console has none"),
+        (
+            "2.args.http",
+            {"max_pending_requests": 3},
+            r"applications\[2\]\.args\.http\.max_pending_requests: unknown key",
+        ),
+    ],
+)
+def test_a_console_that_does_not_fit_is_refused(place: str, value: Any, expected: str) -> None:
+    data = tiny()
+    at: Any = data["applications"]
+    *path, last = place.split(".")
+    for part in path:
+        at = at[int(part)] if part.isdigit() else at.setdefault(part, {})
+    at[last] = value
+    with pytest.raises(ConfigError, match=expected):
+        MeshConfig.from_serve_config(data)
+
+
+def test_the_console_may_be_left_out() -> None:
+    data = tiny()
+    assert MeshConfig.from_serve_config(data).names == ["experts", "llm", "console"]
+    del data["applications"][2]
+    mesh = MeshConfig.from_serve_config(data)
+    assert (mesh.console, mesh.names) == (None, ["experts", "llm"])
 
 
 def test_models_that_differ_between_the_applications_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,11 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from cluster.config.apps import ConsoleAppConfig
+from cluster.config.http_sections import KeysSection
 from cluster.console import endpoints
-from cluster.console.endpoints import ENDPOINTS, Console
+from cluster.console.endpoints import Console, console_app
 from cluster.controller.client import ControllerLostError
 from cluster.controller.messages import PlacementView
-from cluster.http.errors import OpenAIApp, add_error_handlers
 from cluster.router.client import RouterClient
 from cluster.router.messages import TraceSample
 from placement.placement import Placement
@@ -49,25 +49,24 @@ class Controller:
 
 
 def get(
-    path: str, replicas: list[Any] | Exception = NO_ROUTER, method: str = "GET", controller_lost: bool = False
+    path: str,
+    replicas: list[Any] | Exception = NO_ROUTER,
+    method: str = "GET",
+    controller_lost: bool = False,
+    keys: tuple[str, ...] = (),
+    key: str = "",
 ) -> httpx.Response:
-    """One request to an app with the routes and error handlers of the service."""
-    config: Any = SimpleNamespace(
-        routers=SimpleNamespace(trace_tokens=10),
-        deadlines=SimpleNamespace(apply_s=TIMEOUT_S),
-        http=SimpleNamespace(retry_after_s=3),
-    )
+    """One request to the app of a console replica, below the route prefix that Serve gives it."""
+    config = ConsoleAppConfig(http=KeysSection(retry_after_s=3, api_keys=list(keys)))
     controller: Any = Controller(controller_lost)
     handle: Any = RouterHandle(replicas)
-    console = Console(config, controller, RouterClient(handle))
+    app = console_app(Console(config, controller, [RouterClient(handle)]))
 
     async def run() -> httpx.Response:
-        app = OpenAIApp()
-        add_error_handlers(app, 3)
-        for name, route in ENDPOINTS.items():
-            route(app)(getattr(console, name))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
-            return await asyncio.wait_for(client.request(method, path), 30)
+        transport = httpx.ASGITransport(app, root_path="/expertmesh")
+        headers = {"Authorization": f"Bearer {key}", "Origin": "http://elsewhere"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://mesh") as client:
+            return await asyncio.wait_for(client.request(method, path, headers=headers), 30)
 
     return run_async(run())
 
@@ -75,6 +74,16 @@ def get(
 @pytest.fixture(autouse=True)
 def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "STATUS_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(endpoints, "TRACE_TIMEOUT_S", TIMEOUT_S)
+
+
+def test_every_endpoint_but_the_metrics_needs_the_key() -> None:
+    replicas = [router_status("a")]
+    for path in ("/expertmesh/status", "/expertmesh/placement", "/expertmesh/trace"):
+        assert get(path, replicas, keys=("secret",)).status_code == 401
+        assert get(path, replicas, keys=("secret",), key="secret").status_code != 401
+    metrics = get("/expertmesh/metrics", replicas, keys=("secret",))
+    assert (metrics.status_code, metrics.headers["access-control-allow-origin"]) == (200, "*")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def test_routers_that_do_not_answer_hide_nothing_else(
     assert [router["router_id"] for router in body["routers"]] == names
     assert (body["controller"]["epoch"], body["errors"]) == (5, errors)
 
-    metrics = get("/metrics", replicas)
+    metrics = get("/expertmesh/metrics", replicas)
     assert metrics.status_code == 200
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
@@ -116,7 +125,7 @@ def test_a_controller_that_is_away_hides_no_router() -> None:
         "a router did not answer mesh_status in 0.2 s",
         "the placement controller does not answer",
     ]
-    text = get("/metrics", [router_status("a")], controller_lost=True).text
+    text = get("/expertmesh/metrics", [router_status("a")], controller_lost=True).text
     assert "expertmesh_controller_up 0.0" in text
     assert 'expertmesh_steps_total{router="a"} 10.0' in text
 
@@ -142,5 +151,5 @@ def test_what_needs_every_router_is_503_without_one(
 
 
 def test_clearing_the_trace_answers_with_nothing() -> None:
-    response = get("/expertmesh/trace", [TraceSample("a", b"")], "DELETE")
+    response = get("/expertmesh/trace", [True], "DELETE")
     assert (response.status_code, response.content) == (204, b"")

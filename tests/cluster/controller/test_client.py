@@ -44,7 +44,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(*answers: Any) -> tuple[ControllerClient, Handle]:
         handle = Handle(*answers)
-        monkeypatch.setattr(client_module.serve, "get_deployment_handle", lambda *_: handle)
+        monkeypatch.setattr(client_module, "deployment_handle", lambda *_: handle)
         return ControllerClient("experts"), handle
 
     return make

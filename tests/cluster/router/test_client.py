@@ -10,8 +10,9 @@ from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from cluster.http.health import GenerationHealth
 from cluster.router.client import RouterClient, RouterLostError
-from cluster.router.messages import GenerationHealth, TraceSample
+from cluster.router.messages import TraceSample
 from tests.support.router_handle import RouterHandle
 from tests.support.serve.statuses import router_status
 from tests.support.waiting import run_async
@@ -49,7 +50,7 @@ def test_each_router_gives_an_answer_or_a_line(replicas: Any, found: list[Any], 
 
 def test_what_needs_every_router_raises_without_one() -> None:
     whole, broken = RouterHandle([TraceSample("a", b"1"), TraceSample("b", b"")]), RouterHandle([None, None])
-    assert run(RouterClient(whole).traces(timeout_s=5)) == {"a": b"1", "b": b""}  # type: ignore[arg-type]
+    assert run(RouterClient(whole).traces(timeout_s=5)) == [TraceSample("a", b"1"), TraceSample("b", b"")]  # type: ignore[arg-type]
     with pytest.raises(RouterLostError, match=r"did not answer mesh_trace in 0\.1 s; a router did not"):
         run(RouterClient(broken).traces(timeout_s=0.1))  # type: ignore[arg-type]
     with pytest.raises(RouterLostError, match=r"did not answer mesh_clear_trace in 0\.1 s"):

@@ -51,11 +51,15 @@ class Controller:
 
 
 class Worker:
-    """Connects to any shard but those of `slow`; `lost` is what an application of a membership leaves out."""
+    """Connects to any shard but those of `slow`; `lost` is what an application of a membership leaves out.
+
+    `refused` are those of the lost that refuse the router.
+    """
 
     def __init__(self) -> None:
         self.slow: list[int] = []
         self.lost: dict[int, str] = {}
+        self.refused: list[int] = []
         self.failures: list[Exception] = []
         self.calls: list[tuple[Any, ...]] = []
 
@@ -68,7 +72,7 @@ class Worker:
         if self.failures:
             raise self.failures.pop()
         connected = [e.rank for e in found.endpoints if e is not None and e.rank not in self.lost]
-        return AppliedMembership(found.epoch, connected, self.lost, [])
+        return AppliedMembership(found.epoch, connected, self.lost, self.refused)
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +139,34 @@ def test_the_first_epoch_waits_for_connections() -> None:
 def test_a_poll_names_the_incarnations_of_the_shards_that_were_given_up() -> None:
     async def check() -> None:
         worker, controller = Worker(), Controller(news(4, 0, 1))
-        worker.lost = {1: "refused", 2: "no shard has this rank yet"}
+        worker.lost = {1: "timed out", 2: "no shard has this rank yet"}
         subject = follower(controller, worker)
         await follow(subject, controller)
         assert [request.lost for request in controller.requests] == [{}, {1: "i1"}]
+
+    run(check())
+
+
+def test_a_shard_that_refuses_this_router_is_not_reported_as_lost() -> None:
+    """The controller would take it out of the mesh for the routers that it does take."""
+
+    async def check() -> None:
+        worker, controller = Worker(), Controller(news(4, 0, 1, 2), news(5, 0, 1, 2))
+        worker.lost, worker.refused = {0: "timed out", 1: "other weights"}, [1]
+        await follow(follower(controller, worker), controller)
+        assert [request.lost for request in controller.requests] == [{}, {0: "i0"}, {0: "i0"}]
+
+    run(check())
+
+
+def test_a_router_that_no_shard_takes_any_more_stops_following() -> None:
+    """Its health check names the loop that ended, and why."""
+
+    async def check() -> None:
+        worker = Worker()
+        worker.lost, worker.refused = {0: "other weights", 1: "timed out"}, [0]
+        with pytest.raises(epochs.RefusedError, match=r"no shard takes this router: other weights$"):
+            await follower(Controller(news(4, 0, 1)), worker).follow()
 
     run(check())
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from cluster.http.health import GenerationHealth
 from cluster.router import health
 from cluster.router.health import MAX_MISSED_READINGS, RouterHealth
-from cluster.router.messages import GenerationHealth
 from cluster.router.worker_calls import EngineSilentError
 from experts.protocol.status import RouterStatus
 from tests.support.serve.statuses import router_status

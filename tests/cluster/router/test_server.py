@@ -48,9 +48,13 @@ class Controller:
 class Server(router.ExpertMeshLLMServer):
     """A router whose worker gives the answers of `answers`, and none to anything else."""
 
-    def __init__(self, answers: dict[str, Any], apply_s: float = 10.0) -> None:
+    def __init__(self, answers: dict[str, Any], apply_s: float = 10.0, trace_tokens: int = 9) -> None:
         deadlines = SimpleNamespace(apply_s=apply_s, connect_s=0.0, membership_s=10.0, probe_s=10.0)
-        mesh: Any = SimpleNamespace(deadlines=deadlines, http=SimpleNamespace(healthy_within_s=10.0))
+        mesh: Any = SimpleNamespace(
+            deadlines=deadlines,
+            http=SimpleNamespace(healthy_within_s=10.0),
+            routers=SimpleNamespace(trace_tokens=trace_tokens),
+        )
         self.controller: Any = Controller()
         self._set_up(mesh, "r1", self.controller)
         self._metrics = SimpleNamespace(export=lambda _: None)
@@ -106,20 +110,27 @@ def test_the_status_is_the_workers_and_what_the_replica_knows() -> None:
 def test_a_trace_bears_the_routers_name_and_clearing_reaches_the_worker() -> None:
     server = Server({"expertmesh_trace": b"npz", "expertmesh_clear_trace": None})
     assert run(server.mesh_trace()) == TraceSample("r1", b"npz")
-    run(server.mesh_clear_trace())
+    assert run(server.mesh_clear_trace()) is True
     assert server.calls == [("expertmesh_trace",), ("expertmesh_clear_trace",)]
+
+
+def test_a_router_that_records_nothing_says_so() -> None:
+    server = Server({}, trace_tokens=0)
+    assert run(server.mesh_trace()) == TraceSample("r1", None)
+    assert run(server.mesh_clear_trace()) is False
+    assert server.calls == []
 
 
 @pytest.mark.parametrize(
     ("connected", "refused", "starts"),
     [
         ([], [0, 1], False),  # rank 2 is away
-        ([], [0], True),  # rank 1 did not answer
+        ([], [0], False),  # rank 1 did not answer
         ([], [], True),
         ([0], [1], True),
     ],
 )
-def test_a_router_that_all_shards_refuse_does_not_start(connected: list[int], refused: list[int], starts: bool) -> None:
+def test_a_router_that_no_shard_takes_does_not_start(connected: list[int], refused: list[int], starts: bool) -> None:
     applied = AppliedMembership(3, connected, dict.fromkeys(range(3), REFUSAL), refused)
     server = Server({"expertmesh_apply_membership": applied.to_dict(), "expertmesh_status": router_status().to_dict()})
 

@@ -139,6 +139,30 @@ def test_plain_experts_have_no_format(tmp_path: Path) -> None:
         checkpoint.read_quantized(0, 0)
 
 
+@pytest.mark.parametrize("expert", [0, 1])
+def test_an_expert_that_was_left_out_leaves_the_model_without_a_format(tmp_path: Path, expert: int) -> None:
+    """Whichever it is: kernels on stored bytes could not take it."""
+    folder, tensors = deepseek_fp8(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    stem = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+    plain = {**tensors, stem: tensors[stem].to(torch.bfloat16)}
+    del plain[stem + "_scale_inv"]
+    checkpoint = ExpertCheckpoint.open(write(tmp_path, config, plain))
+    checkpoint.check()
+    assert checkpoint.weight_format is None
+    assert torch.equal(checkpoint.read_expert(0, expert, torch.float32).w2_DI, plain[stem].float())
+    # Of a file that was not fetched, the names tell it.
+    write(tmp_path, config, plain, num_files=2)
+    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (folder / files[stem]).unlink()
+    assert ExpertCheckpoint.open(folder).weight_format is None
+    write(tmp_path, config, tensors, num_files=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    partial = ExpertCheckpoint.open(folder)
+    partial.check(only_here=True)
+    assert partial.weight_format == WeightFormat("fp8_block", 128)
+
+
 def test_a_place_that_is_none_is_named(tmp_path: Path) -> None:
     checkpoint = ExpertCheckpoint.open(deepseek_fp8(tmp_path)[0])
     with pytest.raises(ValueError, match=r"expert is 2, expected 0\.\.1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from experts.checkpoint import CheckpointError
-from experts.checkpoint.safetensors_file import SafetensorsFile, TensorEntry, TensorStore
+from experts.checkpoint.header import TensorEntry, read_header
+from experts.checkpoint.safetensors_file import SafetensorsFile, TensorStore
 
 DATA = bytes(range(64))
 
@@ -86,11 +88,65 @@ def test_a_dtype_that_torch_lacks_is_refused_only_where_it_is_wanted(tmp_path: P
         (entry(offsets=(-4, 0)), "t ends at byte"),
         (entry(offsets=(61, 65)), "is it a partial download"),
         (entry(offsets=(12, 8)), "t has -4 bytes"),
+        (entry(shape=(-2, -2)), "header entry of t is malformed"),
+        (entry(shape=(4.0,)), "header entry of t is malformed"),
+        (entry(shape=(True, 4)), "header entry of t is malformed"),
     ],
 )
 def test_an_entry_that_cannot_be_is_named(tmp_path: Path, spoiled: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         SafetensorsFile(file_with(tmp_path, {"t": spoiled}))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "header length -1 in a file of 0 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "this is a Git LFS pointer of 57 bytes"),
+        (struct.pack("<Q", 1 << 62) + b"{}", f"header length {1 << 62} in a file of 10 bytes"),
+        (struct.pack("<Q", (1 << 64) - 1) + b"{}", f"header length {(1 << 64) - 1} in a file of 10 bytes"),
+        (b"<!DOCTYPE html><html></html>", "is it a safetensors file"),
+        (struct.pack("<Q", 4) + b"\xff\xfe{}", "the header is not JSON"),
+        (struct.pack("<Q", 60_000) + b"[" * 60_000, "the header is not JSON"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as found:
+        read_header(path)
+    assert str(path) in str(found.value)
+
+
+def test_a_header_that_has_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    text = json.dumps({"a": entry(), "b": entry(offsets=(12, 16))}).replace('"b"', '"a"').encode()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header has a twice"):
+        read_header(file_with(tmp_path, text))
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    header = {"a": entry(offsets=(8, 12)), "b": entry(offsets=(11, 15)), "none": entry(shape=(0,), offsets=(9, 9))}
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a and b share bytes: one ends at (\d+)"):
+        read_header(file_with(tmp_path, header))
+    header["b"] = entry(offsets=(12, 16))
+    assert set(read_header(file_with(tmp_path, header))) == {"a", "b", "none"}
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")  # opening one waits for a writer
+    with pytest.raises(CheckpointError, match=r"pipe\.safetensors: cannot be read: it is a special file"):
+        read_header(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder\.safetensors: cannot be read: it is a directory"):
+        read_header(tmp_path / "folder.safetensors")
+    path = file_with(tmp_path, {"a": entry()})
+
+    def denied(*_: Any) -> None:  # root may read everything, so that a mode would not do
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: .*Permission denied"):
+        read_header(path)
 
 
 def test_a_tensor_may_reach_to_the_last_byte(tmp_path: Path) -> None:
@@ -151,16 +207,6 @@ def test_nothing_is_a_view_of_any_place(tmp_path: Path) -> None:
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
-
-
-def test_one_file_is_enough_and_others_beside_it_are_not_read(tmp_path: Path) -> None:
-    file_with(tmp_path, {"a": entry()})
-    file_with(tmp_path, b"no header", name="other")
-    store = TensorStore(tmp_path)
-    assert "a" in store
-    assert "b" not in store
-    with pytest.raises(CheckpointError, match="tensor b is missing"):
-        store.entry("b")
 
 
 def test_files_of_any_name_make_a_folder(tmp_path: Path) -> None:

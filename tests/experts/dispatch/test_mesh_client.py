@@ -170,7 +170,7 @@ def test_shards_that_cannot_be_reached_are_named_with_their_reasons(mesh: Mesh) 
         applied = router.apply_membership(Membership(1, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3), endpoints))
     assert applied.connected == []
     assert set(applied.lost) == {0, 1, 2}
-    assert applied.refused == [2]
+    assert (applied.refused, applied.refusal) == ([], None)
     assert "the router wants an-older-one" in applied.lost[2]
     assert all(applied.lost.values())
     check(mesh, router)

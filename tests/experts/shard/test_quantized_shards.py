@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.small_mesh import assert_matches, mesh_of, oracle, random_batch, replicated, run
 
@@ -47,3 +47,20 @@ def test_parity_and_memory(model: Path, kernel: str) -> None:
     expected = matrix + 3 * 4 * 4 if kernel == "torch_dequant" else 4 * matrix
     assert status.kernel == kernel
     assert status.loaded_bytes == NUM_LAYERS * NUM_EXPERTS // 2 * expected
+
+
+def test_an_expert_that_the_quantization_leaves_out_is_served(model: Path, tmp_path: Path) -> None:
+    """Another one than the first of its layer, which used to end its shard."""
+    tensors = load_file(model / "model.safetensors")
+    stem = "model.layers.1.mlp.experts.4.up_proj.weight"
+    del tensors[stem + "_scale_inv"]
+    generator = torch.Generator().manual_seed(1)
+    tensors[stem] = torch.randn(I, D, generator=generator) / D**0.5
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    with mesh_of(tmp_path, replicated(NUM_LAYERS, NUM_EXPERTS, 2, 1), kernel="torch_loop") as mesh:
+        router = mesh.router()
+        for layer in range(NUM_LAYERS):
+            batch = random_batch(33, hidden_size=D, seed=layer)
+            assert_matches(run(router, layer, batch), oracle(mesh.checkpoint, layer, batch))
+        assert router.status().fallback_pairs == 0

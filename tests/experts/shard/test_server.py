@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from experts.checkpoint import CheckpointError
-from experts.protocol.errors import ShardRejectedError
+from experts.protocol.errors import ShardLostError, ShardRejectedError
 from experts.protocol.membership import AppliedPlacement, ShardEndpoint
 from experts.protocol.settings import ShardSettings
 from experts.protocol.wire import (
@@ -44,6 +45,7 @@ from tests.support.packed_request import HIDDEN, ROW_BYTES, pack
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
+    identity_of,
     mesh_of,
     one_process,
     oracle,
@@ -70,8 +72,9 @@ def mesh(model: Path) -> Iterator[Mesh]:
         yield mesh
 
 
-def hello_with(endpoint: ShardEndpoint, **changes: Any) -> Hello:
+def hello_with(model: Path, endpoint: ShardEndpoint, **changes: Any) -> Hello:
     fields = {
+        **identity_of(model),
         "router_id": "by-hand",
         "transport": "shm",
         "incarnation": endpoint.incarnation,
@@ -85,13 +88,13 @@ def hello_with(endpoint: ShardEndpoint, **changes: Any) -> Hello:
     return Hello(**{**fields, **changes})
 
 
-def open_link(endpoint: ShardEndpoint, **changes: Any) -> RouterLink:
-    return connect(endpoint, hello_with(endpoint, **changes), "cpu", 20.0, time.monotonic() + 30)
+def open_link(model: Path, endpoint: ShardEndpoint, **changes: Any) -> RouterLink:
+    return connect(endpoint, hello_with(model, endpoint, **changes), "cpu", 20.0, time.monotonic() + 30)
 
 
 @pytest.fixture
 def link(mesh: Mesh) -> Iterator[RouterLink]:
-    link = open_link(mesh.shards[0].endpoint)
+    link = open_link(mesh.model, mesh.shards[0].endpoint)
     yield link
     link.close()
 
@@ -170,9 +173,9 @@ def test_an_expert_of_another_shard_is_named(mesh: Mesh, model: Path, link: Rout
 
 
 def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> None:
-    small = open_link(mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES)
+    small = open_link(mesh.model, mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES)
     check_serves(small, model)
-    tight = open_link(mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES - 4)
+    tight = open_link(mesh.model, mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES - 4)
     header = ask(tight, pack(tight.send_buffer, 1, [0]))
     assert header[H_STATUS] == STATUS_REJECTED
     assert error_text(tight.recv_buffer) == "BadRequestError: 1 rows do not fit the reply buffer"
@@ -182,7 +185,7 @@ def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> 
 
 def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, model: Path, link: RouterLink) -> None:
     with contextlib.suppress(ShardRejectedError):  # being refused is fine too
-        tiny = open_link(mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
+        tiny = open_link(mesh.model, mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
         tiny.post(8)
         with pytest.raises(Exception, match="shard 0"):
             tiny.wait(time.monotonic() + 30)
@@ -193,7 +196,6 @@ def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"incarnation": "stale"}, "this is another incarnation of the shard, the router wants stale$"),
         ({"dtype": "bfloat16"}, "router by-hand has dtype bfloat16, this shard has float32"),
         ({"hidden_size": 32}, "has hidden size 32, this shard has 24"),
         ({"num_layers": 3}, "has number of MoE layers 3, this shard has 2"),
@@ -203,11 +205,14 @@ def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, 
 )
 def test_a_router_that_does_not_fit_is_refused_at_the_door(mesh: Mesh, changes: dict[str, Any], text: str) -> None:
     endpoint = mesh.shards[0].endpoint
-    hello = hello_with(endpoint, **changes)
-    # connect() fills in the endpoint's incarnation
-    stale = ShardEndpoint(**{**endpoint.__dict__, "incarnation": hello.incarnation})
     with pytest.raises(ShardRejectedError, match=text):
-        connect(stale, hello, "cpu", 20.0, time.monotonic() + 30)
+        open_link(mesh.model, endpoint, **changes)
+
+
+def test_a_router_that_looks_for_an_earlier_incarnation_is_not_refused_for_itself(mesh: Mesh) -> None:
+    stale = replace(mesh.shards[0].endpoint, incarnation="stale")
+    with pytest.raises(ShardLostError, match=r"this is another incarnation of the shard, the router wants stale$"):
+        open_link(mesh.model, stale)
 
 
 def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
@@ -298,7 +303,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         assert select.select([process.stdout], [], [], 60)[0], "the shard printed no endpoint"
         endpoint = ShardEndpoint(**json.loads(process.stdout.readline()))
         assert (endpoint.rank, endpoint.pid) == (0, process.pid)
-        link = open_link(endpoint)
+        link = open_link(model, endpoint)
         check_serves(link, model)
         maps = Path(f"/proc/{process.pid}/maps").read_text()
         assert "/vllm/" not in maps, "a shard needs vllm only if its kernel comes from vllm"

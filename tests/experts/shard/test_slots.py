@@ -32,6 +32,10 @@ class Weights:
         self.changed = changed or {}
         self.read: list[tuple[str, int, int]] = []
         self.dtypes: set[torch.dtype] = set()
+        self.fetched: list[tuple[int, int]] = []
+
+    def fetch_experts(self, wanted: list[tuple[int, int]]) -> None:
+        self.fetched = list(wanted)
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
         self.read.append(("floats", layer, expert))

@@ -71,7 +71,7 @@ def line_of(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (line_of(version=2), "protocol version 2, this shard speaks 1"),
+        (line_of(version=1), "protocol version 1, this shard speaks 2"),
         (line_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, gloo or nccl"),
         (line_of(surprise=1), "unexpected keyword argument 'surprise'"),
         (b'{"router_id": "r"}\n', "missing"),
@@ -79,11 +79,13 @@ def line_of(**changes: Any) -> bytes:
         (b"\xff\xfe\x00\n", "expected a line of JSON"),
         (b"[1, 2]\n", "expected a JSON object on the control socket, got list"),
         (b"[" * 60_000 + b"\n", "recursion"),
-        (b"x" * 65_537, "longer than 65536 bytes"),
+        (b"x" * ((16 << 20) + 1), "longer than 16777216 bytes"),
         (line_of(request_capacity=-1), "request_capacity is -1, expected an integer of 1 to"),
         (line_of(reply_capacity="many"), "reply_capacity is 'many', expected an integer"),
         (line_of(hidden_size=1 << 60), "hidden_size is 1152921504606846976"),
         (line_of(router_id=7), "router_id is 7, expected a string"),
+        (line_of(weights=7), "weights is 7, expected a string"),
+        (line_of(facts=[1]), "facts is \\[1\\], expected an object"),
         (line_of(details=[1]), "details is \\[1\\], expected an object"),
         (line_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
         (line_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
@@ -185,7 +187,7 @@ def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
 
 def test_refusals_reach_the_router_with_the_reason(shard: EchoShard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
-    with pytest.raises(ShardRejectedError, match="protocol version 9, this shard speaks 1"):
+    with pytest.raises(ShardRejectedError, match="protocol version 9, this shard speaks 2"):
         connect(shard.endpoint, replace(hello_for("shm"), version=9), "cpu", 20.0, deadline_in(LONG_S))
     with pytest.raises(ShardRejectedError, match="transport nccl: this build of torch has no NCCL"):
         connect(shard.endpoint, hello_for("nccl"), "cuda", 20.0, deadline_in(LONG_S))

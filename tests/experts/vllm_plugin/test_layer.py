@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from experts.checkpoint import ExpertCheckpoint
 from tests.support.small_mesh import Mesh, mesh_of, replicated
@@ -272,3 +273,13 @@ def test_a_model_without_moe_layers_left_is_refused_at_start(vllm_zygote: Zygote
     """Its type has experts, but every layer of it is dense."""
     model = make(vllm_zygote, tmp_path / "all-dense", "qwen3_moe", {"mlp_only_layers": [0, 1]})
     assert "no layer of this qwen3_moe has routed experts" in start_error(vllm_zygote, model)
+
+
+def test_a_checkpoint_without_a_dense_tensor_is_refused_at_start(vllm_zygote: Zygote, tmp_path: Path) -> None:
+    """vLLM's own check passes over linear layers: it would serve what memory holds."""
+    model = make(vllm_zygote, tmp_path / "lacking", "qwen3_moe", {})
+    tensors = load_file(model / "model.safetensors")
+    lacking = "model.layers.1.self_attn.o_proj.weight"
+    del tensors[lacking]
+    save_file(tensors, model / "model.safetensors")
+    assert f"CheckpointError: {model}: {lacking} missing" in start_error(vllm_zygote, model)

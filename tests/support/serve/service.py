@@ -25,6 +25,7 @@ from typing import Any
 import openai
 import yaml
 
+from cluster.serve_environment import environment_of_a_local_cluster
 from tests.support.waiting import free_ports, wait_for
 
 REPOSITORY = Path(__file__).parents[3]
@@ -44,6 +45,7 @@ def tiny_config(port: int, folder: Path) -> dict[str, Any]:
     llm = data["applications"][1]["args"]
     llm["http"] |= {"api_keys": [API_KEY], "max_pending_requests": 6, "retry_after_s": 2}
     llm["model"]["path"] = str(model)
+    data["applications"][2]["args"]["http"] = {"api_keys": [API_KEY]}
     return data
 
 
@@ -149,7 +151,7 @@ def running_service() -> Iterator[Service]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        **environment_of_a_local_cluster(folder, {}),
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",

@@ -16,7 +16,7 @@ from tests.support.waiting import wait_for
 
 
 def metrics(service: Service) -> dict[str, float]:
-    code, body = service.get("/metrics")
+    code, body = service.get("/expertmesh/metrics")
     assert code == 200
     totals: dict[str, float] = {}
     for family in text_string_to_metric_families(body.decode()):

