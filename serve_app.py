@@ -25,22 +25,28 @@ if TYPE_CHECKING:
 def build_experts(args: dict[str, Any]) -> Application:
     """The application with the shards and their controller. Raises ConfigError with the key."""
     from cluster.build import experts_application
+    from cluster.refusals.to_serve import refusals_for_serve
 
-    return experts_application(parse(ExpertsAppConfig, args))
+    with refusals_for_serve():
+        return experts_application(parse(ExpertsAppConfig, args))
 
 
 def build_llm(args: dict[str, Any]) -> Application:
     """The application with the routers, which serve the OpenAI API. Raises ConfigError with the key."""
     from cluster.build import llm_application
+    from cluster.refusals.to_serve import refusals_for_serve
 
-    return llm_application(parse(LLMAppConfig, args))
+    with refusals_for_serve():
+        return llm_application(parse(LLMAppConfig, args))
 
 
 def build_console(args: dict[str, Any]) -> Application:
     """The application for people and their tools: status, placement, traces. Raises ConfigError with the key."""
     from cluster.build import console_application
+    from cluster.refusals.to_serve import refusals_for_serve
 
-    return console_application(parse(ConsoleAppConfig, args))
+    with refusals_for_serve():
+        return console_application(parse(ConsoleAppConfig, args))
 
 
 if __name__ == "__main__":

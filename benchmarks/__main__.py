@@ -21,6 +21,7 @@ MODULES = (
     "benchmarks.data_plane.recorder_cost",
     "benchmarks.serving.decode_throughput",
     "benchmarks.serving.fuzz_http",
+    "benchmarks.serving.upgrade",
 )
 
 

@@ -12,6 +12,8 @@ from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import CONTROLLER, ROUTER, SHARD
 from cluster.controller.deployment import PlacementController
 from cluster.controller.pinned_model import with_pinned_model
+from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
+from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
@@ -38,11 +40,13 @@ CONSOLE_OPTIONS: dict[str, Any] = {
 
 
 def experts_application(config: ExpertsAppConfig) -> Application:
-    """Shards and their controller. Raises ConfigError, with nothing deployed, if model or slots do not fit."""
+    """Shards and their controller. Raises ConfigError, with nothing deployed, if model, slots or options do not fit."""
+    config = with_pinned_model(config)
+    folder, complete = folder_here(config.model.path)
+    refuse_experts(config, folder=folder, complete=complete)
     # Here, since it imports torch, which the other application's builder does without.
     from cluster.controller.initial_placement import plan_placement
 
-    config = with_pinned_model(config)
     placement = plan_placement(config)
     args = config.model_dump(exclude_unset=True)
     shards = serve.deployment(
@@ -64,14 +68,17 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
 
 def llm_application(config: LLMAppConfig) -> Application:
-    """The routers, which are the application's HTTP ingress. Raises ConfigError if the model cannot be had."""
+    """The routers, which are the application's HTTP ingress. Raises ConfigError, with nothing deployed."""
     config = with_pinned_model(config)
+    folder, complete = folder_here(config.model.path)
+    refuse_llm(config, folder=folder, complete=complete)
     args = config.model_dump(exclude_unset=True)
     return serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
 
 
 def console_application(config: ConsoleAppConfig) -> Application:
-    """Status, placement, traces and metrics over HTTP."""
+    """Status, placement, traces and metrics over HTTP. Raises ConfigError, with nothing deployed."""
+    refuse_console(config)
     options = {**CONSOLE_OPTIONS, **config.deployment_config}
     return serve.deployment(ConsoleServer, name="Console", **options).bind(config.model_dump(exclude_unset=True))
 

@@ -119,6 +119,7 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
         logging.disable(logging.INFO)
     import ray
 
+    _refuse(config, options)
     http_options = dict(config.serve.get("http_options") or {})
     if options.port is not None:
         http_options["port"] = options.port
@@ -136,6 +137,17 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
             _progress("shutting down")
             _undeploy(config)
             ray.shutdown()
+
+
+def _refuse(config: MeshConfig, options: Options) -> None:
+    """Raise ConfigError for what the builders would refuse, before anything is started."""
+    from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
+
+    keys = options.address is None  # a cluster elsewhere may have variables that are not set here
+    refuse_experts(config.experts, f"{options.config}: {config.experts_name}")
+    refuse_llm(config.llm, f"{options.config}: {config.llm_name}", keys=keys)
+    if config.console is not None:
+        refuse_console(config.console, f"{options.config}: {config.console_name}", keys=keys)
 
 
 def _connect_to_ray(options: Options) -> None:

@@ -36,7 +36,7 @@ ORDER = {
             "router",
             "console",
         ),
-        *("build", "start_up", "haproxy_guard", "cli"),
+        *("refusals", "build", "start_up", "haproxy_guard", "cli"),
     ],
 }
 

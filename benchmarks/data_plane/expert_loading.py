@@ -1,6 +1,6 @@
 """Loading a shard's experts from a cold page cache, against plain parallel reading of the same files.
 
-    python -m benchmarks.data_plane.expert_loading [--quick] [--threads 1,4,8] [--kernel auto] [--folder /mnt/disk]
+    python -m benchmarks.data_plane.expert_loading [--quick] [--gigabytes 2] [--threads 1,4,8] [--kernel auto]
 
 Makes a random Qwen3-MoE of 2 GB in four files (hidden 2048, expert width 768, bf16), and deletes it at the end. The two
 sides take turns: threads that read the files from end to end in pieces of 8 MB and keep nothing, as `dd` does, and the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -118,14 +119,18 @@ def main() -> None:
     """Print the table and write bench-results/expert_loading.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a checkpoint of 0.2 GB, one pair")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint, %(default)s")
     parser.add_argument("--threads", default="1,4,8", help="threads of the loader, %(default)s")
     parser.add_argument("--kernel", default="auto", help="kernel whose slots are filled, %(default)s")
     parser.add_argument("--folder", default=None, help="where the checkpoint is made, the temporary folder")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the checkpoint is deleted
     pairs = 1 if args.quick else 3
+    expert_bytes = 3 * HIDDEN * WIDTH * 2
+    num_experts = FILES * round((0.2 if args.quick else args.gigabytes) * 1e9 / LAYERS / FILES / expert_bytes)
     rows = []
     with tempfile.TemporaryDirectory(prefix="expertmesh-loading-", dir=args.folder) as made:
-        files = make_checkpoint(Path(made), 12 if args.quick else 112)
+        files = make_checkpoint(Path(made), num_experts)
         nbytes = sum(path.stat().st_size for path in files)
         seconds: dict[str, list[float]] = {}
         kernel = ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from experts.protocol.settings import RouterSettings, StrictModel, TransportName
+from experts.vllm_plugin.engine_options import refused_by_project
 
 
 def _router_default(name: str) -> Any:
@@ -49,25 +50,9 @@ class RoutersSection(StrictModel):
 
     @field_validator("engine_kwargs")
     @classmethod
-    def _owned_engine_options(cls, value: dict[str, Any]) -> dict[str, Any]:
-        owned = {
-            "worker_extension_cls": "it names the plug-in that replaces the routed experts",
-            "load_format": "the loader leaves the experts' tensors out",
-            "model": "use model.path instead",
-            "served_model_name": "use model.id instead",
-            "dtype": "use model.dtype instead, which the shards use too",
-        }
-        for key, why in owned.items():
-            if key in value:
-                raise ValueError(f"{key} is set by the project: {why}")
-        extra = value.get("additional_config")
-        if isinstance(extra, dict) and "expertmesh" in extra:
-            raise ValueError("additional_config.expertmesh is set by the project: use transport and deadlines instead")
-        for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if value.get(key, 1) != 1:
-                raise ValueError(f"{key} is {value[key]!r}, expected 1: run more routers instead (routers.count)")
-        if value.get("enable_expert_parallel"):
-            raise ValueError("enable_expert_parallel has no effect: the shards hold the experts")
+    def _owned_engine_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for problem in refused_by_project(value, "cuda" if info.data.get("accelerator") == "gpu" else "cpu"):
+            raise ValueError(problem)
         return value
 
     @field_validator("llm_config")

@@ -18,6 +18,10 @@ DEFAULTS: dict[str, Any] = {
     "health_check_period_s": 10,
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.2,
+    # An old router goes on with the answers that it has begun; after that Serve cuts them off.
+    "graceful_shutdown_timeout_s": 600,
+    # In an upgrade every new router serves before an old one stops, and one that never comes up replaces none.
+    "max_surge_percent": 100,
 }
 
 

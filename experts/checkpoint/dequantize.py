@@ -10,7 +10,8 @@ import functools
 import numpy as np
 import torch
 
-MXFP4_BLOCK = 32  # values that share a scale, 16 bytes
+from experts.checkpoint.weight_format import MXFP4_BLOCK
+
 # The sixteen values of FP4 E2M1 (OCP Microscaling Formats 1.0, table 4): sign, 2 exponent bits, 1 mantissa bit.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127

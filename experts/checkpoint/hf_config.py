@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experts.checkpoint.dequantize import MXFP4_BLOCK
 from experts.checkpoint.errors import CheckpointError
-from experts.checkpoint.weight_format import WeightFormat
+from experts.checkpoint.weight_format import MXFP4_BLOCK, WeightFormat
 
 FP8_BLOCK = 128
 # Beside the facts about experts: a router and a shard whose files differ in one of these serve different models.

@@ -11,9 +11,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import activation_of, family_of
@@ -26,7 +24,8 @@ from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
 from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
 from experts.model.spec import ExpertSpec, ExpertWeights
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    import torch
 
 
 class ExpertCheckpoint:
@@ -151,8 +150,11 @@ class ExpertCheckpoint:
         shares the file's mapping: never write to it. Raises CheckpointError for a tensor that is missing or has an
         unexpected shape or dtype.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        import torch  # here, since whoever plans a placement reads the spec and no weights
+
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if dtype not in dtypes:
+            raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, dtypes))}")
         self._check_place(layer, expert)
         has_bias = self.spec.has_bias
         return ExpertWeights(
@@ -187,6 +189,8 @@ class ExpertCheckpoint:
 
         Raises CheckpointError as `read_expert` does, and if `weight_format` is None.
         """
+        import torch
+
         form = self.weight_format
         if form is None:
             raise CheckpointError(
@@ -280,6 +284,8 @@ class ExpertCheckpoint:
 
 def _packed(pieces: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The pieces concatenated into a contiguous tensor of `dtype`; no copy of a single piece that is one already."""
+    import torch
+
     if len(pieces) == 1 and pieces[0].dtype == dtype and pieces[0].is_contiguous():
         return pieces[0]
     out = torch.empty((sum(len(p) for p in pieces), *pieces[0].shape[1:]), dtype=dtype)

@@ -8,14 +8,16 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.header import TensorEntry, open_weights, parse_header
 from experts.checkpoint.index import INDEX_NAME, WeightIndex
 from experts.checkpoint.sources.base import ModelSource
 from experts.checkpoint.sources.folder import FolderSource
+
+if TYPE_CHECKING:
+    import torch
 
 # Private and writable, so that torch accepts the buffer without a warning. Nothing is written, so nothing is reserved.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE exists from Python 3.13
@@ -38,6 +40,8 @@ class SafetensorsFile:
 
     def view(self, start: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The bytes `[start, start + nbytes)` as a tensor: a view of the mapping if aligned, else a copy."""
+        import torch
+
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         page = start - start % mmap.PAGESIZE

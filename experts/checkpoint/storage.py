@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from experts.checkpoint.errors import CheckpointError
-from experts.checkpoint.header import TensorEntry
+from experts.checkpoint.header import DTYPES, TensorEntry
 from experts.checkpoint.layout import Layout, Part
 from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.weight_format import WeightFormat
 
+if TYPE_CHECKING:
+    import torch
+
 _SUFFIX = {"mxfp4": "_blocks", "int4": "_packed"}  # of the tensor whose presence means that a part is quantized
 _SUFFIXES = ("", "_scale_inv", "_blocks", "_scales", "_packed", "_scale")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# As safetensors names them: checks read headers only, and do without torch.
+FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,22 @@ class ExpertStorage:
             P, Q = shape
             scales = form.scale_shape(P, Q)
             if form.name == "mxfp4":
-                blocks = self._range(part, name + "_blocks", (*scales, form.group // 2), expert, (torch.uint8,))
-                return [blocks, self._range(part, name + "_scales", scales, expert, (torch.uint8,))]
-            packed = self._range(part, name + "_packed", (P, Q // 8), expert, (torch.int32,))
+                blocks = self._range(part, name + "_blocks", (*scales, form.group // 2), expert, ("U8",))
+                return [blocks, self._range(part, name + "_scales", scales, expert, ("U8",))]
+            packed = self._range(part, name + "_packed", (P, Q // 8), expert, ("I32",))
             return [packed, self._range(part, name + "_scale", scales, expert, FLOATS)]
         if form is None or form.name != "fp8_block":
             return [self._range(part, name, stored, expert, FLOATS)]
-        weight = self._range(part, name, stored, expert, (*FLOATS, torch.float8_e4m3fn))
-        if weight.entry.dtype in FLOATS:  # a module that was not quantized
+        weight = self._range(part, name, stored, expert, (*FLOATS, "F8_E4M3"))
+        if weight.entry.dtype_name in FLOATS:  # a module that was not quantized
             return [weight]
         if part.stack == "rows":
             raise CheckpointError(f"{name}: FP8 blocks are not supported in a tensor of stacked rows")
-        scale_dtypes = (*FLOATS, torch.float8_e8m0fnu)
+        scale_dtypes = (*FLOATS, "F8_E8M0")
         return [weight, self._range(part, name + "_scale_inv", form.scale_shape(*stored), expert, scale_dtypes)]
 
     def _range(
-        self, part: Part, name: str, shape: tuple[int, ...], expert: int, dtypes: tuple[torch.dtype, ...]
+        self, part: Part, name: str, shape: tuple[int, ...], expert: int, dtypes: tuple[str, ...]
     ) -> ExpertRange:
         entry = self.store.entry(name)
         whole = {
@@ -105,13 +108,13 @@ class ExpertStorage:
         }[part.stack]
         if entry.shape != whole:
             raise CheckpointError(f"{entry.file}: {name} has shape {list(entry.shape)}, expected {list(whole)}")
-        if entry.dtype not in dtypes:
-            expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        if entry.dtype_name not in dtypes:
+            expected = ", ".join(DTYPES[name][0] for name in dtypes)
             raise CheckpointError(
                 f"{entry.file}: {name} is {entry.dtype_name}, expected {expected} "
                 f"(quantization in config.json: {self._format.name if self._format else 'none'})"
             )
-        nbytes = math.prod(shape) * entry.dtype.itemsize
+        nbytes = math.prod(shape) * DTYPES[entry.dtype_name][1]
         offset = 0 if part.stack == "none" else expert * nbytes
         return ExpertRange(entry, entry.start + offset, nbytes, shape)
 
@@ -137,6 +140,8 @@ class ExpertStorage:
         return self._quantized(ranges)
 
     def _quantized(self, ranges: list[ExpertRange]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         data, scale = (self.read_range(r) for r in ranges)
         # An int32 holds eight values, the first in the lowest bits: on a little-endian machine, bytes in order.
         return data.reshape(len(data), -1).view(torch.uint8), scale

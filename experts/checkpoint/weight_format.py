@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from experts.checkpoint.dequantize import dequantize_fp8_block, dequantize_int4, dequantize_mxfp4
 from experts.model.spec import ExpertWeights
 
+if TYPE_CHECKING:
+    import torch
+
 FormatName = Literal["fp8_block", "mxfp4", "int4"]
+MXFP4_BLOCK = 32  # values that share a scale, 16 bytes
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class WeightFormat:
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of the scales in kernels that compute in `dtype`."""
+        import torch
+
         return {"fp8_block": torch.float32, "mxfp4": torch.uint8, "int4": dtype}[self.name]
 
     def expert_bytes(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
@@ -65,6 +68,9 @@ class WeightFormat:
 
     def dequantize(self, data_PB: torch.Tensor, scale_pq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """One matrix [P, Q] as plain floats of `dtype`, on the CPU."""
+        # Here, since whoever plans a placement reads the format and no weights, and does without torch.
+        from experts.checkpoint.dequantize import dequantize_fp8_block, dequantize_int4, dequantize_mxfp4
+
         if self.name == "fp8_block":
             return dequantize_fp8_block(data_PB, scale_pq, self.group, dtype)
         if self.name == "mxfp4":
@@ -92,6 +98,8 @@ class QuantizedExpert:
 
     def dequantize(self, dtype: torch.dtype) -> ExpertWeights:
         """The expert as plain floats of `dtype`, on the CPU."""
+        import torch
+
         halves = zip(self.w13_2IB.chunk(2), self.w13_scale.chunk(2), strict=True)
         return ExpertWeights(
             w13_2ID=torch.cat([self.format.dequantize(data, scale, dtype) for data, scale in halves]),

@@ -6,9 +6,10 @@ Legend: D hidden size, I expert intermediate size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
 

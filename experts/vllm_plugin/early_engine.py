@@ -19,7 +19,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MODULES = ("vllm.v1.engine.core", "experts.vllm_plugin.layer")
+# None of ours: vLLM's CPU worker fails to start in a process that imported numba first.
+MODULES = ("vllm.v1.engine.core",)
 # What may be read while modules are imported. If one differs by the time the job comes, the process is of no use.
 READ_BY_IMPORTS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VLLM_TARGET_DEVICE", "VLLM_PLUGINS")
 

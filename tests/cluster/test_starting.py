@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from ray import serve
 from ray.exceptions import RayActorError
 
@@ -148,3 +149,23 @@ def test_an_answer_that_is_not_http_is_not_healthy() -> None:
     with no_http_server() as url:
         ready, answer = ask(url)
         assert (ready, reason_of(answer)) == (False, "not http\r\n")
+
+
+@pytest.mark.parametrize(
+    ("app", "section", "key", "expected"),
+    [
+        (1, "routers", "engine_kwargs", r"llm\.routers\.engine_kwargs\.tipo is no engine option"),
+        (0, "shards", "deployment_config", r"experts\.shards\.deployment_config\.tipo is no option of a Serve"),
+    ],
+)
+def test_what_the_builders_would_refuse_is_refused_before_ray_is_started(
+    monkeypatch: pytest.MonkeyPatch, app: int, section: str, key: str, expected: str
+) -> None:
+    data = yaml.safe_load(TINY.read_text())
+    data["applications"][app]["args"][section][key] = {"tipo": 1}
+    fake = FakeServe(monkeypatch, {})
+    wrong = MeshConfig.from_serve_config(data)
+    with pytest.raises(ConfigError, match=expected) as caught, command.serving(wrong, options()):
+        pytest.fail("it serves")
+    assert fake.calls == []
+    assert str(caught.value).startswith(str(TINY))

@@ -62,6 +62,21 @@ def test_config_is_valid_and_the_model_fits(name: str) -> None:
 
 @pytest.mark.usefixtures("checkpoints_are_elsewhere")
 @pytest.mark.parametrize("name", SHAPES)
+def test_routers_are_replaced_with_a_surge_where_a_gpu_has_room_for_one_more(name: str) -> None:
+    mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
+    shards, routers = mesh.experts.shards, mesh.llm.routers
+    of_shard = shards.ray_actor_options["num_gpus"]
+    of_router = routers.placement_group_config["bundles"][0]["GPU"] if routers.placement_group_config else 1
+    free = [1 - of_shard] * shards.count + [1.0] * (SHAPES[name].num_gpus - shards.count)
+    for _ in range(routers.count or 1):
+        free.remove(place := min(share for share in free if share > of_router - 1e-6))
+        free.append(place - of_router)
+    room = max(free) > of_router - 1e-6 or "max_nodes: 5" in (CONFIGS / name).read_text()
+    assert routers.deployment_config.get("max_surge_percent", 100) == (100 if room else 0)
+
+
+@pytest.mark.usefixtures("checkpoints_are_elsewhere")
+@pytest.mark.parametrize("name", SHAPES)
 def test_shards_wait_for_routers_as_long_as_routers_for_shards(name: str) -> None:
     mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
     ours, theirs = mesh.llm.router_settings(), mesh.experts.shard_settings("127.0.0.1")

@@ -48,3 +48,27 @@ def test_autoscaling_and_bundles_of_the_user_stay() -> None:
     assert options["autoscaling_config"]["max_replicas"] == 4
     assert options["placement_group_bundles"] == [{"CPU": 4, "GPU": 0}]
     assert options["placement_group_strategy"] == "SPREAD"
+
+
+def test_a_new_router_serves_before_an_old_one_stops_unless_the_user_has_no_room() -> None:
+    from cluster.config.llm_sections import RoutersSection
+
+    options = router_options(RoutersSection(count=3))
+    assert options["max_surge_percent"] == 100
+    assert options["graceful_shutdown_timeout_s"] == 600
+    options = router_options(
+        RoutersSection(deployment_config={"max_surge_percent": 0, "graceful_shutdown_timeout_s": 3600})
+    )
+    assert options["max_surge_percent"] == 0
+    assert options["graceful_shutdown_timeout_s"] == 3600
+
+
+def test_serve_takes_the_options() -> None:
+    """A joint: `max_surge_percent` is new in Ray 2.60."""
+    from ray import serve
+
+    from cluster.config.llm_sections import RoutersSection
+
+    deployment = serve.deployment(type("Router", (), {}), name="Router", **router_options(RoutersSection()))
+    config = deployment._deployment_config
+    assert (config.max_surge_percent, config.graceful_shutdown_timeout_s) == (100, 600)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.zygote import parity_jobs
+from tests.support.zygote.option_facts import engine_configs, options
 from tests.support.zygote.plugin_facts import error_of, joints, reading, refusals, steps, verification
 
 NUM_PROMPTS, NEW_TOKENS = 8, 48
@@ -191,6 +192,8 @@ JOBS = {
     "checkpoint": checkpoint,
     "joints": joints,
     "refusals": refusals,
+    "options": options,
+    "engine_configs": engine_configs,
     "verification": verification,
     "reading": reading,
     "steps": steps,

@@ -1,39 +1,53 @@
-"""An upgrade of the application `llm` alone, which the shards do not notice. Last, since it replaces the routers."""
+"""Upgrades of the application `llm`, which neither the shards nor clients notice. Last, as they replace routers."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
-from tests.support.serve.service import Service
+from benchmarks.serving.endless_streams import Streams
+from tests.support.serve.service import API_KEY, Service
 from tests.support.waiting import wait_for
 
+PROMPTS = [[11, 12, 13, 14], [21, 22, 23, 24, 25]]
+UPGRADE_S = 400.0  # a router's start on a machine that does other things too
 
-def test_llm_is_upgraded_to_two_routers_while_the_shards_stay(service: Service) -> None:
+
+def streams(service: Service) -> Streams:
+    return Streams(service.url, "tiny-moe", PROMPTS, max_tokens=64, api_key=API_KEY)
+
+
+def routers(service: Service) -> set[str]:
+    """Ids of the routers that answer."""
+    return {router["router_id"] for router in service.status()["routers"]}
+
+
+def deploy(service: Service, name: str) -> Callable[[], str]:
+    """`serve deploy` of the service's config; what `serve status` says of its application llm, the reasons included."""
+    service.run("serve", "deploy", str(service.write_config(name)), "--address", service.dashboard)
+    return lambda: service.run("serve", "status", "--name", "llm", "--address", service.dashboard)
+
+
+def test_llm_is_upgraded_to_two_routers_under_streams_while_the_shards_stay(service: Service) -> None:
     expected = service.greedy(48)
-    before = service.shards()
-    old = {router["router_id"] for router in service.status()["routers"]}
+    before, old = service.shards(), routers(service)
     llm = service.config["applications"][1]["args"]
     llm["routers"] |= {"count": 2}
     llm["routers"]["engine_kwargs"]["max_num_seqs"] = 16
-    config = str(service.write_config("upgrade.yaml"))
-    serve = str(Path(sys.executable).parent / "serve")
-    service.run(
-        *("ray", "job", "submit", "--address", service.dashboard, "--no-wait"),
-        *("--", serve, "run", "--non-blocking", config),
-    )
+    with streams(service).running() as running:
+        wait_for(running.warm, 60, "the first text of every stream")
+        deploy(service, "upgrade.yaml")
 
-    def upgraded() -> bool:
-        try:
+        def upgraded() -> bool:
             code, body = service.get("/expertmesh/status")
-        except OSError:
-            return False
-        routers = json.loads(body)["routers"] if code == 200 else []
-        names = {router["router_id"] for router in routers}
-        return len(names) == 2 and not names & old and service.get("/health")[0] == 200
+            names = {router["router_id"] for router in json.loads(body)["routers"]} if code == 200 else set()
+            return len(names) == 2 and not names & old
 
-    wait_for(upgraded, 400, "two new routers")
+        wait_for(upgraded, UPGRADE_S, "two new routers alone")
+    everything = running.window(0, float("inf"))
+    assert everything.failed == []
+    assert everything.changed == 0
+    assert everything.requests > 2 * len(PROMPTS)
     after = service.shards()
     for rank, shard in before.items():
         assert after[rank]["pid"] == shard["pid"]
@@ -46,9 +60,27 @@ def test_llm_is_upgraded_to_two_routers_while_the_shards_stay(service: Service) 
         return all(router["steps"] > 60 for router in service.status()["routers"])
 
     wait_for(both_worked, 120, "both routers to have had requests")
+    status = deploy(service, "again.yaml")
+    wait_for(lambda: "RUNNING" in status(), 60, "serve status")
+    assert routers(service) == {router for shard in after.values() for router in shard["routers"]}, (
+        "the same config again changes nothing"
+    )
 
-    service.run("serve", "deploy", config, "--address", service.dashboard)
-    wait_for(lambda: "RUNNING" in service.run("serve", "status", "--address", service.dashboard), 60, "serve status")
-    assert {router["router_id"] for router in service.status()["routers"]} == {
-        router for shard in after.values() for router in shard["routers"]
-    }, "the same config again changes nothing"
+
+def test_a_version_that_cannot_come_up_is_refused_and_the_old_one_serves_on(service: Service) -> None:
+    old = routers(service)
+    options = service.config["applications"][1]["args"]["routers"]["engine_kwargs"]
+    with streams(service).running() as running:
+        wait_for(running.warm, 60, "the first text of every stream")
+        options["max_num_sequences"] = options.pop("max_num_seqs")
+        status = deploy(service, "misspelt.yaml")
+        wait_for(lambda: "DEPLOY_FAILED" in status(), 60, "the refusal")
+        # YAML breaks the lines of the message.
+        said = " ".join(status().split())
+        assert "max_num_sequences is no engine option of the installed vllm; did you mean max_num_seqs?" in said
+        options["max_num_seqs"] = options.pop("max_num_sequences")
+        status = deploy(service, "corrected.yaml")
+        wait_for(lambda: "RUNNING" in status(), UPGRADE_S, "the corrected config")
+    everything = running.window(0, float("inf"))
+    assert (everything.failed, everything.changed) == ([], 0)
+    assert routers(service) == old, "what is deployed again runs already"
