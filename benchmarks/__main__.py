@@ -20,6 +20,7 @@ MODULES = (
     "benchmarks.serving.placement_end_to_end",
     "benchmarks.data_plane.recorder_cost",
     "benchmarks.serving.decode_throughput",
+    "benchmarks.serving.fuzz_http",
     "benchmarks.serving.upgrade",
 )
 

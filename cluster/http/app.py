@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,12 +13,11 @@ from starlette.middleware import Middleware
 
 from cluster.config.http_sections import HttpSection
 from cluster.http import vllm_joints
-from cluster.http.connections import CloseAfterResponse
+from cluster.http.connections import close_where_haproxy_is
 from cluster.http.gate import Gate
 from cluster.http.health import HealthSource, add_health_routes
 from cluster.http.requests import BodyCheck
 from cluster.http.responses import OneErrorFormat, answer_exception
-from cluster.serve_environment import HAPROXY_SWITCH
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,7 +71,7 @@ def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: Health
         ),
     ]
     app.user_middleware[:] = [
-        *([Middleware(CloseAfterResponse)] if os.environ.get(HAPROXY_SWITCH) == "1" else []),
+        *close_where_haproxy_is(),
         Middleware(OneErrorFormat, retry_after_s=http.retry_after_s),
         *app.user_middleware,
         *(Middleware(cls, **options) for cls, options in refusals),

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.serve_environment import HAPROXY_SWITCH
+
+
+def close_where_haproxy_is() -> list[Middleware]:
+    """`CloseAfterResponse` if HAProxy stands before this process, else nothing."""
+    return [Middleware(CloseAfterResponse)] if os.environ.get(HAPROXY_SWITCH) == "1" else []
 
 
 class CloseAfterResponse:

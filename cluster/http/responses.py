@@ -85,10 +85,14 @@ class _Answer:
         self._start: Message | None = None  # held back until it is clear that it is no error
         self._error_body: list[bytes] | None = None
         self._is_stream = False
+        self._under_way = False  # a response that has begun well
         self._replaced = False  # an error went out instead of a stream that has begun with one
 
     async def send(self, message: Message) -> None:
         """What the app sends."""
+        if self._under_way and not message.get("body", b"").startswith(ERROR_EVENTS):
+            await self._send(message)
+            return
         if self._replaced:
             return
         if message["type"] == "http.response.start":
@@ -98,6 +102,7 @@ class _Answer:
             elif self._is_stream:
                 self._start = message
             else:
+                self._under_way = True
                 await self._send(message)
         elif self._error_body is not None:
             self._error_body.append(message.get("body", b""))
@@ -111,9 +116,9 @@ class _Answer:
     async def fail(self, error: BaseException) -> None:
         """Answer an exception; if the response is under way, with its last event."""
         response = answer_exception(self._scope, error, self._retry_after_s)
-        if self._start is None and self._is_stream:
-            last = _event(self._scope, bytes(response.body))
-            await self._send({"type": "http.response.body", "body": last + b"data: [DONE]\n\n", "more_body": False})
+        if self._under_way:
+            last = _event(self._scope, bytes(response.body)) + b"data: [DONE]\n\n" if self._is_stream else b""
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
         elif self._replaced:
             logger.error("exception after an error was answered", exc_info=error)
         else:
@@ -132,12 +137,14 @@ class _Answer:
             message = {**message, "body": event + body.partition(b"\n\n")[2]}
         if self._start is not None:
             start, self._start = self._start, None
+            self._under_way = True
             await self._send(start)
         await self._send(message)
 
     async def _send_error(self) -> None:
         assert self._start is not None
         assert self._error_body is not None
+        self._replaced = True
         kept = [
             (name, value)
             for name, value in self._start["headers"]

@@ -27,8 +27,9 @@ INT64 = range(-(2**63), 2**63)
 
 # Arrays of token ids, which may be as long as a context.
 TOKEN_FIELDS = frozenset({"prompt", "tokens", "token_ids", "query", "items"})
+MAX_PROPERTIES = 512  # of one object in a schema: a grammar's compilation takes time that grows with their cube
 # What is compiled into a grammar takes time that grows with the square of its size. Characters and values.
-GRAMMARS = {"structured_outputs": 2**15, "response_format": 2**15, "text": 2**15, "tools": 2**18}
+GRAMMARS = {"structured_outputs": 2**15, "response_format": 2**15, "text": 2**15, "tools": 2**17}
 # Fields whose arrays are as many sequences for the engine.
 BATCHES = ("prompt", "prompt_embeds", "messages", "items")
 # Fields that vLLM looks into before it has checked their type.
@@ -119,6 +120,8 @@ def _walk(value: Any, place: tuple[Any, ...]) -> int:
 
 def _check_length(items: Sized, where: tuple[Any, ...]) -> None:
     most = MORE_ITEMS.get(str(where[0]), MAX_ITEMS) if len(where) == 1 else MAX_ITEMS
+    if len(where) > 1 and where[-1] == "properties":
+        most = MAX_PROPERTIES
     if len(items) > most:
         raise _refused(where, f"has {len(items)} items, at most {most}", "array_above_max_length")
 

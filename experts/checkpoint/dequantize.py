@@ -10,8 +10,6 @@ import functools
 import numpy as np
 import torch
 
-from experts.checkpoint.weight_format import MXFP4_BLOCK
-
 # The sixteen values of FP4 E2M1 (OCP Microscaling Formats 1.0, table 4): sign, 2 exponent bits, 1 mantissa bit.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
@@ -56,10 +54,10 @@ def dequantize_mxfp4(blocks_PqB: torch.Tensor, scales_Pq: torch.Tensor) -> torch
 
     A value is `fp4 * 2 ** (scale - 127)`, which is exact in bfloat16.
     """
-    P, q, _ = blocks_PqB.shape
+    P, q, num_bytes = blocks_PqB.shape
     pairs = _fp4_pairs().index_select(0, blocks_PqB.reshape(-1).to(torch.int32))
     factor_Pq1 = torch.exp2(scales_Pq.to(torch.float32) - E8M0_BIAS).to(torch.bfloat16).unsqueeze(-1)
-    return pairs.view(torch.bfloat16).view(P, q, MXFP4_BLOCK).mul_(factor_Pq1).view(P, q * MXFP4_BLOCK)
+    return pairs.view(torch.bfloat16).view(P, q, 2 * num_bytes).mul_(factor_Pq1).view(P, 2 * q * num_bytes)
 
 
 def dequantize_int4(packed_PB: torch.Tensor, scale_Pg: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

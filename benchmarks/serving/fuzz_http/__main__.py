@@ -22,16 +22,18 @@ from benchmarks.serving.fuzz_http.own_server import own_server
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--quick", action="store_true", help="200 requests: does it work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="of a running service; without it an engine with the tiny model is started")
     parser.add_argument("--key", help="API key of that service")
     args = parser.parse_args()
+    count = 200 if args.quick else args.requests
 
     def run(url: str) -> Campaign:
         campaign = Campaign(url, args.key, show_progress=True)
         start_s = time.monotonic()
-        campaign.run(args.requests, args.seed)
-        print(f"{time.monotonic() - start_s:.0f} s for {args.requests} requests and seed {args.seed}")
+        campaign.run(count, args.seed)
+        print(f"{time.monotonic() - start_s:.0f} s for {count} requests and seed {args.seed}")
         return campaign
 
     if args.url is not None:

@@ -11,19 +11,14 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from cluster.config.http_sections import HttpSection
-from cluster.http.app import front_door
+from cluster.http.connections import close_where_haproxy_is
 from cluster.serve_environment import HAPROXY_SWITCH
 from tests.support.waiting import wait_for
 
 
-class NoHealth:
-    """Not asked here."""
-
-
 @pytest.fixture(params=["1", "0"])
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, bool]]:
-    """(port, whether HAProxy would stand in front) of a server with one route that streams."""
+    """(port, whether HAProxy would stand in front) of a server with a route that streams and one that does not."""
     monkeypatch.setenv(HAPROXY_SWITCH, request.param)
     app = FastAPI()
 
@@ -35,7 +30,11 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
         return StreamingResponse(parts(), headers={"Connection": "keep-alive"})
 
-    front_door(app, http=HttpSection(), model_id="m", health=NoHealth())  # type: ignore[arg-type]
+    @app.get("/live")
+    async def live() -> str:
+        return "ok"
+
+    app.user_middleware[:] = close_where_haproxy_is()
     running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=running.run)
     thread.start()

@@ -273,6 +273,15 @@ def test_an_exception_in_a_stream_is_its_last_event() -> None:
     assert json.loads(body.removeprefix(b"data: ").partition(b"\n")[0])["error"]["type"] == "overloaded_error"
 
 
+def test_an_exception_after_the_answer_does_not_answer_twice() -> None:
+    whole = Answered(start(200, JSON), chunk('{"a": 1', True), raised=ValueError("late"))
+    assert whole.sent[2:] == [chunk("", False)]
+    refused = Answered(start(400, JSON), vllm_error(400, "no"), raised=ValueError("late"))
+    assert (refused.status, refused.error["message"]) == (400, "no")
+    replaced = Answered(start(), vllm_event(400, "no"), chunk("", False), raised=ValueError("late"))
+    assert (replaced.status, replaced.error["message"]) == (400, "no")
+
+
 @pytest.mark.parametrize("raised", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit()])
 def test_what_ends_a_task_or_the_process_is_not_held_up(raised: BaseException) -> None:
     with pytest.raises(type(raised)):

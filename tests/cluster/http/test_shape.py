@@ -133,6 +133,11 @@ def nested(depth: int) -> Any:
             "response_format",
             "invalid_value",
         ),
+        (
+            {"response_format": {"schema": {"properties": dict.fromkeys(map(str, range(513)), 1)}}},
+            "response_format.schema.properties",
+            "array_above_max_length",
+        ),
         ({"structured_outputs": 5}, "structured_outputs", "invalid_type"),
         ({"stream_options": [1]}, "stream_options", "invalid_type"),
         ({"request_id": "x" * 257}, "request_id", "string_above_max_length"),

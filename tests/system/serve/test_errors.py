@@ -35,9 +35,14 @@ def post(service: Service, body: bytes, path: str = "/v1/completions") -> tuple[
         ({"prompt": [999_999_999]}, 400, ""),
         ({"temperature": -1}, 400, "temperature must be non-negative"),
         ({"max_tokens": "many"}, 400, "max_tokens: Input should be a valid integer"),
-        ({"model": "other"}, 404, 'Could not find base model with ID "other"'),
-        ({"model": "tiny-moe:x"}, 404, 'Could not find base model with ID "tiny-moe:x"'),
-        ({"n": 0}, 400, ""),
+        ({"model": "other"}, 404, "The model `other` does not exist"),
+        ({"model": "tiny-moe:x"}, 404, "The model `tiny-moe:x` does not exist"),
+        ({"n": 0}, 400, "n must be at least 1"),
+        ({"prompt": ""}, 400, "non-empty"),
+        ({"logprobs": -2}, 400, "logprobs"),
+        ({"prompt": "\ud800"}, 400, "lone surrogate"),
+        ({"stop": "\ud800"}, 400, "lone surrogate"),
+        ({"logit_bias": {"999999": 1}, "stream": True}, 400, "out-of-vocab"),
         ({"temperature": -1, "stream": True}, 400, "temperature must be non-negative"),
     ],
 )
@@ -64,7 +69,7 @@ def test_chat_with_bad_messages(service: Service) -> None:
 def test_unknown_paths(service: Service) -> None:
     code, body = service.get("/v1/nothing")
     assert code == 404
-    assert json.loads(body)["error"]["type"] == "not_found_error"
+    assert json.loads(body)["error"]["code"] == "unknown_url"
 
 
 def test_an_error_of_one_client_keeps_nobody_waiting(service: Service) -> None:
