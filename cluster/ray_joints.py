@@ -17,6 +17,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 
+FIND_REPLICAS_S = 3.0  # Serve pushes the list of replicas; a handle that is new waits for it
+
+
 @dataclass(frozen=True)
 class ReplicaIdentity:
     """Who this Serve replica is."""
@@ -95,14 +98,22 @@ def node_address() -> str:
     return ray.util.get_node_ip_address()
 
 
+class NoReplicaError(RuntimeError):
+    """A deployment has no replica that runs, or is not deployed."""
+
+
 async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> list[Any]:
     """What each replica answers to a method, in no order; an exception from one that failed or took too long.
 
-    Ray's own way of collecting gives no answer at all if one is missing. Raises what Ray raises, or TimeoutError, if
-    the replicas are not known.
+    Ray's own way of collecting gives no answer at all if one is missing. Raises what Ray raises if the replicas are not
+    known, and NoReplicaError if Serve names none, for which it would wait for ever.
     """
     end_s = asyncio.get_running_loop().time() + timeout_s
-    results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), timeout_s)
+    find_s = min(timeout_s, FIND_REPLICAS_S)
+    try:
+        results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), find_s)
+    except TimeoutError:
+        raise NoReplicaError(f"Serve named no replica for {method} in {find_s:g} s") from None
     asked = [asyncio.ensure_future(result.get_async()) for result in results]
     try:
         if asked:

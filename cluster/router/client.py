@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.http.errors import UnavailableError
 from cluster.http.health import GenerationHealth
-from cluster.ray_joints import broadcast
+from cluster.ray_joints import NoReplicaError, broadcast
 from cluster.router.messages import TraceSample
 from experts.protocol.status import RouterStatus
 
@@ -59,7 +59,7 @@ class RouterClient:
 def _why(error: BaseException, who: str, method: str, timeout_s: float) -> str:
     """One line on a call without an answer."""
     cause = getattr(error, "cause", None) or error  # Ray's errors carry what was raised on the other side
-    if isinstance(cause, DeploymentUnavailableError):
+    if isinstance(cause, DeploymentUnavailableError | NoReplicaError):
         return "no router is available"
     if isinstance(cause, TimeoutError):
         return f"{who} did not answer {method} in {timeout_s:g} s"

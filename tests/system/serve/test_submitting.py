@@ -1,4 +1,4 @@
-"""The ways to hand over code and configs that README.md and docs/upgrades.md name, each twice with changed code between.
+"""The ways to hand over code that README.md and docs/upgrades.md name, each of them twice with changed code between.
 
 The cluster serves the console alone: it is built and replaced as the other applications are, and starts in seconds.
 """
@@ -27,8 +27,8 @@ from cluster.serve_environment import environment_of_a_local_cluster
 from tests.support.serve.service import REPOSITORY, answers, end_session
 from tests.support.waiting import free_ports, wait_for
 
-OLD, NEW = "there is no router yet", "there is no router so far"
-CHANGED = Path("cluster", "console", "endpoints.py")
+OLD, NEW = "no router is available", "no router is to be had"
+CHANGED = Path("cluster", "router", "client.py")
 
 
 @dataclass
