@@ -29,6 +29,7 @@ BENCHMARK = """
 import signal, sys
 from pathlib import Path
 from benchmarks.serving import decode_throughput
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit one that ignores it
 engine, folder = sys.argv[1:]
 decode_throughput.ENGINE_SIDE = (sys.executable, "-c", engine)
 with (
@@ -62,7 +63,10 @@ def test_paused_sides_end_with_the_benchmark(tmp_path: Path, number: int) -> Non
         assert len(pids) == 4
         descriptors = [os.pidfd_open(pid) for pid in pids]
         benchmark.send_signal(number)
-        assert benchmark.wait(LIMIT_S) != 0
+        try:
+            assert benchmark.wait(LIMIT_S) != 0
+        finally:
+            benchmark.kill()
         wait_until_gone(descriptors)
 
 
