@@ -44,7 +44,7 @@ def experts_application(config: ExpertsAppConfig) -> Application:
     config = with_pinned_model(config)
     folder, complete = folder_here(config.model.path)
     refuse_experts(config, folder=folder, complete=complete)
-    # Here, since it imports torch, which the other application's builder does without.
+    # Here, since it imports numba, which the other builders do without.
     from cluster.controller.initial_placement import plan_placement
 
     placement = plan_placement(config)

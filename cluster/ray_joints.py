@@ -16,7 +16,6 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-
 FIND_REPLICAS_S = 3.0  # Serve pushes the list of replicas; a handle that is new waits for it
 
 

@@ -139,12 +139,23 @@ class Service:
         return path
 
 
+@dataclass(frozen=True)
+class Head:
+    """The head node of a Ray cluster."""
+
+    folder: Path  # of its own, for everything on disk; gone with the cluster
+    address: str
+    dashboard: str
+    env: dict[str, str]  # for its clients
+
+
 @contextlib.contextmanager
-def running_service() -> Iterator[Service]:
-    """Start everything and wait for the first token; end it all afterwards."""
+def ray_head(code: Path | None = None, **more_env: str) -> Iterator[Head]:
+    """`ray start --head` in a folder with the code, by default this repository; everything ends on the way out."""
     # Short: the paths of Unix sockets below it may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
-    gcs, dashboard, agent, client_port, http = free_ports(5)
+    gcs, dashboard, agent, client_port = free_ports(4)
+    code = REPOSITORY if code is None else code
     env = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -152,9 +163,9 @@ def running_service() -> Iterator[Service]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         **environment_of_a_local_cluster(folder, {}),
-        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": str(code),
         "OMP_NUM_THREADS": "1",
+        **more_env,
     }
     env.pop("PYTEST_CURRENT_TEST", None)
     command = [
@@ -164,33 +175,37 @@ def running_service() -> Iterator[Service]:
         *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"),
     ]
     with open(folder / "ray.log", "w") as log:
-        head = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
-    running = Service(
-        f"http://127.0.0.1:{http}", tiny_config(http, folder), folder, env, dashboard=f"http://127.0.0.1:{dashboard}"
-    )
-    command_process: subprocess.Popen[bytes] | None = None
+        process = subprocess.Popen(command, cwd=code, env=env, stdout=log, stderr=log, start_new_session=True)
+    head = Head(folder, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
     try:
-        wait_for(lambda: answers(running.dashboard) or head.poll() is not None, 120, "Ray's dashboard")
-        assert head.poll() is None, (folder / "ray.log").read_text()
-        config = running.write_config("mesh.yaml")
-        with open(running.log, "w") as log:
-            command_process = subprocess.Popen(
-                [sys.executable, "-m", "serve_app", str(config), "--address", env["RAY_ADDRESS"], "--port", str(http)],
-                cwd=REPOSITORY,
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
-        started = lambda: "Ctrl-C stops it" in running.log.read_text() or command_process.poll() is not None  # noqa: E731
-        wait_for(started, START_TIMEOUT_S, "the first token")
-        assert command_process.poll() is None, running.log.read_text()
-        yield running
+        wait_for(lambda: answers(head.dashboard) or process.poll() is not None, 120, "Ray's dashboard")
+        assert process.poll() is None, (folder / "ray.log").read_text()
+        yield head
     finally:
-        end_session(head)
-        if command_process is not None:  # it has nothing to clean up any more
-            command_process.kill()
-            command_process.wait(10)
+        end_session(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_service() -> Iterator[Service]:
+    """Start everything and wait for the first token; end it all afterwards."""
+    with ray_head() as head:
+        [http] = free_ports(1)
+        env = {**head.env, "RAY_ADDRESS": head.address}
+        folder = head.folder
+        running = Service(f"http://127.0.0.1:{http}", tiny_config(http, folder), folder, env, dashboard=head.dashboard)
+        config = running.write_config("mesh.yaml")
+        command = [sys.executable, "-m", "serve_app", str(config), "--address", head.address, "--port", str(http)]
+        with open(running.log, "w") as log:
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
+        try:
+            started = lambda: "Ctrl-C stops it" in running.log.read_text() or process.poll() is not None  # noqa: E731
+            wait_for(started, START_TIMEOUT_S, "the first token")
+            assert process.poll() is None, running.log.read_text()
+            yield running
+        finally:
+            process.kill()  # the cluster ends with everything in it, so there is nothing to clean up
+            process.wait(10)
 
 
 def answers(url: str) -> bool:

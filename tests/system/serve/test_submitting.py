@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,8 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.serve_environment import environment_of_a_local_cluster
-from tests.support.serve.service import REPOSITORY, answers, end_session
+from tests.support.serve.service import REPOSITORY, ray_head
 from tests.support.waiting import free_ports, wait_for
 
 OLD, NEW = "no router is available", "no router is to be had"
@@ -93,41 +89,15 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
-    code = folder / "code"
-    code.mkdir()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    code = tmp_path_factory.mktemp("code")
     for name in ("cluster", "experts", "placement"):
         shutil.copytree(REPOSITORY / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "serve_app.py", code)
-    gcs, dashboard, agent, client, http = free_ports(5)
-    env = {
-        **os.environ,
-        **environment_of_a_local_cluster(folder, {}),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "PYTHONPATH": str(code),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    env.pop("PYTEST_CURRENT_TEST", None)
-    command = [
-        str(Path(sys.executable).parent / "ray"),
-        *("start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
-        *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"),
-    ]
-    with open(folder / "ray.log", "w") as log:
-        head = subprocess.Popen(command, cwd=code, env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        up = lambda: answers(env["RAY_DASHBOARD_ADDRESS"]) or head.poll() is not None  # noqa: E731
-        wait_for(up, 120, "Ray's dashboard")
-        assert head.poll() is None, (folder / "ray.log").read_text()
-        yield Cluster(code, env, http)
-    finally:
-        end_session(head)
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_head(code, PYTHONDONTWRITEBYTECODE="1") as head:
+        # The commands of jobs and of Serve go through the dashboard.
+        env = {**head.env, "RAY_ADDRESS": head.dashboard, "RAY_DASHBOARD_ADDRESS": head.dashboard}
+        yield Cluster(code, env, free_ports(1)[0])
 
 
 def test_changed_code_runs_once_the_release_changes(cluster: Cluster) -> None:
