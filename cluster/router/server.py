@@ -37,6 +37,7 @@ from cluster.router.health import RouterHealth
 from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
 from cluster.router.worker_calls import WorkerCalls
+from cluster.serve_environment import HAPROXY_SWITCH, NO_HAPROXY
 from experts.protocol.status import RouterStatus
 from experts.vllm_plugin.early_engine import EarlyEngine
 
@@ -103,6 +104,8 @@ class ExpertMeshLLMServer(LLMServer):
             first.cancel()
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._start_s.items())
         logger.info("router %s started: %s", self._router_id, parts)
+        if os.environ.get(HAPROXY_SWITCH) != "1":
+            logger.warning(NO_HAPROXY)
         self._loops = [
             asyncio.create_task(self._epochs.follow(), name="follow"),
             asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
