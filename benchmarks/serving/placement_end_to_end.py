@@ -68,7 +68,7 @@ def plan(name: str, trace: ActivationTrace, args: Any) -> Placement:
 
 
 def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
-    """Both applications. Ray's resources put one router and two shards on each host."""
+    """The applications. Ray's resources put one router and two shards on each host."""
     model = {"id": "tiny-moe", "path": str(TINY_MODEL), "dtype": "float32"}
     head = {"head": 0.01}
     experts = {
@@ -93,14 +93,20 @@ def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
         },
         "transport": {"prefer_local_replicas": near},
         "deadlines": {"dispatch_ms": 60_000, "connect_s": 60},
-        "http": {"deployment_config": {"ray_actor_options": {"num_cpus": 0.1, "resources": head}}},
     }
+    console = {"deployment_config": {"ray_actor_options": {"num_cpus": 0.1, "resources": head}}}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": PORT},
         "applications": [
             {"name": "experts", "route_prefix": None, "import_path": "serve_app:build_experts", "args": experts},
             {"name": "llm", "route_prefix": "/", "import_path": "serve_app:build_llm", "args": llm},
+            {
+                "name": "console",
+                "route_prefix": "/expertmesh",
+                "import_path": "serve_app:build_console",
+                "args": console,
+            },
         ],
     }
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.http import vllm_joints
 from cluster.http.errors import RefusedError, UnavailableError, error_response, response_for
+from cluster.http.health import HEALTH_PATHS
 from cluster.http.requests import found_in
 
 logger = logging.getLogger("ray.serve")
@@ -34,7 +35,7 @@ class OneErrorFormat:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; anything but HTTP passes through."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _path(scope) in HEALTH_PATHS:  # a 503 of theirs is an answer
             await self._app(scope, receive, send)
             return
         answer = _Answer(scope, receive, send, self._retry_after_s)
@@ -191,6 +192,11 @@ class _Answer:
             return vllm_joints.grammar_fields(found.fields)
         logger.error("vLLM answered %s %s with %d: %s", self._scope["method"], self._scope["path"], status, message)
         return {"status": 500, "message": INTERNAL}
+
+
+def _path(scope: Scope) -> str:
+    """The path below the route prefix."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _content_type(start: Message) -> bytes:

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from cluster.http.health import GenerationHealth, Shared, add_health_routes
+from cluster.http.responses import OneErrorFormat
 from tests.support.waiting import run_async, within
 
 SOUND = GenerationHealth(
@@ -33,10 +34,12 @@ class Source:
 def get(source: Source, path: str) -> httpx.Response:
     app = FastAPI()
     add_health_routes(app, source, retry_after_s=3)
+    # As in a router, below the route prefix that Serve strips from nothing.
+    behind = httpx.ASGITransport(OneErrorFormat(app, retry_after_s=3), root_path="/prefix")
 
     async def run() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
-            return await client.get(path)
+        async with httpx.AsyncClient(transport=behind, base_url="http://mesh") as client:
+            return await client.get(f"/prefix{path}")
 
     return run_async(run())
 

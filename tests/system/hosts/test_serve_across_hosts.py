@@ -32,7 +32,7 @@ NUM_TOKENS = 300
 
 
 def config() -> dict[str, Any]:
-    """Both applications, pinned by Ray resources: all but the shards run on the host with "router_host"."""
+    """The applications, pinned by Ray resources: all but the shards run on the host with "router_host"."""
     model = {"id": "tiny-moe", "path": str(ROOT / "examples" / "tiny-moe"), "dtype": "float32"}
     here = {"router_host": 0.01}
     experts = {
@@ -49,14 +49,20 @@ def config() -> dict[str, Any]:
             "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
         },
         "deadlines": {"dispatch_ms": 2000, "connect_s": 2},
-        "http": {"deployment_config": {"ray_actor_options": {"num_cpus": 0.1, "resources": here}}},
     }
+    console = {"deployment_config": {"ray_actor_options": {"num_cpus": 0.1, "resources": here}}}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": HTTP_PORT},
         "applications": [
             {"name": "experts", "route_prefix": None, "import_path": "serve_app:build_experts", "args": experts},
             {"name": "llm", "route_prefix": "/", "import_path": "serve_app:build_llm", "args": llm},
+            {
+                "name": "console",
+                "route_prefix": "/expertmesh",
+                "import_path": "serve_app:build_console",
+                "args": console,
+            },
         ],
     }
 
