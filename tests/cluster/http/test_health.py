@@ -34,7 +34,7 @@ class Source:
 def get(source: Source, path: str) -> httpx.Response:
     app = FastAPI()
     add_health_routes(app, source, retry_after_s=3)
-    # As in a router, below the route prefix that Serve strips from nothing.
+    # As in a router, below a route prefix, which Serve leaves in the path.
     behind = httpx.ASGITransport(OneErrorFormat(app, retry_after_s=3), root_path="/prefix")
 
     async def run() -> httpx.Response:
