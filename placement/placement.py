@@ -37,12 +37,17 @@ class Placement:
     `physical_to_logical_map` int32 [L, S]; with 2 ranks, `[[0, 1, 2, 0]]` puts experts 0 and 1 on rank 0, and expert 2
     and a second replica of expert 0 on rank 1. Raises ValueError, naming layer, expert and rank, if an expert has no
     slot, an id is out of range, or slots, ranks and nodes do not divide evenly.
+
+    `nodes` gives the node of each rank, 0 to num_nodes - 1, where nodes are no equal blocks of ranks. A `partial`
+    placement may lack experts: what shards hold while some are lost or still load.
     """
 
     num_ranks: int
     num_nodes: int
     num_experts: int
     physical_to_logical_map: np.ndarray
+    nodes: tuple[int, ...] | None = None
+    partial: bool = False
 
     def __post_init__(self) -> None:
         given = np.asarray(self.physical_to_logical_map)
@@ -58,24 +63,34 @@ class Placement:
         copy = np.ascontiguousarray(given, dtype=np.int32).copy()
         copy.setflags(write=False)
         object.__setattr__(self, "physical_to_logical_map", copy)
+        if self.nodes is not None:
+            object.__setattr__(self, "nodes", tuple(int(node) for node in self.nodes))
         self.check()
 
-    def __reduce__(self) -> tuple[type[Placement], tuple[int, int, int, np.ndarray]]:
-        """Pickle the four fields alone: the copy is checked and read-only again, and tables stay behind."""
-        return Placement, (self.num_ranks, self.num_nodes, self.num_experts, self.physical_to_logical_map)
+    def __reduce__(self) -> tuple[type[Placement], tuple[Any, ...]]:
+        """Pickle the fields alone: the copy is checked and read-only again, and tables stay behind."""
+        fields = (self.num_ranks, self.num_nodes, self.num_experts, self.physical_to_logical_map)
+        return Placement, (*fields, self.nodes, self.partial)
 
     def check(self) -> None:
         """Raise ValueError unless every expert has a slot in every layer and the shape is consistent."""
         for name in ("num_ranks", "num_nodes", "num_experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.num_ranks % self.num_nodes:
+        if self.nodes is None and self.num_ranks % self.num_nodes:
             raise ValueError(f"{self.num_ranks} ranks cannot be dealt evenly to {self.num_nodes} nodes")
+        if self.nodes is not None and (
+            len(self.nodes) != self.num_ranks or not 0 <= min(self.nodes) <= max(self.nodes) < self.num_nodes
+        ):
+            raise ValueError(
+                f"nodes are {list(self.nodes)}, expected one of 0 to {self.num_nodes - 1} for each of "
+                f"{self.num_ranks} ranks"
+            )
         if self.num_slots % self.num_ranks:
             raise ValueError(
                 f"{self.num_slots} slots cannot be dealt evenly to {self.num_ranks} ranks; pad short ranks with -1"
             )
-        if self.num_slots < self.num_experts:
+        if self.num_slots < self.num_experts and not self.partial:
             raise ValueError(f"{self.num_slots} slots cannot hold {self.num_experts} experts")
         map_LS = self.physical_to_logical_map
         wrong = np.argwhere((map_LS < EMPTY) | (map_LS >= self.num_experts))
@@ -86,7 +101,7 @@ class Placement:
                 f"expected -1 to {self.num_experts - 1}"
             )
         missing = np.argwhere(self.logical_replica_count == 0)
-        if missing.size:
+        if missing.size and not self.partial:
             layer, expert = missing[0]
             raise ValueError(
                 f"layer {layer}: expert {expert} has no slot on any of {self.num_ranks} ranks "
@@ -106,13 +121,11 @@ class Placement:
         return self.num_slots // self.num_ranks
 
     @property
-    def ranks_per_node(self) -> int:
-        return self.num_ranks // self.num_nodes
-
-    @property
     def node_of_rank_R(self) -> np.ndarray:
         """int32 [R]: the node of each rank."""
-        return (np.arange(self.num_ranks) // self.ranks_per_node).astype(np.int32)
+        if self.nodes is not None:
+            return np.array(self.nodes, np.int32)
+        return (np.arange(self.num_ranks) // (self.num_ranks // self.num_nodes)).astype(np.int32)
 
     @cached_property
     def logical_replica_count(self) -> np.ndarray:
@@ -125,7 +138,8 @@ class Placement:
     @cached_property
     def logical_to_physical_map(self) -> np.ndarray:
         """int32 [L, E, M]: the slots that hold each expert, ascending, padded with -1."""
-        table_LEM = np.full((self.num_layers, self.num_experts, int(self.logical_replica_count.max())), EMPTY, np.int32)
+        most = max(int(self.logical_replica_count.max()), 1)  # 0 where a partial placement is empty
+        table_LEM = np.full((self.num_layers, self.num_experts, most), EMPTY, np.int32)
         filled_LE = np.zeros((self.num_layers, self.num_experts), np.int32)
         every_layer = np.arange(self.num_layers)
         for slot in range(self.num_slots):
@@ -156,21 +170,23 @@ class Placement:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented
-        mine = (self.num_ranks, self.num_nodes, self.num_experts)
-        return mine == (other.num_ranks, other.num_nodes, other.num_experts) and np.array_equal(
-            self.physical_to_logical_map, other.physical_to_logical_map
-        )
+        mine = (self.num_ranks, self.num_experts, self.node_of_rank_R.tolist())
+        theirs = (other.num_ranks, other.num_experts, other.node_of_rank_R.tolist())
+        return mine == theirs and np.array_equal(self.physical_to_logical_map, other.physical_to_logical_map)
 
     __hash__ = None  # type: ignore[assignment]
 
     def to_json(self) -> dict[str, Any]:
         """The placement as plain JSON values, as `from_json` reads them."""
-        return {
+        data: dict[str, Any] = {
             "num_ranks": self.num_ranks,
             "num_nodes": self.num_nodes,
             "num_experts": self.num_experts,
             "physical_to_logical_map": self.physical_to_logical_map.tolist(),
         }
+        if self.nodes is not None:
+            data["nodes"] = list(self.nodes)
+        return {**data, "partial": True} if self.partial else data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Placement:
@@ -200,7 +216,17 @@ class Placement:
         for key, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{key} is {value!r}, expected an integer")
-        return cls(**counts, physical_to_logical_map=map_LS)
+        nodes, partial = data.get("nodes"), data.get("partial", False)
+        if nodes is not None and not (isinstance(nodes, list) and all(type(node) is int for node in nodes)):
+            raise ValueError(f"nodes is {nodes!r}, expected a list of integers")
+        if not isinstance(partial, bool):
+            raise ValueError(f"partial is {partial!r}, expected true or false")
+        return cls(
+            **counts,
+            physical_to_logical_map=map_LS,
+            nodes=None if nodes is None else tuple(nodes),
+            partial=partial,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the placement as a JSON file."""

@@ -230,9 +230,13 @@ def _frame(current: Placement, target: Placement, room: int | Sequence[int] | No
         check_same_model("the current placement", current, "the target", target)
     except ValueError as error:
         raise MigrationError(str(error)) from None
-    if max(current.num_nodes, target.num_nodes) > 1 and current.ranks_per_node != target.ranks_per_node:
+    if (
+        max(current.num_nodes, target.num_nodes) > 1
+        and current.num_ranks * target.num_nodes != target.num_ranks * current.num_nodes
+    ):
         raise MigrationError(
-            f"the current placement has {current.ranks_per_node} ranks a node, the target {target.ranks_per_node}: "
+            f"the current placement has {current.num_ranks / current.num_nodes:g} ranks a node, the target "
+            f"{target.num_ranks / target.num_nodes:g}: "
             "only whole nodes can be added or taken away"
         )
     num_ranks = max(current.num_ranks, target.num_ranks)

@@ -55,7 +55,7 @@ def figures_of_a_placement() -> list[str]:
     table_EM, count_E = placement.logical_to_physical_map[0], placement.logical_replica_count[0]
     first_rank = ", ".join(map(str, placement.experts_of_rank(0)[0]))
     return [
-        f"{NODES} nodes of {placement.ranks_per_node} ranks: rank 9 is on node {placement.node_of_rank_R[9]}",
+        f"{NODES} nodes of {placement.num_ranks // NODES} ranks: rank 9 is on node {placement.node_of_rank_R[9]}",
         f"{placement.slots_per_rank} a rank, {placement.num_slots} a layer",
         f"9 x 58 x {MODEL.expert_bytes / 1e6:.1f} MB = {SLOTS * LAYERS * MODEL.expert_bytes / 1e9:.1f} GB",
         f"288 - 256 = {placement.num_slots - EXPERTS}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -117,3 +118,25 @@ def test_linear_copies_of_one_rank_spread_over_the_survivors():
             for e in range(rank * 3, rank * 3 + 3)
         ]
         assert sorted(elsewhere) == sorted(set(range(4)) - {rank})
+
+
+def test_nodes_may_be_uneven():
+    placement = Placement(3, 2, 3, np.array([[0, 1, 2]]), nodes=(1, 0, 1))
+    assert placement.node_of_rank_R.tolist() == [1, 0, 1]
+    assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
+    assert placement != Placement(3, 1, 3, np.array([[0, 1, 2]]))
+    for nodes in ((0, 1), (0, 1, 2), (0, -1, 1)):
+        with pytest.raises(ValueError, match="expected one of 0 to 1 for each of 3 ranks"):
+            Placement(3, 2, 3, np.array([[0, 1, 2]]), nodes=nodes)
+
+
+def test_a_partial_placement_may_lack_experts():
+    placement = Placement(2, 1, 3, np.array([[0, -1], [-1, -1]]), partial=True)
+    assert placement.logical_replica_count.tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert placement.slots_LER.tolist() == [[[0, -1], [-1, -1], [-1, -1]], [[-1, -1]] * 3]
+    again = Placement.from_json(json.loads(json.dumps(placement.to_json())))
+    assert again == placement
+    assert again.partial
+    assert pickle.loads(pickle.dumps(placement)).partial
+    with pytest.raises(ValueError, match="2 slots cannot hold 3 experts"):
+        Placement(2, 1, 3, placement.physical_to_logical_map)
