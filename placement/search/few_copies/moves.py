@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from placement.placement import EMPTY
 from placement.search.few_copies.state import State
 
 
@@ -74,14 +75,17 @@ def replicas_to(state: State, to_L: np.ndarray, open_L: np.ndarray) -> Change:
     return Change(cost[every, expert_L], rank_L, slot_L, to_L, np.ones(state.num_layers, bool))
 
 
-def moves_from(state: State, rank_L: np.ndarray, open_LR: np.ndarray) -> Change:
-    """The best move of an expert of one rank of each layer to an open rank."""
+def moves_from(state: State, rank_L: np.ndarray, open_LR: np.ndarray, drop_LR: np.ndarray | None = None) -> Change:
+    """The best move of an expert of one rank of each layer to an open rank.
+
+    `drop_LR` is a slot of each rank whose replica makes way, see `cheapest_drop`.
+    """
     every = np.arange(state.num_layers)
     frame = state.frame
     share = state.share_LRW[every, rank_L][:, :, None]
     weight, load = frame.weight_R[rank_L][:, None, None], state.load_LR[every, rank_L][:, None, None]
-    to_weight, to_load = frame.weight_R[None, None, :], state.load_LR[:, None, :]
-    cost = share * (share * (weight + to_weight) + 2 * (to_load - load))
+    to_weight, (to_load, extra) = frame.weight_R[None, None, :], _target_loads(state, drop_LR)
+    cost = share * (share * (weight + to_weight) + 2 * (to_load - load)) + extra
     expert_LW = np.maximum(state.map_LRW[every, rank_L], 0)
     legal = _may_take(state, rank_L, expert_LW, open_LR)
     if frame.spread:
@@ -92,18 +96,20 @@ def moves_from(state: State, rank_L: np.ndarray, open_LR: np.ndarray) -> Change:
     return _best_target(np.where(legal, cost, np.inf), rank_L, False)
 
 
-def replicas_from(state: State, rank_L: np.ndarray, open_LR: np.ndarray) -> Change:
-    """The best further replica, on an open rank, of an expert of one rank of each layer."""
+def replicas_from(state: State, rank_L: np.ndarray, open_LR: np.ndarray, drop_LR: np.ndarray | None = None) -> Change:
+    """The best further replica, on an open rank, of an expert of one rank of each layer; `drop_LR` as above."""
     every = np.arange(state.num_layers)
     frame = state.frame
     expert_LW = np.maximum(state.map_LRW[every, rank_L], 0)
     at = (every[:, None], expert_LW)
     share = (frame.load_LE[at] / (state.count_LE[at] + 1))[:, :, None]
     less = state.share_LE[at][:, :, None] - share
+    to_load, extra = _target_loads(state, drop_LR)
     cost = (
         -2 * less * state.holder_load_LE[at][:, :, None]
         + less**2 * state.holder_weight_LE[at][:, :, None]
-        + share * (share * frame.weight_R[None, None, :] + 2 * state.load_LR[:, None, :])
+        + share * (share * frame.weight_R[None, None, :] + 2 * to_load)
+        + extra
     )
     legal = _may_take(state, rank_L, expert_LW, open_LR)
     return _best_target(np.where(legal, cost, np.inf), rank_L, True)
@@ -117,14 +123,34 @@ def best_of(changes: list[Change]) -> Change:
     return Change(*(np.stack(parts)[kind_L, every] for parts in zip(*changes, strict=True)))
 
 
-def apply(state: State, change: Change, layers: np.ndarray) -> np.ndarray:
-    """int64 [L, R, W]: the map after the changes of some layers; their targets have an empty slot."""
+def apply(state: State, change: Change, layers: np.ndarray, drop_LR: np.ndarray | None = None) -> np.ndarray:
+    """int64 [L, R, W]: the map after the changes of some layers, in empty slots of the targets or those of `drop_LR`."""
     map_LRW = state.map_LRW.copy()
     rank, slot, to = change.rank_L[layers], change.slot_L[layers], change.to_L[layers]
-    map_LRW[layers, to, state.free_slot(layers, to)] = state.map_LRW[layers, rank, slot]
+    to_slot = state.free_slot(layers, to) if drop_LR is None else drop_LR[layers, to]
+    map_LRW[layers, to, to_slot] = state.map_LRW[layers, rank, slot]
     leaves = ~change.keeps_L[layers]
-    map_LRW[layers[leaves], rank[leaves], slot[leaves]] = -1
+    map_LRW[layers[leaves], rank[leaves], slot[leaves]] = EMPTY
     return map_LRW
+
+
+def cheapest_drop(state: State) -> np.ndarray:
+    """int64 [L, R]: the slot of each rank whose replica costs least to drop, -1 if all are needed."""
+    slot_LR = np.argmin(state.drop_cost_LRW, axis=2)
+    return np.where(np.isfinite(state.drop_cost_LRW.min(2)), slot_LR, -1)
+
+
+def _target_loads(state: State, drop_LR: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | float]:
+    """[L, 1, R]: the load of each rank, and the price, once a replica has made way there.
+
+    How a rank that gets more of that expert feels it is left out; who applies the change compares exactly.
+    """
+    if drop_LR is None:
+        return state.load_LR[:, None, :], 0.0
+    at = np.maximum(drop_LR, 0)[:, :, None]
+    share_LR = np.take_along_axis(state.share_LRW, at, 2)[:, :, 0] * state.frame.weight_R
+    price_LR = np.take_along_axis(state.drop_cost_LRW, at, 2)[:, :, 0]
+    return (state.load_LR - share_LR)[:, None, :], np.where(drop_LR >= 0, price_LR, 0.0)[:, None, :]
 
 
 def _has_enough(state: State) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from placement.placement import EMPTY
-from placement.search.few_copies.moves import apply, best_of, heaviest_of, lightest, moves_from, moves_to
+from placement.search.few_copies.moves import apply, best_of, cheapest_drop, heaviest_of, lightest, moves_from, moves_to
 from placement.search.few_copies.state import Frame, State
 
 
@@ -31,37 +31,56 @@ def place_needed(frame: Frame, map_LRW: np.ndarray, give_up_LE: np.ndarray | Non
     while True:
         state = State(frame, map_LRW)
         lacking_LE = state.reach_LE < frame.needed_LE
-        layers = np.flatnonzero(lacking_LE.any(1))
-        if not layers.size:
+        if not lacking_LE.any():
             return map_LRW
-        part = state.of_layers(layers)
-        every = np.arange(len(layers))
-        # What has no replica at all goes before what lacks another one.
-        urgency = part.frame.load_LE / part.frame.load_LE.max() + 2 * (part.count_LE == 0)
-        expert_A = np.argmax(np.where(lacking_LE[layers], urgency, -1.0), axis=1)
-        # Tiers are told apart by their size: a lower one wins whatever the load.
-        tier = np.where(part.held_LR < frame.limit_R, 0, np.where(part.held_LR < frame.slots_R, 4, 6))
-        drop_cost = part.drop_cost_LRW
-        tier = np.where((tier > 0) & np.isfinite(drop_cost.min(2)), 2, tier)
-        near_AR = part.on_node_LEN[every, expert_A][:, frame.node_R] > 0
-        tier = np.where(part.on_LRE[every, :, expert_A] | ~frame.used_R | (near_AR & frame.spread), 6, tier)
-        tier = tier + near_AR  # where nodes need not differ, another node is better
-        order = tier * (4 * part.frame.load_LE.sum(1).max() / part.frame.speed_R.min()) + part.load_LR
-        rank_A = np.argmin(order, axis=1)
-        tier_A = tier[every, rank_A]
-        drops = every[(tier_A == 2) | (tier_A == 3)]
-        slot = np.argmin(drop_cost[drops, rank_A[drops]], axis=1)
-        map_LRW[layers[drops], rank_A[drops], slot] = EMPTY
-        fits = every[tier_A < 6]
-        freed = State(frame, map_LRW)
-        slot = freed.free_slot(layers[fits], rank_A[fits])
-        map_LRW[layers[fits], rank_A[fits], slot] = expert_A[fits]
-        for index in every[tier_A >= 6]:
-            layer = int(layers[index])
-            if not _make_way(State(frame, map_LRW), map_LRW, layer, int(expert_A[index])):
+        for layer, expert in _place_one(state, lacking_LE, map_LRW, spare=True):
+            if not _make_way(State(frame, map_LRW), map_LRW, layer, expert):
                 if give_up_LE is None:
-                    raise LackingError(layer, int(expert_A[index]))
-                give_up_LE[layer, expert_A[index]] = part.reach_LE[index, expert_A[index]]
+                    raise LackingError(layer, expert)
+                give_up_LE[layer, expert] = state.reach_LE[layer, expert]
+
+
+def place_hot(frame: Frame, map_LRW: np.ndarray) -> np.ndarray:
+    """int64 [L, R, W]: with the replicas of `kept_LE`, as far as slots that are neither spare nor needed allow."""
+    map_LRW = map_LRW.copy()
+    lost_LE = np.zeros(frame.kept_LE.shape, bool)
+    while True:
+        state = State(frame, map_LRW)
+        lacking_LE = (state.count_LE < frame.kept_LE) & ~lost_LE
+        if not lacking_LE.any():
+            return map_LRW
+        for at in _place_one(state, lacking_LE, map_LRW, spare=False):
+            lost_LE[at] = True
+
+
+def _place_one(state: State, lacking_LE: np.ndarray, map_LRW: np.ndarray, spare: bool) -> list[tuple[int, int]]:
+    """Write one lacking replica into every layer's map. Returns the layer and expert of those that found no slot."""
+    frame = state.frame
+    layers = np.flatnonzero(lacking_LE.any(1))
+    part = state.of_layers(layers)
+    every = np.arange(len(layers))
+    # What has no replica at all goes before what lacks another one.
+    urgency = part.share_LE / part.share_LE.max() + 2 * (part.count_LE == 0)
+    expert_A = np.argmax(np.where(lacking_LE[layers], urgency, -1.0), axis=1)
+    # Tiers are told apart by their size: a lower one wins whatever the load.
+    tier = np.where(part.held_LR < frame.limit_R, 0, np.where((part.held_LR < frame.slots_R) & spare, 4, 6))
+    drop_LR = cheapest_drop(part)
+    may_drop_LR = (drop_LR >= 0) & (spare | (part.held_LR <= frame.limit_R))
+    tier = np.where((tier > 0) & may_drop_LR, 2, tier)
+    near_AR = part.on_node_LEN[every, expert_A][:, frame.node_R] > 0
+    tier = np.where(part.on_LRE[every, :, expert_A] | ~frame.used_R | (near_AR & frame.spread & spare), 6, tier)
+    tier = tier + near_AR  # where nodes need not differ, another node is better
+    order = tier * (4 * part.frame.load_LE.sum(1).max() / part.frame.speed_R.min()) + part.load_LR
+    rank_A = np.argmin(order, axis=1)
+    tier_A = tier[every, rank_A]
+    for index in every[tier_A < 6]:
+        layer, rank = layers[index], rank_A[index]
+        if tier_A[index] in (2, 3):
+            slot = drop_LR[index, rank]
+        else:
+            slot = np.argmax(map_LRW[layer, rank] < 0)
+        map_LRW[layer, rank, slot] = expert_A[index]
+    return [(int(layers[index]), int(expert_A[index])) for index in every[tier_A >= 6]]
 
 
 def _make_way(state: State, map_LRW: np.ndarray, layer: int, expert: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from placement.placement import Placement
 from placement.search.few_copies.even import even_out
-from placement.search.few_copies.needed import LackingError, place_needed, restore_spare
+from placement.search.few_copies.needed import LackingError, place_hot, place_needed, restore_spare
 from placement.search.few_copies.state import Frame, start_map
 
 TOLERANCE = 0.04  # of an even load: a balancedness of 0.96
@@ -81,18 +81,22 @@ def resize(
             raise ValueError(f"rank {successor} cannot succeed rank {rank}: the one must be usable, the other not")
         if 0 <= rank < current.num_ranks:
             _succeed(map_LRW, held_LRs[:, rank], successor, int(slots[successor]))
+    load_LE = _loads(load_LE, shape)
     frame = Frame(
-        load_LE=_loads(load_LE, shape),
+        load_LE=load_LE,
         slots_R=slots,
         spare_slots=spare_slots,
         needed_LE=needed_LE,
+        kept_LE=needed_LE,
         node_R=node_R,
         num_nodes=num_nodes,
         speed_R=speed,
         spread=1 < int(needed_LE.max()) <= len(np.unique(node_R[slots > 0])),
     )
     frame, map_LRW = _place_needed(frame, map_LRW, fewer_replicas)
-    map_LRW = even_out(frame, restore_spare(frame, map_LRW), tolerance)
+    frame = replace(frame, kept_LE=_kept(frame, tolerance))
+    map_LRW = restore_spare(frame, place_hot(frame, map_LRW))
+    map_LRW = even_out(frame, map_LRW, tolerance)
     return Placement(num_ranks, num_nodes, shape[1], map_LRW.reshape(shape[0], -1), nodes=nodes)
 
 
@@ -164,6 +168,21 @@ def _succeed(map_LRW: np.ndarray, left_Ls: np.ndarray, successor: int, slots: in
         free = np.flatnonzero(mine[:slots] < 0)
         if len(missing) <= len(free):
             mine[free[: len(missing)]] = missing
+
+
+def _kept(frame: Frame, tolerance: float) -> np.ndarray:
+    """int64 [L, E]: replicas that bring every share down to an even load, or as near as the slots allow."""
+    slots, most = int(frame.limit_R.sum()), int((frame.limit_R > 0).sum())
+    low_L, high_L = np.ones(len(frame.load_LE)), np.full(len(frame.load_LE), float(frame.load_LE.shape[1]))
+    kept_LE = frame.needed_LE
+    for _ in range(24):
+        factor_L = np.where(high_L == low_L, low_L, (low_L + high_L) / 2) if _ else low_L
+        share_L1 = (factor_L * frame.even_L * (1 + tolerance))[:, None]
+        wanted_LE = np.maximum(np.minimum(np.ceil(frame.load_LE / share_L1), most), frame.needed_LE).astype(np.int64)
+        fits_L = wanted_LE.sum(1) <= slots
+        kept_LE = np.where(fits_L[:, None], wanted_LE, kept_LE)
+        high_L, low_L = np.where(fits_L, factor_L, high_L), np.where(fits_L, low_L, factor_L)
+    return kept_LE
 
 
 def _place_needed(frame: Frame, map_LRW: np.ndarray, fewer_replicas: bool) -> tuple[Frame, np.ndarray]:

@@ -19,13 +19,15 @@ class Frame:
     """What does not change while a target is sought.
 
     `load_LE` float64 [L, E], above 0; `slots_R` int64 [R], 0 for ranks that are not used; `spare_slots` of them stay
-    empty where that can be; `needed_LE` int64 [L, E] replicas; `node_R` int64 [R]; `speed_R` float64 [R].
+    empty where that can be; `node_R` int64 [R]; `speed_R` float64 [R]. Replicas int64 [L, E]: `needed_LE` against loss,
+    and `kept_LE`, at least as many, so that no share of a hot expert is more than a rank should have.
     """
 
     load_LE: np.ndarray
     slots_R: np.ndarray
     spare_slots: int
     needed_LE: np.ndarray
+    kept_LE: np.ndarray
     node_R: np.ndarray
     num_nodes: int
     speed_R: np.ndarray
@@ -57,6 +59,7 @@ class Frame:
             self.slots_R,
             self.spare_slots,
             self.needed_LE[layers],
+            self.kept_LE[layers],
             self.node_R,
             self.num_nodes,
             self.speed_R,
@@ -154,8 +157,8 @@ class State:
 
     @cached_property
     def surplus_LRW(self) -> np.ndarray:
-        """bool: slots whose replica is not needed."""
-        spare_LE = self.count_LE > np.maximum(self.frame.needed_LE, 1)
+        """bool: slots whose replica is neither needed nor kept for its load."""
+        spare_LE = self.count_LE > np.maximum(self.frame.kept_LE, 1)
         if not self.frame.spread:
             return self.filled_LRW & self.of_slots(spare_LE)
         # The last replica on a node may go only if enough nodes remain.
