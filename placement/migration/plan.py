@@ -20,273 +20,270 @@ This requires, in each layer:
 
 A target says which experts a rank holds. Which of its slots they take is decided here, so experts that stay on a rank
 are not copied. Only experts without a live slot, on ranks that were lost, come from the checkpoint.
+
+A round costs what it does: copies wait in a heap by urgency, and those that have no slot beside their rank until one of
+its slots may be written.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from placement.migration.layer import LayerMigration, MigrationError
-from placement.placement import EMPTY, Placement, check_same_model
+from placement.migration.frame import common_frame
+from placement.migration.layer import Arrival, LayerState, MigrationError, Slot
+from placement.migration.rounds import Copy, MigrationPlan, Nearness, Round
+from placement.migration.urgency import Urgencies
+from placement.placement import EMPTY, Placement
 from placement.topology import Topology
 
 UNBOUNDED = 1 << 62
-Nearness = Literal["rank", "node", "rack", "cluster", "checkpoint"]
+_NEARNESS: tuple[Nearness, ...] = ("rank", "node", "rack", "cluster")
+_CHECKPOINT: Slot = (-1, -1)
+_Entry = tuple[int, int, float, int, int, int]  # tier, place of its layer, urgency; layer, rank, expert
 
 
-@dataclass(frozen=True)
-class Copy:
-    """One expert's weights into one slot; `source_rank` and `source_slot` are -1 for the checkpoint.
-
-    `slot` and `source_slot` are local to their rank. `nearness` is the widest boundary the copy crosses.
-    """
-
-    layer: int
-    expert: int
-    source_rank: int
-    source_slot: int
-    rank: int
-    slot: int
-    size_bytes: int
-    nearness: Nearness
-
-
-@dataclass(frozen=True)
-class Round:
-    """Slots as (layer, rank, local slot). `retired` leave the map before the copies, `dropped` after them."""
-
-    retired: tuple[tuple[int, int, int], ...]
-    copies: tuple[Copy, ...]
-    dropped: tuple[tuple[int, int, int], ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(copy.size_bytes for copy in self.copies)
-
-
-@dataclass(frozen=True, eq=False)
-class MigrationPlan:
-    """The rounds, and the maps before, during and after each of them.
-
-    `start_LRs` int32 [L, R, s]: what is live before the first round, with lost ranks empty. It has as many ranks and
-    slots as the larger of the two placements, or as the shards have room for.
-    """
-
-    num_nodes: int
-    num_experts: int
-    start_LRs: np.ndarray
-    rounds: tuple[Round, ...]
-    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-
-    @property
-    def num_copies(self) -> int:
-        return sum(len(each.copies) for each in self.rounds)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(each.size_bytes for each in self.rounds)
-
-    def bytes_by_nearness(self) -> dict[str, int]:
-        """Bytes copied, by the widest boundary they cross."""
-        total: Counter[str] = Counter()
-        for each in self.rounds:
-            for copy in each.copies:
-                total[copy.nearness] += copy.size_bytes
-        return dict(total)
-
-    def map_after(self, num_rounds: int) -> np.ndarray:
-        """int32 [L, S]: what is live after so many rounds, 0 for the start. Raises ValueError if out of range."""
-        if not 0 <= num_rounds <= len(self.rounds):
-            raise ValueError(f"{num_rounds} rounds are asked for, the plan has {len(self.rounds)}")
-        if num_rounds not in self._maps:
-            done = max((n for n in self._maps if n < num_rounds), default=0)
-            map_LRs = self._maps[done].reshape(self.start_LRs.shape).copy() if done else self.start_LRs.copy()
-            for each in self.rounds[done:num_rounds]:
-                for slot in each.retired + each.dropped:
-                    map_LRs[slot] = EMPTY
-                for copy in each.copies:
-                    map_LRs[copy.layer, copy.rank, copy.slot] = copy.expert
-            self._maps[num_rounds] = map_LRs.reshape(len(map_LRs), -1)
-        return self._maps[num_rounds].copy()
-
-    def map_during(self, round_index: int) -> np.ndarray:
-        """int32 [L, S]: what routers must dispatch by while the copies of a round, counted from 0, are written."""
-        map_LRs = self.map_after(round_index).reshape(self.start_LRs.shape)
-        for slot in self.rounds[round_index].retired:
-            map_LRs[slot] = EMPTY
-        return map_LRs.reshape(len(map_LRs), -1)
-
-    def placement_after(self, num_rounds: int) -> Placement:
-        """The placement to publish after so many rounds, and to keep if the migration stops there.
-
-        Raises ValueError while an expert that lost all its ranks is not restored.
-        """
-        return Placement(self.start_LRs.shape[1], self.num_nodes, self.num_experts, self.map_after(num_rounds))
-
-    @property
-    def final(self) -> Placement:
-        """The target, its experts in the slots they were given."""
-        return self.placement_after(len(self.rounds))
-
-
-def plan_migration(
-    current: Placement,
-    target: Placement,
-    *,
-    expert_bytes: int | Sequence[int],
-    round_bytes: int | None = None,
-    room: int | Sequence[int] | None = None,
-    scratch_slots: int = 0,
-    lost_ranks: Collection[int] = (),
-    topology: Topology | None = None,
-    layer_order: Sequence[int] | None = None,
-) -> MigrationPlan:
-    """Plan the copies that turn `current` into `target`.
+class Migration:
+    """The copies that turn `current` into `target`, one round at a time; who wants no more of it drops it.
 
     Args:
-        current, target: of the same model. Ranks may be added or removed at the end, whole nodes if there are several;
-            ranks keep their numbers. The target leaves a draining rank empty.
+        current, target: of the same model; `current` may be partial. Ranks keep their numbers and may be anywhere in
+            either. The target leaves a draining rank empty.
         expert_bytes: weights of one expert, one number for all layers or one for each.
         round_bytes: most bytes copied in one round; None: as many as the slots allow.
-        room: slots of a layer that ranks have memory for, one number for all ranks or one for each; None: as in the
-            larger placement. See `Topology.slots_per_rank`.
+        rank_bytes: most bytes that one rank sends in a round, and most that it receives; None: no bound.
+        room: slots of a layer that ranks have memory for, one number for all ranks or one for each, 0 for a rank that
+            is not there; None: as in the larger placement. See `Topology.slots_per_rank`.
         scratch_slots: with `room` None, further slots that every rank has memory for. They are empty before and after,
             and let full shards exchange experts. 1 is enough for any migration.
         lost_ranks: ranks of `current` whose slots are gone; the target must leave them empty.
         topology: which ranks share a node or a rack; None: nodes as in the placements, one rack.
-        layer_order: which layers go first. As far as its slots allow, a layer is finished before the budget of a round
-            goes to later ones, so a migration that stops leaves few layers half way.
+        layer_order: which layers go first, as far as their slots allow; None: none before another.
+        load_LE: how much each expert is used [L, E], in any unit; None: all the same.
+        value_LE: what a copy of each expert buys [L, E]; None: the load that it takes off the heaviest holder.
 
-    Experts without a live slot come first. Raises MigrationError, a ValueError of one line that names layer or rank,
-    if the placements do not fit together or no legal order exists.
+    The most valuable copies come first: experts that nobody holds, the most used of them first, then those that only a
+    leaving rank holds, then what buys most per byte. Raises MigrationError, a ValueError of one line that names layer or
+    rank, if the placements do not fit together or no legal order exists.
     """
-    if scratch_slots < 0 or (scratch_slots and room is not None):
-        raise MigrationError(f"scratch_slots is {scratch_slots}, expected 0 or more, and 0 where room is given")
-    if scratch_slots:
-        room = max(current.slots_per_rank, target.slots_per_rank) + scratch_slots
-    num_ranks, num_nodes, room_R = _frame(current, target, room)
-    if topology is not None and topology.num_ranks != num_ranks:
-        raise MigrationError(f"the topology has {topology.num_ranks} ranks, the migration {num_ranks}")
-    sizes_L = np.broadcast_to(np.asarray(expert_bytes, np.int64), (current.num_layers,))
-    if sizes_L.min() < 1:
-        raise MigrationError(f"expert_bytes is {int(sizes_L.min())}, expected at least 1")
-    if round_bytes is not None and round_bytes < sizes_L.max():
-        raise MigrationError(f"round_bytes is {round_bytes}, less than one expert's {int(sizes_L.max())}")
-    order = list(range(current.num_layers)) if layer_order is None else list(layer_order)
-    if sorted(order) != list(range(current.num_layers)):
-        raise MigrationError(f"layer_order must name each of {current.num_layers} layers once, got {order}")
-    width = int(room_R.max())
-    start_LRs = _in_frame(current, num_ranks, width)
-    target_LRs = _in_frame(target, num_ranks, width)
-    for rank in lost_ranks:
-        if not 0 <= rank < num_ranks:
-            raise MigrationError(f"lost rank {rank} is out of range, expected 0 to {num_ranks - 1}")
-        if (target_LRs[:, rank] != EMPTY).any():
-            raise MigrationError(f"the target puts experts on rank {rank}, which is lost")
-        start_LRs[:, rank] = EMPTY
-    room_R = np.where(np.isin(np.arange(num_ranks), list(lost_ranks)), 0, room_R)
-    distance_RR = _distances(num_ranks, num_nodes, topology)
-    layers = [
-        LayerMigration(layer, start_LRs[layer], target_LRs[layer], room_R, current.num_experts, distance_RR)
-        for layer in order
-    ]
 
-    rounds: list[Round] = []
-    while any(not layer.done for layer in layers):
-        left = UNBOUNDED if round_bytes is None else round_bytes
-        open_layers = [layer for layer in layers if not layer.done]
-        # Unserved experts come before all else.
-        open_layers.sort(key=lambda layer: not layer.has_orphans)
-        retired, copies, dropped = [], [], []
-        for layer in open_layers:
-            size = int(sizes_L[layer.index])
-            step = layer.advance(left // size)
-            retired += [(layer.index, *slot) for slot in step.retired]
-            dropped += [(layer.index, *slot) for slot in step.dropped]
-            for move in step.moves:
-                nearness: Nearness = "checkpoint"
-                if move.source_rank >= 0:
-                    nearness = _NEARNESS[int(distance_RR[move.source_rank, move.rank])]
-                copies.append(
-                    Copy(layer.index, move.expert, move.source_rank, move.source_slot, move.rank, move.slot, size,
-                         nearness)
-                )  # fmt: skip
-            left -= size * len(step.moves)
-        rounds.append(Round(tuple(retired), tuple(copies), tuple(dropped)))
-    return MigrationPlan(num_nodes, current.num_experts, start_LRs, tuple(rounds))
+    def __init__(
+        self,
+        current: Placement,
+        target: Placement,
+        *,
+        expert_bytes: int | Sequence[int],
+        round_bytes: int | None = None,
+        rank_bytes: int | None = None,
+        room: int | Sequence[int] | None = None,
+        scratch_slots: int = 0,
+        lost_ranks: Collection[int] = (),
+        topology: Topology | None = None,
+        layer_order: Sequence[int] | None = None,
+        load_LE: np.ndarray | None = None,
+        value_LE: np.ndarray | None = None,
+    ) -> None:
+        if scratch_slots < 0 or (scratch_slots and room is not None):
+            raise MigrationError(f"scratch_slots is {scratch_slots}, expected 0 or more, and 0 where room is given")
+        if scratch_slots:
+            room = max(current.slots_per_rank, target.slots_per_rank) + scratch_slots
+        self.frame = common_frame(current, target, room, lost_ranks, topology)
+        self.num_experts = current.num_experts
+        num_layers = current.num_layers
+        sizes_L = np.broadcast_to(np.asarray(expert_bytes, np.int64), (num_layers,))
+        if sizes_L.min() < 1:
+            raise MigrationError(f"expert_bytes is {int(sizes_L.min())}, expected at least 1")
+        for name, bound in (("round_bytes", round_bytes), ("rank_bytes", rank_bytes)):
+            if bound is not None and bound < sizes_L.max():
+                raise MigrationError(f"{name} is {bound}, less than one expert's {int(sizes_L.max())}")
+        order = list(range(num_layers)) if layer_order is None else list(layer_order)
+        if sorted(order) != list(range(num_layers)):
+            raise MigrationError(f"layer_order must name each of {num_layers} layers once, got {order}")
+        self._place = dict.fromkeys(order, 0) if layer_order is None else {layer: n for n, layer in enumerate(order)}
+        self._sizes: list[int] = sizes_L.tolist()
+        self._round_bytes = UNBOUNDED if round_bytes is None else round_bytes
+        self._rank_bytes = UNBOUNDED if rank_bytes is None else rank_bytes
+        self._distance: list[list[int]] = self.frame.distance_RR.tolist()
+        start, wanted = self.frame.start_LRs, self.frame.target_LRs
+        self._urgencies = Urgencies(start, wanted, sizes_L, self.num_experts, load_LE, value_LE)
+        room_list = self.frame.room_R.tolist()
+        self._layers = [
+            LayerState(layer, held, want, room_list, self.num_experts)
+            for layer, (held, want) in enumerate(zip(start.tolist(), wanted.tolist(), strict=True))
+        ]
+        self._ready: list[_Entry] = [
+            self._entry(state.index, rank, expert) for state in self._layers for rank, expert in state.arrivals
+        ]
+        heapq.heapify(self._ready)
+        # Copies without a slot, by layer and rank. They come back when a slot there may be written.
+        self._waiting: list[dict[int, list[_Entry]]] = [{} for _ in self._layers]
+        for state in self._layers:
+            self._check_solvable(state)
 
+    def _check_solvable(self, state: LayerState) -> None:
+        slots, orphans = state.num_slots, any(not state.holders(e) for e in range(self.num_experts))
+        if state.num_wanted and slots <= self.num_experts and not orphans:
+            raise MigrationError(
+                f"layer {state.index}: {self.num_experts} experts fill all {slots} slots, so none can be written "
+                f"without leaving an expert unserved; give shards slots_per_rank + 1 = "
+                f"{self.frame.start_LRs.shape[2] + 1} slots (scratch_slots=1), or one of them a spare slot (room)"
+            )
 
-_NEARNESS: tuple[Nearness, ...] = ("rank", "node", "rack", "cluster")
+    @property
+    def done(self) -> bool:
+        return all(state.done for state in self._layers)
 
+    @property
+    def copies_left(self) -> int:
+        """Copies still to plan, those left out that only make room for others."""
+        return sum(state.num_wanted for state in self._layers)
 
-def _frame(current: Placement, target: Placement, room: int | Sequence[int] | None) -> tuple[int, int, np.ndarray]:
-    """Ranks, nodes, and int64 [R] slots of each rank that both placements fit into."""
-    try:
-        check_same_model("the current placement", current, "the target", target)
-    except ValueError as error:
-        raise MigrationError(str(error)) from None
-    if (
-        max(current.num_nodes, target.num_nodes) > 1
-        and current.num_ranks * target.num_nodes != target.num_ranks * current.num_nodes
-    ):
-        raise MigrationError(
-            f"the current placement has {current.num_ranks / current.num_nodes:g} ranks a node, the target "
-            f"{target.num_ranks / target.num_nodes:g}: "
-            "only whole nodes can be added or taken away"
+    @property
+    def bytes_left(self) -> int:
+        """Bytes of `copies_left`."""
+        return sum(state.num_wanted * size for state, size in zip(self._layers, self._sizes, strict=True))
+
+    def next_round(self) -> Round | None:
+        """The next round, as if all before it had been carried out; None if nothing is left.
+
+        Raises MigrationError if what is left has no legal order. All that could be done has been planned by then.
+        """
+        if self.done:
+            return None
+        work = _RoundInWork(self._round_bytes)
+        put_off: list[_Entry] = []
+        least = min(self._sizes)
+        while self._ready and work.left >= least:
+            entry = heapq.heappop(self._ready)
+            tier, place, _, layer, rank, expert = entry
+            state, size = self._layers[layer], self._sizes[layer]
+            if not state.wants(rank, expert):
+                continue
+            if tier == 0 and state.holders(expert):
+                # It is held again: this replica is no more urgent than others.
+                heapq.heappush(self._ready, (2, place, 0.0, layer, rank, expert))
+                continue
+            if size > work.left or work.received[rank] + size > self._rank_bytes:
+                put_off.append(entry)
+                continue
+            slot = state.slot_to_write(rank)
+            if slot is None:
+                self._waiting[layer].setdefault(rank, []).append(entry)
+                continue
+            source = self._source(state, expert, rank, work)
+            if source is None:
+                put_off.append(entry)
+                continue
+            self._copy(state, expert, source, slot, work)
+        for entry in put_off:
+            heapq.heappush(self._ready, entry)
+        stuck = self._park(work)
+        result = self._finish(work)
+        if not result.copies and not result.dropped:
+            raise MigrationError(
+                f"layer {stuck}: no slot is spare, so no expert can move; give shards slots_per_rank + 1 slots "
+                "(scratch_slots=1)"
+            )
+        return result
+
+    def _entry(self, layer: int, rank: int, expert: int) -> _Entry:
+        tier, urgency = self._urgencies.of(layer, expert, rank)
+        return tier, self._place[layer], urgency, layer, rank, expert
+
+    def _source(self, state: LayerState, expert: int, rank: int, work: _RoundInWork) -> Slot | None:
+        """Where to copy an expert from: the nearest holder, of these the one that sends least; None: not this round."""
+        holders = state.holders(expert)
+        if not holders:
+            # A further replica of what comes from the checkpoint is copied from there, once it has arrived.
+            return None if (state.index, expert) in work.fetched else _CHECKPOINT
+        size, distance = self._sizes[state.index], self._distance
+        allowed = [slot for slot in holders if work.sent[slot[0]] + size <= self._rank_bytes]
+        return min(
+            allowed,
+            key=lambda slot: (distance[slot[0]][rank], work.sent[slot[0]], state.is_leaving(slot), slot),
+            default=None,
         )
-    num_ranks = max(current.num_ranks, target.num_ranks)
-    used_R = np.zeros(num_ranks, np.int64)
-    for placement in (current, target):
-        map_LRs = _in_frame(placement, num_ranks, placement.slots_per_rank)
-        used_R = np.maximum(used_R, (map_LRs != EMPTY).sum(2).max(0))
-    if room is None:
-        room_R = np.full(num_ranks, max(current.slots_per_rank, target.slots_per_rank), np.int64)
-    else:
-        given = np.asarray(room, np.int64)
-        if given.shape not in ((), (num_ranks,)):
-            raise MigrationError(f"room is given for {given.size} ranks, there are {num_ranks}")
-        room_R = np.broadcast_to(given, (num_ranks,)).copy()
-    short = np.flatnonzero(used_R > room_R)
-    if short.size:
-        raise MigrationError(f"rank {short[0]} has room for {room_R[short[0]]} slots, {used_R[short[0]]} are used")
-    # A slot in use needs room where it is, even if empty slots come before it.
-    last_R = np.zeros(num_ranks, np.int64)
-    map_LRs = _in_frame(current, num_ranks, current.slots_per_rank)
-    for slot in range(current.slots_per_rank):
-        last_R[(map_LRs[:, :, slot] != EMPTY).any(0)] = slot + 1
-    beyond = np.flatnonzero(last_R > room_R)
-    if beyond.size:
-        raise MigrationError(
-            f"rank {beyond[0]} has room for {room_R[beyond[0]]} slots, its slot {last_R[beyond[0]] - 1} is used"
-        )
-    return num_ranks, max(current.num_nodes, target.num_nodes), room_R
+
+    def _copy(self, state: LayerState, expert: int, source: Slot, slot: Slot, work: _RoundInWork) -> None:
+        layer, size = state.index, self._sizes[state.index]
+        nearness: Nearness = "checkpoint"
+        if source == _CHECKPOINT:
+            work.fetched.add((layer, expert))
+            retires = state.take(slot, None)
+        else:
+            nearness = _NEARNESS[self._distance[source[0]][slot[0]]]
+            retires = state.take(slot, source)
+            work.sent[source[0]] += size
+        if retires:
+            work.retired.append((layer, *slot))
+        work.copies.append(Copy(layer, expert, *source, *slot, size, nearness))
+        work.arrivals[layer].append((expert, slot, state.claim(slot[0], expert)))
+        work.received[slot[0]] += size
+        work.left -= size
+
+    def _park(self, work: _RoundInWork) -> int:
+        """Break the cycle of each layer in which all copies wait for a slot. Returns a layer where none is spare."""
+        stuck = -1
+        for state, waiting in zip(self._layers, self._waiting, strict=True):
+            layer, size = state.index, self._sizes[state.index]
+            if not waiting or layer in work.arrivals or sum(map(len, waiting.values())) < state.num_wanted:
+                continue
+            if work.left < size:
+                continue
+            ranks = sorted(waiting, key=lambda rank: min(waiting[rank]))
+            parking = state.choose_parking(ranks, lambda one, other: self._distance[one][other])
+            if parking is None:
+                stuck = layer
+                continue
+            source, spare = parking
+            if max(work.sent[source[0]], work.received[spare[0]]) + size > self._rank_bytes:
+                continue
+            expert = state.expert_in(source)
+            displaced = state.borrow(spare)
+            if displaced != EMPTY:
+                heapq.heappush(self._ready, self._entry(layer, spare[0], displaced))
+            self._copy(state, expert, source, spare, work)
+            work.parked.add(layer)
+        return stuck
+
+    def _finish(self, work: _RoundInWork) -> Round:
+        for layer, arrivals in work.arrivals.items():
+            state = self._layers[layer]
+            for rank in state.arrive(arrivals):
+                for entry in self._waiting[layer].pop(rank, ()):
+                    tier, place, urgency, _, _, expert = entry
+                    if layer in work.parked and state.frees_a_slot(expert):
+                        urgency = -np.inf  # what goes on with the cycle; else the parking was for nothing
+                    heapq.heappush(self._ready, (tier, place, urgency, layer, rank, expert))
+        dropped = [
+            (state.index, *slot) for state in self._layers if not state.num_wanted for slot in state.drop_leaving()
+        ]
+        return Round(tuple(work.retired), tuple(work.copies), tuple(dropped))
 
 
-def _in_frame(placement: Placement, num_ranks: int, width: int) -> np.ndarray:
-    """int32 [L, R, s] of a placement; experts beyond `width` move to the front of their rank."""
-    given = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
-    frame = np.full((placement.num_layers, num_ranks, width), EMPTY, np.int32)
-    if given.shape[2] > width:
-        # Empty slots last; the order of a rank's experts is kept.
-        order = np.argsort(given == EMPTY, axis=2, kind="stable")
-        given = np.take_along_axis(given, order, axis=2)[:, :, :width]
-    frame[:, : placement.num_ranks, : given.shape[2]] = given
-    return frame
+@dataclass
+class _RoundInWork:
+    left: int  # bytes
+    sent: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # bytes by rank
+    received: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    fetched: set[tuple[int, int]] = field(default_factory=set)  # layer, expert: from the checkpoint
+    parked: set[int] = field(default_factory=set)  # layers
+    retired: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    arrivals: defaultdict[int, list[Arrival]] = field(default_factory=lambda: defaultdict(list))  # by layer
 
 
-def _distances(num_ranks: int, num_nodes: int, topology: Topology | None) -> np.ndarray:
-    """int8 [R, R]: 0 same rank, 1 same node, 2 same rack, 3 farther."""
-    if topology is not None:
-        return topology.distance_RR
-    node_R = np.arange(num_ranks) // (num_ranks // num_nodes)
-    distance_RR = np.where(node_R[:, None] == node_R[None, :], 1, 2).astype(np.int8)
-    np.fill_diagonal(distance_RR, 0)
-    return distance_RR
+def plan_migration(current: Placement, target: Placement, **arguments: Any) -> MigrationPlan:
+    """All rounds of a `Migration`, which has the same arguments, at once."""
+    migration = Migration(current, target, **arguments)
+    rounds = tuple(iter(migration.next_round, None))
+    frame = migration.frame
+    return MigrationPlan(frame.num_nodes, frame.nodes, migration.num_experts, frame.start_LRs, rounds)
 
 
-__all__ = ["Copy", "MigrationError", "MigrationPlan", "Round", "plan_migration"]
+__all__ = ["Copy", "Migration", "MigrationError", "MigrationPlan", "Round", "plan_migration"]
