@@ -103,9 +103,7 @@ def _in_frame(placement: Placement, num_ranks: int, width: int) -> np.ndarray:
     return frame
 
 
-def _nodes(
-    current: Placement, target: Placement, start_LRs: np.ndarray, target_LRs: np.ndarray
-) -> tuple[int, ...]:
+def _nodes(current: Placement, target: Placement, start_LRs: np.ndarray, target_LRs: np.ndarray) -> tuple[int, ...]:
     """The node of each rank. A rank that only one placement uses is where that one says."""
     before, after = current.node_of_rank_R.tolist(), target.node_of_rank_R.tolist()
     held_R, wanted_R = ((map_LRs != EMPTY).any((0, 2)) for map_LRs in (start_LRs, target_LRs))

@@ -105,7 +105,7 @@ def _make_way(state: State, map_LRW: np.ndarray, layer: int, expert: int) -> boo
                 held[int(row_RW[rank, slot])] = (rank, slot)
     came_from: dict[int, tuple[int, int]] = {}  # domain -> the expert that would enter, the domain it would leave
     queue = [domain for domain in in_domain if expert not in in_domain[domain]]
-    came_from.update({domain: (expert, -1) for domain in queue})
+    came_from.update(dict.fromkeys(queue, (expert, -1)))
     for domain in queue:
         if domain in free:
             target = free[domain]
