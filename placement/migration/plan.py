@@ -68,8 +68,8 @@ class Migration:
         value_LE: what a copy of each expert buys [L, E]; None: the load that it takes off the heaviest holder.
 
     The most valuable copies come first: experts that nobody holds, the most used of them first, then those that only a
-    leaving rank holds, then what buys most per byte. Raises MigrationError, a ValueError of one line that names layer or
-    rank, if the placements do not fit together or no legal order exists.
+    leaving rank holds, then what buys most per byte. Raises MigrationError, a ValueError of one line that names layer
+    or rank, if the placements do not fit together or no legal order exists.
     """
 
     def __init__(

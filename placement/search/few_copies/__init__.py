@@ -1,3 +1,3 @@
-"""Targets that are near what shards hold already: another set of ranks, or ranks that may change names. numpy alone, since
-the controller imports it; searches that may move everything are in the folder above.
+"""Targets near what shards hold already: for another set of ranks, or with ranks that may change names. The controller
+imports it, so it needs numpy alone; searches that may move everything are in the folder above.
 """

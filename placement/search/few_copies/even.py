@@ -1,7 +1,7 @@
 """Loads made even by few copies: each step takes the copy that evens out most, and stops where none buys enough.
 
-L layers, E experts, R ranks, W slots of a rank. Free slots up to the spare ones are used: a replica of a hot expert evens
-out what no move can.
+L layers, E experts, R ranks, W slots of a rank. Free slots up to the spare ones are used: a replica of a hot expert
+evens out what no move can.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What one copy would do to the unevenness of a layer: an expert moved, or given another replica. All layers at once.
 
-L layers, E experts, R ranks, W slots of a rank. A change is what `State.unevenness_L` grows by; inf where it may not be.
+L layers, E experts, R ranks, W slots of a rank. A cost is what `State.unevenness_L` grows by; inf where that may not
+be.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def best_of(changes: list[Change]) -> Change:
 
 
 def apply(state: State, change: Change, layers: np.ndarray, drop_LR: np.ndarray | None = None) -> np.ndarray:
-    """int64 [L, R, W]: the map after the changes of some layers, in empty slots of the targets or those of `drop_LR`."""
+    """int64 [L, R, W]: the map after the changes of some layers, in the targets' empty slots or those of `drop_LR`."""
     map_LRW = state.map_LRW.copy()
     rank, slot, to = change.rank_L[layers], change.slot_L[layers], change.to_L[layers]
     to_slot = state.free_slot(layers, to) if drop_LR is None else drop_LR[layers, to]

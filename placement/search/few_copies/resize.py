@@ -54,11 +54,11 @@ def resize(
     Raises ValueError, with both numbers, if the slots do not hold every expert, or the replicas it needs.
     """
     successor_of = dict(successor_of or {})
+    num_ranks = len(slots_R)
+    if len(usable_R) != num_ranks or not num_ranks:
+        raise ValueError(f"usable_R names {len(usable_R)} ranks, slots_R {num_ranks}")
     usable = np.asarray(usable_R, bool)
     slots = np.where(usable, np.asarray(slots_R, np.int64), 0)
-    num_ranks = len(slots)
-    if usable.shape != (len(slots_R),) or not num_ranks:
-        raise ValueError(f"usable_R names {usable.size} ranks, slots_R {len(slots_R)}")
     for name, value, least in (("spare_slots", spare_slots, 0), ("min_replicas", min_replicas, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}, expected at least {least}")
@@ -143,10 +143,10 @@ def _nodes(num_ranks: int, nodes: tuple[int, ...] | None, num_nodes: int) -> np.
 def _check_fit(slots_R: np.ndarray, needed_LE: np.ndarray, num_experts: int, fewer_replicas: bool) -> np.ndarray:
     """The needed replicas, no more than there are ranks. Raises ValueError if the slots are fewer."""
     ranks, most = int((slots_R > 0).sum()), int(needed_LE.max())
+    shards = "1 shard has" if ranks == 1 else f"{ranks} shards have"
     if slots_R.sum() < num_experts:
         raise ValueError(
-            f"{ranks} shards have {slots_R.sum()} slots in a layer for {num_experts} experts: "
-            "add shards, or give them more slots"
+            f"{shards} {slots_R.sum()} slots in a layer for {num_experts} experts: add shards, or give them more slots"
         )
     if most > ranks and not fewer_replicas:
         raise ValueError(f"{most} replicas on different shards need {most} shards, there are {ranks}")
@@ -154,7 +154,7 @@ def _check_fit(slots_R: np.ndarray, needed_LE: np.ndarray, num_experts: int, few
     needed, useful = int(needed_LE.sum(1).max()), int(np.minimum(slots_R, num_experts).sum())
     if needed > useful and not fewer_replicas:
         raise ValueError(
-            f"{ranks} shards have {useful} slots in a layer for {num_experts} experts with {needed} replicas: "
+            f"{shards} {useful} slots in a layer for {num_experts} experts with {needed} replicas: "
             "add shards, give them more slots, or ask for fewer replicas"
         )
     return needed_LE
@@ -201,9 +201,10 @@ def _place_needed(frame: Frame, map_LRW: np.ndarray, fewer_replicas: bool) -> tu
             f"that the other experts need, {int(frame.needed_LE[layer].sum())} in all: add shards, or ask for fewer"
         )
     # One replica of every expert first, then further ones of the hottest, as many as fit.
-    map_LRW = place_needed(replace(frame, needed_LE=np.minimum(frame.needed_LE, 1)), map_LRW)
-    needed_LE = frame.needed_LE.copy()
-    return replace(frame, needed_LE=needed_LE), place_needed(frame, map_LRW, needed_LE)
+    one_LE, needed_LE = np.minimum(frame.needed_LE, 1), frame.needed_LE.copy()
+    map_LRW = place_needed(replace(frame, needed_LE=one_LE, kept_LE=one_LE), map_LRW)
+    map_LRW = place_needed(frame, map_LRW, needed_LE)
+    return replace(frame, needed_LE=needed_LE, kept_LE=needed_LE), map_LRW
 
 
 __all__ = ["TOLERANCE", "copies_between", "resize"]
