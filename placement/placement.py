@@ -8,7 +8,8 @@ with fewer slots than the others is padded with -1.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,10 +131,11 @@ class Placement:
     @cached_property
     def logical_replica_count(self) -> np.ndarray:
         """int32 [L, E]: the number of slots that hold each expert."""
-        count_LE = np.zeros((self.num_layers, self.num_experts), np.int32)
-        layer_N, slot_N = np.nonzero(self.physical_to_logical_map >= 0)
-        np.add.at(count_LE, (layer_N, self.physical_to_logical_map[layer_N, slot_N]), 1)
-        return count_LE
+        layer_L1 = np.arange(self.num_layers)[:, None] * self.num_experts
+        filled_LS = self.physical_to_logical_map >= 0
+        key_N = (self.physical_to_logical_map + layer_L1)[filled_LS]
+        count = np.bincount(key_N, minlength=self.num_layers * self.num_experts)
+        return count.reshape(self.num_layers, self.num_experts).astype(np.int32)
 
     @cached_property
     def logical_to_physical_map(self) -> np.ndarray:
@@ -154,12 +156,24 @@ class Placement:
     def slots_LER(self) -> np.ndarray:
         """int32 [L, E, R]: the first slot of each expert on each rank, -1 if it has none there."""
         table_LER = np.full((self.num_layers, self.num_experts, self.num_ranks), EMPTY, np.int32)
-        every_layer = np.arange(self.num_layers)
-        for slot in reversed(range(self.num_slots)):
-            expert_L = self.physical_to_logical_map[:, slot]
-            layer_N = every_layer[expert_L >= 0]
-            table_LER[layer_N, expert_L[layer_N], slot // self.slots_per_rank] = slot
+        map_LRs = self.physical_to_logical_map.reshape(self.num_layers, self.num_ranks, -1)
+        first_R = np.arange(self.num_ranks) * self.slots_per_rank
+        # The first slot of a rank is written last.
+        for local in reversed(range(self.slots_per_rank)):
+            layer_N, rank_N = np.nonzero(map_LRs[:, :, local] >= 0)
+            table_LER[layer_N, map_LRs[layer_N, rank_N, local], rank_N] = first_R[rank_N] + local
         return table_LER
+
+    def without_ranks(self, ranks: Collection[int]) -> Placement:
+        """The same with some ranks empty: partial where they alone held an expert. Others keep their numbers."""
+        map_LRs = self.physical_to_logical_map.reshape(self.num_layers, self.num_ranks, -1).copy()
+        for rank in ranks:
+            if not 0 <= rank < self.num_ranks:
+                raise ValueError(f"rank {rank} is out of range, expected 0 to {self.num_ranks - 1}")
+            map_LRs[:, rank] = EMPTY
+        map_LS = map_LRs.reshape(self.num_layers, -1)
+        left = Placement(self.num_ranks, self.num_nodes, self.num_experts, map_LS, self.nodes, partial=True)
+        return left if (left.logical_replica_count == 0).any() else replace(left, partial=False)
 
     def experts_of_rank(self, rank: int) -> np.ndarray:
         """int32 [L, s]: the logical expert in each slot of a rank, -1 for an empty slot."""
@@ -239,6 +253,40 @@ class Placement:
             return cls.from_json(json.loads(Path(path).read_text()))
         except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_sets(
+        cls,
+        held_R: Sequence[Iterable[tuple[int, int]]],
+        *,
+        num_layers: int,
+        num_experts: int,
+        nodes: tuple[int, ...] | None = None,
+        num_nodes: int = 1,
+        slots_per_rank: int = 1,
+    ) -> Placement:
+        """A placement of what ranks hold: the (layer, expert) pairs of each rank, in any order, none for a hole.
+
+        The experts of a rank take its first slots, ascending. There are `slots_per_rank` slots, or as many as the
+        fullest layer of a rank takes. The placement is partial where an expert has no slot.
+        """
+        pairs = [np.array(sorted(held), np.int64).reshape(-1, 2) for held in held_R]
+        first = [np.searchsorted(pair[:, 0], pair[:, 0]) for pair in pairs]  # where each pair's layer begins
+        local = [np.arange(len(pair)) - start for pair, start in zip(pairs, first, strict=True)]
+        width = max([slots_per_rank, *(int(slots.max()) + 1 for slots in local if len(slots))])
+        map_LRs = np.full((num_layers, len(pairs), width), EMPTY, np.int32)
+        held_LE = np.zeros((num_layers, num_experts), bool)
+        for rank, (pair, slots) in enumerate(zip(pairs, local, strict=True)):
+            wrong = pair[((pair < 0) | (pair >= (num_layers, num_experts))).any(1)]
+            if len(wrong):
+                raise ValueError(
+                    f"rank {rank} holds expert {wrong[0][1]} of layer {wrong[0][0]}, expected layers 0 to "
+                    f"{num_layers - 1} and experts 0 to {num_experts - 1}"
+                )
+            map_LRs[pair[:, 0], rank, slots] = pair[:, 1]
+            held_LE[pair[:, 0], pair[:, 1]] = True
+        partial = not bool(held_LE.all())
+        return cls(len(pairs), num_nodes, num_experts, map_LRs.reshape(num_layers, -1), nodes=nodes, partial=partial)
 
     @classmethod
     def linear(

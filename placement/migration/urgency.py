@@ -50,11 +50,15 @@ class Urgencies:
         kept_LE = np.zeros(shape, bool)
         kept_LE[layer_N[stays_R[rank_N]], expert_N[stays_R[rank_N]]] = True
         tier_LE = np.where(count_LE == 0, 0, np.where(kept_LE, 2, 1))
-        self._tier = tier_LE.tolist()
-        self._load_LR = load_LR.tolist()
-        self._heaviest = heaviest_LE.tolist()
-        self._share = (share_LE / sizes_L[:, None]).tolist()
-        self._value = None if value_LE is None else (np.asarray(value_LE, float) / sizes_L[:, None]).tolist()
+        self._tier: list[list[int]] = tier_LE.tolist()
+        # Lists: they are asked for one number at a time.
+        per_byte_L1 = 1 / sizes_L[:, None]
+        self._load_LR: list[list[float]] = load_LR.tolist()
+        self._heaviest: list[list[float]] = heaviest_LE.tolist()
+        self._share: list[list[float]] = (share_LE * per_byte_L1).tolist()
+        self._value: list[list[float]] | None = None
+        if value_LE is not None:
+            self._value = (np.asarray(value_LE, float) * per_byte_L1).tolist()
 
     def of(self, layer: int, expert: int, rank: int) -> Urgency:
         tier = self._tier[layer][expert]

@@ -140,3 +140,39 @@ def test_a_partial_placement_may_lack_experts():
     assert pickle.loads(pickle.dumps(placement)).partial
     with pytest.raises(ValueError, match="2 slots cannot hold 3 experts"):
         Placement(2, 1, 3, placement.physical_to_logical_map)
+
+
+def test_from_sets_is_what_ranks_hold():
+    held = [[(1, 3), (0, 0), (0, 2)], [], [(0, 1), (1, 0)]]
+    placement = Placement.from_sets(held, num_layers=2, num_experts=4, nodes=(0, 0, 1), num_nodes=2)
+    assert placement.physical_to_logical_map.tolist() == [[0, 2, -1, -1, 1, -1], [3, -1, -1, -1, 0, -1]]
+    assert placement.partial
+    assert placement.nodes == (0, 0, 1)
+    wide = Placement.from_sets([[(0, 0), (0, 1)]], num_layers=1, num_experts=2, slots_per_rank=3)
+    assert (wide.physical_to_logical_map.tolist(), wide.partial) == ([[0, 1, -1]], False)
+    nothing = Placement.from_sets([[], []], num_layers=1, num_experts=2)
+    assert nothing.physical_to_logical_map.tolist() == [[-1, -1]]
+    with pytest.raises(ValueError, match="rank 1 holds expert 4 of layer 0, expected layers 0 to 1 and experts 0 to 3"):
+        Placement.from_sets([[], [(0, 4)]], num_layers=2, num_experts=4)
+
+
+def test_without_ranks_keeps_numbers_and_is_partial_only_where_an_expert_is_lost():
+    placement = Placement(3, 1, 2, np.array([[0, 1, 0]]))
+    assert placement.without_ranks([2]).physical_to_logical_map.tolist() == [[0, 1, -1]]
+    assert not placement.without_ranks([2]).partial
+    assert placement.without_ranks([1]).partial
+    assert placement.without_ranks([]) == placement
+    with pytest.raises(ValueError, match="rank 3 is out of range, expected 0 to 2"):
+        placement.without_ranks([3])
+
+
+def test_tables_agree_with_a_plain_search():
+    rng = np.random.default_rng(2)
+    map_LS = rng.integers(-1, 5, (3, 12))
+    placement = Placement(4, 1, 5, map_LS, partial=True)
+    for layer, expert in np.ndindex(3, 5):
+        slots = np.flatnonzero(map_LS[layer] == expert)
+        assert placement.logical_replica_count[layer, expert] == len(slots)
+        for rank in range(4):
+            mine = [slot for slot in slots if slot // 3 == rank]
+            assert placement.slots_LER[layer, expert, rank] == (mine[0] if mine else -1)

@@ -34,7 +34,7 @@ def lightest(state: State, open_LR: np.ndarray) -> np.ndarray:
 
 def heaviest_of(state: State, among_LR: np.ndarray) -> np.ndarray:
     """int64 [L]: the rank with most load among some; the heaviest of all where there are none."""
-    among_LR = np.where(among_LR.any(1)[:, None], among_LR, state.frame.used_R)
+    among_LR = np.where(np.any(among_LR, axis=1, keepdims=True), among_LR, state.frame.used_R)
     return np.argmax(np.where(among_LR, state.load_LR, -np.inf), axis=1)
 
 

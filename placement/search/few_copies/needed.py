@@ -144,7 +144,7 @@ def restore_spare(frame: Frame, map_LRW: np.ndarray) -> np.ndarray:
             room_LR = state.held_LR < frame.limit_R
             to_L = lightest(state, room_LR)
             change = best_of([
-                moves_to(state, to_L, room_LR.any(1), over_LR),
+                moves_to(state, to_L, np.any(room_LR, axis=1), np.asarray(over_LR)),
                 moves_from(state, heaviest_of(state, over_LR), room_LR),
             ])  # fmt: skip
             moves = np.flatnonzero(np.isfinite(change.cost_L) & over_LR.any(1) & ~goes_on)
