@@ -42,7 +42,7 @@ class Urgencies:
         count_LE = np.zeros(shape)
         np.add.at(count_LE, (layer_N, expert_N), 1)
         share_LE = load / np.maximum(count_LE, 1)
-        load_LR = np.zeros(start_LRs.shape[:2])
+        load_LR = np.zeros((len(start_LRs), start_LRs.shape[1]))
         np.add.at(load_LR, (layer_N, rank_N), share_LE[layer_N, expert_N])
         heaviest_LE = np.zeros(shape)
         np.maximum.at(heaviest_LE, (layer_N, expert_N), load_LR[layer_N, rank_N])
@@ -55,10 +55,11 @@ class Urgencies:
         per_byte_L1 = 1 / sizes_L[:, None]
         self._load_LR: list[list[float]] = load_LR.tolist()
         self._heaviest: list[list[float]] = heaviest_LE.tolist()
-        self._share: list[list[float]] = (share_LE * per_byte_L1).tolist()
+        self._share: list[list[float]] = np.asarray(share_LE * per_byte_L1).tolist()
         self._value: list[list[float]] | None = None
         if value_LE is not None:
-            self._value = (np.asarray(value_LE, float) * per_byte_L1).tolist()
+            worth_LE = np.asarray(value_LE, float) * per_byte_L1
+            self._value = worth_LE.tolist()
 
     def of(self, layer: int, expert: int, rank: int) -> Urgency:
         tier = self._tier[layer][expert]

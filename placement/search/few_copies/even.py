@@ -33,12 +33,12 @@ def even_out(frame: Frame, map_LRW: np.ndarray, tolerance: float) -> np.ndarray:
     map_LRW = map_LRW.copy()
     for heavy in (True, False):
         layers = np.arange(len(map_LRW))
+        state = State(frame, map_LRW)
         while layers.size:
-            state = State(frame, map_LRW).of_layers(layers)
             load_LR = state.load_LR[:, frame.used_R] / state.frame.even_L[:, None]
             uneven = load_LR.max(1) > 1 + tolerance if heavy else load_LR.min(1) < 1 - 2 * tolerance
             if not uneven.all():
-                layers = layers[uneven]
+                layers, state = layers[uneven], state.of_layers(np.flatnonzero(uneven))
                 continue
             least_gain_L = (tolerance * state.frame.even_L) ** 2
             goes_on = np.zeros(len(layers), bool)
@@ -46,7 +46,7 @@ def even_out(frame: Frame, map_LRW: np.ndarray, tolerance: float) -> np.ndarray:
                 stuck = np.flatnonzero(~goes_on)
                 if not stuck.size:
                     break
-                part = state.of_layers(stuck)
+                part = state if len(stuck) == len(layers) else state.of_layers(stuck)
                 new_LRW, done = step(part, least_gain_L[stuck], heavy)
                 # Estimates leave out what two changes at once do to each other.
                 after = State(part.frame, new_LRW)
@@ -54,7 +54,10 @@ def even_out(frame: Frame, map_LRW: np.ndarray, tolerance: float) -> np.ndarray:
                 done = done[gain >= least_gain_L[stuck][done] * (1 - 1e-9)]
                 map_LRW[layers[stuck[done]]] = new_LRW[done]
                 goes_on[stuck[done]] = True
+            # Figures of the first kind of step are those of the next state, if it did for all layers.
+            all_done = len(after.map_LRW) == len(layers) == len(done)
             layers = layers[goes_on]
+            state = after if all_done else State(frame, map_LRW).of_layers(layers)
     return map_LRW
 
 

@@ -32,8 +32,7 @@ def relabel(held: Placement, target: Placement, kinds_R: Sequence[Hashable] | No
         groups[target.node_of_rank_R[rank], None if kinds_R is None else kinds_R[rank]].append(rank)
     on_LRE = [np.zeros((target.num_layers, each.num_ranks, target.num_experts), np.float32) for each in (held, target)]
     for on, placement in zip(on_LRE, (held, target), strict=True):
-        layer, expert, rank = np.nonzero(placement.slots_LER >= 0)
-        on[layer, rank, expert] = 1
+        on[:] = (placement.slots_LER >= 0).transpose(0, 2, 1)
     new_LRs = map_LRs.copy()
     for ranks in groups.values():
         there = [rank for rank in ranks if rank < held.num_ranks]

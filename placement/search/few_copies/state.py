@@ -168,6 +168,8 @@ class State:
     @cached_property
     def drop_cost_LRW(self) -> np.ndarray:
         """float64: what dropping the replica of a slot adds to `unevenness_L`; inf where it is needed."""
+        if not self.surplus_LRW.any():
+            return np.full(self.map_LRW.shape, np.inf)
         share, load = self.share_LRW, self.load_LR[:, :, None]
         weight = self.frame.weight_R[None, :, None]
         count = self.of_slots(self.count_LE)
