@@ -21,9 +21,14 @@ Words of the header (constants H_*). A dash means that the word is neither writt
     5     PAIRS   N                                             -
     6     DTYPE   DTYPE_CODES, compared with the shard's own    -
     7     HIDDEN  D, compared with the shard's own              -
-    8     STATUS  -                                             STATUS_OK or STATUS_REJECTED
-    9     TEXT    -                                             bytes of the error's text (STATUS_REJECTED)
-    10-15         free, zero                                    -
+    8     STATUS  -                                             STATUS_OK, STATUS_REJECTED or STATUS_NO_SLOT
+    9     TEXT    -                                             bytes of the error's text (not with STATUS_OK)
+    10    NO_SLOT_LAYER   -                                     the request's layer (STATUS_NO_SLOT)
+    11    NO_SLOT_EXPERT  -                                     an expert without a slot (STATUS_NO_SLOT)
+    12-15         free, zero                                    -
+
+STATUS_NO_SLOT: the request is sound, but the shard does not hold all of its experts (any more, or yet). Nothing was
+computed. The header names one such expert, the text says how many there are. The shard still serves the others.
 
 To add a word, take the next free one, extend this table, and raise `PROTOCOL_VERSION` (experts.transports.control).
 """
@@ -41,9 +46,11 @@ HEADER_BYTES = 8 * HEADER_WORDS
 ALIGN = 64
 
 H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT = range(10)
+H_NO_SLOT_LAYER, H_NO_SLOT_EXPERT = 10, 11
 
 STATUS_OK = 0
 STATUS_REJECTED = 1
+STATUS_NO_SLOT = 2
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -94,7 +101,15 @@ def error_reply(buffer: np.ndarray, seq: int, text: str) -> int:
     return HEADER_BYTES + len(data)
 
 
+def no_slot_reply(buffer: np.ndarray, seq: int, text: str, layer: int, expert: int) -> int:
+    """Write a STATUS_NO_SLOT reply for `expert` of `layer`, otherwise as `error_reply`."""
+    length = error_reply(buffer, seq, text)
+    header = header_of(buffer)
+    header[H_STATUS], header[H_NO_SLOT_LAYER], header[H_NO_SLOT_EXPERT] = STATUS_NO_SLOT, layer, expert
+    return length
+
+
 def error_text(buffer: np.ndarray) -> str:
-    """The text of a STATUS_REJECTED reply."""
+    """The text of a STATUS_REJECTED or STATUS_NO_SLOT reply."""
     length = int(header_of(buffer)[H_TEXT])
     return bytes(buffer[HEADER_BYTES : HEADER_BYTES + length]).decode(errors="replace")

@@ -25,8 +25,9 @@ from experts.protocol.wire import (
     STATUS_OK,
     error_reply,
     header_of,
+    no_slot_reply,
 )
-from experts.shard.request import BadRequestError, Request, read_request, warm_up
+from experts.shard.request import BadRequestError, NoSlotError, Request, read_request, warm_up
 from experts.shard.slots import SlotTable
 from experts.transports.base import Doorbell, ShardChannel
 
@@ -190,7 +191,10 @@ class ShardLoop:
                 self._failures, self._last_failure = self._failures + 1, f"{type(error).__name__}: {error}"
             self._count_error(str(error))
             seq = int(header_of(channel.recv_buffer)[H_SEQ])
-            return error_reply(channel.send_buffer, seq, f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, NoSlotError):
+                return no_slot_reply(channel.send_buffer, seq, text, error.layer, error.expert)
+            return error_reply(channel.send_buffer, seq, text)
         finally:
             self.slots.end_request()
         self._failures = 0

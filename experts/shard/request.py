@@ -31,6 +31,16 @@ class BadRequestError(ValueError):
     """A request that this shard cannot serve; the text goes back to the router."""
 
 
+class NoSlotError(BadRequestError):
+    """A sound request for experts that this shard does not hold."""
+
+    def __init__(self, layer: int, experts: list[int]) -> None:
+        more = f", nor have {len(experts) - 1} more of the request" if len(experts) > 1 else ""
+        super().__init__(f"expert {experts[0]} of layer {layer} has no slot on this shard{more}")
+        self.layer = layer
+        self.expert = experts[0]
+
+
 @dataclass(frozen=True)
 class Request:
     """A checked request: views of the receive buffer, and the slots of this shard.
@@ -71,7 +81,7 @@ def read_request(
 ) -> Request:
     """Parse and check the request of `nbytes` in `buffer` (uint8); `slot_of_expert_LE` is -1 where there is no slot.
 
-    BadRequestError says what is wrong with it.
+    BadRequestError says what is wrong with it; NoSlotError, that all is well but for experts that have no slot.
     """
     if nbytes < HEADER_BYTES or nbytes > len(buffer):
         raise BadRequestError(f"a message of {nbytes} bytes, expected {HEADER_BYTES} to {len(buffer)}")
@@ -99,7 +109,14 @@ def read_request(
     if verdict == -2:
         raise BadRequestError(f"row offsets do not count up from 0 to {num_pairs}")
     if verdict >= 0:
-        raise BadRequestError(f"expert {int(experts_N[verdict])} of layer {layer} has no slot on this shard")
+        slot_of_expert_E = slot_of_expert_LE[layer]
+        experts = np.unique(experts_N)
+        for expert in (int(experts[0]), int(experts[-1])):
+            if not 0 <= expert < len(slot_of_expert_E):
+                raise BadRequestError(
+                    f"expert {expert} of layer {layer}, this model has experts 0 to {len(slot_of_expert_E) - 1}"
+                )
+        raise NoSlotError(layer, experts[slot_of_expert_E[experts] < 0].tolist())
     return Request(
         seq=words[H_SEQ],
         epoch=words[H_EPOCH],

@@ -24,7 +24,7 @@ from experts.transports.base import ShardChannel
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _DTYPES = ("float32", "bfloat16", "float16")
 # A model of a trillion parameters has 200,000 tensors, whose hashes are a megabyte.
 _MAX_LINE_BYTES = 16 << 20

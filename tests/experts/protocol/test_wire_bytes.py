@@ -12,11 +12,24 @@ from experts.protocol import wire
 
 
 def test_the_words_of_the_header_stand_where_other_builds_expect_them() -> None:
-    words = ("MAGIC", "SEQ", "EPOCH", "LAYER", "ROWS", "PAIRS", "DTYPE", "HIDDEN", "STATUS", "TEXT")
-    assert [getattr(wire, f"H_{word}") for word in words] == list(range(10))
+    words = (
+        "MAGIC",
+        "SEQ",
+        "EPOCH",
+        "LAYER",
+        "ROWS",
+        "PAIRS",
+        "DTYPE",
+        "HIDDEN",
+        "STATUS",
+        "TEXT",
+        "NO_SLOT_LAYER",
+        "NO_SLOT_EXPERT",
+    )
+    assert [getattr(wire, f"H_{word}") for word in words] == list(range(12))
     assert (wire.HEADER_WORDS, wire.HEADER_BYTES, wire.ALIGN) == (16, 128, 64)
     assert struct.pack("<q", wire.MAGIC) == b"1MXE\0\0\0\0"
-    assert (wire.STATUS_OK, wire.STATUS_REJECTED) == (0, 1)
+    assert (wire.STATUS_OK, wire.STATUS_REJECTED, wire.STATUS_NO_SLOT) == (0, 1, 2)
     assert {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3} == wire.DTYPE_CODES
 
 
@@ -53,6 +66,14 @@ def test_an_error_reply_byte_by_byte() -> None:
     buffer = np.full(256, 0xAB, np.uint8)
     assert wire.error_reply(buffer, 41, "no slot") == 135
     header = struct.pack("<16q", wire.MAGIC, 41, 0, 0, 0, 0, 0, 0, 1, 7, *[0] * 6)
+    assert bytes(buffer) == header + b"no slot" + b"\xab" * (256 - 135)
+    assert wire.error_text(buffer) == "no slot"
+
+
+def test_a_no_slot_reply_byte_by_byte() -> None:
+    buffer = np.full(256, 0xAB, np.uint8)
+    assert wire.no_slot_reply(buffer, 41, "no slot", 3, 5) == 135
+    header = struct.pack("<16q", wire.MAGIC, 41, 0, 0, 0, 0, 0, 0, 2, 7, 3, 5, *[0] * 4)
     assert bytes(buffer) == header + b"no slot" + b"\xab" * (256 - 135)
     assert wire.error_text(buffer) == "no slot"
 

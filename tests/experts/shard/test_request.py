@@ -22,7 +22,7 @@ from experts.protocol.wire import (
     header_of,
     request_layout,
 )
-from experts.shard.request import BadRequestError, read_request
+from experts.shard.request import BadRequestError, NoSlotError, read_request
 
 HIDDEN, FLOAT32 = 4, 1
 # Layer 0 holds experts 0 to 3 in slots 3 to 0, layer 1 only expert 2.
@@ -94,11 +94,10 @@ def test_a_wrong_header_is_named(word: int, value: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("offsets", "experts", "layer", "text"),
     [
-        ([0, 1], [4], 0, r"expert 4 of layer 0 has no slot on this shard"),
-        ([0, 2], [2, 0], 1, r"expert 0 of layer 1 has no slot"),
-        ([0, 1], [5], 0, r"expert 5 of layer 0"),
-        ([0, 1], [-1], 0, r"expert -1 of layer 0"),
+        ([0, 1], [5], 0, r"expert 5 of layer 0, this model has experts 0 to 4"),
+        ([0, 1], [-1], 0, r"expert -1 of layer 0, this model has"),
         ([0, 1], [2**31 - 1], 0, r"expert 2147483647"),
+        ([0, 3], [0, 2, 7], 1, r"expert 7 of layer 1, this model has"),  # rather than that expert 0 has no slot
         ([1, 1], [0], 0, r"row offsets do not count up from 0 to 1"),
         ([0, 2, 1], [0], 0, r"row offsets do not count up from 0 to 1"),
         ([0, -4, 1], [0], 0, r"row offsets"),
@@ -109,6 +108,20 @@ def test_a_wrong_header_is_named(word: int, value: int, text: str) -> None:
 def test_wrong_pairs_are_named(offsets: list[int], experts: list[int], layer: int, text: str) -> None:
     with pytest.raises(BadRequestError, match=text):
         read(*message(offsets, experts, layer))
+
+
+@pytest.mark.parametrize(
+    ("experts", "layer", "named", "text"),
+    [
+        ([4], 0, 4, r"^expert 4 of layer 0 has no slot on this shard$"),
+        ([2, 0, 2, 0], 1, 0, r"^expert 0 of layer 1 has no slot on this shard$"),
+        ([4, 2, 1, 1], 1, 1, r"^expert 1 of layer 1 has no slot on this shard, nor have 1 more of the request$"),
+    ],
+)
+def test_a_missing_slot_is_told_from_a_bad_request(experts: list[int], layer: int, named: int, text: str) -> None:
+    with pytest.raises(NoSlotError, match=text) as caught:
+        read(*message([0, len(experts)], experts, layer))
+    assert (caught.value.layer, caught.value.expert) == (layer, named)
 
 
 @pytest.mark.parametrize("nbytes", [-1, 0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 64, 4097, 2**32])

@@ -26,11 +26,14 @@ from experts.protocol.wire import (
     H_HIDDEN,
     H_LAYER,
     H_MAGIC,
+    H_NO_SLOT_EXPERT,
+    H_NO_SLOT_LAYER,
     H_PAIRS,
     H_ROWS,
     H_SEQ,
     H_STATUS,
     HEADER_BYTES,
+    STATUS_NO_SLOT,
     STATUS_OK,
     STATUS_REJECTED,
     error_text,
@@ -167,8 +170,9 @@ def test_a_bad_request_goes_back_and_the_loop_lives_on(mesh: Mesh, model: Path, 
 
 def test_an_expert_of_another_shard_is_named(mesh: Mesh, model: Path, link: RouterLink) -> None:
     header = ask(link, pack(link.send_buffer, 3, [0, 5], layer=1))
-    assert (header[H_SEQ], header[H_STATUS]) == (3, STATUS_REJECTED)
-    assert error_text(link.recv_buffer) == "BadRequestError: expert 5 of layer 1 has no slot on this shard"
+    assert (header[H_SEQ], header[H_STATUS]) == (3, STATUS_NO_SLOT)
+    assert (header[H_NO_SLOT_LAYER], header[H_NO_SLOT_EXPERT]) == (1, 5)
+    assert error_text(link.recv_buffer) == "NoSlotError: expert 5 of layer 1 has no slot on this shard"
     check_serves(link, model)
 
 

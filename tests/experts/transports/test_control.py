@@ -71,7 +71,7 @@ def line_of(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (line_of(version=1), "protocol version 1, this shard speaks 2"),
+        (line_of(version=1), "protocol version 1, this shard speaks 3"),
         (line_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, gloo or nccl"),
         (line_of(surprise=1), "unexpected keyword argument 'surprise'"),
         (b'{"router_id": "r"}\n', "missing"),
@@ -187,7 +187,7 @@ def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
 
 def test_refusals_reach_the_router_with_the_reason(shard: EchoShard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
-    with pytest.raises(ShardRejectedError, match="protocol version 9, this shard speaks 2"):
+    with pytest.raises(ShardRejectedError, match="protocol version 9, this shard speaks 3"):
         connect(shard.endpoint, replace(hello_for("shm"), version=9), "cpu", 20.0, deadline_in(LONG_S))
     with pytest.raises(ShardRejectedError, match="transport nccl: this build of torch has no NCCL"):
         connect(shard.endpoint, hello_for("nccl"), "cuda", 20.0, deadline_in(LONG_S))
