@@ -6,6 +6,7 @@ intermediate size. Pairs are in compressed sparse row form: row m has the pairs 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -62,6 +63,9 @@ class ExpertKernel(ABC):
 
     One thread may call `set_slot` while another calls `forward`, as long as no forward uses that slot meanwhile. Only
     one thread at a time may call `forward`: it uses the kernel's scratch memory.
+
+    An expert can also be copied as packed bytes from another kernel with the same `layout`: `begin_write`, write all of
+    `slot_views`, `finish_write`.
     """
 
     name: ClassVar[str]
@@ -76,6 +80,7 @@ class ExpertKernel(ABC):
             raise ValueError(f"kernel {self.name!r} cannot serve {shape}: {reason}")
         self.shape = shape
         self._loaded_LS = np.zeros((shape.num_layers, shape.num_slots), dtype=np.bool_)
+        self._memory: list[torch.Tensor] | None = None
 
     @classmethod
     @abstractmethod
@@ -94,8 +99,46 @@ class ExpertKernel(ABC):
                 f"layer {layer} slot {slot}: expected layers below {shape.num_layers} and slots below {shape.num_slots}"
             )
         self._check_weights(weights)
-        self._loaded_LS[layer, slot] = False
+        self.begin_write(layer, slot)
         self._pack(layer, slot, weights)
+        self.finish_write(layer, slot)
+
+    @property
+    def layout(self) -> str:
+        """What decides the bytes of a packed expert: those of kernels with equal layouts can be exchanged.
+
+        Empty if this kernel's slots cannot be copied as bytes.
+        """
+        packing = self._packing()
+        if not packing:
+            return ""
+        shape = self.shape
+        kind = str(getattr(shape, "format", shape.dtype))
+        sizes = f"{shape.hidden_size}x{shape.intermediate_size}"
+        biases = "with biases" if shape.has_bias else "without biases"
+        return f"{packing}; {kind} {shape.dtype} {sizes} {biases}, {shape.activation.kind}, {sys.byteorder}-endian"
+
+    def _packing(self) -> str:
+        """How this kernel packs an expert of a shape, with what else decides it on this machine; empty: a secret."""
+        return ""
+
+    def slot_views(self, layer: int, slot: int) -> list[torch.Tensor]:
+        """The memory of a slot, uint8 [n] each on the shape's device; where there is a `layout`, all of the expert."""
+        if self._memory is None:
+            shape = self.shape
+            self._memory = [
+                tensor.view(-1).view(torch.uint8).view(shape.num_layers * shape.num_slots, -1)
+                for tensor in self._weight_tensors()
+            ]
+        row = layer * self.shape.num_slots + slot
+        return [memory[row] for memory in self._memory]
+
+    def begin_write(self, layer: int, slot: int) -> None:
+        """The slot's memory is about to change: it holds no expert until `finish_write`."""
+        self._loaded_LS[layer, slot] = False
+
+    def finish_write(self, layer: int, slot: int) -> None:
+        """All of the slot's memory is written."""
         self._loaded_LS[layer, slot] = True
 
     def _check_weights(self, weights: ExpertWeights | QuantizedExpert) -> None:

@@ -159,5 +159,8 @@ class QuantizedStackKernel(QuantizedKernel):
     def _pack(self, layer: int, slot: int, weights: QuantizedExpert) -> None:
         self._weights.write(layer, slot, weights)
 
+    def _packing(self) -> str:
+        return "stacked"
+
     def _weight_tensors(self) -> list[torch.Tensor]:
         return self._weights.tensors()

@@ -47,5 +47,8 @@ class StackedKernel(ExpertKernel):
     def _pack(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._weights.write(layer, slot, weights)
 
+    def _packing(self) -> str:
+        return "stacked"
+
     def _weight_tensors(self) -> list[torch.Tensor]:
         return self._weights.tensors()

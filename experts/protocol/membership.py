@@ -1,4 +1,4 @@
-"""Who the shards are and what they hold at one epoch, and what routers and shards answer when they apply it."""
+"""Who the shards are and what they hold at one epoch, and what a router answers when it applies it."""
 
 from __future__ import annotations
 
@@ -129,11 +129,3 @@ class AppliedMembership:
         """Inverse of `to_dict`, also after a trip that made keys strings. ValueError names a missing or unknown key."""
         values = exact_fields(cls, data)
         return cls(**{**values, "lost": {int(rank): reason for rank, reason in values["lost"].items()}})
-
-
-@dataclass(frozen=True)
-class AppliedPlacement:
-    """What a shard did to hold a placement."""
-
-    loaded: int  # experts read, over all layers
-    epoch: int

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experts.protocol.membership import ShardEndpoint
@@ -91,7 +91,7 @@ class ShardStatus:
     """One shard that serves."""
 
     rank: int
-    epoch: int  # of the placement it holds
+    epoch: int  # at which it started
     pid: int
     incarnation: str
     endpoint: ShardEndpoint
@@ -109,6 +109,16 @@ class ShardStatus:
     compute_ns: int
     last_error: str | None
     last_epoch: int  # of the last request answered; -1 before the first
+    num_slots: int = 0  # of each layer
+    free_slots: int = 0  # over all layers
+    # Copies of experts into this shard since it started; sources are shm, tcp and checkpoint.
+    copies: dict[str, int] = field(default_factory=dict)  # done, by source
+    copied_bytes: dict[str, int] = field(default_factory=dict)  # by source
+    copies_failed: int = 0
+    copies_in_flight: int = 0
+    copy_seconds: float = 0.0  # in which copies ran
+    handed_out: int = 0  # experts that other shards copied from here
+    handed_out_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys."""

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from experts.kernels import ExpertKernel
@@ -88,9 +89,19 @@ class ShardLoop:
         warm_up()
         rows_MD = torch.zeros(1, self._hidden_size, dtype=self.dtype, device=self.kernel.shape.device)
         slots_E = self.slots.slot_of_expert_LE[0]
-        slots_N = torch.from_numpy(slots_E[slots_E >= 0][:1].copy())
-        offsets_M1 = torch.tensor([0, len(slots_N)], dtype=torch.int32)
-        self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(len(slots_N)), torch.empty_like(rows_MD))
+        held = slots_E[slots_E >= 0][:1]
+        if not held.size and not self.kernel.layout:
+            return  # it allocates its slots with the first expert
+        # An empty shard computes with a slot of zeros.
+        slots_N = torch.from_numpy(held.copy() if held.size else np.zeros(1, np.int32))
+        if not held.size:
+            self.kernel.finish_write(0, 0)
+        try:
+            offsets_M1 = torch.tensor([0, 1], dtype=torch.int32)
+            self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(1), torch.empty_like(rows_MD))
+        finally:
+            if not held.size:
+                self.kernel.begin_write(0, 0)
 
     def start(self) -> None:
         """Run the loop in its own thread."""

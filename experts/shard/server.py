@@ -16,24 +16,32 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.fingerprint import Fingerprint
 from experts.kernels import KernelShape, keep_quantized, pick_kernel
-from experts.protocol.membership import AppliedPlacement, ShardEndpoint, host_id
+from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
+from experts.shard.hand_out import HandOut
 from experts.shard.loop import ShardLoop
+from experts.shard.mover import Mover
 from experts.shard.slots import SlotTable, experts_of
 from experts.transports.base import ShardChannel
 from experts.transports.connect import open_shard_channel
 from experts.transports.control import ControlListener, Hello, LifeLine, OtherIncarnationError
 from experts.transports.shm import ShmDoorbell
+from experts.transports.weights import ring
+from experts.transports.weights.frames import WeightsHello
 from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
@@ -43,24 +51,25 @@ _NAMED = 3  # tensors that a refusal names
 
 
 class ShardServer:
-    """A shard's life: start, apply later placements, stop."""
+    """A shard's life: start, copy and release experts while it serves, stop."""
 
     def __init__(self, settings: ShardSettings) -> None:
         self.settings = settings
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.endpoint: ShardEndpoint | None = None
         self.epoch = -1
-        self.placement: Placement | None = None
-        self._load_lock = threading.Lock()
         self._loop: ShardLoop | None = None
         self._listener: ControlListener | None = None
         self._bell: ShmDoorbell | None = None
         self._fingerprint: Fingerprint | None = None
+        self._mover: Mover | None = None
+        self._hand_out: HandOut | None = None
 
-    def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
-        """Load the experts of `rank`, then listen; returns the endpoint.
+    def start(self, placement: Placement, rank: int, epoch: int, num_slots: int | None = None) -> ShardEndpoint:
+        """Load the experts of `rank`, which may be none, then listen; returns the endpoint.
 
-        Raises ValueError or CheckpointError if this shard cannot serve the placement.
+        `num_slots`: slots of each layer, by default the settings' slots_per_rank, else the placement's. Raises
+        ValueError or CheckpointError if this shard cannot serve the placement.
         """
         if self.endpoint is not None:
             raise RuntimeError(f"this shard was started before, as rank {self.endpoint.rank}")
@@ -74,9 +83,10 @@ class ShardServer:
         checkpoint.check(only_here=True)
         fingerprint = checkpoint.start_fingerprint()
         spec = checkpoint.spec
-        num_slots = settings.slots_per_rank or placement.slots_per_rank
-        if num_slots < placement.slots_per_rank:
-            raise ValueError(f"slots_per_rank is {num_slots}, the placement needs at least {placement.slots_per_rank}")
+        num_slots = num_slots or settings.slots_per_rank or placement.slots_per_rank
+        needed = max(Counter(layer for layer, _ in experts_of(placement, rank)).values(), default=0)
+        if num_slots < needed:
+            raise ValueError(f"slots_per_rank is {num_slots}, the placement needs at least {needed}")
         shape = KernelShape(
             num_layers=spec.num_layers,
             num_slots=num_slots,
@@ -100,11 +110,20 @@ class ShardServer:
         self._loop.warm_up()
         self._loop.start()
         self._fingerprint = fingerprint.result()
-        self.placement, self.epoch = placement, epoch
+        self.epoch = epoch
         incarnation = uuid.uuid4().hex
         self._incarnation = incarnation
+        weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
+        self._hand_out = HandOut(slots, self._fingerprint, incarnation)
+        self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights))
+        ring.warm_up()
         self._listener = ControlListener(
-            settings.bind_host, self._open_channel, self._loop.add, self._loop.remove, settings.connect_timeout_s
+            settings.bind_host,
+            self._open_channel,
+            self._loop.add,
+            self._loop.remove,
+            settings.connect_timeout_s,
+            self._hand_out.open,
         )
         self.endpoint = ShardEndpoint(
             rank, incarnation, settings.bind_host, self._listener.port, host_id(), os.getpid()
@@ -112,20 +131,44 @@ class ShardServer:
         logger.info("rank %d: listening on %s:%d", rank, settings.bind_host, self._listener.port)
         return self.endpoint
 
-    def apply_placement(self, placement: Placement, epoch: int) -> AppliedPlacement:
-        """Load what a later placement gives this rank, while serving. ValueError for an epoch older than its own."""
-        loop, endpoint = self._running()
-        with self._load_lock:
-            if epoch < self.epoch:
-                raise ValueError(f"epoch {epoch} is older than this shard's {self.epoch}")
-            loaded = loop.slots.load(placement, endpoint.rank)
-            self.placement, self.epoch = placement, epoch
-        return AppliedPlacement(loaded, epoch)
+    def copy(
+        self,
+        orders: Sequence[CopyOrder],
+        on_done: Callable[[CopyResult], None],
+        *,
+        max_bytes_per_s: float | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Copy experts into free slots while serving; returns when `on_done` has had one result for each order.
+
+        Takes orders as they come, those of different sources side by side. Where a source fails or is silent, its next
+        one follows, at last the checkpoint. What comes is checked before requests can reach it. `on_done` is called by
+        other threads, one call at a time. `cancelled` is asked often; then what is left fails with error "cancelled".
+        RuntimeError if another call still runs.
+        """
+        self._running()
+        assert self._mover is not None
+        self._mover.copy(orders, on_done, max_bytes_per_s, cancelled)
+
+    def release(self, pairs: Iterable[tuple[int, int]]) -> int:
+        """Give up (layer, expert) pairs; returns how many it held. Does not wait.
+
+        Requests for them are answered with STATUS_NO_SLOT at once; their slots are free when the current request ends.
+        """
+        loop, _ = self._running()
+        return loop.slots.release(pairs)
+
+    def held_Ls(self) -> np.ndarray:
+        """int32 [L, s]: the expert in each slot that requests can reach, else -1."""
+        loop, _ = self._running()
+        return loop.slots.held_Ls()
 
     def status(self) -> ShardStatus:
         """What it holds and has done, for health checks and metrics. RuntimeError before it was started."""
         loop, endpoint = self._running()
-        counters = loop.counters
+        assert self._mover is not None
+        assert self._hand_out is not None
+        counters, moved = loop.counters, self._mover.counters
         return ShardStatus(
             rank=endpoint.rank,
             epoch=self.epoch,
@@ -146,12 +189,23 @@ class ShardServer:
             compute_ns=counters.compute_ns,
             last_error=counters.last_error,
             last_epoch=counters.last_epoch,
+            num_slots=loop.slots.num_slots,
+            free_slots=loop.slots.num_free,
+            copies=dict(moved.copies),
+            copied_bytes=dict(moved.copied_bytes),
+            copies_failed=moved.failed,
+            copies_in_flight=moved.in_flight,
+            copy_seconds=moved.seconds,
+            handed_out=self._hand_out.experts,
+            handed_out_bytes=self._hand_out.bytes,
         )
 
     def stop(self) -> None:
         """Disconnect the routers and end the loop. Idempotent."""
         if self._listener is not None:
             self._listener.stop()
+        if self._mover is not None:
+            self._mover.close()
         if self._loop is not None:
             self._loop.stop()
         if self._bell is not None:

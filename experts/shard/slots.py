@@ -1,4 +1,7 @@
-"""The slots of one shard: which experts they hold, and how they are filled from the checkpoint.
+"""The slots of one shard: which experts they hold, which are free, and how they are filled from the checkpoint.
+
+A slot is free, being written, held (in the table, so requests may use it), or released: out of the table, and free
+again as soon as the request of that moment is over.
 
 Legend: L MoE layers, E logical experts, s slots of this shard in a layer.
 """
@@ -7,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -34,21 +38,21 @@ def experts_of(placement: Placement, rank: int) -> list[tuple[int, int]]:
 
 
 class SlotTable:
-    """Fills a kernel's slots with the experts that a placement gives to a rank, and maps experts to slots.
-
-    One thread may load while the compute loop serves requests; see `begin_request`.
-    """
+    """Maps experts to a kernel's slots. Threads may fill and release slots while the compute loop serves requests."""
 
     def __init__(self, checkpoint: ExpertCheckpoint, kernel: ExpertKernel, num_slots: int, dtype: torch.dtype) -> None:
         spec = checkpoint.spec
         self.checkpoint = checkpoint
+        self.kernel = kernel
         self.num_slots = num_slots
         self.slot_of_expert_LE = np.full((spec.num_layers, spec.num_experts), -1, np.int32)
         """int32, -1 where this shard does not hold the expert. Replaced, never written to, so readers see one state."""
-        self._expert_in_slot_Ls = np.full((spec.num_layers, num_slots), -1, np.int32)
+        self._taken_Ls = np.zeros((spec.num_layers, num_slots), np.bool_)
+        self._releases_Ls = np.zeros((spec.num_layers, num_slots), np.int64)
+        self._released: dict[tuple[int, int], int] = {}  # by (layer, slot): requests ended when it left the table
         self._digests: dict[tuple[int, int], bytes] = {}
-        self._kernel = kernel
         self._dtype = dtype
+        self._lock = threading.Lock()
         self._in_request = False
         self._requests_ended = 0
 
@@ -61,14 +65,6 @@ class SlotTable:
         self._in_request = False
         self._requests_ended += 1
 
-    def _await_request(self) -> None:
-        """Wait for the current request, which may use a slot that was just removed from the table."""
-        seen, deadline_s = self._requests_ended, time.monotonic() + _REQUEST_TIMEOUT_S
-        while self._in_request and self._requests_ended == seen:
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"a request has computed for {_REQUEST_TIMEOUT_S} s, so no slot can be refilled")
-            time.sleep(0.0002)
-
     @property
     def num_loaded(self) -> int:
         """Experts held, over all layers."""
@@ -77,33 +73,142 @@ class SlotTable:
     @property
     def loaded_bytes(self) -> int:
         """Bytes of the experts held, in the kernel's format and without padding."""
-        return self.num_loaded * self._kernel.shape.expert_bytes
+        return self.num_loaded * self.kernel.shape.expert_bytes
+
+    def held_Ls(self) -> np.ndarray:
+        """int32 [L, s]: the expert in each slot that requests may use, else -1."""
+        table_LE = self.slot_of_expert_LE
+        held_Ls = np.full((len(table_LE), self.num_slots), -1, np.int32)
+        layer_N, expert_N = np.nonzero(table_LE >= 0)
+        held_Ls[layer_N, table_LE[layer_N, expert_N]] = expert_N
+        return held_Ls
+
+    @property
+    def num_free(self) -> int:
+        """Slots that could be reserved now, over all layers."""
+        with self._lock:
+            self._reclaim()
+            return int((~self._taken_Ls).sum())
 
     def digest(self) -> str:
         """A hash of samples of each expert held: changes with the weights, and is cheap for large models."""
         total = hashlib.sha256()
-        for _, digest in sorted(self._digests.items()):  # a snapshot, as another thread may be loading
+        with self._lock:
+            digests = sorted(self._digests.items())
+        for _, digest in digests:
             total.update(digest)
         return total.hexdigest()[:16]
+
+    def reserve(self, layer: int, expert: int, cancelled: Callable[[], bool] = lambda: False) -> int | None:
+        """A free slot to write `expert` into, then `publish` or `give_up`; None if the table has the expert already.
+
+        Waits for the current request if only released slots are left. ValueError says why there is none, TimeoutError
+        that a request computes for too long.
+        """
+        shape = self.slot_of_expert_LE.shape
+        if not (0 <= layer < shape[0] and 0 <= expert < shape[1]):
+            raise ValueError(
+                f"expert {expert} of layer {layer}, this model has {shape[0]} layers of {shape[1]} experts"
+            )
+        deadline_s = time.monotonic() + _REQUEST_TIMEOUT_S
+        while True:
+            with self._lock:
+                if self.slot_of_expert_LE[layer, expert] >= 0:
+                    return None
+                self._reclaim()
+                free = np.flatnonzero(~self._taken_Ls[layer])
+                if free.size:
+                    slot = int(free[0])
+                    self._taken_Ls[layer, slot] = True
+                    return slot
+                if all(released[0] != layer for released in self._released):
+                    raise ValueError(
+                        f"layer {layer} has no free slot for expert {expert}: all {self.num_slots} are in use; "
+                        "release an expert first, or give the shard more slots (slots_per_rank)"
+                    )
+            if cancelled():
+                raise ValueError("cancelled")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(
+                    f"a request has computed for {_REQUEST_TIMEOUT_S:.0f} s, so no slot of layer {layer} is free"
+                )
+            time.sleep(0.0002)
+
+    def publish(self, layer: int, expert: int, slot: int, digest: bytes) -> None:
+        """Enter an expert, that stands in its reserved slot, into the table. `digest` is what `install` gives."""
+        with self._lock:
+            self._digests[layer, expert] = digest
+            table_LE = self.slot_of_expert_LE.copy()
+            table_LE[layer, expert] = slot
+            self.slot_of_expert_LE = table_LE
+
+    def give_up(self, layer: int, slot: int) -> None:
+        """A reserved slot was not filled: it is free again."""
+        with self._lock:
+            self.kernel.begin_write(layer, slot)
+            self._taken_Ls[layer, slot] = False
+
+    def release(self, pairs: Iterable[tuple[int, int]]) -> int:
+        """Take (layer, expert) pairs out of the table; returns how many were in it.
+
+        Their slots are free when the request of this moment is over. Does not wait for it.
+        """
+        with self._lock:
+            table_LE = self.slot_of_expert_LE.copy()
+            places = []
+            for layer, expert in pairs:
+                if not (0 <= layer < table_LE.shape[0] and 0 <= expert < table_LE.shape[1]):
+                    continue
+                slot = int(table_LE[layer, expert])
+                if slot >= 0:
+                    table_LE[layer, expert] = -1
+                    del self._digests[layer, expert]
+                    self._releases_Ls[layer, slot] += 1
+                    places.append((layer, slot))
+            self.slot_of_expert_LE = table_LE
+            # Read after the table is replaced: a request that begins later cannot find these slots.
+            ended = self._requests_ended
+            self._released |= dict.fromkeys(places, ended)
+            self._reclaim()
+        return len(places)
+
+    def _reclaim(self) -> None:
+        """Free the released slots that no request can still use. The caller has the lock."""
+        for (layer, slot), ended in list(self._released.items()):
+            if not self._in_request or self._requests_ended != ended:
+                del self._released[layer, slot]
+                self.kernel.begin_write(layer, slot)
+                self._taken_Ls[layer, slot] = False
+
+    def lend(self, layer: int, expert: int) -> tuple[int, bytes, Callable[[], bool]] | None:
+        """For a copy of an expert: its slot, its digest, and whether the slot was not released since. None if not held.
+
+        Nothing keeps the slot: who has read it must ask whether it was released meanwhile, and drop what it read if so.
+        """
+        shape = self.slot_of_expert_LE.shape
+        if not (0 <= layer < shape[0] and 0 <= expert < shape[1]):
+            return None
+        with self._lock:
+            slot = int(self.slot_of_expert_LE[layer, expert])
+            if slot < 0:
+                return None
+            digest, releases = self._digests[layer, expert], int(self._releases_Ls[layer, slot])
+        return slot, digest, lambda: int(self._releases_Ls[layer, slot]) == releases
 
     def load(self, placement: Placement, rank: int, num_threads: int = 1) -> int:
         """Load the experts that `placement` gives to `rank` and that are not here yet; returns how many.
 
-        Experts that the placement no longer gives to this rank stay until their slots are needed, so that routers of
-        the previous epoch are still answered. With several threads reading and packing overlap; while the shard serves
-        they would take its cores. Raises ValueError if there are too few slots.
+        With several threads reading and packing overlap. Raises ValueError if there are too few slots.
         """
-        spec = self.checkpoint.spec
-        check_same_model("the placement", placement, "the checkpoint", spec)
-        wanted_Ls = np.asarray(placement.experts_of_rank(rank))
+        check_same_model("the placement", placement, "the checkpoint", self.checkpoint.spec)
         missing = [pair for pair in experts_of(placement, rank) if self.slot_of_expert_LE[pair] < 0]
         self.checkpoint.fetch_experts(missing)
         start_s = logged_s = time.monotonic()
-        for count, _ in enumerate(self._fill(missing, wanted_Ls, num_threads), start=1):
+        for count, _ in enumerate(self._fill(missing, num_threads), start=1):
             now_s = time.monotonic()
             if now_s - logged_s > _LOG_INTERVAL_S or count == len(missing):
                 logged_s = now_s
-                done = count * self._kernel.shape.expert_bytes
+                done = count * self.kernel.shape.expert_bytes
                 rate = done / max(now_s - start_s, 1e-6) / 1e6
                 logger.info(
                     "rank %d: %d of %d experts loaded, %.1f MB, %.0f MB/s",
@@ -111,60 +216,37 @@ class SlotTable:
                 )  # fmt: skip
         return len(missing)
 
-    def _fill(self, missing: list[tuple[int, int]], wanted_Ls: np.ndarray, num_threads: int) -> Iterator[None]:
+    def _fill(self, missing: list[tuple[int, int]], num_threads: int) -> Iterator[None]:
         """Load experts, (layer, expert) each, in order; yields after each one, which the table then has."""
         under_way: deque[tuple[int, int, int, Future[bytes]]] = deque()
         with ThreadPoolExecutor(num_threads, "loading") as pool:
             try:
                 for layer, expert in missing:
-                    slot = self._free_slot(layer, wanted_Ls[layer])
-                    self._vacate(layer, slot)
-                    self._expert_in_slot_Ls[layer, slot] = expert  # so that no other expert takes it
-                    under_way.append((layer, slot, expert, pool.submit(self._install, layer, slot, expert)))
+                    slot = self.reserve(layer, expert)
+                    assert slot is not None
+                    under_way.append((layer, expert, slot, pool.submit(self.install, layer, expert, slot)))
                     if len(under_way) == num_threads:
-                        self._publish(*under_way.popleft())
+                        self._publish_when_done(under_way)
                         yield
                 while under_way:
-                    self._publish(*under_way.popleft())
+                    self._publish_when_done(under_way)
                     yield
             finally:
-                for layer, slot, _, future in under_way:
-                    future.cancel()
-                    self._expert_in_slot_Ls[layer, slot] = -1
+                for layer, _, slot, future in under_way:
+                    if not future.cancel():
+                        future.exception()  # wait: it still writes into the slot
+                    self.give_up(layer, slot)
 
-    def _read(self, layer: int, expert: int) -> ExpertWeights | QuantizedExpert:
-        if self._kernel.takes_quantized:
-            return self.checkpoint.read_quantized(layer, expert)
-        return self.checkpoint.read_expert(layer, expert, self._dtype)
+    def _publish_when_done(self, under_way: deque[tuple[int, int, int, Future[bytes]]]) -> None:
+        layer, expert, slot, installed = under_way[0]
+        digest = installed.result()  # if it failed, the slot is given up with the others
+        under_way.popleft()
+        self.publish(layer, expert, slot, digest)
 
-    def _free_slot(self, layer: int, wanted_s: np.ndarray) -> int:
-        held_s = self._expert_in_slot_Ls[layer]
-        empty = np.flatnonzero(held_s < 0)
-        if empty.size:
-            return int(empty[0])
-        spare = np.flatnonzero(~np.isin(held_s, wanted_s))
-        if not spare.size:
-            raise ValueError(
-                f"layer {layer} needs more experts than the {self.num_slots} slots of this shard; raise slots_per_rank"
-            )
-        return int(spare[0])
-
-    def _vacate(self, layer: int, slot: int) -> None:
-        """Take the expert in a slot out of the table, and wait for the request that may use it."""
-        old = int(self._expert_in_slot_Ls[layer, slot])
-        if old < 0:
-            return
-        table_LE = self.slot_of_expert_LE.copy()
-        table_LE[layer, old] = -1
-        self.slot_of_expert_LE = table_LE
-        self._digests.pop((layer, old), None)
-        self._await_request()
-        self._expert_in_slot_Ls[layer, slot] = -1
-
-    def _install(self, layer: int, slot: int, expert: int) -> bytes:
-        """Read an expert and pack it into a slot that nobody uses; returns its digest. Runs in several threads."""
+    def install(self, layer: int, expert: int, slot: int) -> bytes:
+        """Read an expert from the checkpoint into a reserved slot; returns its digest. Runs in several threads."""
         weights = self._read(layer, expert)
-        self._kernel.set_slot(layer, slot, weights)
+        self.kernel.set_slot(layer, slot, weights)
         if isinstance(weights, QuantizedExpert):
             first, last = weights.w13_2IB, weights.w2_DB
         else:
@@ -172,14 +254,7 @@ class SlotTable:
         sample = torch.cat([first.flatten()[:16], last.flatten()[-16:]]).float().numpy().tobytes()
         return hashlib.sha256(f"{layer}.{expert}.".encode() + sample).digest()
 
-    def _publish(self, layer: int, slot: int, expert: int, installed: Future[bytes]) -> None:
-        """Enter an expert into the table when it is installed; if that fails, its slot is free."""
-        try:
-            digest = installed.result()
-        except BaseException:
-            self._expert_in_slot_Ls[layer, slot] = -1
-            raise
-        table_LE = self.slot_of_expert_LE.copy()
-        table_LE[layer, expert] = slot
-        self.slot_of_expert_LE = table_LE
-        self._digests[(layer, expert)] = digest
+    def _read(self, layer: int, expert: int) -> ExpertWeights | QuantizedExpert:
+        if self.kernel.takes_quantized:
+            return self.checkpoint.read_quantized(layer, expert)
+        return self.checkpoint.read_expert(layer, expert, self._dtype)

@@ -42,9 +42,8 @@ def _connect_shm(
     mailbox = FdMailbox()
     try:
         shake_hands(connection, rank, replace(hello, details={"mailbox": mailbox.name}), deadline_s)
-        return ShmRouterLink.attach(
-            rank, mailbox.receive(deadline_s), hello.request_capacity, hello.reply_capacity, spin_us, line
-        )
+        bell, pair = mailbox.receive(deadline_s)
+        return ShmRouterLink.attach(rank, (bell, pair), hello.request_capacity, hello.reply_capacity, spin_us, line)
     except (OSError, ValueError) as error:
         raise ShardRejectedError(rank, f"its shared memory cannot be mapped: {error}") from error
     finally:

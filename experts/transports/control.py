@@ -2,7 +2,8 @@
 
 A shard listens on one TCP port. A router connects and sends one JSON line (`Hello`), and the shard answers with one.
 Both then keep the socket open as a lifeline: nothing more is sent on it, but when a process dies, the kernel closes its
-end and the other side sees it immediately. If a whole host vanishes, routers notice at their dispatch deadline, and
+end and the other side sees it immediately. Another shard that wants weights sends another first line
+(`weights.frames.WeightsHello`). If a whole host vanishes, routers notice at their dispatch deadline, and
 shards when TCP's keep-alive probes go unanswered.
 """
 
@@ -174,8 +175,8 @@ def open_control(endpoint: ShardEndpoint, deadline_s: float) -> socket.socket:
     return connection
 
 
-def shake_hands(connection: socket.socket, rank: int, hello: Hello, deadline_s: float) -> dict[str, Any]:
-    """Send `hello` and return the shard's answer. Raises a ShardError, if rejected with the shard's reason."""
+def shake_hands(connection: socket.socket, rank: int, hello: Any, deadline_s: float) -> dict[str, Any]:
+    """Send `hello`, a dataclass, and return the shard's answer. ShardError, if rejected with the shard's reason."""
     try:
         _send_line(connection, asdict(hello))
         answer = _receive_line(connection, deadline_s)
@@ -195,6 +196,11 @@ ChannelOpener = Callable[[Hello, LifeLine], tuple[ShardChannel, dict[str, Any]]]
 """Opens the shard's end of a pair; returns it with the fields of the answer. Raises ValueError to refuse the router."""
 
 
+WeightsOpener = Callable[[dict[str, Any], socket.socket, LifeLine], tuple[Callable[[], None], dict[str, Any]]]
+"""Lets another shard read weights: takes its first line, returns what serves it until it leaves, and the fields of the
+answer. Raises ValueError or TypeError to refuse it."""
+
+
 class OtherIncarnationError(ValueError):
     """The router looks for a shard that is no more: it is not refused, it gets the next one's address."""
 
@@ -209,7 +215,9 @@ class ControlListener:
         on_open: Callable[[ShardChannel], None],
         on_close: Callable[[ShardChannel], None],
         handshake_timeout_s: float,
+        open_weights: WeightsOpener | None = None,
     ) -> None:
+        self._open_weights = open_weights
         self._open_channel = open_channel
         self._on_open = on_open
         self._on_close = on_close
@@ -237,25 +245,32 @@ class ControlListener:
 
     def _serve(self, connection: socket.socket) -> None:
         line = LifeLine(connection)
+        channel: ShardChannel | None = None
         try:
             _prepare(connection)
             deadline_s = time.monotonic() + self._handshake_timeout_s
             try:
-                hello = Hello(**_receive_line(connection, deadline_s))
-                if hello.version != PROTOCOL_VERSION:
-                    raise ValueError(f"protocol version {hello.version}, this shard speaks {PROTOCOL_VERSION}")
-                channel, answer = self._open_channel(hello, line)
+                message = _receive_line(connection, deadline_s)
+                if self._open_weights is not None and message.get("kind") == "weights":
+                    serve, answer = self._open_weights(message, connection, line)
+                else:
+                    channel, answer = self._open_pair(message, line)
             except (TypeError, ValueError, OSError, RuntimeError) as error:
-                logger.warning("refused a router: %s", error)
+                logger.warning("refused a router or shard: %s", error)
                 connection.settimeout(self._handshake_timeout_s)
                 restarted = isinstance(error, OtherIncarnationError)
                 _send_line(connection, {"ok": False, "restarted": restarted, "error": str(error)})
                 return
             with self._lock:
                 if self._stopped.is_set():
-                    channel.close()
+                    if channel is not None:
+                        channel.close()
                     return
                 self._lines.add(line)
+            if channel is None:
+                _send_line(connection, {"ok": True, **answer})
+                serve()
+                return
             self._on_open(channel)
             try:
                 _send_line(connection, {"ok": True, **answer})
@@ -267,14 +282,20 @@ class ControlListener:
                 channel.close()
                 self._on_close(channel)
         except OSError as error:
-            logger.info("a router's control socket broke: %s", error)
+            logger.info("a control socket broke: %s", error)
         finally:
             with self._lock:
                 self._lines.discard(line)
             line.close()
 
+    def _open_pair(self, message: dict[str, Any], line: LifeLine) -> tuple[ShardChannel, dict[str, Any]]:
+        hello = Hello(**message)
+        if hello.version != PROTOCOL_VERSION:
+            raise ValueError(f"protocol version {hello.version}, this shard speaks {PROTOCOL_VERSION}")
+        return self._open_channel(hello, line)
+
     def stop(self) -> None:
-        """Stop accepting and drop every router."""
+        """Stop accepting and drop every router and reader."""
         with self._lock:
             self._stopped.set()
             lines = list(self._lines)

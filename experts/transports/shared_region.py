@@ -66,8 +66,8 @@ class FdMailbox:
         self._server.bind("\0" + self.name)
         self._server.listen(1)
 
-    def receive(self, deadline_s: float) -> tuple[int, int]:
-        """The two descriptors from `send`, before `deadline_s` (time.monotonic()).
+    def receive(self, deadline_s: float, count: int = 2) -> list[int]:
+        """The `count` descriptors from `send`, before `deadline_s` (time.monotonic()).
 
         TimeoutError, ConnectionError for another number of them, PermissionError if another user sent them.
         """
@@ -79,12 +79,12 @@ class FdMailbox:
             peer_uid = struct.unpack("3i", credentials)[1]
             if peer_uid not in (os.getuid(), 0):
                 raise PermissionError(f"user {peer_uid} offered shared memory, expected user {os.getuid()} or root")
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
-        if len(descriptors) != 2:
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, count)
+        if len(descriptors) != count:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise ConnectionError(f"received {len(descriptors)} descriptors of shared memory, expected 2")
-        return descriptors[0], descriptors[1]
+            raise ConnectionError(f"received {len(descriptors)} descriptors of shared memory, expected {count}")
+        return descriptors
 
     @staticmethod
     def send(name: str, descriptors: list[int], timeout_s: float) -> None:

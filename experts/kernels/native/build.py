@@ -54,6 +54,8 @@ def declare_functions(library: ctypes.CDLL) -> None:
     i32, i64, f32, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     library.expert_mlp_slot_bytes.argtypes = [i32, i64, i64]
     library.expert_mlp_slot_bytes.restype = i64
+    library.expert_mlp_lanes.argtypes = []
+    library.expert_mlp_lanes.restype = i32
     library.expert_mlp_pack.argtypes = [i32, i64, i64, pointer, pointer, pointer, pointer, pointer]
     library.expert_mlp_pack.restype = None
     library.expert_mlp_create.argtypes = [i32, i64, i64, i64, i64, i32, f32, f32, i32, pointer, pointer]

@@ -88,6 +88,9 @@ class NativeKernel(ExpertKernel):
             self._packed.ctypes.data + (layer * shape.num_slots + slot) * self._slot_bytes,
         )
 
+    def _packing(self) -> str:
+        return f"native, {self._library.expert_mlp_lanes()} lanes"
+
     def _weight_tensors(self) -> list[torch.Tensor]:
         return [torch.from_numpy(self._packed)]
 

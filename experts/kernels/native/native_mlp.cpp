@@ -295,6 +295,9 @@ int64_t expert_mlp_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
     return Sizes(hidden, width, is_bf16 ? 2 : 1).slot_bytes();
 }
 
+// Lanes of a vector: with the sizes and the number format they decide how an expert is packed.
+int32_t expert_mlp_lanes() { return LANES; }
+
 // 1 if the kernel was compiled for several threads.
 int32_t expert_mlp_has_threads() {
 #if defined(_OPENMP)

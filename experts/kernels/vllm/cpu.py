@@ -30,13 +30,21 @@ def _library_name() -> str:
 
 
 @functools.cache
+def _library() -> Path | None:
+    """Where that module would be, None without vllm."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / _library_name()
+
+
+@functools.cache
 def _missing_ops() -> str | None:
     """Why vLLM's operations are not available, or None. Loads only the library: importing vllm takes seconds."""
     if not hasattr(torch.ops._C, "cpu_fused_moe"):
-        spec = importlib.util.find_spec("vllm")
-        if spec is None or not spec.submodule_search_locations:
+        library = _library()
+        if library is None:
             return "vllm is not installed"
-        library = Path(spec.submodule_search_locations[0]) / _library_name()
         if not library.exists():
             return f"this vllm is not a CPU build: it has no {library.name}"
         try:
@@ -79,6 +87,12 @@ class VllmCpuKernel(StackedKernel):
             assert weights.b2_D is not None
             stacked.b13_LS2I[layer, slot].copy_(b13_2I)
             stacked.b2_LSD[layer, slot].copy_(weights.b2_D)
+
+    def _packing(self) -> str:
+        library = _library()
+        assert library is not None
+        # The size tells builds apart, and needs no import of vllm.
+        return f"vllm's {ISA}, {library.name} of {library.stat().st_size} bytes"
 
     def forward(
         self,

@@ -1,0 +1,53 @@
+"""What the two ends of a weights connection say to each other.
+
+The reader connects to the control port of the shard that has the experts and sends one JSON line, `WeightsHello`; the
+shard answers with one line. Then, little-endian, for each expert that the reader asks for, in the order asked:
+
+    reader  ASK:   layer int32 | expert int32
+    shard   HEAD:  layer int32 | expert int32 | status int32 | zero int32 | bytes of the payload int64
+            the slot's views one after the other, on this connection or through the ring (`ring`); only with SENT
+            TAIL:  status int32 | zero int32 | sum uint64 | weighted sum uint64 | digest, 32 bytes; only after a payload
+
+The shard sends out of a slot that serves. If the slot was released meanwhile, the tail says GONE, and what came is
+worthless. A reader may ask for several experts before the first is there.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+from experts.transports.control import PROTOCOL_VERSION
+
+ASK = struct.Struct("<ii")
+HEAD = struct.Struct("<iiiiq")
+TAIL = struct.Struct("<iiQQ32s")
+SENT, GONE = 0, 1
+MAX_ASKED = 64  # experts that a reader may ask for ahead: their frames fit any socket's buffer
+
+
+@dataclass(frozen=True)
+class WeightsHello:
+    """A reader's first line: which shard it means, and what its own slots look like."""
+
+    incarnation: str
+    layout: str
+    """`ExpertKernel.layout`; must be the shard's own."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    """Both as in a router's `Hello`: the same model, the same weights."""
+    mailbox: str = ""
+    """Where to put the ring's descriptor; empty: send the bytes on this connection."""
+    kind: str = "weights"
+    version: int = PROTOCOL_VERSION
+
+    def __post_init__(self) -> None:
+        """TypeError or ValueError for impossible values: the other end of a socket may be anything."""
+        for name in ("incarnation", "layout", "weights", "mailbox"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"weights hello: {name} is {getattr(self, name)!r}, expected a string")
+        if not isinstance(self.facts, dict):
+            raise TypeError(f"weights hello: facts is {self.facts!r}, expected an object")
+        if self.version != PROTOCOL_VERSION:
+            raise ValueError(f"protocol version {self.version}, this shard speaks {PROTOCOL_VERSION}")
