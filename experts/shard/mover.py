@@ -110,7 +110,7 @@ class Mover:
                 return kept
             kept.close()
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
-        return WeightsReader.connect(source, self._hello, self._transport, deadline_s, self._stall_s)
+        return WeightsReader.connect(source, self._hello, deadline_s, STALL_S)
 
     def keep_reader(self, source: ShardEndpoint, reader: WeightsReader) -> None:
         """Leave a connection for the next lane."""

@@ -29,6 +29,7 @@ from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.membership import Membership, ShardEndpoint
+from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.settings import RouterSettings, ShardSettings
 from experts.protocol.status import ShardStatus
 from experts.shard import request
@@ -111,12 +112,17 @@ def _serve(settings: dict[str, Any], placement: dict[str, Any], rank: int, epoch
             name, arguments = pipe.recv()
         except EOFError:
             return
-        if name == "apply_placement":
-            arguments = [Placement.from_json(arguments[0]), *arguments[1:]]
         try:
-            pipe.send(getattr(server, name)(*arguments))
+            pipe.send(copy_all(server, *arguments) if name == "copy" else getattr(server, name)(*arguments))
         except Exception as error:
             pipe.send(error)
+
+
+def copy_all(server: Any, orders: list[CopyOrder], **options: Any) -> list[CopyResult]:
+    """`ShardServer.copy`, and its results in the order in which they came."""
+    results: list[CopyResult] = []
+    server.copy(orders, results.append, **options)
+    return results
 
 
 def in_processes(body: Callable[..., None], arguments: list[tuple]) -> list[Any]:
@@ -161,6 +167,10 @@ class Shard:
     def status(self) -> ShardStatus:
         """ShardServer.status()."""
         return self.call("status")
+
+    def copy(self, orders: list[CopyOrder]) -> list[CopyResult]:
+        """`ShardServer.copy` of all orders, and its results in the order in which they came."""
+        return self.call("copy", orders)
 
     def signal(self, number: int) -> None:
         """Send a signal; after SIGKILL wait until its sockets are closed, after SIGSTOP until it stopped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections import deque
@@ -42,20 +43,16 @@ class WeightsReader:
         self._asked: deque[tuple[int, int]] = deque()
 
     @classmethod
-    def connect(
-        cls, endpoint: ShardEndpoint, hello: WeightsHello, transport: str, deadline_s: float, stall_s: float
-    ) -> WeightsReader:
-        """A connection to the shard at `endpoint`, before `deadline_s` (time.monotonic()).
+    def connect(cls, endpoint: ShardEndpoint, hello: WeightsHello, deadline_s: float, stall_s: float) -> WeightsReader:
+        """A connection to the shard at `endpoint`, before `deadline_s` (time.monotonic()): shm on one host, else tcp.
 
-        `transport`: shm, tcp, or auto: shm on one host. ShardError says why there is none. After `stall_s` without a
-        byte that was asked for, the source counts as lost.
+        ShardError, OSError or ValueError says why there is none. After `stall_s` without a byte that was asked for,
+        the source counts as lost.
         """
-        if transport == "auto":
-            transport = "shm" if endpoint.host_id == host_id() else "tcp"
         warm_up()
         hello = replace(hello, incarnation=endpoint.incarnation)
         connection = open_control(endpoint, deadline_s)
-        mailbox = FdMailbox() if transport == "shm" else None
+        mailbox = FdMailbox() if endpoint.host_id == host_id() else None
         try:
             shake_hands(connection, endpoint.rank, replace(hello, mailbox=mailbox.name if mailbox else ""), deadline_s)
             ring = None
@@ -133,12 +130,9 @@ class WeightsReader:
     @property
     def closed(self) -> bool:
         """Whether the source has ended the connection. Never blocks."""
-        try:
-            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        poller = select.poll()
+        poller.register(self._connection, select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def _fill_from_socket(self, target: np.ndarray, pace: Pace) -> None:
         memory, done, moved_s = target.data, 0, time.monotonic()

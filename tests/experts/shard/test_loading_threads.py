@@ -43,6 +43,9 @@ class Kernel:
         self.before = before
         self.filled: dict[tuple[int, int], float] = {}
 
+    def begin_write(self, layer: int, slot: int) -> None:
+        self.filled.pop((layer, slot), None)
+
     def set_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self.before(layer, slot)
         self.filled[layer, slot] = float(weights.w2_DI[0, 0])

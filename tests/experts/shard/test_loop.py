@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.kernels import ExpertKernel, KernelShape
+from experts.kernels import KERNELS, ExpertKernel, KernelShape
 from experts.protocol.wire import H_SEQ, H_STATUS, HEADER_BYTES, STATUS_OK, STATUS_REJECTED, error_text, header_of
 from experts.shard.loop import ShardLoop
 from experts.shard.slots import SlotTable
@@ -117,9 +118,9 @@ def test_a_slot_in_use_is_refilled_only_when_its_request_is_done(gated: tuple[Sh
     post(loop, channel, 1, [1])
     assert kernel.inside.wait(60), "the request did not reach the kernel"
     other = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
+    assert loop.slots.release([(layer, expert) for layer in range(NUM_LAYERS) for expert in range(3)]) == 6
     loading = threading.Thread(target=loop.slots.load, args=(other, 1), daemon=True)
     loading.start()
-    await_true(lambda: (loop.slots.slot_of_expert_LE[0] < 0).sum() > 3, "the first expert's removal from the table")
     loading.join(0.05)
     assert loading.is_alive(), "the slot was refilled under the request"
     kernel.gate.set()
@@ -197,33 +198,23 @@ def test_a_broken_pair_ends_its_own_service_alone(gated: tuple[ShardLoop, GatedK
     assert loop.router_ids == ["sound"]
 
 
-def test_slots_that_do_not_suffice_are_named(gated: tuple[ShardLoop, GatedKernel]) -> None:
-    loop, _ = gated
-    with pytest.raises(ValueError, match=r"layer 0 needs more experts than the 3 slots .*; raise slots_per_rank"):
-        loop.slots.load(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1), 0)
-
-
-def test_a_slot_whose_refill_failed_is_free_again(
-    gated: tuple[ShardLoop, GatedKernel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For example out of memory while an expert is packed. The previous expert can be loaded again."""
-    loop, kernel = gated
-    slots, placement = loop.slots, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel, "_pack", out_of_memory)
-        with pytest.raises(RuntimeError, match="not enough memory"):
-            slots.load(placement, 1)
-    assert (slots.num_loaded, slots.load(placement, 0)) == (5, 1)
-    assert (slots.slot_of_expert_LE >= 0).tolist() == [[True] * 3 + [False] * 3] * NUM_LAYERS
-    channel = FakeChannel("router")
-    loop.add(channel)
-    post(loop, channel, 1, [0])
-    await_true(lambda: channel.answers, "the answer")
-    assert header_of(channel.send_buffer)[H_STATUS] == STATUS_OK
-
-
-def out_of_memory(layer: int, slot: int, weights: Any) -> None:
-    raise RuntimeError("not enough memory")
+@pytest.mark.parametrize("held", [[0, 1, 2], []])
+def test_an_empty_shard_is_warm_too(model: Path, held: list[int]) -> None:
+    checkpoint = ExpertCheckpoint.open(model)
+    kernel = KERNELS["torch_loop"](KernelShape(NUM_LAYERS, 3, HIDDEN, 40, checkpoint.spec.activation))
+    slots = SlotTable(checkpoint, kernel, 3, torch.float32)
+    row = held + [-1] * (3 - len(held))
+    slots.load(Placement(1, 1, NUM_EXPERTS, np.array([row] * NUM_LAYERS, np.int32), partial=True), 0)
+    ShardLoop(slots, kernel, ShmDoorbell(0), torch.float32, 1).warm_up()
+    x_MD, one = torch.zeros(1, HIDDEN), torch.ones(1)
+    arguments = (
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        one,
+        torch.empty(1, HIDDEN),
+    )
+    with contextlib.nullcontext() if held else pytest.raises(ValueError, match="slot 0 holds no expert"):
+        kernel.forward(0, x_MD, *arguments)
 
 
 def test_the_digest_tells_other_weights_apart(model: Path, tmp_path: Path) -> None:

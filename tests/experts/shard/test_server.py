@@ -19,7 +19,7 @@ import torch
 
 from experts.checkpoint import CheckpointError
 from experts.protocol.errors import ShardLostError, ShardRejectedError
-from experts.protocol.membership import AppliedPlacement, ShardEndpoint
+from experts.protocol.membership import ShardEndpoint
 from experts.protocol.settings import ShardSettings
 from experts.protocol.wire import (
     H_DTYPE,
@@ -235,29 +235,6 @@ def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
     assert "counted" in after.routers
     router.close()
     await_true(lambda: "counted" not in mesh.shards[1].status().routers, "the router's leaving")
-
-
-def test_a_later_placement_is_loaded_while_the_old_one_is_served(model: Path) -> None:
-    first = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)
-    flipped = np.flip(first.physical_to_logical_map.reshape(NUM_LAYERS, 2, 3), 1).reshape(NUM_LAYERS, 6)
-    second = Placement(2, 1, NUM_EXPERTS, flipped.copy())
-    batch = random_batch(12)
-    with mesh_of(model, first, slots_per_rank=6) as mesh:
-        router = mesh.router()
-        for shard in mesh.shards.values():
-            assert shard.call("apply_placement", second.to_json(), 5) == AppliedPlacement(NUM_LAYERS * 3, 5)
-        assert_matches(run(router, 0, batch), oracle(mesh.checkpoint, 0, batch))
-        assert router.status().lost == {}, "the old epoch is served until the slots are needed"
-        mesh.placement, mesh.epoch = second, 5
-        router.apply_membership(mesh.membership())
-        assert_matches(run(router, 1, batch), oracle(mesh.checkpoint, 1, batch))
-        assert router.status().lost == {}
-        shard = mesh.shards[0]
-        with pytest.raises(ValueError, match="epoch 4 is older than this shard's 5"):
-            shard.call("apply_placement", first.to_json(), 4)
-        with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the checkpoint for 2 of 6"):
-            shard.call("apply_placement", Placement.linear(NUM_LAYERS, 8, 2).to_json(), 6)
-        assert shard.status().epoch == 5
 
 
 def test_a_shard_is_given_a_placement_once_and_only_what_it_can_hold(model: Path, tmp_path: Path) -> None:

@@ -65,7 +65,11 @@ class NotingKernel:
     takes_quantized: bool = False
     shape: Any = field(default_factory=lambda: SimpleNamespace(expert_bytes=1_000_000))
     set: list[tuple[int, int]] = field(default_factory=list)
+    emptied: list[tuple[int, int]] = field(default_factory=list)
     before_set: Callable[[int, int], None] = lambda layer, slot: None
+
+    def begin_write(self, layer: int, slot: int) -> None:
+        self.emptied.append((layer, slot))
 
     def set_slot(self, layer: int, slot: int, weights: Any) -> None:
         self.before_set(layer, slot)
@@ -83,7 +87,6 @@ def placement(*ranks: list[int]) -> Placement:
 
 
 HALVES = placement([0, 1, 2], [3, 4, 5])
-OTHERS = placement([3, 4, 5], [0, 1, 2])
 
 
 class Clock:
@@ -149,19 +152,26 @@ def test_empty_places_of_a_placement_and_repeats_take_no_slot() -> None:
     assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, -1, -1, -1]] * LAYERS
 
 
-def test_experts_stay_until_their_slots_are_needed() -> None:
-    slots = table(num_slots=5)
-    slots.load(HALVES, 0)
-    assert slots.load(placement([2, 3, 4], [0, 1, 5]), 0) == 4
-    assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, 3, 4, -1]] * LAYERS
-    assert slots.load(placement([2, 3, 5], [0, 1, 4]), 0) == 2
-    assert slots.slot_of_expert_LE.tolist() == [[-1, 1, 2, 3, 4, 0]] * LAYERS, "the first that nobody wants gives way"
-
-
-def test_a_placement_that_needs_more_slots_is_refused_when_the_last_is_gone() -> None:
+def test_slots_that_do_not_suffice_are_named() -> None:
     slots = table(num_slots=2)
-    with pytest.raises(ValueError, match=r"layer 0 .* more experts than the 2 slots of this shard"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 has no free slot for expert 2: all 2 are in use; release .*slots_per"
+    ):
         slots.load(HALVES, 0)
+    assert slots.release([(0, 0), (0, 1), (1, 0), (1, 1)]) == slots.num_loaded + 2
+    assert slots.num_free == 2 * LAYERS
+
+
+def test_held_is_the_table_by_slot() -> None:
+    slots = table(num_slots=4)
+    slots.load(Placement(2, 1, EXPERTS, np.array([[5, 0, 3, 1, 2, 4], [1, 2, 4, 0, 3, 5]])), 0)
+    slots.release([(1, 2)])
+    reserved = slots.reserve(1, 5)
+    held_Ls = slots.held_Ls()
+    assert held_Ls.dtype == np.int32
+    assert held_Ls.tolist() == [[0, 3, 5, -1], [1, -1, 4, -1]]
+    assert reserved == 1
+    assert slots.num_free == 2
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 6), (3, 6), (2, 4), (2, 8)])
@@ -183,39 +193,44 @@ def test_kernels_of_quantized_weights_get_them_as_they_are_stored() -> None:
 # --- while requests are served ------------------------------------------------------------------------------------
 
 
+EVERYTHING = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+
+
 def test_a_table_that_somebody_reads_is_never_written_to() -> None:
     slots = table()
     tables = [slots.slot_of_expert_LE]
-    kernel_saw: list[list[list[int]]] = []
-    slots._kernel.before_set = lambda layer, slot: kernel_saw.append(slots.slot_of_expert_LE.tolist())
     slots.load(HALVES, 0)
     tables.append(slots.slot_of_expert_LE)
-    held = slots.slot_of_expert_LE.tolist()
-    kernel_saw.clear()
-    slots.load(OTHERS, 0)
-    assert tables[0].tolist() == [[-1] * EXPERTS] * LAYERS
-    assert tables[1].tolist() == held
-    # Who looks while a slot is filled finds neither what stood there nor what is to come.
-    assert kernel_saw[0] == [[-1, 1, 2, -1, -1, -1], [0, 1, 2, -1, -1, -1]]
-    assert kernel_saw[1] == [[-1, -1, 2, 0, -1, -1], [0, 1, 2, -1, -1, -1]]
+    slots.release([(0, 0)])
+    tables.append(slots.slot_of_expert_LE)
+    kernel_saw: list[int] = []
+    slots.kernel.before_set = lambda layer, slot: kernel_saw.append(int(slots.slot_of_expert_LE[0, 5]))  # type: ignore[attr-defined]
+    slot = slots.reserve(0, 5)
+    assert slot == 0
+    slots.publish(0, 5, slot, slots.install(0, 5, slot))
+    assert kernel_saw == [-1], "nobody finds what is still being written"
+    assert [t[0].tolist() for t in tables] == [[-1] * 6, [0, 1, 2, -1, -1, -1], [-1, 1, 2, -1, -1, -1]]
+    assert slots.slot_of_expert_LE[0].tolist() == [-1, 1, 2, -1, -1, 0]
 
 
-def test_a_slot_is_refilled_only_after_the_request_that_may_use_it(clock: Clock) -> None:
+def test_a_released_slot_is_free_only_after_the_request_that_may_use_it(clock: Clock) -> None:
     slots = table()
     slots.load(HALVES, 0)
-    order: list[str] = []
+    slept = 0
 
     def end() -> None:
-        order.append("slept")
+        nonlocal slept
+        slept += 1
         assert slots.slot_of_expert_LE[0, 0] == -1, "no later request finds the old expert"
-        if len(order) == 3:
+        if slept == 3:
             slots.end_request()
 
     clock.asleep = end
-    slots._kernel.before_set = lambda layer, slot: order.append("set")
     slots.begin_request()
-    slots.load(OTHERS, 0)
-    assert order == ["slept"] * 3 + ["set"] * 6
+    assert slots.release([(0, 0)]) == 1
+    assert (slots.num_free, slots.num_loaded) == (0, 5)
+    assert slots.reserve(0, 5) == 0
+    assert slept == 3
 
 
 def test_an_empty_slot_is_filled_while_a_request_runs(clock: Clock) -> None:
@@ -228,45 +243,79 @@ def test_an_empty_slot_is_filled_while_a_request_runs(clock: Clock) -> None:
 def test_the_request_after_that_one_is_not_waited_for(clock: Clock) -> None:
     slots = table()
     slots.load(HALVES, 0)
-    waits = 0
-
-    def next_request() -> None:
-        nonlocal waits
-        waits += 1
-        slots.end_request()
-        slots.begin_request()
-
-    clock.asleep = next_request
     slots.begin_request()
-    slots.load(OTHERS, 0)
-    assert waits == 6, "once for each slot that is refilled"
+    slots.release(EVERYTHING)
+    slots.end_request()
+    slots.begin_request()
+    assert slots.num_free == 6
+    assert slots.reserve(1, 4) == 0
 
 
-def test_a_request_that_never_ends_is_an_error_after_a_minute(clock: Clock) -> None:
+def test_a_request_that_never_ends_loses_no_slot(clock: Clock) -> None:
     slots = table()
     slots.load(HALVES, 0)
     slots.begin_request()
-    with pytest.raises(TimeoutError, match=r"a request has computed for 60\.0 s"):
-        slots.load(OTHERS, 0)
+    slots.release([(0, 1)])
+    with pytest.raises(TimeoutError, match=r"a request has computed for 60 s, so no slot of layer 0 is free"):
+        slots.reserve(0, 5)
     assert clock.now_s == 161.0
     slots.end_request()
-    assert slots.load(OTHERS, 0) == 6
+    assert slots.reserve(0, 5) == 1
 
 
-def test_what_could_not_be_filled_is_neither_what_stood_there_nor_what_was_to_come() -> None:
+def test_a_wait_for_a_slot_can_be_called_off(clock: Clock) -> None:
     slots = table()
     slots.load(HALVES, 0)
+    slots.begin_request()
+    slots.release([(0, 1)])
+    with pytest.raises(ValueError, match="cancelled"):
+        slots.reserve(0, 5, lambda: clock.now_s > 102)
+
+
+def test_what_could_not_be_filled_takes_no_slot() -> None:
+    slots = table()
 
     def out_of_memory(layer: int, slot: int) -> None:
-        raise RuntimeError("not enough memory")
+        if layer == 1:
+            raise RuntimeError("not enough memory")
 
-    slots._kernel.before_set = out_of_memory
+    slots.kernel.before_set = out_of_memory  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="not enough memory"):
-        slots.load(OTHERS, 0)
-    assert slots.slot_of_expert_LE.tolist() == [[-1, 1, 2, -1, -1, -1], [0, 1, 2, -1, -1, -1]]
-    slots._kernel.before_set = lambda layer, slot: None
-    assert slots.load(HALVES, 0) == 1
-    assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, -1, -1, -1]] * LAYERS
+        slots.load(HALVES, 0)
+    assert slots.slot_of_expert_LE.tolist() == [[0, 1, 2, -1, -1, -1], [-1] * 6]
+    assert slots.num_free == 3
+    slots.kernel.before_set = lambda layer, slot: None  # type: ignore[attr-defined]
+    assert slots.load(HALVES, 0) == 3
+
+
+def test_only_what_is_there_is_released_and_once() -> None:
+    slots = table()
+    slots.load(HALVES, 0)
+    assert slots.release([(0, 0), (0, 0), (0, 5), (-1, 0), (LAYERS, 0), (0, -1), (0, EXPERTS), (1, 2)]) == 2
+    assert slots.release([(0, 0)]) == 0
+    assert slots.kernel.emptied == [(0, 0), (1, 2)], "a kernel computes with neither"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("layer", "expert"), [(-1, 0), (LAYERS, 0), (0, -1), (0, EXPERTS)])
+def test_an_expert_of_no_such_model_gets_no_slot(layer: int, expert: int) -> None:
+    slots = table()
+    with pytest.raises(ValueError, match=f"expert {expert} of layer {layer}, this model has 2 layers of 6 experts"):
+        slots.reserve(layer, expert)
+    assert slots.lend(layer, expert) is None
+    assert slots.num_free == 6
+
+
+def test_who_reads_a_slot_learns_that_it_was_released_meanwhile() -> None:
+    slots = table()
+    assert slots.lend(0, 0) is None
+    slots.load(HALVES, 0)
+    lent, other = slots.lend(0, 0), slots.lend(0, 1)
+    assert lent is not None
+    assert other is not None
+    assert (lent[0], lent[2](), other[2]()) == (0, True, True)
+    slots.release([(0, 0)])
+    slots.publish(0, 0, slots.reserve(0, 0), lent[1])  # type: ignore[arg-type]
+    assert (lent[2](), other[2]()) == (False, True), "even if the same expert is back in the same slot"
 
 
 # --- the digest ---------------------------------------------------------------------------------------------------
@@ -307,8 +356,10 @@ def test_the_digest_says_what_is_held_however_it_came_there() -> None:
     assert both.digest() == whole.digest()
     narrow = table(3)
     narrow.load(HALVES, 0)
-    narrow.load(OTHERS, 0)
-    assert narrow.digest() == second.digest(), "what gave way counts no more"
+    narrow.release(EVERYTHING)
+    assert narrow.digest() == none.digest()
+    narrow.load(HALVES, 1)
+    assert narrow.digest() == second.digest(), "what was released counts no more"
 
 
 # --- the log ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,385 @@
+"""Copies between real shards: sources in processes that are killed, stopped, altered on the way; float64 decides.
+
+The target is a shard in this process, so that a test can act between two pieces of an expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.protocol.membership import Membership, ShardEndpoint
+from experts.protocol.orders import CopyOrder, CopyResult
+from experts.protocol.settings import ShardSettings
+from experts.shard import mover as mover_module
+from experts.shard.server import ShardServer
+from placement.placement import Placement
+from tests.support.small_mesh import (
+    Mesh,
+    Shard,
+    assert_matches,
+    make_router,
+    mesh_of,
+    oracle,
+    random_batch,
+    run,
+    start_shards,
+    write_checkpoint,
+)
+from tests.support.waiting import await_true, join
+
+NUM_LAYERS, NUM_EXPERTS, HIDDEN, WIDTH = 2, 6, 96, 1024
+EXPERT_BYTES = 3 * HIDDEN * WIDTH * 4  # 1.2 MB: more than the ring holds
+PAIRS = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
+SLOW = 3e6  # bytes a second: an expert takes 0.4 s, in nine pieces
+
+
+def placement(*ranks: list[int]) -> Placement:
+    """Ranks with the same experts in both layers, padded to the longest."""
+    width = max(map(len, ranks))
+    row = [expert for rank in ranks for expert in rank + [-1] * (width - len(rank))]
+    return Placement(len(ranks), 1, NUM_EXPERTS, np.array([row] * NUM_LAYERS, np.int32), partial=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "copies"
+    return write_checkpoint(
+        folder, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH
+    )
+
+
+ALL = placement(list(range(NUM_EXPERTS)), list(range(NUM_EXPERTS)), [])
+
+
+@pytest.fixture(scope="module")
+def sources(model: Path) -> Iterator[dict[int, Shard]]:
+    """Two shards that hold everything; tests leave them alive."""
+    shards = start_shards(model, ALL, [0, 1])
+    yield shards
+    for shard in shards.values():
+        shard.end()
+
+
+@pytest.fixture
+def target(model: Path) -> Iterator[ShardServer]:
+    """An empty shard in this process."""
+    with server(model, 2) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def server(model: Path, rank: int, kernel: str = "torch_loop") -> Iterator[ShardServer]:
+    started = ShardServer(ShardSettings(model_path=str(model), dtype="float32", kernel=kernel))
+    started.start(ALL, rank, 1)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def elsewhere(shard: ShardEndpoint) -> ShardEndpoint:
+    """As if it were on another host."""
+    return dataclasses.replace(shard, host_id="elsewhere")
+
+
+def orders(*sources: ShardEndpoint, pairs: list[tuple[int, int]] = PAIRS) -> list[CopyOrder]:
+    return [CopyOrder(layer, expert, sources) for layer, expert in pairs]
+
+
+def copy(target: ShardServer, wanted: list[CopyOrder], **options: float) -> list[CopyResult]:
+    results: list[CopyResult] = []
+    target.copy(wanted, results.append, **options)  # type: ignore[arg-type]
+    assert sorted((r.layer, r.expert) for r in results) == sorted((o.layer, o.expert) for o in wanted)
+    return results
+
+
+def check_right(target: ShardServer, model: Path) -> None:
+    """The target answers every expert right, alone."""
+    assert target.endpoint is not None
+    assert (np.sort(target.held_Ls(), 1) == np.arange(NUM_EXPERTS)).all()
+    router = make_router(model)
+    try:
+        whole = placement(list(range(NUM_EXPERTS)), [], [])
+        endpoint = dataclasses.replace(target.endpoint, rank=0)
+        router.apply_membership(Membership(5, whole, (endpoint, None, None)))
+        for layer in range(NUM_LAYERS):
+            batch = random_batch(20, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, seed=layer)
+            assert_matches(run(router, layer, batch), oracle(ExpertCheckpoint.open(model), layer, batch))
+        status = router.status()
+        assert (status.lost.get(0), status.fallback_pairs) == (None, 0), "the shard computed it"
+    finally:
+        router.close()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp", "checkpoint"])
+def test_an_empty_shard_is_filled_and_serves(
+    model: Path, sources: dict[int, Shard], target: ShardServer, transport: str
+) -> None:
+    assert target.status().loaded_experts == 0
+    source = sources[0].endpoint
+    given = {"shm": (source,), "tcp": (elsewhere(source),), "checkpoint": ()}[transport]
+    before = sources[0].status()
+    results = copy(target, orders(*given))
+    assert {(r.source, r.size_bytes, r.error) for r in results} == {(transport, EXPERT_BYTES, "")}
+    status, after = target.status(), sources[0].status()
+    assert (status.copies, status.copies_failed, status.copies_in_flight) == ({transport: len(PAIRS)}, 0, 0)
+    assert status.copied_bytes == {transport: len(PAIRS) * EXPERT_BYTES}
+    sent = 0 if transport == "checkpoint" else len(PAIRS)
+    assert after.handed_out - before.handed_out == sent
+    assert after.handed_out_bytes - before.handed_out_bytes == sent * EXPERT_BYTES
+    assert status.weights_digest == after.weights_digest
+    check_right(target, model)
+
+
+def test_connections_are_kept_and_made_anew_when_the_source_ended_them(
+    model: Path, target: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(model, 0) as source:
+        assert source.endpoint is not None
+        copy(target, orders(source.endpoint, pairs=PAIRS[:2]))
+        assert target._mover is not None
+        (first,) = target._mover._readers.values()
+        copy(target, orders(source.endpoint, pairs=PAIRS[2:3]))
+        assert list(target._mover._readers.values()) == [first]
+        first._connection.shutdown(socket.SHUT_WR)  # which the source answers by ending it
+        await_true(lambda: first.closed, "the connection's end")
+        results = copy(target, orders(source.endpoint, pairs=PAIRS[3:]))
+        assert {r.source for r in results} == {"shm"}
+    check_right(target, model)
+
+
+@pytest.mark.parametrize("place", [lambda e: e, elsewhere], ids=["shm", "tcp"])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_source_that_dies_or_stops_in_mid_copy_is_followed_by_the_next(
+    model: Path,
+    sources: dict[int, Shard],
+    target: ShardServer,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Callable[[ShardEndpoint], ShardEndpoint],
+    fault: int,
+) -> None:
+    monkeypatch.setattr(mover_module, "STALL_S", 1.0)
+    victim = start_shards(model, ALL, [0])[0]
+    try:
+        results: list[CopyResult] = []
+
+        def strike(result: CopyResult) -> None:
+            results.append(result)
+            if len(results) == 2:
+                victim.signal(fault)
+
+        half = len(PAIRS) // 2
+        wanted = orders(place(victim.endpoint), sources[1].endpoint, pairs=PAIRS[:half])
+        wanted += orders(place(victim.endpoint), pairs=PAIRS[half:])
+        target.copy(wanted, strike, max_bytes_per_s=20e6)
+        assert [r.error for r in results] == [""] * len(PAIRS)
+        first = place(victim.endpoint) == victim.endpoint
+        assert {r.source for r in results[:2]} == {"shm" if first else "tcp"}
+        by_pair = {(r.layer, r.expert): r.source for r in results[2:]}
+        # What was under way at that moment may have come still.
+        assert {by_pair[pair] for pair in PAIRS[half:]} == {"checkpoint"}
+        assert "shm" in {by_pair[pair] for pair in PAIRS[:half] if pair in by_pair}
+    finally:
+        victim.end()
+    check_right(target, model)
+
+
+class Flipper:
+    """Stands between two shards and changes one bit of what the source sends, `at` bytes after the start."""
+
+    def __init__(self, endpoint: ShardEndpoint, at: int) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._source = (endpoint.host, endpoint.port)
+        self._at = at
+        self.endpoint = dataclasses.replace(
+            endpoint, host="127.0.0.1", port=self._server.getsockname()[1], host_id="elsewhere"
+        )
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            reader, _ = self._server.accept()
+            source = socket.create_connection(self._source)
+            threading.Thread(target=self._pump, args=(reader, source, None), daemon=True).start()
+            self._pump(source, reader, self._at)
+
+    @staticmethod
+    def _pump(from_: socket.socket, to: socket.socket, at: int | None) -> None:
+        with contextlib.suppress(OSError):
+            done = 0
+            while data := bytearray(from_.recv(1 << 16)):
+                if at is not None and done <= at < done + len(data):
+                    data[at - done] ^= 16
+                to.sendall(data)
+                done += len(data)
+            to.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("at", [200_000, EXPERT_BYTES + 300_000])
+def test_a_bit_that_changes_on_the_way_is_noticed_and_the_expert_read_elsewhere(
+    model: Path, sources: dict[int, Shard], target: ShardServer, at: int
+) -> None:
+    flipper = Flipper(sources[0].endpoint, at)
+    try:
+        results = copy(target, orders(flipper.endpoint))
+    finally:
+        flipper.close()
+    spoiled = at // EXPERT_BYTES
+    assert [r.source for r in sorted(results, key=lambda r: (r.layer, r.expert))] == [
+        "checkpoint" if number == spoiled else "tcp" for number in range(len(PAIRS))
+    ]
+    check_right(target, model)
+
+
+def test_a_source_that_gave_the_expert_up_is_followed_by_the_checkpoint(model: Path, target: ShardServer) -> None:
+    with server(model, 0) as source:
+        assert source.endpoint is not None
+        assert source.release([(0, 1), (1, 4)]) == 2
+        results = copy(target, orders(source.endpoint))
+    expected = {pair: "checkpoint" if pair in ((0, 1), (1, 4)) else "shm" for pair in PAIRS}
+    assert {(r.layer, r.expert): r.source for r in results} == expected
+    check_right(target, model)
+
+
+@pytest.mark.parametrize("place", [lambda e: e, elsewhere], ids=["shm", "tcp"])
+def test_an_expert_that_is_released_and_overwritten_while_it_is_copied_is_not_taken(
+    model: Path, target: ShardServer, place: Callable[[ShardEndpoint], ShardEndpoint]
+) -> None:
+    with server(model, 0) as source:
+        assert source.endpoint is not None
+        assert source._hand_out is not None
+        lent: list[tuple[int, int]] = []
+        lend = source._hand_out._lend
+
+        def note(layer: int, expert: int) -> object:
+            lent.append((layer, expert))
+            return lend(layer, expert)
+
+        source._hand_out._lend = note  # type: ignore[method-assign, assignment]
+        overwritten = False
+
+        def overwrite() -> bool:
+            nonlocal overwritten
+            if lent and not overwritten:
+                overwritten = True
+                slot = int(np.flatnonzero(source.held_Ls()[0] == 2)[0])
+                assert source.release([(0, 2)]) == 1
+                source._loop.slots.kernel.slot_views(0, slot)[0].fill_(7)  # type: ignore[union-attr]
+            return False
+
+        results: list[CopyResult] = []
+        wanted = orders(place(source.endpoint), pairs=[(0, 2)])
+        target.copy(wanted, results.append, max_bytes_per_s=SLOW, cancelled=overwrite)
+        assert overwritten
+        # TCP's buffers may have held all of it before.
+        taken = {"checkpoint"} if place(source.endpoint) == source.endpoint else {"checkpoint", "tcp"}
+        assert {r.source for r in results} <= taken
+        copy(target, orders(source.endpoint))
+    check_right(target, model)
+
+
+def test_strangers_and_other_layouts_are_refused_and_the_checkpoint_is_read(
+    model: Path, sources: dict[int, Shard], target: ShardServer, tmp_path: Path
+) -> None:
+    restarted = dataclasses.replace(sources[0].endpoint, incarnation="an earlier life")
+    nobody = dataclasses.replace(sources[0].endpoint, port=1)
+    other = write_checkpoint(
+        tmp_path / "other", num_experts=NUM_EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, seed=1
+    )
+    with server(model, 0, kernel="native") as native, server(other, 1) as stranger:
+        assert native.endpoint is not None
+        assert stranger.endpoint is not None
+        pairs = [(0, 0), (0, 1), (0, 2), (0, 3)]
+        wanted = [
+            CopyOrder(*pair, (endpoint,))
+            for pair, endpoint in zip(pairs, (restarted, nobody, native.endpoint, stranger.endpoint), strict=True)
+        ]
+        assert [(r.source, r.error) for r in copy(target, wanted)] == [("checkpoint", "")] * 4
+        assert (native.status().handed_out, stranger.status().handed_out) == (0, 0)
+    assert {r.source for r in copy(target, orders(sources[0].endpoint, pairs=PAIRS[4:]))} == {"shm"}
+    check_right(target, model)
+
+
+def test_a_cancelled_copy_leaves_no_slot_behind_and_can_be_repeated(
+    model: Path, sources: dict[int, Shard], target: ShardServer
+) -> None:
+    results: list[CopyResult] = []
+    wanted = orders(sources[0].endpoint)
+    target.copy(wanted, results.append, max_bytes_per_s=SLOW, cancelled=lambda: bool(results))
+    done = {(r.layer, r.expert) for r in results if not r.error}
+    assert {r.error for r in results if r.error} == {"cancelled"}
+    assert 1 <= len(done) < len(PAIRS)
+    status = target.status()
+    assert (status.loaded_experts, status.free_slots) == (len(done), len(PAIRS) - len(done))
+    copy(target, wanted)
+    check_right(target, model)
+
+
+def test_no_more_than_so_many_readers(
+    model: Path, sources: dict[int, Shard], target: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.shard.hand_out.MAX_READERS", 1)
+    with server(model, 0) as source, server(model, 2) as first:
+        assert source.endpoint is not None
+        assert {r.source for r in copy(first, orders(source.endpoint, pairs=PAIRS[:1]))} == {"shm"}
+        assert {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[:1]))} == {"checkpoint"}
+        first.stop()
+        await_true(
+            lambda: (
+                "shm" in {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[1:2]))}
+                or not target.release(PAIRS[1:2])
+            ),
+            "room for another reader",
+        )
+
+
+def test_dispatches_are_answered_right_while_experts_come_and_go(model: Path) -> None:
+    """Shard 0 serves experts 0 to 2 and all the while copies and releases the others; shard 1 is the source."""
+    wide = placement([0, 1, 2, -1, -1, -1], [0, 1, 2, 3, 4, 5])
+    served = placement([0, 1, 2, -1, -1, -1], [3, 4, 5, -1, -1, -1])
+    mesh: Mesh
+    with mesh_of(model, wide) as mesh:
+        router = mesh.router(apply=False)
+        answer = router.apply_membership(dataclasses.replace(mesh.membership(), placement=served))
+        assert answer.lost == {}
+        target, source = mesh.shards[0], mesh.shards[1].endpoint
+        others = [(layer, expert) for layer in range(NUM_LAYERS) for expert in (3, 4, 5)]
+        rounds: list[set[str]] = []
+        over = threading.Event()
+
+        def move() -> None:
+            while not over.is_set():
+                place = (source, elsewhere(source))[len(rounds) % 2]
+                rounds.append({f"{r.source}{r.error}" for r in target.copy(orders(place, pairs=others))})
+                assert target.call("release", others) == len(others)
+
+        mover = threading.Thread(target=move, daemon=True)
+        mover.start()
+        expected = {}
+        for number in range(60):
+            layer, seed = number % NUM_LAYERS, number % 6
+            batch = random_batch(16, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, seed=seed)
+            if (layer, seed) not in expected:
+                expected[layer, seed] = oracle(mesh.checkpoint, layer, batch)
+            assert_matches(run(router, layer, batch), expected[layer, seed])
+        await_true(lambda: len(rounds) >= 2 or not mover.is_alive(), "two rounds of copies")
+        over.set()
+        join(mover, "the last round")
+        assert rounds[:2] == [{"shm"}, {"tcp"}]
+        status = router.status()
+        assert (status.lost, status.fallback_pairs, status.failovers) == ({}, 0, 0)
+        held = target.call("held_Ls")
+        assert sorted(held[0].tolist()) == [-1, -1, -1, 0, 1, 2]
