@@ -13,6 +13,7 @@ MODULES = (
     "benchmarks.data_plane.router_overhead",
     "benchmarks.data_plane.round_trip",
     "benchmarks.data_plane.transport_pingpong",
+    "benchmarks.data_plane.weight_copies",
     "benchmarks.data_plane.shard_kernel",
     "benchmarks.data_plane.expert_loading",
     "benchmarks.data_plane.failover",
