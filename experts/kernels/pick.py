@@ -4,7 +4,8 @@ To add a kernel:
 
 1. Subclass `ExpertKernel` (base.py) in the folder of the library that it uses; `StackedKernel` (stacked.py) already
    stores plain weights as stacked tensors. For quantized weights, `QuantizedKernel` or `QuantizedStackKernel`
-   (quantized.py). Define `name`, `supports`, `forward` and, without a stack, `_pack` and `_weight_tensors`.
+   (quantized.py). Define `name`, `supports`, `forward` and, without a stack or with packing of its own, `_pack`,
+   `_weight_tensors` and `_packing`, without which shards read copies from the checkpoint.
 2. Import a library that may be missing inside functions only, and let `supports` return why it cannot run.
 3. Add the class to `KERNELS` or `QUANTIZED_KERNELS` below; "auto" then tries it.
 4. tests/experts/kernels/test_kernels.py runs every entry of `KERNELS`. Add a quantized kernel and its formats to the

@@ -20,7 +20,7 @@ from experts.shard.slots import SlotTable
 from experts.transports.weights.frames import WeightsHello
 from experts.transports.weights.pace import CopyCancelledError, Pace
 from experts.transports.weights.reader import NotCopiedError, SourceLostError, WeightsReader
-from experts.transports.weights.staging import pieces_for
+from experts.transports.weights.staging import HostPieces, pieces_for
 
 logger = logging.getLogger(__name__)
 
@@ -225,13 +225,14 @@ class _Run:
         reader: WeightsReader | None = None
         try:
             reader = self._mover.take_reader(source)
+            pieces = pieces_for(self._slots.kernel.shape.device)
             while True:
                 while len(asked) < ASKED_AHEAD and (task := self._next(source)) is not None:
                     asked.append(task)
                     reader.ask(task.order.layer, task.order.expert)
                 if not asked:
                     break
-                self._receive(reader, asked)
+                self._receive(reader, pieces, asked)
             self._mover.keep_reader(source, reader)
             return
         except CopyCancelledError as error:
@@ -246,7 +247,7 @@ class _Run:
         if reader is not None:
             reader.close()
 
-    def _receive(self, reader: WeightsReader, asked: deque[_Task]) -> None:
+    def _receive(self, reader: WeightsReader, pieces: HostPieces, asked: deque[_Task]) -> None:
         """Take the copy that was asked for first; it stays in `asked` if the source is lost."""
         slots, task = self._slots, asked[0]
         layer, expert, slot = task.order.layer, task.order.expert, task.slot
@@ -255,7 +256,7 @@ class _Run:
         views = kernel.slot_views(layer, slot)
         kernel.begin_write(layer, slot)
         try:
-            digest = reader.receive(views, pieces_for(kernel.shape.device), self._pace)
+            digest = reader.receive(views, pieces, self._pace)
         except NotCopiedError as error:
             asked.popleft()
             self._pass_on(task, str(error))

@@ -73,14 +73,16 @@ class StagedPieces(HostPieces):
             yield self._buffers[mine][: len(cut)].numpy()
 
     def incoming(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
-        for number, cut in enumerate(self._cuts(views, piece_bytes)):
-            mine = number % 2
-            self._await_copy(mine)
-            buffer = self._buffers[mine][: len(cut)]
-            yield buffer.numpy()
-            self._copy(mine, cut, buffer)
-        for mine in range(2):
-            self._await_copy(mine)
+        try:
+            for number, cut in enumerate(self._cuts(views, piece_bytes)):
+                mine = number % 2
+                self._await_copy(mine)
+                buffer = self._buffers[mine][: len(cut)]
+                yield buffer.numpy()
+                self._copy(mine, cut, buffer)
+        finally:  # also of a copy that failed: its slot may be written by somebody else next
+            for mine in range(2):
+                self._await_copy(mine)
 
 
 def pieces_for(device: str) -> HostPieces:
