@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -91,9 +92,10 @@ class WeightsReader:
         if nbytes != expected:
             raise SourceLostError(f"shard {self._rank} sends {nbytes} bytes of an expert, expected {expected}")
         sums = new_sums()
-        for piece in pieces.incoming(views, pace.piece_bytes):
-            pace.take(len(piece))
-            self._fill(piece, sums, pace)
+        with contextlib.closing(pieces.incoming(views, pace.piece_bytes)) as incoming:
+            for piece in incoming:
+                pace.take(len(piece))
+                self._fill(piece, sums, pace)
         status, _, plain, weighted, digest = TAIL.unpack(self._receive_exactly(TAIL.size, pace))
         if status != SENT:
             raise NotCopiedError(f"shard {self._rank} released it while it was copied")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -71,8 +72,9 @@ class WeightsSource:
             nbytes = sum(map(len, lent.views))
             self._connection.sendall(HEAD.pack(*asked, SENT, 0, nbytes))
             sums = new_sums()
-            for piece in self._pieces.outgoing(lent.views):
-                self._send(piece, sums)
+            with contextlib.closing(self._pieces.outgoing(lent.views)) as outgoing:
+                for piece in outgoing:
+                    self._send(piece, sums)
             status = SENT if lent.unchanged() else GONE
             self._on_sent(nbytes)
             self._connection.sendall(TAIL.pack(status, 0, int(sums[0]), int(sums[1]), lent.digest))

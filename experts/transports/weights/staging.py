@@ -6,12 +6,16 @@ received the other one is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from experts.transports.weights.ring import CHUNK_BYTES
+
+Pieces: TypeAlias = Generator[np.ndarray, None, None]
+"""Close it, if not all pieces were taken: copies of a GPU may be under way."""
 
 PIECE_BYTES = 32 * CHUNK_BYTES  # a multiple, as `ring` demands
 
@@ -19,14 +23,14 @@ PIECE_BYTES = 32 * CHUNK_BYTES  # a multiple, as `ring` demands
 class HostPieces:
     """Slots in host memory: pieces are the slots themselves."""
 
-    def outgoing(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+    def outgoing(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Pieces:
         """The bytes of `views` (uint8) in order, as arrays (uint8) that are valid until the next is asked for."""
         for view in views:
             memory = view.numpy()
             for at in range(0, len(memory), piece_bytes):
                 yield memory[at : at + piece_bytes]
 
-    def incoming(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+    def incoming(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Pieces:
         """Arrays to fill, in order; all is in `views` when the iterator has ended."""
         return self.outgoing(views, piece_bytes)
 
@@ -60,7 +64,7 @@ class StagedPieces(HostPieces):
         step = min(piece_bytes, PIECE_BYTES)
         return [view[at : at + step] for view in views for at in range(0, len(view), step)]
 
-    def outgoing(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+    def outgoing(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Pieces:
         cuts = self._cuts(views, piece_bytes)
         for number, cut in enumerate(cuts[:1]):
             self._copy(number, self._buffers[number][: len(cut)], cut)
@@ -72,7 +76,7 @@ class StagedPieces(HostPieces):
                 self._copy(other, self._buffers[other][: len(following)], following)
             yield self._buffers[mine][: len(cut)].numpy()
 
-    def incoming(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+    def incoming(self, views: list[torch.Tensor], piece_bytes: int = PIECE_BYTES) -> Pieces:
         try:
             for number, cut in enumerate(self._cuts(views, piece_bytes)):
                 mine = number % 2
