@@ -113,16 +113,11 @@ def _serve(settings: dict[str, Any], placement: dict[str, Any], rank: int, epoch
         except EOFError:
             return
         try:
-            pipe.send(copy_all(server, *arguments) if name == "copy" else getattr(server, name)(*arguments))
+            results: list[CopyResult] = []
+            answer = getattr(server, name)(*arguments, *([results.append] if name == "copy" else []))
+            pipe.send(results or answer)
         except Exception as error:
             pipe.send(error)
-
-
-def copy_all(server: Any, orders: list[CopyOrder], **options: Any) -> list[CopyResult]:
-    """`ShardServer.copy`, and its results in the order in which they came."""
-    results: list[CopyResult] = []
-    server.copy(orders, results.append, **options)
-    return results
 
 
 def in_processes(body: Callable[..., None], arguments: list[tuple]) -> list[Any]:
@@ -169,7 +164,6 @@ class Shard:
         return self.call("status")
 
     def copy(self, orders: list[CopyOrder]) -> list[CopyResult]:
-        """`ShardServer.copy` of all orders, and its results in the order in which they came."""
         return self.call("copy", orders)
 
     def signal(self, number: int) -> None:
@@ -264,8 +258,7 @@ class Mesh:
 
 def make_router(model: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> MeshClient:
     """A mesh client of a checkpoint, not connected yet."""
-    checkpoint = ExpertCheckpoint.open(model)
-    spec = checkpoint.spec
+    spec = (checkpoint := ExpertCheckpoint.open(model)).spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
     # 30 s: no test waits for it, and no loaded machine reaches it.
     values = {"dispatch_timeout_ms": 30_000, "trace_tokens": 0, "transport": "shm", **settings}

@@ -21,13 +21,22 @@ from experts.transports.weights.checksum import add_to_sums, new_sums
 from placement.compiled import compiled
 
 CHUNK_BYTES = 128 << 10
-NUM_CHUNKS = 32  # so much also that a pair of busy cores need not change processes after every few chunks
+NUM_CHUNKS = 16
 _LINE = 64
 _WRITTEN, _READ, _READER_SLEEPS, _WRITER_SLEEPS = range(4)
 _CONTROL_BYTES = 4096
 RING_BYTES = _CONTROL_BYTES + NUM_CHUNKS * CHUNK_BYTES
 
 _memcpy = types.ExternalFunction("memcpy", types.int64(types.int64, types.int64, types.int64))
+
+
+@compiled()
+def _tell(word: int, count: int, sleeping: int, wake: bool) -> None:
+    """Set a count; the other side's sleep is ended only now and then, as that costs as much as copying a chunk."""
+    if wake:
+        atomics.publish(word, count, sleeping)
+    else:
+        atomics.store_release(word, types.uint32(count))
 
 
 @compiled()
@@ -43,8 +52,8 @@ def _write(base: int, written: int, source: int, nbytes: int, sums: np.ndarray, 
         add_to_sums(source + done, size, sums)
         _memcpy(base + _CONTROL_BYTES + (written % NUM_CHUNKS) * CHUNK_BYTES, source + done, size)
         written = (written + 1) & 0xFFFFFFFF
-        atomics.publish(base + _WRITTEN * _LINE, written, base + _READER_SLEEPS * _LINE)
         done += size
+        _tell(base + _WRITTEN * _LINE, written, base + _READER_SLEEPS * _LINE, done == nbytes or written % 4 == 0)
     return done
 
 
@@ -60,8 +69,9 @@ def _read(base: int, read: int, target: int, nbytes: int, sums: np.ndarray, time
         _memcpy(target + done, base + _CONTROL_BYTES + (read % NUM_CHUNKS) * CHUNK_BYTES, size)
         add_to_sums(target + done, size, sums)
         read = (read + 1) & 0xFFFFFFFF
-        atomics.publish(base + _READ * _LINE, read, base + _WRITER_SLEEPS * _LINE)
         done += size
+        # The writer sleeps only while the ring is full, so the reader surely comes to its next half.
+        _tell(base + _READ * _LINE, read, base + _WRITER_SLEEPS * _LINE, read % (NUM_CHUNKS // 2) == 0)
     return done
 
 

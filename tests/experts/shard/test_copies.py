@@ -1,7 +1,4 @@
-"""Copies between real shards: sources in processes that are killed, stopped, altered on the way; float64 decides.
-
-The target is a shard in this process, so that a test can act between two pieces of an expert.
-"""
+"""Copies between real shards: sources in processes that are killed, stopped, altered on the way; float64 decides."""
 
 from __future__ import annotations
 
@@ -16,49 +13,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experts.checkpoint import ExpertCheckpoint
-from experts.protocol.membership import Membership, ShardEndpoint
-from experts.protocol.orders import CopyOrder, CopyResult
-from experts.protocol.settings import ShardSettings
+from experts.protocol.membership import ShardEndpoint
+from experts.protocol.orders import CopyResult
 from experts.shard import mover as mover_module
 from experts.shard.server import ShardServer
-from placement.placement import Placement
-from tests.support.small_mesh import (
-    Mesh,
-    Shard,
-    assert_matches,
-    make_router,
-    mesh_of,
-    oracle,
-    random_batch,
-    run,
-    start_shards,
-    write_checkpoint,
+from tests.support.copying_shards import (
+    ALL,
+    EXPERT_BYTES,
+    PAIRS,
+    SLOW,
+    check_right,
+    copies_model,
+    copy,
+    elsewhere,
+    orders,
+    server,
 )
-from tests.support.waiting import await_true, join
-
-NUM_LAYERS, NUM_EXPERTS, HIDDEN, WIDTH = 2, 6, 96, 1024
-EXPERT_BYTES = 3 * HIDDEN * WIDTH * 4  # 1.2 MB: more than the ring holds
-PAIRS = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
-SLOW = 3e6  # bytes a second: an expert takes 0.4 s, in nine pieces
-
-
-def placement(*ranks: list[int]) -> Placement:
-    """Ranks with the same experts in both layers, padded to the longest."""
-    width = max(map(len, ranks))
-    row = [expert for rank in ranks for expert in rank + [-1] * (width - len(rank))]
-    return Placement(len(ranks), 1, NUM_EXPERTS, np.array([row] * NUM_LAYERS, np.int32), partial=True)
+from tests.support.small_mesh import (
+    Shard,
+    start_shards,
+)
+from tests.support.waiting import await_true
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "copies"
-    return write_checkpoint(
-        folder, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH
-    )
-
-
-ALL = placement(list(range(NUM_EXPERTS)), list(range(NUM_EXPERTS)), [])
+    return copies_model(folder)
 
 
 @pytest.fixture(scope="module")
@@ -75,50 +56,6 @@ def target(model: Path) -> Iterator[ShardServer]:
     """An empty shard in this process."""
     with server(model, 2) as started:
         yield started
-
-
-@contextlib.contextmanager
-def server(model: Path, rank: int, kernel: str = "torch_loop") -> Iterator[ShardServer]:
-    started = ShardServer(ShardSettings(model_path=str(model), dtype="float32", kernel=kernel))
-    started.start(ALL, rank, 1)
-    try:
-        yield started
-    finally:
-        started.stop()
-
-
-def elsewhere(shard: ShardEndpoint) -> ShardEndpoint:
-    """As if it were on another host."""
-    return dataclasses.replace(shard, host_id="elsewhere")
-
-
-def orders(*sources: ShardEndpoint, pairs: list[tuple[int, int]] = PAIRS) -> list[CopyOrder]:
-    return [CopyOrder(layer, expert, sources) for layer, expert in pairs]
-
-
-def copy(target: ShardServer, wanted: list[CopyOrder], **options: float) -> list[CopyResult]:
-    results: list[CopyResult] = []
-    target.copy(wanted, results.append, **options)  # type: ignore[arg-type]
-    assert sorted((r.layer, r.expert) for r in results) == sorted((o.layer, o.expert) for o in wanted)
-    return results
-
-
-def check_right(target: ShardServer, model: Path) -> None:
-    """The target answers every expert right, alone."""
-    assert target.endpoint is not None
-    assert (np.sort(target.held_Ls(), 1) == np.arange(NUM_EXPERTS)).all()
-    router = make_router(model)
-    try:
-        whole = placement(list(range(NUM_EXPERTS)), [], [])
-        endpoint = dataclasses.replace(target.endpoint, rank=0)
-        router.apply_membership(Membership(5, whole, (endpoint, None, None)))
-        for layer in range(NUM_LAYERS):
-            batch = random_batch(20, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, seed=layer)
-            assert_matches(run(router, layer, batch), oracle(ExpertCheckpoint.open(model), layer, batch))
-        status = router.status()
-        assert (status.lost.get(0), status.fallback_pairs) == (None, 0), "the shard computed it"
-    finally:
-        router.close()
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp", "checkpoint"])
@@ -289,97 +226,3 @@ def test_an_expert_that_is_released_and_overwritten_while_it_is_copied_is_not_ta
         assert {r.source for r in results} <= taken
         copy(target, orders(source.endpoint))
     check_right(target, model)
-
-
-def test_strangers_and_other_layouts_are_refused_and_the_checkpoint_is_read(
-    model: Path, sources: dict[int, Shard], target: ShardServer, tmp_path: Path
-) -> None:
-    restarted = dataclasses.replace(sources[0].endpoint, incarnation="an earlier life")
-    nobody = dataclasses.replace(sources[0].endpoint, port=1)
-    other = write_checkpoint(
-        tmp_path / "other", num_experts=NUM_EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, seed=1
-    )
-    with server(model, 0, kernel="native") as native, server(other, 1) as stranger:
-        assert native.endpoint is not None
-        assert stranger.endpoint is not None
-        pairs = [(0, 0), (0, 1), (0, 2), (0, 3)]
-        wanted = [
-            CopyOrder(*pair, (endpoint,))
-            for pair, endpoint in zip(pairs, (restarted, nobody, native.endpoint, stranger.endpoint), strict=True)
-        ]
-        assert [(r.source, r.error) for r in copy(target, wanted)] == [("checkpoint", "")] * 4
-        assert (native.status().handed_out, stranger.status().handed_out) == (0, 0)
-    assert {r.source for r in copy(target, orders(sources[0].endpoint, pairs=PAIRS[4:]))} == {"shm"}
-    check_right(target, model)
-
-
-def test_a_cancelled_copy_leaves_no_slot_behind_and_can_be_repeated(
-    model: Path, sources: dict[int, Shard], target: ShardServer
-) -> None:
-    results: list[CopyResult] = []
-    wanted = orders(sources[0].endpoint)
-    target.copy(wanted, results.append, max_bytes_per_s=SLOW, cancelled=lambda: bool(results))
-    done = {(r.layer, r.expert) for r in results if not r.error}
-    assert {r.error for r in results if r.error} == {"cancelled"}
-    assert 1 <= len(done) < len(PAIRS)
-    status = target.status()
-    assert (status.loaded_experts, status.free_slots) == (len(done), len(PAIRS) - len(done))
-    copy(target, wanted)
-    check_right(target, model)
-
-
-def test_no_more_than_so_many_readers(
-    model: Path, sources: dict[int, Shard], target: ShardServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("experts.shard.hand_out.MAX_READERS", 1)
-    with server(model, 0) as source, server(model, 2) as first:
-        assert source.endpoint is not None
-        assert {r.source for r in copy(first, orders(source.endpoint, pairs=PAIRS[:1]))} == {"shm"}
-        assert {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[:1]))} == {"checkpoint"}
-        first.stop()
-        await_true(
-            lambda: (
-                "shm" in {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[1:2]))}
-                or not target.release(PAIRS[1:2])
-            ),
-            "room for another reader",
-        )
-
-
-def test_dispatches_are_answered_right_while_experts_come_and_go(model: Path) -> None:
-    """Shard 0 serves experts 0 to 2 and all the while copies and releases the others; shard 1 is the source."""
-    wide = placement([0, 1, 2, -1, -1, -1], [0, 1, 2, 3, 4, 5])
-    served = placement([0, 1, 2, -1, -1, -1], [3, 4, 5, -1, -1, -1])
-    mesh: Mesh
-    with mesh_of(model, wide) as mesh:
-        router = mesh.router(apply=False)
-        answer = router.apply_membership(dataclasses.replace(mesh.membership(), placement=served))
-        assert answer.lost == {}
-        target, source = mesh.shards[0], mesh.shards[1].endpoint
-        others = [(layer, expert) for layer in range(NUM_LAYERS) for expert in (3, 4, 5)]
-        rounds: list[set[str]] = []
-        over = threading.Event()
-
-        def move() -> None:
-            while not over.is_set():
-                place = (source, elsewhere(source))[len(rounds) % 2]
-                rounds.append({f"{r.source}{r.error}" for r in target.copy(orders(place, pairs=others))})
-                assert target.call("release", others) == len(others)
-
-        mover = threading.Thread(target=move, daemon=True)
-        mover.start()
-        expected = {}
-        for number in range(60):
-            layer, seed = number % NUM_LAYERS, number % 6
-            batch = random_batch(16, num_experts=NUM_EXPERTS, hidden_size=HIDDEN, seed=seed)
-            if (layer, seed) not in expected:
-                expected[layer, seed] = oracle(mesh.checkpoint, layer, batch)
-            assert_matches(run(router, layer, batch), expected[layer, seed])
-        await_true(lambda: len(rounds) >= 2 or not mover.is_alive(), "two rounds of copies")
-        over.set()
-        join(mover, "the last round")
-        assert rounds[:2] == [{"shm"}, {"tcp"}]
-        status = router.status()
-        assert (status.lost, status.fallback_pairs, status.failovers) == ({}, 0, 0)
-        held = target.call("held_Ls")
-        assert sorted(held[0].tolist()) == [-1, -1, -1, 0, 1, 2]

@@ -7,86 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from experts.checkpoint.weight_format import QuantizedExpert, WeightFormat
-from experts.model.spec import ExpertWeights
 from experts.shard import slots as slots_module
-from experts.shard.slots import SlotTable
 from placement.placement import Placement
-
-LAYERS, EXPERTS, HIDDEN, INNER = 2, 6, 4, 5
-
-
-class Weights:
-    """A checkpoint in memory, of distinct numbers; `changed` alters one value of one tensor."""
-
-    def __init__(self, changed: dict[tuple[int, int], tuple[str, int]] | None = None) -> None:
-        self.spec = SimpleNamespace(num_layers=LAYERS, num_experts=EXPERTS)
-        self.changed = changed or {}
-        self.read: list[tuple[str, int, int]] = []
-        self.dtypes: set[torch.dtype] = set()
-        self.fetched: list[tuple[int, int]] = []
-
-    def fetch_experts(self, wanted: list[tuple[int, int]]) -> None:
-        self.fetched = list(wanted)
-
-    def read_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertWeights:
-        self.read.append(("floats", layer, expert))
-        self.dtypes.add(dtype)
-        first = torch.arange(2 * INNER * HIDDEN, dtype=dtype).reshape(2 * INNER, HIDDEN)
-        last = -torch.arange(HIDDEN * INNER, dtype=dtype).reshape(HIDDEN, INNER)
-        for tensor, name in ((first, "w13"), (last, "w2")):
-            if self.changed.get((layer, expert), ("",))[0] == name:
-                tensor.view(-1)[self.changed[layer, expert][1]] += 0.5
-        return ExpertWeights(w13_2ID=first, w2_DI=last, b13_2I=None, b2_D=None)
-
-    def read_quantized(self, layer: int, expert: int) -> QuantizedExpert:
-        self.read.append(("quantized", layer, expert))
-        first = torch.arange(32, dtype=torch.uint8).reshape(4, 8)
-        last = torch.arange(32, 64, dtype=torch.uint8).reshape(4, 8)
-        for tensor, name in ((first, "w13"), (last, "w2")):
-            if self.changed.get((layer, expert), ("",))[0] == name:
-                tensor.view(-1)[self.changed[layer, expert][1]] += 1
-        scale = torch.ones(4, 1)
-        return QuantizedExpert(WeightFormat("int4", 16), first, scale, last, scale)
-
-
-@dataclass
-class NotingKernel:
-    """What stands in each slot, by (layer, slot)."""
-
-    takes_quantized: bool = False
-    shape: Any = field(default_factory=lambda: SimpleNamespace(expert_bytes=1_000_000))
-    set: list[tuple[int, int]] = field(default_factory=list)
-    emptied: list[tuple[int, int]] = field(default_factory=list)
-    before_set: Callable[[int, int], None] = lambda layer, slot: None
-
-    def begin_write(self, layer: int, slot: int) -> None:
-        self.emptied.append((layer, slot))
-
-    def set_slot(self, layer: int, slot: int, weights: Any) -> None:
-        self.before_set(layer, slot)
-        self.set.append((layer, slot))
-
-
-def table(num_slots: int = 3, kernel: NotingKernel | None = None, weights: Weights | None = None) -> SlotTable:
-    return SlotTable(weights or Weights(), kernel or NotingKernel(), num_slots, torch.float32)  # type: ignore[arg-type]
-
-
-def placement(*ranks: list[int]) -> Placement:
-    """Ranks with the same experts in both layers; -1 is an empty slot."""
-    row = [expert for rank in ranks for expert in rank]
-    return Placement(len(ranks), 1, EXPERTS, np.array([row] * LAYERS))
-
-
-HALVES = placement([0, 1, 2], [3, 4, 5])
+from tests.support.noted_slots import EVERYTHING, EXPERTS, HALVES, LAYERS, NotingKernel, Weights, placement, table
 
 
 class Clock:
@@ -191,9 +120,6 @@ def test_kernels_of_quantized_weights_get_them_as_they_are_stored() -> None:
 
 
 # --- while requests are served ------------------------------------------------------------------------------------
-
-
-EVERYTHING = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 
 
 def test_a_table_that_somebody_reads_is_never_written_to() -> None:
@@ -316,50 +242,6 @@ def test_who_reads_a_slot_learns_that_it_was_released_meanwhile() -> None:
     slots.release([(0, 0)])
     slots.publish(0, 0, slots.reserve(0, 0), lent[1])  # type: ignore[arg-type]
     assert (lent[2](), other[2]()) == (False, True), "even if the same expert is back in the same slot"
-
-
-# --- the digest ---------------------------------------------------------------------------------------------------
-
-
-def digest(changed: dict[tuple[int, int], tuple[str, int]] | None = None, quantized: bool = False) -> str:
-    slots = table(6, NotingKernel(takes_quantized=quantized), Weights(changed))
-    slots.load(placement([0, 1, 2, 3, 4, 5]), 0)
-    return slots.digest()
-
-
-def test_the_digest_is_sixteen_hex_digits_and_the_same_for_the_same_weights() -> None:
-    assert digest() == digest()
-    assert len(digest()) == 16
-    assert int(digest(), 16) >= 0
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("place", [("w13", 0), ("w13", 15), ("w2", -16), ("w2", -1)])
-def test_the_digest_tells_other_weights_in_any_expert_of_any_layer(place: tuple[str, int], quantized: bool) -> None:
-    found = {digest({(layer, expert): place}, quantized) for layer in range(LAYERS) for expert in range(EXPERTS)}
-    assert len(found | {digest(quantized=quantized)}) == LAYERS * EXPERTS + 1
-
-
-def test_the_digest_tells_floats_apart_that_bytes_alone_would_not() -> None:
-    assert digest({(0, 0): ("w13", 3)}) != digest({(0, 0): ("w13", 4)})
-
-
-def test_the_digest_says_what_is_held_however_it_came_there() -> None:
-    first, second, both, none = table(6), table(6), table(6), table(6)
-    first.load(HALVES, 0)
-    second.load(HALVES, 1)
-    both.load(HALVES, 1)
-    both.load(HALVES, 0)
-    assert len({first.digest(), second.digest(), both.digest(), none.digest()}) == 4, "all experts are of equal weights"
-    whole = table(6)
-    whole.load(placement([0, 1, 2, 3, 4, 5]), 0)
-    assert both.digest() == whole.digest()
-    narrow = table(3)
-    narrow.load(HALVES, 0)
-    narrow.release(EVERYTHING)
-    assert narrow.digest() == none.digest()
-    narrow.load(HALVES, 1)
-    assert narrow.digest() == second.digest(), "what was released counts no more"
 
 
 # --- the log ------------------------------------------------------------------------------------------------------
