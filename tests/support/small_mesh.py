@@ -61,10 +61,11 @@ def write_checkpoint(
     **config: Any,
 ) -> Path:
     """The routed experts of a Qwen3-MoE without the rest of the model; `config` goes into config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     D, I = hidden_size, intermediate_size
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"gate_proj": (I, D), "up_proj": (I, D), "down_proj": (D, I)}
+    generator, shapes = (
+        torch.Generator().manual_seed(seed),
+        {"gate_proj": (I, D), "up_proj": (I, D), "down_proj": (D, I)},
+    )
     tensors = {
         f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight": (
             torch.randn(shape, generator=generator) * (2.0 / shape[1] ** 0.5)
@@ -73,6 +74,7 @@ def write_checkpoint(
         for expert in range(num_experts)
         for name, shape in shapes.items()
     }
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     settings = {
         "model_type": "qwen3_moe",
@@ -260,8 +262,7 @@ def make_router(model: Path, dtype: torch.dtype = torch.float32, **settings: Any
     """A mesh client of a checkpoint, not connected yet."""
     spec = (checkpoint := ExpertCheckpoint.open(model)).spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
-    # 30 s: no test waits for it, and no loaded machine reaches it.
-    values = {"dispatch_timeout_ms": 30_000, "trace_tokens": 0, "transport": "shm", **settings}
+    values = {"dispatch_timeout_ms": 30_000, "trace_tokens": 0, "transport": "shm", **settings}  # never reached
     return MeshClient(RouterSettings(model_path=str(model), **values), checkpoint, shape, "cpu")
 
 

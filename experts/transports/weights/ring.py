@@ -21,7 +21,7 @@ from experts.transports.weights.checksum import add_to_sums, new_sums
 from placement.compiled import compiled
 
 CHUNK_BYTES = 128 << 10
-NUM_CHUNKS = 16
+NUM_CHUNKS = 8
 _LINE = 64
 _WRITTEN, _READ, _READER_SLEEPS, _WRITER_SLEEPS = range(4)
 _CONTROL_BYTES = 4096
