@@ -39,11 +39,10 @@ from tests.support.waiting import AWAIT_S, await_true
 
 SPAWN_S = 90.0
 
-# Kernel and oracle sum the same float32 products in other orders: over at most 100 terms each of about unit size,
-# that moves a sum by some 1e-6; a wrong expert, weight or row moves it by some 1e-1.
+# Sums of at most 100 float32 products in another order differ by some 1e-6; a wrong expert or row by some 1e-1.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
-torch.set_num_threads(1)  # what is computed here is far too small to share
+torch.set_num_threads(1)  # too small to share
 atomics.warm_up()  # once in the fork server rather than in every shard
 request.warm_up()
 
