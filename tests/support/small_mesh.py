@@ -43,8 +43,7 @@ SPAWN_S = 90.0
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 torch.set_num_threads(1)  # too small to share
-atomics.warm_up()  # once in the fork server rather than in every shard
-request.warm_up()
+atomics.warm_up(), request.warm_up()  # once in the fork server rather than in every shard
 
 
 def write_checkpoint(
@@ -348,5 +347,4 @@ def run(router: MeshClient, layer: int, batch: Batch) -> torch.Tensor:
 
 
 def assert_matches(got_TD: torch.Tensor, expected_TD: torch.Tensor) -> None:
-    """Equal within TOLERANCE."""
     torch.testing.assert_close(got_TD, expected_TD.to(got_TD.dtype), **TOLERANCE)
