@@ -54,7 +54,7 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
 
     rounds = -(-num_pairs // PAIRS_A_ROUND)  # short sequences keep steps alike
     with ShardProcesses(model, dtype, num_ranks=2) as shards:
-        llm.collective_rpc("expertmesh_apply_membership", args=(shards.membership.to_dict(),))
+        llm.collective_rpc("expertmesh_use_membership", args=(shards.membership.to_dict(),))
         router = current_client()
         recording = router.recorder
         silent = type(recording)(router.shape, 0)

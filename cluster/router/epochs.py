@@ -1,6 +1,8 @@
 """How a router follows the placement controller: the first membership, then each new epoch.
 
-Applying an epoch runs inside the engine, between two steps, so new shards are connected ahead of it in the background.
+The engine's worker prepares an epoch beside its steps: it reads it, connects to new shards and builds tables. What is
+left to do between two steps takes microseconds. While experts move, epochs follow one another several times a second:
+the controller hears of each one that is in use at once, and one that is overtaken while it is prepared is left out.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from cluster.config.llm_sections import DeadlinesSection
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.controller.messages import MembershipAnswer, MembershipRequest
 from cluster.router.worker_calls import WorkerCalls
-from experts.protocol.membership import AppliedMembership, Membership
+from experts.protocol.membership import AppliedMembership, Membership, Preparation
 
 logger = logging.getLogger("ray.serve")
 
 LONG_POLL_S = 5.0
 CONNECT_AHEAD_S = 3.0  # how long an epoch waits for a shard that is slow to connect; the engine goes on meanwhile
+LOOK_AGAIN_S = 0.25  # how often such a wait asks the controller for a newer epoch
 
 
 class EpochFollower:
@@ -33,6 +36,7 @@ class EpochFollower:
         self._deadlines = deadlines
         self._incarnations: dict[int, str] = {}  # of the epoch's shards, by rank
         self._refused: set[int] = set()  # ranks whose shards refuse this router
+        self._membership: Membership | None = None  # in use
         self.term, self.epoch = "", -1
         self.lost: dict[int, str] = {}  # why there is no link, by rank, as last heard from the worker
 
@@ -59,20 +63,23 @@ class EpochFollower:
     async def apply_first(self, answer: MembershipAnswer) -> None:
         """Apply the first membership, waiting for connections. RefusedError if no shard takes this router."""
         assert answer.membership is not None, "a first membership is one"
-        applied = await self._apply(answer.term, answer.membership, wait_s=None)
-        _check_accepted(applied)
+        applied = await self._move_to(answer, connect_s=None)
+        if applied.refusal is not None:
+            raise RefusedError(applied.refusal)
 
     async def follow(self) -> None:
         """Apply epoch after epoch until cancelled; a failure is logged and the router goes on at its epoch.
 
-        Raises RefusedError once no shard takes this router any more, which makes it unhealthy.
+        Raises RefusedError once the shards of all ranks refuse this router, which makes it unhealthy. While shards that
+        took it are merely away, it computes what they held.
         """
         while True:
             try:
                 answer = await self._poll()
                 if answer.membership is not None:
-                    await self._connect_ahead(answer.membership)
-                    _check_accepted(await self._apply(answer.term, answer.membership, wait_s=0.0))
+                    applied = await self._move_to(answer, CONNECT_AHEAD_S)
+                    if applied.refused_by_all:
+                        raise RefusedError(applied.refusal)
             except RefusedError:
                 raise
             except ControllerLostError as error:
@@ -82,7 +89,7 @@ class EpochFollower:
                 logger.exception("epoch not applied; this router goes on at epoch %d", self.epoch)
                 await asyncio.sleep(1.0)
 
-    async def _poll(self) -> MembershipAnswer:
+    async def _poll(self, wait_s: float = LONG_POLL_S) -> MembershipAnswer:
         request = MembershipRequest(
             router_id=self._router_id,
             term=self.term,
@@ -93,24 +100,20 @@ class EpochFollower:
                 for rank in self.lost
                 if rank in self._incarnations and rank not in self._refused
             },
-            wait_s=LONG_POLL_S,
+            wait_s=wait_s,
         )
-        return await self._controller.await_membership(request, timeout_s=LONG_POLL_S + 10)
+        return await self._controller.await_membership(request, timeout_s=wait_s + 10)
 
-    async def _connect_ahead(self, membership: Membership) -> None:
-        """Connect to new shards while the engine goes on; those that take too long are left for the next epoch."""
-        deadline_s = time.monotonic() + CONNECT_AHEAD_S
-        while time.monotonic() < deadline_s:
-            missing = await self._worker.connect_ahead(membership.endpoints)
-            if not missing:
-                return
-            await asyncio.sleep(0.05)
-        logger.warning("shards %s are still connecting; this router goes on without them", missing)
+    async def _move_to(self, answer: MembershipAnswer, connect_s: float | None) -> AppliedMembership:
+        """Have the worker prepare and use an epoch, or a newer one that is there by the time it is ready.
 
-    async def _apply(self, term: str, membership: Membership, wait_s: float | None) -> AppliedMembership:
-        connect_s = self._deadlines.connect_s if wait_s is None else wait_s
-        applied = await self._worker.apply_membership(membership, wait_s, connect_s)
-        self.term, self.epoch = term, membership.epoch
+        New shards may take `connect_s` to answer; None: deadlines.connect_s, as the worker knows it.
+        """
+        answer = await self._prepare(answer, connect_s)
+        assert answer.membership is not None, "what is prepared is a membership"
+        applied = await self._worker.apply(answer.membership.epoch)
+        membership = self._membership = answer.membership
+        self.term, self.epoch = answer.term, membership.epoch
         self._incarnations = {
             endpoint.rank: endpoint.incarnation for endpoint in membership.endpoints if endpoint is not None
         }
@@ -118,12 +121,48 @@ class EpochFollower:
         logger.info("epoch %d: connected to shards %s, without %s", self.epoch, applied.connected, applied.lost)
         return applied
 
+    async def _prepare(self, answer: MembershipAnswer, connect_s: float | None) -> MembershipAnswer:
+        """The answer whose membership is ready. RuntimeError with the worker's reason if none will be."""
+        limit_s = (self._deadlines.connect_s if connect_s is None else connect_s) + self._worker.timeout_s
+        deadline_s = time.monotonic() + limit_s
+        look_s = time.monotonic() + LOOK_AGAIN_S
+        state = await self._begin(answer, connect_s)
+        pause_s = 0.001
+        while not state.ready:
+            epoch = state.epoch
+            if state.needs_whole and self._membership is not None:
+                self._membership = None  # the worker has another one, or none
+                state = await self._begin(answer, connect_s)
+                continue
+            if state.error:
+                raise RuntimeError(f"the worker cannot use epoch {epoch}: {state.error}")
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"the worker did not get epoch {epoch} ready in {limit_s} s: {state}")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+            if state.connecting and time.monotonic() > look_s:
+                newer = await self._newer_than(epoch)
+                look_s = time.monotonic() + LOOK_AGAIN_S
+                if newer is not None:
+                    answer = newer
+                    state = await self._begin(answer, connect_s)
+                    continue
+            state = await self._worker.preparation()
+        return answer
+
+    async def _begin(self, answer: MembershipAnswer, connect_s: float | None) -> Preparation:
+        membership = answer.membership
+        assert membership is not None, "what is prepared is a membership"
+        return await self._worker.prepare(membership.delta_from(self._membership), connect_s)
+
+    async def _newer_than(self, epoch: int) -> MembershipAnswer | None:
+        try:
+            answer = await self._poll(wait_s=0.0)
+        except ControllerLostError:
+            return None
+        return answer if answer.membership is not None and answer.membership.epoch > epoch else None
+
 
 class RefusedError(RuntimeError):
     """No shard takes this router; the message has their reasons."""
 
-
-def _check_accepted(applied: AppliedMembership) -> None:
-    """Raises RefusedError if no shard takes this router: unnoticed, it would compute all experts itself."""
-    if applied.refusal is not None:
-        raise RefusedError(applied.refusal)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint, endpoints_to_plain
+from experts.protocol.membership import AppliedMembership, Preparation
 from experts.protocol.status import RouterStatus
 
 
@@ -25,21 +25,20 @@ class WorkerCalls:
         self._collective_rpc = collective_rpc
         self.timeout_s = timeout_s
 
-    async def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
-        """Start to connect to an epoch's new shards; the ranks that are not done yet."""
-        return await self._call("expertmesh_connect_ahead", endpoints_to_plain(endpoints))
+    async def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
+        """Begin to prepare an epoch beside the steps: bytes of `Membership.delta_from` the one in use, or of a whole one.
 
-    async def apply_membership(
-        self, membership: Membership, wait_s: float | None, connect_s: float
-    ) -> AppliedMembership:
-        """Switch to an epoch. A shard not connected within `wait_s` is left out (None: the worker's own time-out).
-
-        `connect_s` is how long that may take at most; it adds to the time-out.
+        New shards that take longer than `connect_s` are left out (None: longer than the worker's own time-out).
         """
-        arguments = (membership.to_dict(), wait_s)
-        return AppliedMembership.from_dict(
-            await self._call("expertmesh_apply_membership", *arguments, extra_s=connect_s)
-        )
+        return Preparation.from_dict(await self._call("expertmesh_prepare_membership", told, connect_s))
+
+    async def preparation(self) -> Preparation:
+        """How far the newest epoch is."""
+        return Preparation.from_dict(await self._call("expertmesh_preparation"))
+
+    async def apply(self, epoch: int) -> AppliedMembership:
+        """Use an epoch that is ready."""
+        return AppliedMembership.from_dict(await self._call("expertmesh_apply_membership", epoch))
 
     async def status(self) -> RouterStatus:
         """Counters and membership."""
@@ -53,14 +52,13 @@ class WorkerCalls:
         """Drop the sampled routing decisions and start over."""
         await self._call("expertmesh_clear_trace")
 
-    async def _call(self, method: str, *args: Any, extra_s: float = 0.0) -> Any:
+    async def _call(self, method: str, *args: Any) -> Any:
         """The time-out is kept here: vLLM takes one too, but neither an engine in another process nor the executor of a
         single worker heeds it.
         """
-        timeout_s = self.timeout_s + extra_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self.timeout_s):
                 [answer] = await self._collective_rpc(method, args=args)
         except TimeoutError:
-            raise EngineSilentError(f"the engine's worker did not answer {method} in {timeout_s} s") from None
+            raise EngineSilentError(f"the engine's worker did not answer {method} in {self.timeout_s} s") from None
         return answer

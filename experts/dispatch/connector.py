@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterable
 
 from experts.protocol.errors import ShardError, ShardRejectedError
@@ -13,6 +15,7 @@ from experts.transports.base import RouterLink
 logger = logging.getLogger(__name__)
 
 MAX_PARALLEL = 64
+_LOOK_S = 0.01  # how often a wait looks whether it is still wanted
 
 
 class Connector:
@@ -36,15 +39,27 @@ class Connector:
         return sorted(endpoint.rank for endpoint, future in self._futures.items() if not future.done())
 
     def take(
-        self, endpoints: list[ShardEndpoint], timeout_s: float | None
+        self,
+        endpoints: list[ShardEndpoint],
+        timeout_s: float | None,
+        stop: threading.Event | None = None,
+        connecting: list[int] | None = None,
     ) -> tuple[dict[int, RouterLink], dict[int, str], list[int]]:
         """({rank: link}, {rank: why there is none}, those lost ranks that refused this router).
 
         A connection that takes longer than `timeout_s` (None: until its own time-out) goes on in the background, for
-        the next epoch.
+        the next epoch; so does one that is still made when `stop` is set. `connecting` is kept up to date meanwhile.
         """
         self.start(endpoints)
-        concurrent.futures.wait(self._futures.values(), timeout_s)
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = _LOOK_S if deadline_s is None else min(_LOOK_S, max(deadline_s - time.monotonic(), 0.0))
+            _, waiting = concurrent.futures.wait(self._futures.values(), left_s)
+            if connecting is not None:
+                connecting[:] = sorted(e.rank for e, future in self._futures.items() if not future.done())
+            late = deadline_s is not None and time.monotonic() >= deadline_s
+            if not waiting or late or (stop is not None and stop.is_set()):
+                break
         links, lost, refused = {}, {}, []
         for endpoint in endpoints:
             future = self._futures[endpoint]

@@ -13,7 +13,8 @@ Legend: T tokens, K top-k, L MoE layers, E logical experts, R ranks, D hidden si
             y_TD
 
 A step larger than `max_rows` goes out in several batches, one after the other. A shard that failed is left out until
-the next epoch. One thread drives a dispatcher: the vLLM worker's, which also applies new epochs between steps.
+the next epoch; of one that has no slot for an expert, only that expert is. One thread drives a dispatcher: the vLLM
+worker's, which also takes over new epochs between steps.
 """
 
 from __future__ import annotations
@@ -25,22 +26,26 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from experts.dispatch import live_slots
+from experts.dispatch.epoch import PreparedEpoch, prepare_epoch
 from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.live_slots import LiveSlots
 from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.host_programs import warm_up
-from experts.dispatch.rows.pick import pick_row_mover
 from experts.dispatch.stats import RouterStats
-from experts.protocol.errors import ShardError, ShardRejectedError
+from experts.protocol.errors import MissingSlotError, ShardError, ShardRejectedError
 from experts.protocol.membership import Membership
 from experts.protocol.wire import (
     H_MAGIC,
+    H_NO_SLOT_EXPERT,
+    H_NO_SLOT_LAYER,
     H_ROWS,
     H_SEQ,
     H_STATUS,
     HEADER_BYTES,
     MAGIC,
+    STATUS_NO_SLOT,
     STATUS_OK,
     error_text,
     header_of,
@@ -48,6 +53,10 @@ from experts.protocol.wire import (
 from experts.transports.base import RouterLink
 
 logger = logging.getLogger(__name__)
+
+# How often a shard may lack experts of one batch before all that it has of the layer is left out: each time costs an
+# exchange, and one that lacks so many is far behind.
+MAX_MISSING_SLOTS = 8
 
 
 @dataclass(slots=True)
@@ -65,6 +74,8 @@ class Pending:
     posted: list[int] = field(init=False)
     failed: list[int] = field(init=False)
     """Ranks of `plan`'s messages: those that wait for a reply, and those that failed."""
+    missing_slots: dict[int, int] = field(default_factory=dict)
+    """How often each rank had no slot for an expert of `batch`."""
 
     @property
     def y_TD(self) -> torch.Tensor:
@@ -94,8 +105,11 @@ class Dispatcher:
         self.lost: dict[int, str] = {}
         self.stats = RouterStats()
         self._seq = 0
-        self._mover: RowMover  # with all else of an epoch, from the first `apply` on
+        self._mover: RowMover  # with all else of an epoch, from the first one on
+        self._slots: LiveSlots
+        self._answered_R: np.ndarray
         warm_up()
+        live_slots.warm_up()
 
     def apply(
         self,
@@ -104,26 +118,40 @@ class Dispatcher:
         lost: dict[int, str],
         local_R: np.ndarray | None = None,
     ) -> None:
-        """Switch to a new epoch: `links` to the shards that answer, `lost` the reason for each that does not.
+        """Prepare an epoch and take it over at once: `links` to the shards that answer, `lost` why the others do not.
 
         Called between steps. Links of the old epoch that are not among the new ones are closed. Replicas on the ranks
         `local_R` (bool) come first. ValueError, before anything was changed, for a placement of another model or links
         of different kinds.
         """
-        placement = membership.placement
-        self.shape.check_placement(placement)
-        self._mover = pick_row_mover(self.shape, self.max_rows, membership, links)
-        for link in self.links.values():
-            if link not in links.values():
-                link.close()
-        self.membership = membership
-        self.links = dict(links)
-        self.lost = dict(lost)
-        self.stats.resize(placement.num_ranks)
-        self._answered_R = np.zeros(placement.num_ranks, np.bool_)
-        self._slots = LiveSlots(placement.slots_LER, local_R)
-        for rank in set(range(placement.num_ranks)) - links.keys():
-            self._slots.lose(rank)
+        for link in self.take_over(prepare_epoch(self.shape, self.max_rows, membership, links, lost, local_R)):
+            link.close()
+
+    def take_over(self, prepared: PreparedEpoch) -> list[RouterLink]:
+        """Switch to an epoch, in microseconds, between steps; returns the links that it has no use for, to be closed.
+
+        A link that this dispatcher gave up since the epoch was prepared stays given up.
+        """
+        start_ns = time.perf_counter_ns()
+        for rank in prepared.kept:
+            if self.links.get(rank) is not prepared.links[rank]:
+                del prepared.links[rank]
+                prepared.lost[rank] = self.lost.get(rank, "lost before the epoch began")
+                prepared.slots.lose(rank)
+        wanted = {id(link) for link in prepared.links.values()}
+        unwanted = [link for link in self.links.values() if id(link) not in wanted]
+        if self.membership is not None:
+            prepared.mover.carry_over(self._mover)
+        self.membership, self.links, self.lost = prepared.membership, prepared.links, prepared.lost
+        self._mover, self._slots, self._answered_R = prepared.mover, prepared.slots, prepared.answered_R
+        self.stats.resize(len(prepared.answered_R))
+        self.stats.add_swap(time.perf_counter_ns() - start_ns)
+        return unwanted
+
+    @property
+    def uncovered_pairs(self) -> int:
+        """(layer, expert) pairs that no live shard has a slot for; 0 before the first epoch."""
+        return 0 if self.membership is None else self._slots.uncovered
 
     def forward(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
@@ -170,6 +198,7 @@ class Dispatcher:
         start, num_tokens = pending.stop, len(pending.topk_ids_TK)
         pending.stop = min(start + self.max_rows, num_tokens)
         pending.batch = pending.rows.part(start, pending.stop)
+        pending.missing_slots.clear()
         self._post(pending)
         self.stats.rows += pending.stop - start
         self.stats.plan_pack.add(time.perf_counter_ns() - start_ns)
@@ -216,6 +245,9 @@ class Dispatcher:
             try:
                 stats.bytes_received += self._receive(rank, int(pending.plan.rows_R[rank]), deadline_s)
                 answered_R[rank] = True
+            except MissingSlotError as error:
+                self._lose_slots(pending, error)
+                pending.failed.append(rank)
             except ShardError as error:
                 self._lose(error)
                 pending.failed.append(rank)
@@ -233,6 +265,9 @@ class Dispatcher:
         header = header_of(link.recv_buffer).tolist()
         if header[H_MAGIC] != MAGIC or header[H_SEQ] != self._seq:
             raise ShardRejectedError(rank, f"reply to message {header[H_SEQ]}, expected {self._seq}")
+        if header[H_STATUS] == STATUS_NO_SLOT:
+            reason = error_text(link.recv_buffer)
+            raise MissingSlotError(rank, reason, header[H_NO_SLOT_LAYER], header[H_NO_SLOT_EXPERT])
         if header[H_STATUS] != STATUS_OK:
             raise ShardRejectedError(rank, f"refused the dispatch: {error_text(link.recv_buffer)}")
         expected = HEADER_BYTES + num_rows * self.shape.row_bytes
@@ -257,6 +292,20 @@ class Dispatcher:
             torch.from_numpy(ids_TK[wanted_M]).to(device),
         )
         self._mover.add(batch, tokens_M, rows_MD)
+
+    def _lose_slots(self, pending: Pending, error: MissingSlotError) -> None:
+        """Go on without a shard's slot for an expert until the next epoch. Each call loses one, so repeating ends."""
+        layer, rank = pending.batch.layer, error.rank
+        if error.layer != layer or not self._slots.has(layer, error.expert, rank):
+            self._lose(ShardRejectedError(rank, f"lacks what it was not asked for: {error.reason}"))
+            return
+        pending.missing_slots[rank] = pending.missing_slots.get(rank, 0) + 1
+        if pending.missing_slots[rank] > MAX_MISSING_SLOTS:
+            lost = self._slots.lose_layer(layer, rank)
+        else:
+            lost = self._slots.lose_expert(layer, error.expert, rank)
+        self.stats.no_slot_pairs += lost
+        logger.warning("going on without %d experts of layer %d at shard %d: %s", lost, layer, rank, error.reason)
 
     def _lose(self, error: ShardError) -> None:
         """Go on without a shard until the next epoch brings it back."""

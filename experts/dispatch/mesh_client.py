@@ -10,19 +10,18 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable
 
-import numpy as np
 import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.connector import Connector
 from experts.dispatch.dispatcher import Dispatcher, Pending
+from experts.dispatch.epoch_preparer import EpochPreparer
 from experts.dispatch.fallback import FallbackExperts
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
-from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint, host_id
+from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
 from experts.protocol.settings import RouterSettings
 from experts.protocol.status import RouterStatus, StageHistograms
 from experts.protocol.wire import DTYPE_CODES, reply_capacity, request_capacity
@@ -59,7 +58,7 @@ class MeshClient:
             FallbackExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
-        self._connector = Connector(self._connect)
+        self._epochs = EpochPreparer(self.dispatcher, Connector(self._connect), settings.prefer_local_replicas)
         self._static = settings.membership
         self._facts = checkpoint.facts
         self._fingerprint = checkpoint.start_fingerprint()
@@ -79,56 +78,33 @@ class MeshClient:
             if applied.refusal is not None:
                 raise UnsupportedModelError(applied.refusal)
 
-    def connect_ahead(self, endpoints: Iterable[ShardEndpoint | None]) -> list[int]:
-        """Start connecting to an epoch's new shards in the background; returns the ranks that are not done yet.
+    def prepare(self, told: Membership | bytes, connect_s: float | None = None) -> Preparation:
+        """Begin to prepare an epoch beside the engine's steps, in place of any other that is not applied yet.
 
-        Call it until none is left, and the engine does not wait inside `apply_membership`.
+        A whole membership, or bytes of `Membership.delta_from` the epoch in use. Shards that are new to this router and
+        take longer than `connect_s` (None: `connect_timeout_s`) are left out of the epoch. ValueError for other bytes,
+        and for an epoch older than the one in use.
         """
-        return self._connector.start(
-            endpoint
-            for endpoint in endpoints
-            if endpoint is not None and not self._is_connected(self.dispatcher.membership, endpoint)
-        )
+        return self._epochs.start(told, connect_s)
+
+    def preparation(self) -> Preparation:
+        """How far the newest epoch is. Once it is ready, `apply` makes the router use it."""
+        return self._epochs.state()
+
+    def apply(self, epoch: int) -> AppliedMembership:
+        """Use an epoch that is ready. Called between steps; takes microseconds. ValueError if it is not ready.
+
+        Links to shard incarnations that are already connected are kept.
+        """
+        return self._epochs.finish(epoch)
 
     def apply_membership(self, membership: Membership, wait_s: float | None = None) -> AppliedMembership:
-        """Connect to the shards of a new epoch and switch to it. Called between steps.
-
-        Keeps links to shard incarnations that are already connected. A shard that cannot be reached within `wait_s`
-        (None: `connect_timeout_s`) is left out and listed as lost. Raises ValueError for an epoch older than the
-        current one, or a placement of another model.
-        """
-        current = self.dispatcher.membership
-        if current is not None and membership.epoch < current.epoch:
-            raise ValueError(f"epoch {membership.epoch} is older than the current epoch {current.epoch}")
-        self.shape.check_placement(membership.placement)
-        links: dict[int, RouterLink] = {}
-        lost: dict[int, str] = {}
-        fresh: list[ShardEndpoint] = []
-        for rank, endpoint in enumerate(membership.endpoints):
-            if endpoint is None:
-                lost[rank] = "no shard has this rank yet"
-            elif self._is_connected(current, endpoint):
-                links[rank] = self.dispatcher.links[rank]
-            else:
-                fresh.append(endpoint)
-        made, missed, refused = self._connector.take(fresh, wait_s)
-        links |= made
-        lost |= missed
-        local_R = None
-        if self.settings.prefer_local_replicas:
-            local_R = np.array([e is not None and e.host_id == host_id() for e in membership.endpoints])
-        self.dispatcher.apply(membership, links, lost, local_R)
-        logger.info(
-            "%s: epoch %d, connected to shards %s, without %s", self.router_id, membership.epoch, sorted(links), lost
-        )
-        return AppliedMembership(membership.epoch, sorted(links), lost, refused)
-
-    def _is_connected(self, current: Membership | None, endpoint: ShardEndpoint) -> bool:
-        rank = endpoint.rank
-        if current is None or rank not in self.dispatcher.links or rank >= len(current.endpoints):
-            return False
-        known = current.endpoints[rank]
-        return known is not None and known.incarnation == endpoint.incarnation
+        """All three at once, waiting: for engines without a controller. A ValueError leaves everything as it was."""
+        self._epochs.start(membership, wait_s)
+        self._epochs.wait()
+        applied = self._epochs.finish(membership.epoch)
+        self._epochs.settle()
+        return applied
 
     def _connect(self, endpoint: ShardEndpoint) -> RouterLink:
         settings, shape = self.settings, self.shape
@@ -189,6 +165,10 @@ class MeshClient:
             rows=stats.rows,
             fan_out_sum=stats.fan_out_sum,
             failovers=stats.failovers,
+            no_slot_pairs=stats.no_slot_pairs,
+            uncovered_pairs=dispatcher.uncovered_pairs,
+            swap_last_us=stats.swap_last_us,
+            swap_max_us=stats.swap_max_us,
             fallback_pairs=stats.fallback_pairs,
             bytes_sent=stats.bytes_sent,
             bytes_received=stats.bytes_received,
@@ -203,5 +183,5 @@ class MeshClient:
 
     def close(self) -> None:
         """Close every link."""
-        self._connector.close()
+        self._epochs.close()
         self.dispatcher.close()

@@ -42,7 +42,10 @@ class RouterStats:
     rows: int = 0
     fan_out_sum: int = 0
     failovers: int = 0
+    no_slot_pairs: int = 0
     fallback_pairs: int = 0
+    swap_last_us: float = 0.0
+    swap_max_us: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     last_success_s: float | None = None
@@ -59,6 +62,11 @@ class RouterStats:
             self.shard_rows = np.concatenate([self.shard_rows, np.zeros(missing, np.int64)])
             self.shard_pairs = np.concatenate([self.shard_pairs, np.zeros(missing, np.int64)])
         self.num_ranks = num_ranks
+
+    def add_swap(self, duration_ns: int) -> None:
+        """Note how long the step loop stood still for a new epoch."""
+        self.swap_last_us = duration_ns / 1000
+        self.swap_max_us = max(self.swap_max_us, self.swap_last_us)
 
     def add_rows(self, rows_R: np.ndarray, pairs_R: np.ndarray) -> None:
         """Count one message to each rank: its rows and its (row, expert) pairs."""

@@ -24,5 +24,14 @@ class ShardRejectedError(ShardError):
     """The shard refused this request; the shard itself is still alive."""
 
 
+class MissingSlotError(ShardError):
+    """The shard serves, but holds no slot for one of the experts it was asked for."""
+
+    def __init__(self, rank: int, reason: str, layer: int, expert: int) -> None:
+        super().__init__(rank, reason)
+        self.layer = layer
+        self.expert = expert
+
+
 class UnsupportedModelError(ValueError):
     """The plug-in does not support this model or engine setting; the message says why and what would work."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from experts.protocol import membership_bytes
 from experts.protocol.plain import exact_fields
 from placement.placement import Placement
 
@@ -72,8 +73,43 @@ class Membership:
             if endpoint is not None and endpoint.rank != rank:
                 raise ValueError(f"endpoint of rank {endpoint.rank} stands at rank {rank}")
 
+    def to_bytes(self) -> bytes:
+        """All of it, as it travels to routers and between a router's processes."""
+        return membership_bytes.whole(self.epoch, self.placement, endpoints_to_plain(self.endpoints))
+
+    def delta_from(self, older: Membership | None) -> bytes:
+        """What changed since `older`, for a receiver that has that; all of it if that is shorter, or `older` is None.
+
+        A few bytes a slot. Ranks or slots that were added or taken away are told as a whole.
+        """
+        if older is None or older.epoch >= self.epoch or len(older.endpoints) != len(self.endpoints):
+            return self.to_bytes()
+        pairs = enumerate(zip(self.endpoints, older.endpoints, strict=True))
+        changed = {rank: None if new is None else asdict(new) for rank, (new, old) in pairs if new != old}
+        told = membership_bytes.difference(self.epoch, self.placement, changed, older.epoch, older.placement)
+        if told is not None and len(told) < 2 * self.placement.physical_to_logical_map.size:
+            return told
+        return min(filter(None, (told, self.to_bytes())), key=len)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, known: Membership | None = None) -> Membership:
+        """Inverse of `to_bytes`, and of `delta_from` where `known` is what it builds on.
+
+        UnknownEpochError if it is not: ask for the whole. ValueError for what is no membership.
+        """
+        base = (-1, None) if known is None else (known.epoch, known.placement)
+        epoch, placement, plain = membership_bytes.read(data, *base)
+        told = dict(zip(plain, endpoints_from_plain(plain.values()), strict=True))
+        before = known.endpoints if known is not None and len(known.endpoints) == placement.num_ranks else ()
+        endpoints = [*before, *[None] * (placement.num_ranks - len(before))]
+        for rank, endpoint in told.items():
+            if not 0 <= rank < len(endpoints):
+                raise ValueError(f"an endpoint of rank {rank} in a membership of {len(endpoints)} ranks")
+            endpoints[rank] = endpoint
+        return cls(epoch, placement, tuple(endpoints))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it travels over collective_rpc."""
+        """Plain data, as it stands in an engine's settings."""
         return {
             "epoch": self.epoch,
             "placement": self.placement.to_json(),
@@ -102,6 +138,26 @@ def endpoints_from_plain(data: Iterable[dict[str, Any] | None]) -> tuple[ShardEn
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """How far a router's worker is with the newest epoch that it was told."""
+
+    epoch: int  # -1 before the first
+    ready: bool  # it can be applied
+    connecting: list[int]  # ranks whose new shards do not answer yet, ascending
+    needs_whole: bool  # it was told as a difference from an epoch that the worker does not have
+    error: str  # why it will not be ready; empty otherwise
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it travels over collective_rpc."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Preparation:
+        """Inverse of `to_dict`. ValueError names a missing or unknown key."""
+        return cls(**exact_fields(cls, data))
+
+
+@dataclass(frozen=True)
 class AppliedMembership:
     """What became of a membership that a router applied."""
 
@@ -119,6 +175,11 @@ class AppliedMembership:
         if self.connected or not self.refused:
             return None
         return f"no shard takes this router: {'; '.join(sorted({self.lost[rank] for rank in self.refused}))}"
+
+    @property
+    def refused_by_all(self) -> bool:
+        """Whether the shard of every rank refuses this router, so that no shard is to come back to it."""
+        return not self.connected and len(self.refused) == len(self.lost)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it travels over collective_rpc."""

@@ -56,7 +56,7 @@ class RouterStatus:
     dispatches: int  # MoE layers dispatched
     rows: int  # token rows that went through dispatched layers
     fan_out_sum: int  # shards visited, summed over rows and layers
-    failovers: int  # dispatches that repeated a lost shard's rows elsewhere
+    failovers: int  # dispatches that repeated rows elsewhere: a shard was lost, or lacked one of their experts
     fallback_pairs: int  # (row, expert) pairs the router computed because no shard had the expert
     bytes_sent: int
     bytes_received: int
@@ -65,6 +65,10 @@ class RouterStatus:
     shard_pairs: list[int]  # (row, expert) pairs sent, by rank
     last_success_age_s: float | None  # since a shard last answered a dispatch; None before the first
     stage_us: StageHistograms
+    no_slot_pairs: int = 0  # (layer, expert, rank) left out of an epoch because the shard had no slot for the expert
+    uncovered_pairs: int = 0  # (layer, expert) that no live shard has at present
+    swap_last_us: float = 0.0  # how long the last change of epochs held up the steps
+    swap_max_us: float = 0.0  # likewise, the longest
     # Added by the vLLM worker.
     params: int = 0  # parameters of the router's model
     resident_bytes: int = 0  # anonymous memory of the worker's process

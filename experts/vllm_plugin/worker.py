@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from experts.protocol.membership import Membership, endpoints_from_plain
+from experts.protocol.membership import Membership
 from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
 from experts.vllm_plugin.parent_watch import end_with_parent
@@ -28,14 +28,25 @@ class ExpertMeshWorker:
     end is `cluster.router.worker_calls`.
     """
 
-    def expertmesh_connect_ahead(self, endpoints: list[dict[str, Any] | None]) -> list[int]:
-        """Start to connect to an epoch's new shards; see `MeshClient.connect_ahead`."""
-        return current_client().connect_ahead(endpoints_from_plain(endpoints))
+    def expertmesh_prepare_membership(self, told: bytes, connect_s: float | None = None) -> dict[str, Any]:
+        """Begin to prepare an epoch: bytes of a Membership in, a Preparation out; see `MeshClient.prepare`."""
+        return current_client().prepare(told, connect_s).to_dict()
 
-    def expertmesh_apply_membership(self, membership: dict[str, Any], wait_s: float | None = None) -> dict[str, Any]:
-        """Switch to an epoch: a Membership in, an AppliedMembership out; see `MeshClient.apply_membership`."""
+    def expertmesh_preparation(self) -> dict[str, Any]:
+        """The Preparation of the newest epoch."""
+        return current_client().preparation().to_dict()
+
+    def expertmesh_apply_membership(self, epoch: int) -> dict[str, Any]:
+        """Use an epoch that is ready; an AppliedMembership out; see `MeshClient.apply`."""
+        client = current_client()
+        if not client.attached:
+            verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
+        return client.apply(epoch).to_dict()
+
+    def expertmesh_use_membership(self, membership: dict[str, Any]) -> dict[str, Any]:
+        """Prepare and use a whole Membership, waiting for its shards: for engines that no router's process drives."""
         verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
-        return current_client().apply_membership(Membership.from_dict(membership), wait_s).to_dict()
+        return current_client().apply_membership(Membership.from_dict(membership)).to_dict()
 
     def expertmesh_status(self) -> dict[str, Any]:
         """The RouterStatus of this engine."""

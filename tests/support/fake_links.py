@@ -26,10 +26,11 @@ from experts.protocol.wire import (
     STATUS_OK,
     error_reply,
     header_of,
+    no_slot_reply,
     reply_capacity,
     request_capacity,
 )
-from experts.shard.request import read_request
+from experts.shard.request import NoSlotError, read_request
 from experts.transports.base import RouterLink
 from placement.placement import Placement
 from tests.support.small_mesh import Batch, one_process
@@ -81,7 +82,13 @@ class FakeLink(RouterLink):
     def wait(self, deadline_s: float) -> int:
         assert not self.closed, "waited on a closed link"
         shape, request = self._shape, self.send_buffer
-        checked = read_request(request, self.posted[-1], self._slots_LE, DTYPE_CODES[shape.dtype], shape.hidden_size)
+        code = DTYPE_CODES[shape.dtype]
+        try:
+            checked = read_request(request, self.posted[-1], self._slots_LE, code, shape.hidden_size)
+        except NoSlotError as error:
+            return no_slot_reply(
+                self.recv_buffer, int(header_of(request)[H_SEQ]), str(error), error.layer, error.expert
+            )
         assert checked.num_rows <= self.max_rows
         end = checked.rows_at + checked.num_rows * shape.row_bytes
         data = torch.from_numpy(request[checked.rows_at : end])

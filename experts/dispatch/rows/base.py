@@ -72,6 +72,10 @@ class RowMover(ABC):
     """Moves one router's rows during one epoch. A batch is combined before the next one is packed."""
 
     @abstractmethod
+    def carry_over(self, before: RowMover) -> None:
+        """Go on from the mover of the epoch before: loads of the ranks that both have, and memory. Takes no time."""
+
+    @abstractmethod
     def stage(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
     ) -> RowBatch:

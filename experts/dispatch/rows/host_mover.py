@@ -51,6 +51,11 @@ class HostRowMover(RowMover):
         )
         self._plan = self._whole_plan
 
+    def carry_over(self, before: RowMover) -> None:
+        if isinstance(before, HostRowMover):
+            shared = min(self._load_LR.shape[1], before._load_LR.shape[1])
+            self._load_LR[:, :shared] = before._load_LR[:, :shared]
+
     def stage(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
     ) -> RowBatch:

@@ -15,7 +15,7 @@ import torch
 
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows import triton_programs
-from experts.dispatch.rows.base import DispatchPlan, RowBatch
+from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.torch_mover import TorchRowMover
 from experts.protocol.membership import Membership
 from experts.transports.base import RouterLink
@@ -54,6 +54,12 @@ class TritonRowMover(TorchRowMover):
         self._row_address_send_R = address_table(self._send_tensors).to(self._device)
         self._row_address_recv_R = address_table(self._recv_tensors).to(self._device)
         self._plan_TK: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def carry_over(self, before: RowMover) -> None:
+        super().carry_over(before)
+        if isinstance(before, TritonRowMover) and before._device == self._device:
+            self._routing_buffers, self._plan_buffers = before._routing_buffers, before._plan_buffers
+            self._plan_sent = before._plan_sent  # the copy out of those buffers may not have left yet
 
     def combine(self, batch: RowBatch, plan: DispatchPlan, answered_R: np.ndarray) -> None:
         (num_tokens, top_k), D = plan.rank_TK.shape, batch.y_TD.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from cluster.controller.client import ControllerLostError
 from cluster.controller.messages import MembershipAnswer, MembershipRequest
 from cluster.router import epochs
 from cluster.router.epochs import EpochFollower
-from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
+from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
+from experts.protocol.membership_bytes import UnknownEpochError, epochs_in
 from placement.placement import Placement
 from tests.support.waiting import run_async
 
@@ -51,28 +53,45 @@ class Controller:
 
 
 class Worker:
-    """Connects to any shard but those of `slow`; `lost` is what an application of a membership leaves out.
+    """Prepares epochs as its `states` say, then at once; `lost` is what an epoch leaves out.
 
-    `refused` are those of the lost that refuse the router.
+    `refused` are those of the lost that refuse the router. It knows the epoch in use, as a real one does.
     """
 
+    timeout_s = 10.0
+
     def __init__(self) -> None:
-        self.slow: list[int] = []
+        self.states: list[dict[str, Any]] = []
         self.lost: dict[int, str] = {}
         self.refused: list[int] = []
         self.failures: list[Exception] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.in_use: Membership | None = None
+        self.told: Membership | None = None
 
-    async def connect_ahead(self, endpoints: Any) -> list[int]:
-        self.calls.append(("connect_ahead", [endpoint.rank for endpoint in endpoints if endpoint is not None]))
-        return self.slow
-
-    async def apply_membership(self, found: Membership, wait_s: float | None, connect_s: float) -> AppliedMembership:
-        self.calls.append(("apply", found.epoch, wait_s, connect_s))
+    async def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
+        epoch, base = epochs_in(told)
+        self.calls.append(("prepare", epoch, base, connect_s))
         if self.failures:
             raise self.failures.pop()
-        connected = [e.rank for e in found.endpoints if e is not None and e.rank not in self.lost]
-        return AppliedMembership(found.epoch, connected, self.lost, self.refused)
+        try:
+            self.told = Membership.from_bytes(told, self.in_use)
+        except UnknownEpochError as error:
+            return Preparation(epoch, False, [], True, str(error))
+        return await self.preparation()
+
+    async def preparation(self) -> Preparation:
+        assert self.told is not None
+        state = Preparation(self.told.epoch, True, [], False, "")
+        return replace(state, ready=False, **self.states.pop(0)) if self.states else state
+
+    async def apply(self, epoch: int) -> AppliedMembership:
+        assert self.told is not None
+        assert self.told.epoch == epoch
+        self.calls.append(("apply", epoch))
+        self.in_use = self.told
+        connected = [e.rank for e in self.told.endpoints if e is not None and e.rank not in self.lost]
+        return AppliedMembership(epoch, connected, self.lost, self.refused)
 
 
 @pytest.fixture(autouse=True)
@@ -100,17 +119,17 @@ async def follow(subject: EpochFollower, controller: Controller) -> None:
         task.cancel()
 
 
-def test_each_epoch_is_connected_ahead_and_applied_without_waiting() -> None:
+def test_each_epoch_is_prepared_and_then_applied() -> None:
     async def check() -> None:
         worker, controller = Worker(), Controller(news(4, 0, 1), MembershipAnswer("t", None, [2]), news(5, 0, 1, 2))
         subject = follower(controller, worker)
         await follow(subject, controller)
         assert worker.calls == [
-            ("connect_ahead", [0, 1]),
-            ("apply", 4, 0.0, 0.0),
-            ("connect_ahead", [0, 1, 2]),
-            ("apply", 5, 0.0, 0.0),
-        ]
+            ("prepare", 4, -1, epochs.CONNECT_AHEAD_S),
+            ("apply", 4),
+            ("prepare", 5, 4, epochs.CONNECT_AHEAD_S),
+            ("apply", 5),
+        ], "the second is told as a difference from the first"
         assert [(r.router_id, r.term, r.epoch) for r in controller.requests] == [
             ("r1", "", -1),
             ("r1", "t", 4),
@@ -130,7 +149,7 @@ def test_the_first_epoch_waits_for_connections() -> None:
         )
         subject = follower(controller, worker)
         await subject.apply_first(await subject.first_membership())
-        assert worker.calls == [("apply", 1, None, 7.0)]
+        assert worker.calls == [("prepare", 1, -1, None), ("apply", 1)]
         assert (subject.term, subject.epoch) == ("t", 1)
 
     run(check())
@@ -164,9 +183,73 @@ def test_a_router_that_no_shard_takes_any_more_stops_following() -> None:
 
     async def check() -> None:
         worker = Worker()
-        worker.lost, worker.refused = {0: "other weights", 1: "timed out"}, [0]
+        worker.lost, worker.refused = dict.fromkeys(range(3), "other weights"), [0, 1, 2]
         with pytest.raises(epochs.RefusedError, match=r"no shard takes this router: other weights$"):
-            await follower(Controller(news(4, 0, 1)), worker).follow()
+            await follower(Controller(news(4, 0, 1, 2)), worker).follow()
+
+    run(check())
+
+
+def test_a_router_whose_right_shards_are_merely_away_goes_on() -> None:
+    """It computes what they held, though the only shard that answers is of another model; a starting router gives up."""
+
+    async def check() -> None:
+        worker, controller = Worker(), Controller(news(4, 0, 1))
+        worker.lost, worker.refused = {0: "other weights", 1: "timed out", 2: "no shard has this rank yet"}, [0]
+        await follow(follower(controller, worker), controller)
+        with pytest.raises(epochs.RefusedError, match=r"no shard takes this router: other weights$"):
+            await follower(Controller(), worker).apply_first(news(4, 0, 1))
+
+    run(check())
+
+
+def test_an_epoch_that_is_overtaken_while_a_shard_connects_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        now_s = iter(range(1000))
+        monkeypatch.setattr(epochs, "time", SimpleNamespace(monotonic=lambda: float(next(now_s))))
+        worker, controller = Worker(), Controller(news(4, 0, 1), news(4, 0, 1), ControllerLostError("away"), news(7, 0))
+        worker.states = [{"connecting": [1]}] * 3
+        subject = follower(controller, worker)
+        await follow(subject, controller)
+        assert [call[:2] for call in worker.calls] == [("prepare", 4), ("prepare", 7), ("apply", 7)]
+        assert [(request.epoch, request.wait_s) for request in controller.requests] == [
+            (-1, epochs.LONG_POLL_S),
+            *[(-1, 0.0)] * 3,
+            (7, epochs.LONG_POLL_S),
+        ]
+
+    run(check())
+
+
+def test_a_worker_that_lost_its_epoch_is_told_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        worker, controller = Worker(), Controller(news(4, 0, 1), news(5, 0, 1), news(6, 0))
+        subject = follower(controller, worker)
+        apply = worker.apply
+
+        async def forget(epoch: int) -> AppliedMembership:
+            applied = await apply(epoch)
+            if epoch == 4:
+                worker.in_use = None
+            return applied
+
+        monkeypatch.setattr(worker, "apply", forget)
+        await follow(subject, controller)
+        prepared = [call[1:3] for call in worker.calls if call[0] == "prepare"]
+        assert prepared == [(4, -1), (5, 4), (5, -1), (6, 5)]
+        assert worker.in_use == membership(6, 0)
+
+    run(check())
+
+
+def test_an_epoch_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        now_s = iter(range(1000))
+        monkeypatch.setattr(epochs, "time", SimpleNamespace(monotonic=lambda: float(next(now_s))))
+        worker, controller = Worker(), Controller(news(4, 0), news(5, 0))
+        worker.states = [{}] * 13  # more than three seconds to connect and ten for a call
+        await follow(follower(controller, worker), controller)
+        assert [call[:2] for call in worker.calls] == [("prepare", 4), ("prepare", 5), ("apply", 5)]
 
     run(check())
 
@@ -178,18 +261,6 @@ def test_a_failure_leaves_the_router_at_its_epoch_and_the_loop_running() -> None
         subject = follower(controller, worker)
         await follow(subject, controller)
         assert [request.epoch for request in controller.requests] == [-1, -1, -1, 5, 6]
-
-    run(check())
-
-
-def test_a_shard_that_is_slow_to_connect_is_left_for_the_next_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def check() -> None:
-        now_s = iter(range(1000))
-        monkeypatch.setattr(epochs, "time", SimpleNamespace(monotonic=lambda: float(next(now_s))))
-        worker, controller = Worker(), Controller(news(4, 0, 1))
-        worker.slow = [1]
-        await follow(follower(controller, worker), controller)
-        assert worker.calls == [*[("connect_ahead", [0, 1])] * 2, ("apply", 4, 0.0, 0.0)], "asked for three seconds"
 
     run(check())
 

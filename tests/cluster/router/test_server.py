@@ -13,7 +13,7 @@ import pytest
 from cluster.controller.messages import MembershipAnswer
 from cluster.router.messages import TraceSample
 from cluster.router.worker_calls import EngineSilentError
-from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
+from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
 from placement.placement import Placement
 from tests.support.serve.statuses import router_status
 from tests.support.waiting import run_async
@@ -91,7 +91,7 @@ def run(coroutine: Any) -> Any:
         (lambda server: server.mesh_status(), r"expertmesh_status in 0\.05 s"),
         (lambda server: server.mesh_trace(), "expertmesh_trace"),
         (lambda server: server.mesh_clear_trace(), "expertmesh_clear_trace"),
-        (lambda server: server.start(), "expertmesh_apply_membership"),
+        (lambda server: server.start(), "expertmesh_prepare_membership"),
     ],
 )
 def test_a_worker_that_does_not_answer_is_not_waited_for(call: Callable[[Server], Awaitable[Any]], named: str) -> None:
@@ -132,13 +132,22 @@ def test_a_router_that_records_nothing_says_so() -> None:
 )
 def test_a_router_that_no_shard_takes_does_not_start(connected: list[int], refused: list[int], starts: bool) -> None:
     applied = AppliedMembership(3, connected, dict.fromkeys(range(3), REFUSAL), refused)
-    server = Server({"expertmesh_apply_membership": applied.to_dict(), "expertmesh_status": router_status().to_dict()})
+    server = Server(
+        {
+            "expertmesh_prepare_membership": Preparation(MEMBERSHIP.epoch, True, [], False, "").to_dict(),
+            "expertmesh_apply_membership": applied.to_dict(),
+            "expertmesh_status": router_status().to_dict(),
+        }
+    )
 
     async def start() -> None:
         await server.start()
         await server.check_health()
         assert [task.get_name() for task in server._loops] == ["follow", "watch"]
-        assert server.calls[0] == ("expertmesh_apply_membership", MEMBERSHIP.to_dict(), None)
+        assert server.calls[:2] == [
+            ("expertmesh_prepare_membership", MEMBERSHIP.to_bytes(), None),
+            ("expertmesh_apply_membership", MEMBERSHIP.epoch),
+        ]
         for task in server._loops:
             task.cancel()
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from cluster.router.worker_calls import EngineSilentError, WorkerCalls
-from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
+from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
 from placement.placement import Placement
 from tests.support.serve.statuses import router_status
 from tests.support.waiting import run_async
 
 ENDPOINT = ShardEndpoint(0, "a", "127.0.0.1", 1000, "host", 1)
 MEMBERSHIP = Membership(3, Placement.linear(1, 2, 2), (ENDPOINT, None))
+PREPARATION = Preparation(3, False, [0], False, "")
 APPLIED = AppliedMembership(3, [0], {1: "no shard has this rank yet"}, [])
 
 
@@ -27,12 +28,17 @@ class Client:
         self.calls: list[tuple[Any, ...]] = []
         self.recorder = SimpleNamespace(to_bytes=lambda: b"npz", clear=lambda: self.calls.append(("clear",)))
 
-    def connect_ahead(self, endpoints: Any) -> list[int]:
-        self.calls.append(("connect_ahead", tuple(endpoints)))
-        return [0]
+    def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
+        self.calls.append(("prepare", told, connect_s))
+        return PREPARATION
 
-    def apply_membership(self, membership: Membership, wait_s: float | None) -> AppliedMembership:
-        self.calls.append(("apply_membership", membership, wait_s))
+    def preparation(self) -> Preparation:
+        return PREPARATION
+
+    attached = True
+
+    def apply(self, epoch: int) -> AppliedMembership:
+        self.calls.append(("apply", epoch))
         return APPLIED
 
     def status(self) -> Any:
@@ -41,7 +47,7 @@ class Client:
 
 @pytest.fixture
 def mesh(monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerCalls, Client]:
-    """Calls that go through JSON, which is no kinder to data than what vLLM uses, to the worker's real methods."""
+    """Calls that go through msgpack, as vLLM's to its engine process do, to the worker's real methods."""
     worker_module = pytest.importorskip("experts.vllm_plugin.worker", reason="the plug-in needs vllm")
     client = Client()
     monkeypatch.setattr(worker_module, "current_client", lambda: client)
@@ -51,8 +57,9 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerCalls, Client]:
     worker.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(parameters=lambda: [parameter] * 2))
 
     async def collective_rpc(method: str, args: tuple[Any, ...]) -> list[Any]:
-        answer = getattr(worker, method)(*json.loads(json.dumps(args)))
-        return [answer if isinstance(answer, bytes) else json.loads(json.dumps(answer))]
+        encoded = msgspec.msgpack.encode(args)
+        answer = getattr(worker, method)(*msgspec.msgpack.decode(encoded))
+        return [msgspec.msgpack.decode(msgspec.msgpack.encode(answer))]
 
     return WorkerCalls(collective_rpc, 10.0), client
 
@@ -63,14 +70,13 @@ def run(coroutine: Any) -> Any:
 
 def test_both_ends_agree_on_what_travels(mesh: tuple[WorkerCalls, Client]) -> None:
     calls, client = mesh
-    assert run(calls.connect_ahead(MEMBERSHIP.endpoints)) == [0]
-    assert run(calls.apply_membership(MEMBERSHIP, 0.0, 0.0)) == APPLIED
-    assert run(calls.apply_membership(MEMBERSHIP, None, 5.0)) == APPLIED
+    assert run(calls.prepare(MEMBERSHIP.to_bytes(), None)) == PREPARATION
+    assert run(calls.preparation()) == PREPARATION
+    assert run(calls.apply(3)) == APPLIED
     run(calls.clear_trace())
     assert client.calls == [
-        ("connect_ahead", (ENDPOINT, None)),
-        ("apply_membership", MEMBERSHIP, 0.0),
-        ("apply_membership", MEMBERSHIP, None),
+        ("prepare", MEMBERSHIP.to_bytes(), None),
+        ("apply", 3),
         ("clear",),
     ]
     assert run(calls.trace()) == b"npz"
@@ -85,7 +91,7 @@ def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
         return []
 
     calls = WorkerCalls(silent, 0.05)
-    with pytest.raises(EngineSilentError, match=r"did not answer expertmesh_connect_ahead in 0\.05 s"):
-        run(calls.connect_ahead([None]))
-    with pytest.raises(EngineSilentError, match=r"did not answer expertmesh_apply_membership in 0\.25 s"):
-        run(calls.apply_membership(MEMBERSHIP, None, connect_s=0.2))
+    with pytest.raises(EngineSilentError, match=r"did not answer expertmesh_preparation in 0\.05 s"):
+        run(calls.preparation())
+    with pytest.raises(EngineSilentError, match=r"did not answer expertmesh_apply_membership in 0\.05 s"):
+        run(calls.apply(3))

@@ -183,14 +183,15 @@ def test_a_connection_that_fails_in_the_router_itself_costs_no_other_one(
 ) -> None:
     """Out of descriptors, say, long after the engine started: the epoch is taken with the links that there are."""
     router = mesh.router(apply=False)
-    open_link = router._connector._open_link
+    connector = router._epochs._connector
+    open_link = connector._open_link
 
     def short_of_descriptors(endpoint: ShardEndpoint) -> RouterLink:
         if endpoint.rank == 1:
             raise OSError(errno.EMFILE, "Too many open files")
         return open_link(endpoint)
 
-    monkeypatch.setattr(router._connector, "_open_link", short_of_descriptors)
+    monkeypatch.setattr(connector, "_open_link", short_of_descriptors)
     applied = router.apply_membership(mesh.membership())
     assert (applied.connected, applied.refused) == ([0], [])
     assert "Too many open files" in applied.lost[1]
@@ -210,33 +211,91 @@ def test_a_stopped_shard_is_not_waited_for_longer_than_the_deadline(model: Path)
         check(mesh, router)
 
 
+def ready(router: MeshClient) -> bool:
+    state = router.preparation()
+    assert not state.error, state
+    return state.ready
+
+
 def test_a_slow_shard_is_connected_to_in_the_background(model: Path) -> None:
     """While one shard is silent, an epoch takes what is there; the next takes the connection that was made since."""
     with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3)) as mesh:
         router = mesh.router(apply=False)
         first, later = mesh.membership(epoch=1, without=(2,)), mesh.membership(epoch=2)
         mesh.shards[1].signal(signal.SIGSTOP)
-        await_true(lambda: router.connect_ahead(first.endpoints) == [1], "shard 0's connection")
-        applied = router.apply_membership(first, wait_s=0.0)
+        router.prepare(first, 1.0)
+        await_true(lambda: router.preparation().connecting == [1], "shard 0's connection")
+        await_true(lambda: ready(router), "the epoch without shard 1")
+        applied = router.apply(1)
         assert (applied.connected, applied.lost[1]) == ([0], "still connecting")
         check(mesh, router)
         mesh.shards[1].signal(signal.SIGCONT)
-        await_true(lambda: router.connect_ahead(later.endpoints) == [], "the connections")
-        applied = router.apply_membership(later, wait_s=0.0)
-        assert applied == AppliedMembership(2, [0, 1, 2], {}, [])
+        router.prepare(later.delta_from(first))
+        await_true(lambda: ready(router), "the connections")
+        assert router.apply(2) == AppliedMembership(2, [0, 1, 2], {}, [])
         check(mesh, router, seed=1)
         assert [shard.status().routers for shard in mesh.shards.values()] == [[router.router_id]] * 3
 
 
-def test_a_connection_that_no_epoch_takes_is_closed(model: Path) -> None:
+def test_an_epoch_that_is_overtaken_hands_its_links_on(model: Path) -> None:
+    """Epochs follow one another faster than they are used: no shard is connected to twice, none is kept for nothing."""
+    with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 3)) as mesh:
+        router = mesh.router(apply=False)
+        router.prepare(mesh.membership(epoch=1))
+        await_true(lambda: ready(router), "epoch 1")
+        router.prepare(mesh.membership(epoch=2, without=(2,)))
+        with pytest.raises(ValueError, match="epoch 1 is not ready to be applied; the newest: .*epoch=2"):
+            router.apply(1)
+        await_true(lambda: ready(router), "epoch 2")
+        assert not router.attached
+        assert router.apply(2).connected == [0, 1]
+        await_true(lambda: mesh.shards[2].status().routers == [], "shard 2's letting go of the router")
+        assert [mesh.shards[rank].status().routers for rank in (0, 1)] == [[router.router_id]] * 2
+        check(mesh, router)
+        with pytest.raises(ValueError, match="epoch 2 is not ready"):
+            router.apply(2)
+
+
+def test_a_wait_for_a_slow_shard_ends_when_another_epoch_is_told(model: Path) -> None:
     with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2)) as mesh:
         router = mesh.router(apply=False)
-        membership = mesh.membership()
-        await_true(lambda: router.connect_ahead(membership.endpoints) == [], "the connections")
-        router.connect_ahead(membership.endpoints[:1])
-        await_true(lambda: mesh.shards[1].status().routers == [], "the shard's letting go of the router")
-        assert router.apply_membership(mesh.membership(without=(1,))).connected == [0]
+        mesh.shards[1].signal(signal.SIGSTOP)
+        router.prepare(mesh.membership(epoch=1))
+        await_true(lambda: router.preparation().connecting == [1], "shard 0's connection")
+        router.prepare(mesh.membership(epoch=2, without=(1,)))
+        await_true(lambda: ready(router), "epoch 2, which does without shard 1", timeout_s=20)
+        assert router.apply(2).connected == [0]
+        mesh.shards[1].signal(signal.SIGCONT)
+        await_true(lambda: mesh.shards[1].status().routers == [], "shard 1's letting go of the router")
         check(mesh, router)
+
+
+def test_a_link_that_is_lost_while_its_epoch_is_prepared_stays_lost(model: Path) -> None:
+    with mesh_of(model, replicated(NUM_LAYERS, NUM_EXPERTS, 3, 2)) as mesh:
+        router = mesh.router()
+        router.prepare(mesh.membership(epoch=2))
+        await_true(lambda: ready(router), "epoch 2")
+        mesh.shards[1].signal(signal.SIGKILL)
+        check(mesh, router)
+        applied = router.apply(2)
+        assert (applied.connected, set(applied.lost)) == ([0, 2], {1})
+        assert "closed the connection" in applied.lost[1]
+        check(mesh, router, seed=1)
+        status = router.status()
+        assert (status.failovers, status.fallback_pairs, status.uncovered_pairs) == (1, 0, 0)
+
+
+def test_a_difference_from_an_epoch_that_is_not_in_use_is_asked_for_as_a_whole(mesh: Mesh) -> None:
+    router = mesh.router()
+    router.prepare(mesh.membership(epoch=9).delta_from(mesh.membership(epoch=8, without=(1,))))
+    await_true(lambda: router.preparation().error, "the refusal")
+    assert router.preparation().needs_whole
+    with pytest.raises(ValueError, match="epoch 9 is told as a difference from epoch 8, here is 1"):
+        router.apply(9)
+    router.prepare(mesh.membership(epoch=9).to_bytes())
+    await_true(lambda: ready(router), "the whole epoch")
+    assert router.apply(9).lost == {}
+    check(mesh, router)
 
 
 @pytest.mark.parametrize(

@@ -105,12 +105,12 @@ def mesh(emit: Any, model: str, result: str, reference: str, memberships: list[d
     engine = _engine(model, router_engine_kwargs(settings, {}))
     runs = []
     for membership in memberships:
-        (applied,) = engine.collective_rpc("expertmesh_apply_membership", args=(membership,))
+        (applied,) = engine.collective_rpc("expertmesh_use_membership", args=(membership,))
         runs.append({"applied": applied, "ids": _greedy(engine)})
         (runs[-1]["status"],) = engine.collective_rpc("expertmesh_status")
     expected = _load(reference)
     for membership, run in zip(reversed(memberships), reversed(runs), strict=True):
-        engine.collective_rpc("expertmesh_apply_membership", args=({**membership, "epoch": 100 - membership["epoch"]},))
+        engine.collective_rpc("expertmesh_use_membership", args=({**membership, "epoch": 100 - membership["epoch"]},))
         run["logprobs"] = _teacher_forced(engine, expected["ids"])
     _save(result, {"runs": runs})
     emit(result=result)

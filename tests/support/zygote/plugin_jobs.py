@@ -80,7 +80,7 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
         compilation=engine.llm_engine.vllm_config.compilation_config.mode.name,
     )
     emit(ids_of_zeros=_greedy(engine), still_before=call("expertmesh_status"))
-    emit(applied=call("expertmesh_apply_membership", memberships[0]))
+    emit(applied=call("expertmesh_use_membership", memberships[0]))
     nothing_recorded = call("expertmesh_trace")
     emit(ids=_greedy(engine), status=call("expertmesh_status"))
     recorded = [len(nothing_recorded), _tokens_recorded(call("expertmesh_trace"))]
@@ -92,7 +92,7 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
     if victim is not None:
         emit(ids_of_killed=_greedy(engine, kill_in_the_middle=victim), after_kill=call("expertmesh_status"))
     for later in memberships[1:]:
-        emit(refused=error_of(call, "expertmesh_apply_membership", later), ids_after_refusal=_greedy(engine))
+        emit(refused=error_of(call, "expertmesh_use_membership", later), ids_after_refusal=_greedy(engine))
     emit(again=_greedy(engine), second_engine=error_of(_second_engine, model), done=True)
 
 
