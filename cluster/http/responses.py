@@ -174,6 +174,8 @@ class _Answer:
         error = error if isinstance(error, dict) else {"message": error}
         message = str(error.get("message") or "")
         code, param = error.get("code"), error.get("param")
+        if message == vllm_joints.EXPERTS_UNAVAILABLE:
+            return vllm_joints.unavailable_fields()
         if status is None:
             status = 500 if "internal" in str(error.get("type")).lower() else 400
         elif isinstance(code, str):  # ours

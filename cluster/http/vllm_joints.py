@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
 from cluster.http.errors import RefusedError
+from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE as STOP_REASON
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,6 +32,9 @@ SERVED = frozenset(
 CONTROL = ("lora_adapter", "weight", "cache", "/render", "/derender", "/realtime")  # in paths below SERVED_BELOW
 # POST without a generation; every other POST counts for the queue limit.
 LIGHT = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/{response_id}/cancel"})
+
+# What a request is told whose experts are on no shard while its router has no time to compute them.
+EXPERTS_UNAVAILABLE = "experts that this request needs are being replaced: try again"
 
 PROMPTS = ("messages", "prompt", "input")
 _CONTEXT = re.compile(r"maximum context length|maximum model length|maximum input length|max_model_len")
@@ -115,12 +119,13 @@ def error_classes() -> tuple[type[Exception], ...]:
 
 
 def guard_engine(engine: Any, max_prompt_logprobs: int) -> None:
-    """Let the engine's `add_request` blame the client for what it cannot take, and leave nothing of it behind.
+    """Let the engine's `add_request` blame the client for what it cannot take, and leave nothing of it behind; and its
+    `generate` tell apart the requests that ended for want of experts.
 
     vLLM answers 500 without a word when a request cannot be prepared or sent to the engine's process (an integer that
     msgpack does not take), whether or not it has started to stream, and goes on counting it as unfinished.
     """
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+    from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMClientError, VLLMValidationError
     from vllm.v1.engine.exceptions import EngineDeadError
 
     add_request, core = engine.add_request, engine.engine_core
@@ -155,8 +160,18 @@ def guard_engine(engine: Any, max_prompt_logprobs: int) -> None:
                 await engine.abort(request.request_id, internal=True)
             raise
 
+    generate = engine.generate
+
+    async def checked_generate(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if any(one.stop_reason == STOP_REASON for one in output.outputs if one.finish_reason == "error"):
+                    raise RetryableRequestError(EXPERTS_UNAVAILABLE)
+                yield output
+
     engine.add_request = checked_add_request
     core.add_request_async = checked_send
+    engine.generate = checked_generate
 
 
 def fields_of(error: BaseException, fields: tuple[str, ...], has_grammar: bool) -> dict[str, Any] | None:
@@ -184,6 +199,8 @@ def fields_of(error: BaseException, fields: tuple[str, ...], has_grammar: bool) 
         unprocessable = isinstance(error, VLLMUnprocessableEntityError)
         status = 404 if isinstance(error, VLLMNotFoundError) else 422 if unprocessable else 400
         return client_fields(status, str(error), getattr(error, "parameter", None), fields)
+    if isinstance(error, RetryableRequestError) and str(error) == EXPERTS_UNAVAILABLE:
+        return unavailable_fields()
     if isinstance(error, RetryableRequestError):
         return {"status": 503, "message": f"{error}: try again"}
     if isinstance(error, GenerationError) and has_grammar:
@@ -196,6 +213,11 @@ def fields_of(error: BaseException, fields: tuple[str, ...], has_grammar: bool) 
         logger.warning("a request that vLLM cannot process", exc_info=error)
         return client_fields(400, f"this request cannot be processed: {_words(error)}", None, fields)
     return None
+
+
+def unavailable_fields() -> dict[str, Any]:
+    """Arguments of `error_response` for a request that ended for want of experts."""
+    return {"status": 503, "message": EXPERTS_UNAVAILABLE, "code": STOP_REASON}
 
 
 def client_fields(status: int, message: str, param: str | None, fields: tuple[str, ...]) -> dict[str, Any]:

@@ -38,17 +38,27 @@ ROUTER_COUNTERS: tuple[Series[int], ...] = (
         lambda s: s.fan_out_sum,
         "Shards visited, summed over rows and layers; divided by rows: the mean fan-out",
     ),
-    Series("failovers", lambda s: s.failovers, "Dispatches that repeated a lost shard's rows elsewhere"),
+    Series("failovers", lambda s: s.failovers, "Dispatches that repeated rows elsewhere"),
     Series(
         "fallback_pairs",
         lambda s: s.fallback_pairs,
         "Row-expert pairs the router computed because no shard had the expert",
     ),
+    Series("no_slot_pairs", lambda s: s.no_slot_pairs, "Experts of a shard given up for an epoch: it had no slot"),
+    Series(
+        "fallback_milliseconds",
+        lambda s: int(s.fallback_ms),
+        "Time spent on computing what no shard had, and on waiting for its weights",
+    ),
+    Series("refused_requests", lambda s: s.refused_requests, "Requests ended because no shard had an expert they need"),
     Series("bytes_sent", lambda s: s.bytes_sent, "Bytes sent to shards"),
     Series("bytes_received", lambda s: s.bytes_received, "Bytes received from shards"),
 )
 ROUTER_GAUGES: tuple[Series[float], ...] = (
     Series("epoch", lambda s: s.epoch, "Epoch of the placement that the router dispatches by"),
+    Series("uncovered_pairs", lambda s: s.uncovered_pairs, "Experts of a layer that no shard of the router has now"),
+    Series("fallback_cached_bytes", lambda s: s.fallback_cached_bytes, "Bytes of weights at hand for the fallback"),
+    Series("epoch_swap_max_seconds", lambda s: s.swap_max_us / 1e6, "Longest stop of the steps for a new epoch"),
     Series("balancedness", lambda s: s.balancedness, "Mean over max of the shards' load in row-expert pairs"),
 )
 SHARD_COUNTERS: tuple[Series[list[int]], ...] = (

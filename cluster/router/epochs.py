@@ -165,4 +165,3 @@ class EpochFollower:
 
 class RefusedError(RuntimeError):
     """No shard takes this router; the message has their reasons."""
-

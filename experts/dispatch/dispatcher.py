@@ -28,7 +28,7 @@ import torch
 
 from experts.dispatch import live_slots
 from experts.dispatch.epoch import PreparedEpoch, prepare_epoch
-from experts.dispatch.fallback import FallbackExperts
+from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.live_slots import LiveSlots
 from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
@@ -91,10 +91,10 @@ class Pending:
 class Dispatcher:
     """Sends rows to shards and adds up what comes back; owns the links of one router."""
 
-    def __init__(self, shape: LayerShape, max_rows: int, timeout_s: float, fallback: FallbackExperts | None) -> None:
+    def __init__(self, shape: LayerShape, max_rows: int, timeout_s: float, fallback: FallbackBudget | None) -> None:
         """`max_rows` bounds a message; `timeout_s` how long the shards may take to answer one.
 
-        `fallback` computes what no live shard can; without it that is a RuntimeError.
+        `fallback` computes what no live shard can, as long as it may; without it that is a RuntimeError.
         """
         self.shape = shape
         self.max_rows = max_rows
@@ -105,6 +105,7 @@ class Dispatcher:
         self.lost: dict[int, str] = {}
         self.stats = RouterStats()
         self._seq = 0
+        self._refused_T: np.ndarray | None = None  # bool, rows of this step that lack an expert; None for none
         self._mover: RowMover  # with all else of an epoch, from the first one on
         self._slots: LiveSlots
         self._answered_R: np.ndarray
@@ -171,7 +172,14 @@ class Dispatcher:
         self.shape.check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
         pending = Pending(self._mover.stage(layer, x_TD, topk_weights_TK, topk_ids_TK))
         self.stats.dispatches += 1
-        self.stats.steps += layer == 0
+        if layer == 0:
+            self.stats.steps += 1
+            self._refused_T = None
+            if self.fallback is not None:
+                self.fallback.start_step()
+        elif self._refused_T is not None:
+            rows = pending.rows  # what comes of refused rows is thrown away, so nobody computes them any further
+            rows.topk_ids_TK = np.where(self._refused_T[:, None], np.int32(-1), rows.topk_ids_TK)
         self._begin_batch(pending)
         return pending
 
@@ -185,6 +193,15 @@ class Dispatcher:
             self._begin_batch(pending)
             self._finish_batch(pending)
         return pending.y_TD
+
+    def take_refused(self) -> np.ndarray | None:
+        """Which rows of the step so far lack an expert, since no time was left to compute it: bool [T]; None for none.
+
+        Their sums are worthless, and so is all that is computed from them: their requests must end without a token.
+        Called after a step's last layer; the next step begins with none.
+        """
+        refused_T, self._refused_T = self._refused_T, None
+        return refused_T
 
     def close(self) -> None:
         """Close every link."""
@@ -280,18 +297,23 @@ class Dispatcher:
         batch = pending.batch
         ids_TK = np.where(pending.plan.rank_TK < 0, batch.topk_ids_TK, -1)
         wanted_M = np.flatnonzero((ids_TK >= 0).any(1))
-        self.stats.fallback_pairs += int((ids_TK >= 0).sum())
         if self.fallback is None:
             raise RuntimeError("experts have no live shard, and this dispatcher was made without a fallback")
         device = batch.x_TD.device
         tokens_M = torch.from_numpy(wanted_M).to(device)
-        rows_MD = self.fallback.forward(
+        rows_MD, refused_M = self.fallback.forward(
             batch.layer,
             batch.x_TD[tokens_M],
             torch.from_numpy(batch.topk_weights_TK[wanted_M]).to(device),
-            torch.from_numpy(ids_TK[wanted_M]).to(device),
+            torch.from_numpy(ids_TK[wanted_M]),
         )
         self._mover.add(batch, tokens_M, rows_MD)
+        self.stats.fallback_pairs += int((ids_TK[wanted_M[~refused_M.numpy()]] >= 0).sum())
+        if refused_M.any():
+            if self._refused_T is None:
+                self._refused_T = np.zeros(len(pending.topk_ids_TK), np.bool_)
+            first = pending.stop - len(batch.topk_ids_TK)
+            self._refused_T[first + wanted_M[refused_M.numpy()]] = True
 
     def _lose_slots(self, pending: Pending, error: MissingSlotError) -> None:
         """Go on without a shard's slot for an expert until the next epoch. Each call loses one, so repeating ends."""

@@ -1,8 +1,8 @@
-"""What a router falls back on for experts that no live shard has: it computes them from the checkpoint itself.
+"""Any layer's experts in one process, from the checkpoint: what the distributed form is compared with.
 
-Legend: T tokens, K top-k, D hidden size.
+Legend: T tokens, K top-k, M rows of one expert, D hidden size.
 
-Tests also compare the distributed form with it: it computes any layer in one process.
+A router's fallback (`fallback_budget`) computes each expert with the same function.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.model.reference_mlp import expert_mlp
-from experts.model.spec import ExpertWeights
+from experts.model.spec import ExpertSpec, ExpertWeights
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,15 @@ class FallbackExperts:
                 continue
             token, k = torch.where(topk_ids_TK == expert)
             weights = self.weights(layer, int(expert))
-            scale = topk_weights_TK[token, k].float()[:, None]
-            rows = x_TD[token]
-            if self.spec.weight_on_input:
-                rows = (rows.float() * scale).to(rows.dtype)
-            out = expert_mlp(rows, weights, self.spec.activation).float()
-            y_TD.index_add_(0, token, out if self.spec.weight_on_input else out * scale)
+            y_TD.index_add_(0, token, weighted_expert(x_TD[token], topk_weights_TK[token, k], weights, self.spec))
         return y_TD.to(x_TD.dtype)
+
+
+def weighted_expert(
+    rows_MD: torch.Tensor, weight_M: torch.Tensor, weights: ExpertWeights, spec: ExpertSpec
+) -> torch.Tensor:
+    """One expert's rows times the router's weights of them: float32 [M, D]."""
+    scale_M1 = weight_M.float()[:, None]
+    if spec.weight_on_input:
+        return expert_mlp((rows_MD.float() * scale_M1).to(rows_MD.dtype), weights, spec.activation).float()
+    return expert_mlp(rows_MD, weights, spec.activation).float() * scale_M1

@@ -17,7 +17,7 @@ from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.connector import Connector
 from experts.dispatch.dispatcher import Dispatcher, Pending
 from experts.dispatch.epoch_preparer import EpochPreparer
-from experts.dispatch.fallback import FallbackExperts
+from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
@@ -55,7 +55,9 @@ class MeshClient:
             shape,
             settings.max_rows_per_dispatch,
             settings.dispatch_timeout_ms / 1000,
-            FallbackExperts(checkpoint, shape.dtype, settings.fallback_cache_bytes),
+            FallbackBudget(
+                checkpoint, shape.dtype, device, settings.fallback_cache_bytes, settings.fallback_max_ms_per_step
+            ),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._epochs = EpochPreparer(self.dispatcher, Connector(self._connect), settings.prefer_local_replicas)
@@ -170,6 +172,9 @@ class MeshClient:
             swap_last_us=stats.swap_last_us,
             swap_max_us=stats.swap_max_us,
             fallback_pairs=stats.fallback_pairs,
+            fallback_ms=0.0 if dispatcher.fallback is None else dispatcher.fallback.spent_ns / 1e6,
+            fallback_cached_bytes=0 if dispatcher.fallback is None else dispatcher.fallback.cached_bytes,
+            refused_requests=stats.refused_requests,
             bytes_sent=stats.bytes_sent,
             bytes_received=stats.bytes_received,
             balancedness=stats.balancedness,
@@ -184,4 +189,6 @@ class MeshClient:
     def close(self) -> None:
         """Close every link."""
         self._epochs.close()
+        if self.dispatcher.fallback is not None:
+            self.dispatcher.fallback.close()
         self.dispatcher.close()

@@ -44,6 +44,7 @@ class RouterStats:
     failovers: int = 0
     no_slot_pairs: int = 0
     fallback_pairs: int = 0
+    refused_requests: int = 0
     swap_last_us: float = 0.0
     swap_max_us: float = 0.0
     bytes_sent: int = 0
@@ -62,6 +63,10 @@ class RouterStats:
             self.shard_rows = np.concatenate([self.shard_rows, np.zeros(missing, np.int64)])
             self.shard_pairs = np.concatenate([self.shard_pairs, np.zeros(missing, np.int64)])
         self.num_ranks = num_ranks
+
+    def add_refused_requests(self, count: int) -> None:
+        """Count requests that ended for want of experts."""
+        self.refused_requests += count
 
     def add_swap(self, duration_ns: int) -> None:
         """Note how long the step loop stood still for a new epoch."""

@@ -57,6 +57,13 @@ class ExpertWeights:
     b13_2I: torch.Tensor | None = None  # [2I]
     b2_D: torch.Tensor | None = None  # [D]
 
+    def to(self, device: torch.device) -> ExpertWeights:
+        """The weights on another device; the same object if they are there already."""
+        if self.w13_2ID.device == device:
+            return self
+        tensors = (self.w13_2ID, self.w2_DI, self.b13_2I, self.b2_D)
+        return ExpertWeights(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""

@@ -99,7 +99,9 @@ def _header(data: bytes) -> tuple[int, int, int, int]:
         raise ValueError(f"{len(data)} bytes that are no membership")
     _, version, told_bytes, epoch, base, crc = _HEADER.unpack_from(data)
     if version != _VERSION or told_bytes > len(data) - _HEADER.size:
-        raise ValueError(f"a membership of version {version}, {len(data)} bytes; expected version {_VERSION}, all of it")
+        raise ValueError(
+            f"a membership of version {version}, {len(data)} bytes; expected version {_VERSION}, all of it"
+        )
     return told_bytes, epoch, base, crc
 
 

@@ -10,7 +10,10 @@ WORKER_EXTENSION = "experts.vllm_plugin.worker.ExpertMeshWorker"
 # Environment of a router on CPUs. OpenMP's idle threads spin for milliseconds by default, on cores that the shards may
 # need. Two thousand spins take a few microseconds: enough to get from one parallel region to the next.
 CPU_ROUTER_ENV = {"GOMP_SPINCOUNT": "2000"}
-_OWNED = ("worker_extension_cls", "load_format")
+SCHEDULER = "experts.vllm_plugin.scheduler.scheduler"
+EXPERTS_UNAVAILABLE = "experts_unavailable"  # the stop reason of a request that ended for want of experts
+REFUSED = "expertmesh_refused"  # what a step's output has to say to the scheduler: ids of requests
+_OWNED = ("worker_extension_cls", "load_format", "scheduler_cls")
 
 
 def router_engine_kwargs(settings: RouterSettings, user: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
@@ -31,6 +34,7 @@ def router_engine_kwargs(settings: RouterSettings, user: dict[str, Any], device:
         **user,
         "worker_extension_cls": WORKER_EXTENSION,
         "load_format": "expertmesh",
+        "scheduler_cls": SCHEDULER,
         "additional_config": {**extra, "expertmesh": settings.model_dump()},
     }
     if device == "cuda" and not user.get("enforce_eager"):

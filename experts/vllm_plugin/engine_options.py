@@ -22,6 +22,7 @@ CONFIGS = ("ModelConfig", "CacheConfig", "ParallelConfig", "SchedulerConfig")
 
 OWNED = {
     "worker_extension_cls": "it names the plug-in that replaces the routed experts",
+    "scheduler_cls": "it names the scheduler that ends requests whose experts are nowhere",
     "load_format": "the loader leaves the experts' tensors out",
     "model": "use model.path instead",
     "served_model_name": "use model.id instead",

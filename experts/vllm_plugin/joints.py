@@ -7,11 +7,14 @@ only.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -24,6 +27,8 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
+
+from experts.vllm_plugin.engine_kwargs import REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +88,64 @@ def step_in_progress() -> tuple[bool, torch.Tensor | None]:
     return context.attn_metadata is not None, getattr(context, "is_padding", None) if padded else None
 
 
+def model_runner(config: VllmConfig) -> Any:
+    """The class that this engine's worker runs its steps with; subclasses for CPUs inherit what is touched here."""
+    version_2 = getattr(config, "use_v2_model_runner", False)
+    module = "vllm.v1.worker.gpu.model_runner" if version_2 else "vllm.v1.worker.gpu_model_runner"
+    return importlib.import_module(module).GPUModelRunner
+
+
+def report_refused(
+    config: VllmConfig, take_refused: Callable[[], np.ndarray | None], count: Callable[[int], None]
+) -> None:
+    """Have each step's output name the requests of rows that lack an expert, for `scheduler` to end them.
+
+    `take_refused` gives those rows of the forward pass before (bool [T], or None for none), and `count` takes how many
+    requests they belong to.
+    """
+    runner = model_runner(config)
+    sample_tokens = runner.sample_tokens
+
+    @functools.wraps(sample_tokens)
+    def sample_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.execute_model_state
+        refused_T = take_refused() if state is not None else None
+        if refused_T is None:
+            return sample_tokens(self, *args, **kwargs)
+        refused = requests_of_rows(self, state, refused_T)
+        count(len(refused))
+        return _with_refused(sample_tokens(self, *args, **kwargs), refused)
+
+    runner.sample_tokens = sample_and_report
+
+
+def requests_of_rows(runner: Any, state: Any, chosen_T: np.ndarray) -> list[str]:
+    """Ids of the requests that have any of the rows `chosen_T` (bool [T]) in the step that `state` is of."""
+    if hasattr(state, "input_batch"):  # model runner 2
+        ids, lengths = state.input_batch.req_ids, state.input_batch.num_scheduled_tokens.tolist()
+    else:
+        scheduled = state.scheduler_output.num_scheduled_tokens
+        ids = [request_id for request_id in runner.input_batch.req_ids if request_id in scheduled]
+        lengths = [scheduled[request_id] for request_id in ids]
+    if sum(lengths) > len(chosen_T):
+        raise RuntimeError(f"a step of {sum(lengths)} tokens had {len(chosen_T)} rows in its MoE layers")
+    stops = np.cumsum(lengths).tolist()
+    return [
+        request_id
+        for request_id, length, stop in zip(ids, lengths, stops, strict=True)
+        if chosen_T[stop - length : stop].any()
+    ]
+
+
+def _with_refused(output: Any, refused: list[str]) -> Any:
+    if hasattr(output, "get_output"):  # with asynchronous scheduling, the output is made later
+        get_output = output.get_output
+        output.get_output = lambda: _with_refused(get_output(), refused)
+    else:
+        setattr(output, REFUSED, refused)
+    return output
+
+
 _MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
@@ -105,7 +168,10 @@ __all__ = [
     "extract_layer_index",
     "get_current_vllm_config",
     "op_registry_oot",
+    "model_runner",
     "register_model_loader",
+    "report_refused",
+    "requests_of_rows",
     "routed_expert_classes",
     "split_graphs_at_moe",
     "step_in_progress",

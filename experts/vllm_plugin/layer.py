@@ -32,6 +32,7 @@ from experts.vllm_plugin.joints import (
     extract_layer_index,
     get_current_vllm_config,
     op_registry_oot,
+    report_refused,
     routed_expert_classes,
     step_in_progress,
 )
@@ -134,7 +135,8 @@ class MeshExpertsMixin:
                 hidden_size=moe_config.hidden_dim,
                 dtype=moe_config.in_dtype,
             )
-            _engine.client = MeshClient(settings, checkpoint, shape, device)
+            client = _engine.client = MeshClient(settings, checkpoint, shape, device)
+            report_refused(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
         return NoLocalWeights(moe_config)
 
     def load_weights(self, weights: Any) -> Any:

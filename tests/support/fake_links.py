@@ -33,7 +33,7 @@ from experts.protocol.wire import (
 from experts.shard.request import NoSlotError, read_request
 from experts.transports.base import RouterLink
 from placement.placement import Placement
-from tests.support.small_mesh import Batch, one_process
+from tests.support.small_mesh import Batch, one_process, unhurried
 
 Fault = Callable[["FakeLink", int], int]
 """Gets the link and the length of the good reply in its receive buffer; spoils it and returns a length, or raises."""
@@ -196,7 +196,7 @@ def fake_mesh(
     experts = one_process(model, dtype)
     wanted = list(range(placement.num_ranks)) if ranks is None else ranks
     links = {rank: FakeLink(rank, placement, shape, max_rows, experts, apart) for rank in wanted}
-    dispatcher = Dispatcher(shape, max_rows, 1.0, one_process(model, dtype))
+    dispatcher = Dispatcher(shape, max_rows, 1.0, unhurried(model, dtype))
     missing = {rank: "no shard has this rank yet" for rank in range(placement.num_ranks) if rank not in links}
     dispatcher.apply(Membership(1, placement, (None,) * placement.num_ranks), dict(links), missing)
     return FakeMesh(dispatcher, links)

@@ -29,6 +29,7 @@ from tests.support.small_mesh import (
     oracle,
     random_batch,
     replicated,
+    unhurried,
     run,
     write_checkpoint,
 )
@@ -118,7 +119,7 @@ def test_a_call_that_does_not_fit_is_refused_by_name(model: Path) -> None:
 
 
 def test_before_the_first_membership_nobody_is_asked(model: Path) -> None:
-    dispatcher = Dispatcher(LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, FLOAT32), 8, 1.0, one_process(model))
+    dispatcher = Dispatcher(LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, FLOAT32), 8, 1.0, unhurried(model))
     batch = random_batch(1)
     with pytest.raises(RuntimeError, match="no membership was applied yet"):
         dispatcher.forward(0, batch.x_TD, batch.weights_TK, batch.ids_TK)

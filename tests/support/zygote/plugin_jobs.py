@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.support.zygote import parity_jobs
+from tests.support.zygote import parity_jobs, refusal_jobs
 from tests.support.zygote.option_facts import engine_configs, options
 from tests.support.zygote.plugin_facts import error_of, joints, reading, refusals, steps, verification
 
@@ -197,6 +197,7 @@ JOBS = {
     "verification": verification,
     "reading": reading,
     "steps": steps,
+    "refusals_of_requests": refusal_jobs.refusals_of_requests,
     "plain": plain,
     "mesh": mesh,
     "start": start,

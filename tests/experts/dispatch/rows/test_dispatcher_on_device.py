@@ -16,7 +16,15 @@ from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.membership import Membership
 from tests.support.fake_links import WAIT_FAULTS, FakeLink
-from tests.support.small_mesh import assert_matches, one_process, oracle, random_batch, replicated, write_checkpoint
+from tests.support.small_mesh import (
+    assert_matches,
+    one_process,
+    oracle,
+    random_batch,
+    replicated,
+    unhurried,
+    write_checkpoint,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, NUM_RANKS = 2, 6, 3, 24, 3
@@ -56,7 +64,7 @@ def test_results_are_those_of_the_definition(triton_device, model, monkeypatch, 
     shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
     placement = replicated(NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, replicas)
     links = {r: DeviceLink(triton_device, r, placement, shape, 5, one_process(model)) for r in range(NUM_RANKS)}
-    dispatcher = Dispatcher(shape, 5, 1.0, one_process(model))  # 13 tokens take three rounds
+    dispatcher = Dispatcher(shape, 5, 1.0, unhurried(model))  # 13 tokens take three rounds
     dispatcher.apply(Membership(1, placement, (None,) * NUM_RANKS), dict(links), {})
     if fault is not None:
         links[1].wait_faults = [WAIT_FAULTS[fault][0]]

@@ -1,0 +1,145 @@
+"""What a router's engine does with requests whose experts are nowhere; facts go back as JSON to the tests."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from typing import Any
+
+NEW_TOKENS = 6
+BLOCK = 32
+SHARED = list(range(3, 3 + BLOCK))  # a block of the KV cache
+# The second finds the first's block by its prefix, even in the step that computes them.
+PROMPTS = [[*SHARED, 200], [*SHARED, 90], [7], [101], [55, 56], [9]]
+
+
+def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], victim: int) -> None:
+    """Each prompt alone; then all at once while experts are nowhere, with no time to compute them and with enough."""
+    from experts.protocol.membership import Membership
+    from experts.protocol.settings import RouterSettings
+    from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
+    from vllm import LLM
+
+    settings = RouterSettings(
+        model_path=model, trace_tokens=1000, membership_by_rpc=True, fallback_max_ms_per_step=0, router_id="r1"
+    )
+    engine = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        block_size=BLOCK,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        seed=0,
+        **router_engine_kwargs(settings, {}),
+    )
+
+    def call(name: str, *arguments: Any) -> Any:
+        return engine.collective_rpc(name, args=arguments)[0]
+
+    def use(epoch: int, lost: set[tuple[int, int]]) -> None:
+        """An epoch whose placement has no slot for the pairs `lost`."""
+        whole = Membership.from_dict(membership)
+        told = Membership(epoch, _without(whole.placement, lost), whole.endpoints).to_dict()
+        assert call("expertmesh_use_membership", told)["lost"] == {}
+
+    use(1, set())
+    alone, pairs = [], []
+    for prompt in PROMPTS:
+        call("expertmesh_clear_trace")
+        alone.append(_all_at_once(engine, [prompt])[0])
+        pairs.append(_pairs_by_token(call("expertmesh_trace")))
+    of_prefix = set().union(*pairs[0][: len(SHARED)])
+    needed_elsewhere = set().union(*pairs[0][len(SHARED) :], *(pair for one in pairs[1:] for pair in one))
+    lost = of_prefix - needed_elsewhere
+    emit(alone=alone, lost=sorted(lost), prefix_was_found=len(pairs[1]) == NEW_TOKENS)
+
+    use(2, lost)
+    engine.reset_prefix_cache()
+    emit(refused=_all_at_once(engine, PROMPTS), status_of_refused=call("expertmesh_status"))
+    use(3, set())
+    emit(after=_all_at_once(engine, PROMPTS))  # nothing of what was computed without experts may be found again
+
+    use(4, lost)
+    engine.reset_prefix_cache()
+    engine.collective_rpc(_give_time)
+    emit(computed=_all_at_once(engine, PROMPTS), status_of_computed=call("expertmesh_status"))
+
+    use(5, set())
+    engine.collective_rpc(_take_time)
+    of_victim = _held_by(Membership.from_dict(membership).placement, rank=0)
+    needs = [bool(of_victim & set().union(*one)) for one in pairs]
+    engine.reset_prefix_cache()
+    emit(
+        killed=_all_at_once(engine, PROMPTS[2:], kill_after=2, victim=victim),
+        needs=needs[2:],
+        status_of_killed=call("expertmesh_status"),
+    )
+    emit(later=_all_at_once(engine, PROMPTS[2:]), done=True)
+
+
+def _all_at_once(engine: Any, prompts: list[list[int]], kill_after: int = -1, victim: int = 0) -> list[Any]:
+    """[token ids, finish reason, stop reason] of each prompt, greedily; `victim` is killed after so many steps."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=NEW_TOKENS)
+    for index, ids in enumerate(prompts):
+        engine.llm_engine.add_request(str(index), {"prompt_token_ids": ids}, sampling)
+    done: dict[int, Any] = {}
+    step = 0
+    while engine.llm_engine.has_unfinished_requests():
+        if step == kill_after:
+            os.kill(victim, signal.SIGKILL)
+        step += 1
+        for output in engine.llm_engine.step():
+            if output.finished:
+                [one] = output.outputs
+                done[int(output.request_id.partition("-")[0])] = [
+                    list(one.token_ids),
+                    one.finish_reason,
+                    one.stop_reason,
+                ]
+    return [done[index] for index in range(len(prompts))]
+
+
+def _pairs_by_token(trace: bytes) -> list[set[tuple[int, int]]]:
+    """The (layer, expert) pairs of each token that a router computed, in order."""
+    from placement.traces.trace import ActivationTrace
+
+    ids_TLK = ActivationTrace.load_npz(io.BytesIO(trace)).topk_ids
+    return [
+        {(layer, int(expert)) for layer, ids_K in enumerate(ids_LK) for expert in ids_K} for ids_LK in ids_TLK.tolist()
+    ]
+
+
+def _without(placement: Any, lost: set[tuple[int, int]]) -> Any:
+    from placement.placement import Placement
+
+    map_LS = placement.physical_to_logical_map.copy()
+    for layer, expert in lost:
+        map_LS[layer, map_LS[layer] == expert] = -1
+    return Placement(placement.num_ranks, 1, placement.num_experts, map_LS, partial=True)
+
+
+def _held_by(placement: Any, rank: int) -> set[tuple[int, int]]:
+    held_Ls = placement.experts_of_rank(rank).tolist()
+    return {(layer, expert) for layer, experts in enumerate(held_Ls) for expert in experts if expert >= 0}
+
+
+def _give_time(worker: Any) -> None:
+    _set_time(600_000_000_000)
+
+
+def _take_time(worker: Any) -> None:
+    _set_time(0)
+
+
+def _set_time(nanoseconds: int) -> None:
+    from experts.vllm_plugin.layer import current_client
+
+    fallback = current_client().dispatcher.fallback
+    assert fallback is not None
+    fallback.max_ns_per_step = nanoseconds
