@@ -1,4 +1,4 @@
-"""What epochs that change all day cost a router's steps: the dispatch of a layer with an epoch every 100 ms, and without.
+"""What epochs that change all day cost a router: the dispatch of a layer with an epoch every 100 ms, and without.
 
     python -m benchmarks.data_plane.epoch_jitter
 
@@ -59,7 +59,7 @@ def later_epoch(before: Membership, chance: np.random.Generator) -> Membership:
 
 
 def run(case: Case, seconds: float, every_s: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(us of each layer's dispatch, us that each call of the worker held up a step: prepare, apply; bytes of an epoch)."""
+    """(us of each layer's dispatch, us of each call that comes between steps: prepare, apply; bytes of an epoch)."""
     shape, chance = case.shape, np.random.default_rng(0)
     dispatcher = Dispatcher(shape, case.tokens, 5.0, fallback=None)
     connector = Connector(lambda endpoint: LoopbackLink(endpoint.rank, shape, case.tokens))

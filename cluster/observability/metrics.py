@@ -29,7 +29,7 @@ class Series(Generic[V]):
     description: str
 
 
-ROUTER_COUNTERS: tuple[Series[int], ...] = (
+ROUTER_COUNTERS: tuple[Series[float], ...] = (
     Series("steps", lambda s: s.steps, "Engine steps that dispatched rows"),
     Series("dispatches", lambda s: s.dispatches, "MoE layers dispatched to shards"),
     Series("rows", lambda s: s.rows, "Token rows that went through dispatched layers"),
@@ -46,9 +46,9 @@ ROUTER_COUNTERS: tuple[Series[int], ...] = (
     ),
     Series("no_slot_pairs", lambda s: s.no_slot_pairs, "Experts of a shard given up for an epoch: it had no slot"),
     Series(
-        "fallback_milliseconds",
-        lambda s: int(s.fallback_ms),
-        "Time spent on computing what no shard had, and on waiting for its weights",
+        "fallback_ms",
+        lambda s: s.fallback_ms,
+        "Milliseconds spent on computing what no shard had, and on waiting for its weights",
     ),
     Series("refused_requests", lambda s: s.refused_requests, "Requests ended because no shard had an expert they need"),
     Series("bytes_sent", lambda s: s.bytes_sent, "Bytes sent to shards"),
@@ -58,7 +58,7 @@ ROUTER_GAUGES: tuple[Series[float], ...] = (
     Series("epoch", lambda s: s.epoch, "Epoch of the placement that the router dispatches by"),
     Series("uncovered_pairs", lambda s: s.uncovered_pairs, "Experts of a layer that no shard of the router has now"),
     Series("fallback_cached_bytes", lambda s: s.fallback_cached_bytes, "Bytes of weights at hand for the fallback"),
-    Series("epoch_swap_max_seconds", lambda s: s.swap_max_us / 1e6, "Longest stop of the steps for a new epoch"),
+    Series("swap_max_us", lambda s: s.swap_max_us, "Longest stop of the steps for a new epoch, in microseconds"),
     Series("balancedness", lambda s: s.balancedness, "Mean over max of the shards' load in row-expert pairs"),
 )
 SHARD_COUNTERS: tuple[Series[list[int]], ...] = (

@@ -26,7 +26,7 @@ class WorkerCalls:
         self.timeout_s = timeout_s
 
     async def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
-        """Begin to prepare an epoch beside the steps: bytes of `Membership.delta_from` the one in use, or of a whole one.
+        """Begin to prepare an epoch beside the steps: what `Membership.delta_from` or `to_bytes` gave.
 
         New shards that take longer than `connect_s` are left out (None: longer than the worker's own time-out).
         """

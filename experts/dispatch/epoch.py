@@ -1,4 +1,4 @@
-"""All that a dispatcher needs of one epoch, made beside the engine's steps so that it is taken over between two of them.
+"""All that a dispatcher needs of one epoch, made beside the engine's steps and taken over between two of them.
 
 R ranks.
 """

@@ -1,4 +1,4 @@
-"""Prepares epochs in a thread of its own: reads them, connects to new shards, builds tables. The engine steps on meanwhile.
+"""Prepares epochs in a thread of its own, beside the engine's steps: reads them, connects to new shards, builds tables.
 
 R ranks.
 """
@@ -40,7 +40,7 @@ class _Job:
 
 
 class EpochPreparer:
-    """The newest epoch that a router was told of, and the links made for it. `start` and `finish` are for one thread."""
+    """The newest epoch that a router was told of, and the links made for it. One thread calls its methods."""
 
     def __init__(self, dispatcher: Dispatcher, connector: Connector, prefer_local: bool) -> None:
         self._dispatcher = dispatcher

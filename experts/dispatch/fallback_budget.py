@@ -2,8 +2,8 @@
 
 Legend: T tokens, K top-k, M some of the tokens, D hidden size.
 
-Reading and dequantizing happen in a thread of their own, by demand: a step waits for it no longer than it has time left,
-and what comes too late is there for the next one. Rows that no time was left for are refused: they leave without the
+Reading and dequantizing happen in a thread of their own, by demand: a step waits no longer than it has time left, and
+what comes too late is there for the next one. Rows that no time was left for are refused: they leave without the
 experts that they lack, and whoever drives the engine must end their requests.
 """
 
@@ -26,12 +26,12 @@ CHUNK_ROWS = 64  # computed between two looks at the clock
 
 
 class FallbackBudget:
-    """Computes any expert of a checkpoint while there is time. One thread, the engine's, calls it; another one reads."""
+    """Computes any expert of a checkpoint while there is time. The engine's thread calls it; another one reads."""
 
     def __init__(
         self, checkpoint: ExpertCheckpoint, dtype: torch.dtype, device: str, cache_bytes: int, max_ms_per_step: float
     ) -> None:
-        """Weights are cached on `device`, at most `cache_bytes` of them. `max_ms_per_step` is for all layers of a step."""
+        """`cache_bytes` of weights are kept on `device`; `max_ms_per_step` is for all layers of a step."""
         self.spec = checkpoint.spec
         self.spent_ns = 0  # since the start
         self._checkpoint = checkpoint
@@ -64,8 +64,8 @@ class FallbackBudget:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted sums in x's dtype [T, D], which rows lack an expert for want of time: bool [T] in host memory).
 
-        `topk_ids_TK`, in host memory, holds logical experts, -1 where a pair is not wanted. A row that lacks one is not worth computing:
-        its sum may be anything.
+        `topk_ids_TK`, in host memory, holds logical experts, -1 where a pair is not wanted. The sum of a row that lacks
+        one may be anything.
         """
         start_ns = time.monotonic_ns()
         deadline_ns = start_ns + self._left_ns

@@ -4,7 +4,7 @@
 
 Legend: L MoE layers, S slots, R ranks, N changed slots.
 
-    header  magic, version, bytes of the JSON, epoch, epoch it builds on (-1: none, this is a whole one), CRC-32 of the map
+    header  magic, version, bytes of the JSON, epoch, the epoch it builds on (-1: none), CRC-32 of the map
     JSON    sizes, nodes, whether the placement is partial, endpoints: all of them, or those that changed by rank
     map     whole:  int16 [L, S], or int32 where there are more experts than int16 counts
             change: int32 [N] places in the flat map | int16 or int32 [N] the experts there now
@@ -143,4 +143,4 @@ def _dtype(num_experts: int) -> np.dtype[Any]:
 
 
 def _crc(placement: Placement) -> int:
-    return zlib.crc32(placement.physical_to_logical_map)
+    return zlib.crc32(placement.physical_to_logical_map.data)

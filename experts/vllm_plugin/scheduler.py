@@ -2,8 +2,8 @@
 
 Everything here touches vLLM's internals (0.32); `tests/experts/vllm_plugin/test_joints.py` says what a later version
 moved. The worker names the requests in the step's output (`joints.report_refused`). They end before a token of the step
-is looked at, and with them every request that shares a block of their KV cache written in that step: in vLLM a block can
-be found by its prefix from the moment it is scheduled, so a second request may have read it before this is known.
+is looked at, and with them every request that shares a block of KV cache written in that step: vLLM lets a block be
+found by its prefix from the moment it is scheduled, so a second request may have read it before this is known.
 """
 
 from __future__ import annotations

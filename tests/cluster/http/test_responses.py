@@ -17,6 +17,7 @@ exceptions = pytest.importorskip("vllm.exceptions", reason="vLLM's errors")
 engine_exceptions = pytest.importorskip("vllm.v1.engine.exceptions", reason="vLLM's errors")
 
 from cluster.http.responses import INTERNAL, OneErrorFormat  # noqa: E402
+from cluster.http.vllm_joints import EXPERTS_UNAVAILABLE  # noqa: E402
 
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 JSON = [(b"content-type", b"application/json"), (b"content-length", b"999"), (b"x-kept", b"1")]
@@ -286,3 +287,27 @@ def test_an_exception_after_the_answer_does_not_answer_twice() -> None:
 def test_what_ends_a_task_or_the_process_is_not_held_up(raised: BaseException) -> None:
     with pytest.raises(type(raised)):
         Answered(raised=raised)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+def test_a_request_whose_experts_are_nowhere_may_be_sent_again(path: str) -> None:
+    """As an exception, as an answer of vLLM's, as the first event of a stream, and after tokens that were right."""
+    told = exceptions.RetryableRequestError(EXPERTS_UNAVAILABLE)
+    error = {"message": EXPERTS_UNAVAILABLE, "type": "InternalServerError", "param": None, "code": 503}
+    event = f"data: {json.dumps({'error': error})}\n\n"
+    for answered in (
+        Answered(raised=told, path=path),
+        Answered(start(503, JSON), vllm_error(503, EXPERTS_UNAVAILABLE), path=path),
+        Answered(start(), chunk(event), chunk("data: [DONE]\n\n", more=False), path=path),
+    ):
+        assert (answered.status, answered.headers[b"retry-after"]) == (503, b"4")
+        body = json.loads(answered.sent[1]["body"])["error"]
+        assert (body["code"], body["type"]) == ("experts_unavailable", "overloaded_error")
+        assert body["message"] == EXPERTS_UNAVAILABLE
+    streamed = Answered(
+        start(), chunk('data: {"id": 1}\n\n'), chunk(event), chunk("data: [DONE]\n\n", more=False), path=path
+    )
+    assert streamed.status == 200
+    last = streamed.sent[2]["body"]
+    assert b'"code":"experts_unavailable"' in last
+    assert b"InternalServerError" not in last

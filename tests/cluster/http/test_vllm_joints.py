@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,13 @@ class Engine:
         assert internal
         self.aborted.append(request_id)
 
+    async def generate(self, *outputs: Any) -> AsyncIterator[Any]:
+        try:
+            for output in outputs:
+                yield output
+        finally:
+            self.closed = True
+
     request_id = "inner"
 
 
@@ -147,3 +156,33 @@ def test_log_probabilities_of_the_prompt_are_counted(asked: int | None, passes: 
         with pytest.raises(VLLMValidationError, match="max_prompt_logprobs") as found:
             run_async(engine.add_request("outer", PROMPT, Params(asked)))
         assert found.value.parameter == "prompt_logprobs"
+
+
+def output(finish_reason: str | None, stop_reason: str | None) -> Any:
+    return SimpleNamespace(outputs=[SimpleNamespace(finish_reason=finish_reason, stop_reason=stop_reason)])
+
+
+def test_a_request_that_ended_for_want_of_experts_is_told_apart_from_other_errors() -> None:
+    from vllm.exceptions import RetryableRequestError
+
+    engine: Any = Engine(None)  # type: ignore[arg-type]
+    vllm_joints.guard_engine(engine, 100)
+    good = [output(None, None), output("error", None), output("stop", "experts_unavailable")]
+
+    async def taken(*outputs: Any) -> list[Any]:
+        return [one async for one in engine.generate(*outputs)]
+
+    assert run_async(taken(*good)) == good
+    with pytest.raises(RetryableRequestError, match=f"^{vllm_joints.EXPERTS_UNAVAILABLE}$"):
+        run_async(taken(good[0], output("error", "experts_unavailable"), good[0]))
+    assert engine.closed
+
+
+def test_the_engines_own_generate_is_what_the_routes_call() -> None:
+    from vllm.entrypoints.openai.chat_completion import serving as chat
+    from vllm.entrypoints.openai.completion import serving as completions
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    for module in (chat, completions):
+        assert "self.engine_client.generate(" in inspect.getsource(module)

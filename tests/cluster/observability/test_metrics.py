@@ -20,11 +20,15 @@ COUNTERS = {
     "fan_out_sum": 120,
     "failovers": 1,
     "fallback_pairs": 2,
+    "fallback_ms": 2.5,
+    "refused_requests": 6,
+    "no_slot_pairs": 5,
     "bytes_sent": 1000,
     "bytes_received": 900,
 }
 SHARD_COUNTERS = {"shard_rows": [30, 50], "shard_pairs": [60, 100]}
-GAUGES = {"epoch": 4, "balancedness": 0.75}
+GAUGES = {"epoch": 4, "balancedness": 0.75, "uncovered_pairs": 12, "fallback_cached_bytes": 4096, "swap_max_us": 70.5}
+UNCHANGED = ("uncovered_pairs", "fallback_cached_bytes", "swap_max_us")
 
 
 def samples(text: bytes) -> dict[tuple[str, ...], float]:
@@ -148,6 +152,7 @@ def test_ray_gets_the_growth_of_every_counter_and_the_value_of_every_gauge(ray_m
         "shard_pairs": {("r1", "0"): [60, 7], ("r1", "1"): [100]},
         "epoch": {("r1",): [4, 4, 6, 6]},
         "balancedness": {("r1",): [0.75, 0.75, 0.5, 0.5]},
+        **{name: {("r1",): [GAUGES[name]] * 4} for name in UNCHANGED},
         "dispatch_stage_seconds": {
             ("r1", "wait"): [pytest.approx(10.000035), pytest.approx(2.0)],
             ("r1", "combine"): [pytest.approx(10.000035)],

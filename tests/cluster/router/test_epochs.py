@@ -191,7 +191,7 @@ def test_a_router_that_no_shard_takes_any_more_stops_following() -> None:
 
 
 def test_a_router_whose_right_shards_are_merely_away_goes_on() -> None:
-    """It computes what they held, though the only shard that answers is of another model; a starting router gives up."""
+    """It computes what they held, though the one shard that answers is of another model. A starting router gives up."""
 
     async def check() -> None:
         worker, controller = Worker(), Controller(news(4, 0, 1))

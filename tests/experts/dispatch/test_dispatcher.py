@@ -29,8 +29,8 @@ from tests.support.small_mesh import (
     oracle,
     random_batch,
     replicated,
-    unhurried,
     run,
+    unhurried,
     write_checkpoint,
 )
 

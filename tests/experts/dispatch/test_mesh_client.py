@@ -244,7 +244,7 @@ def test_an_epoch_that_is_overtaken_hands_its_links_on(model: Path) -> None:
         router.prepare(mesh.membership(epoch=1))
         await_true(lambda: ready(router), "epoch 1")
         router.prepare(mesh.membership(epoch=2, without=(2,)))
-        with pytest.raises(ValueError, match="epoch 1 is not ready to be applied; the newest: .*epoch=2"):
+        with pytest.raises(ValueError, match=r"epoch 1 is not ready to be applied; the newest: .*epoch=2"):
             router.apply(1)
         await_true(lambda: ready(router), "epoch 2")
         assert not router.attached

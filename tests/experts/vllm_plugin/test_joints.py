@@ -101,3 +101,39 @@ def test_the_load_format_leads_to_our_loader(facts: dict[str, Any]) -> None:
 
 def test_the_worker_has_no_methods_of_our_names(facts: dict[str, Any]) -> None:
     assert facts["clashes"] == []
+
+
+@pytest.fixture(scope="module")
+def ends(vllm_zygote: Zygote) -> dict[str, Any]:
+    """What ends requests whose experts are nowhere."""
+    job = vllm_zygote.start("refusal_joints")
+    vllm_zygote.wait(job, "makes_scheduler")
+    return vllm_zygote.events(job)
+
+
+def test_the_scheduler_ends_requests_as_it_did(ends: dict[str, Any]) -> None:
+    assert ends["signatures"] == {
+        "Scheduler.update_from_output": ["self", "scheduler_output", "model_runner_output"],
+        "Scheduler.finish_requests": ["self", "request_ids", "finished_status"],
+        "Scheduler._free_request_blocks": ["self", "request"],
+        "KVCacheManager.evict_blocks": ["self", "block_ids"],
+        "KVCacheManager.get_block_ids": ["self", "request_id"],
+    }, f"vllm {ends['version']}"
+    assert (ends["is_scheduler"], ends["overridden"]) == (True, [])
+    assert ends["gone_is_skipped"], "tokens of requests that ended while their step was out are not let out"
+    assert ends["all_frees"] == 2, "requests lose their blocks when they are preempted and when they end"
+    assert ends["in_flight"]
+    assert ends["makes_scheduler"]
+
+
+def test_a_step_says_what_it_computed_for_whom(ends: dict[str, Any]) -> None:
+    assert ends["sample_tokens"] == {"1": ["self", "grammar_output"], "2": ["self", "grammar_output"]}
+    assert ends["inherited"], "the CPU's model runner samples as the GPU's does"
+    assert "scheduler_output" in ends["states"]["1"]
+    assert "input_batch" not in ends["states"]["1"]
+    assert "input_batch" in ends["states"]["2"]
+    assert {"req_ids", "num_scheduled_tokens"} <= set(ends["batch_2"])
+    assert {"num_scheduled_tokens", "scheduled_new_reqs", "scheduled_cached_reqs"} <= set(ends["output"])
+    assert {"req_id", "num_computed_tokens"} <= set(ends["new"])
+    assert {"req_ids", "num_computed_tokens"} <= set(ends["cached"])
+    assert {"request_id", "new_token_ids", "finish_reason", "stop_reason", "trace_headers"} <= set(ends["core_output"])

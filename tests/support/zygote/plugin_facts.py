@@ -85,6 +85,52 @@ def joints(emit: Any) -> None:
     )
 
 
+def refusal_joints(emit: Any) -> None:
+    """The shapes of everything of vLLM by which requests end whose experts are nowhere."""
+    import dataclasses
+
+    import vllm
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, core
+    from vllm.v1.request import Request
+    from vllm.v1.worker import cpu_model_runner, gpu_model_runner
+    from vllm.v1.worker.gpu import input_batch as input_batch_2
+    from vllm.v1.worker.gpu import model_runner as model_runner_2
+
+    functions = {
+        "Scheduler.update_from_output": Scheduler.update_from_output,
+        "Scheduler.finish_requests": Scheduler.finish_requests,
+        "Scheduler._free_request_blocks": Scheduler._free_request_blocks,
+        "KVCacheManager.evict_blocks": KVCacheManager.evict_blocks,
+        "KVCacheManager.get_block_ids": KVCacheManager.get_block_ids,
+    }
+    runners = {"1": gpu_model_runner, "2": model_runner_2}
+    emit(
+        version=vllm.__version__,
+        signatures={name: list(inspect.signature(function).parameters) for name, function in functions.items()},
+        is_scheduler=issubclass(AsyncScheduler, Scheduler),
+        overridden=[name for name in ("update_from_output", "_free_request_blocks") if name in vars(AsyncScheduler)],
+        sample_tokens={
+            name: list(inspect.signature(m.GPUModelRunner.sample_tokens).parameters) for name, m in runners.items()
+        },
+        inherited="sample_tokens" not in vars(cpu_model_runner.CPUModelRunner),
+        states={name: list(module.ExecuteModelState._fields) for name, module in runners.items()},
+        batch_2=[field.name for field in dataclasses.fields(input_batch_2.InputBatch)],
+        output=[field.name for field in dataclasses.fields(SchedulerOutput)],
+        new=[field.name for field in dataclasses.fields(NewRequestData)],
+        cached=[field.name for field in dataclasses.fields(CachedRequestData)],
+        core_output=list(EngineCoreOutput.__struct_fields__),
+        in_flight="self.num_in_flight_tokens" in inspect.getsource(Request.__init__),
+        gone_is_skipped="if request is None or request.is_finished():"
+        in inspect.getsource(Scheduler.update_from_output),
+        all_frees=inspect.getsource(Scheduler).count("self._free_request_blocks(request)"),
+        makes_scheduler="vllm_config=vllm_config," in inspect.getsource(core.EngineCore.__init__),
+    )
+
+
 def _loader_of(load_format: str) -> str:
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import get_model_loader

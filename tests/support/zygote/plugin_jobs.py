@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.zygote import parity_jobs, refusal_jobs
 from tests.support.zygote.option_facts import engine_configs, options
-from tests.support.zygote.plugin_facts import error_of, joints, reading, refusals, steps, verification
+from tests.support.zygote.plugin_facts import error_of, joints, reading, refusal_joints, refusals, steps, verification
 
 NUM_PROMPTS, NEW_TOKENS = 8, 48
 
@@ -191,6 +191,7 @@ PRELOAD = {"engine": parity_jobs.preload_engine, "shard": parity_jobs.preload_sh
 JOBS = {
     "checkpoint": checkpoint,
     "joints": joints,
+    "refusal_joints": refusal_joints,
     "refusals": refusals,
     "options": options,
     "engine_configs": engine_configs,

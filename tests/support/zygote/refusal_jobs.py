@@ -16,10 +16,11 @@ PROMPTS = [[*SHARED, 200], [*SHARED, 90], [7], [101], [55, 56], [9]]
 
 def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], victim: int) -> None:
     """Each prompt alone; then all at once while experts are nowhere, with no time to compute them and with enough."""
+    from vllm import LLM
+
     from experts.protocol.membership import Membership
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
-    from vllm import LLM
 
     settings = RouterSettings(
         model_path=model, trace_tokens=1000, membership_by_rpc=True, fallback_max_ms_per_step=0, router_id="r1"
