@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.fallback import FallbackExperts
+from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.errors import ShardLostError, ShardTimeoutError
 from experts.protocol.membership import Membership
@@ -33,7 +35,7 @@ from experts.protocol.wire import (
 from experts.shard.request import NoSlotError, read_request
 from experts.transports.base import RouterLink
 from placement.placement import Placement
-from tests.support.small_mesh import Batch, one_process, unhurried
+from tests.support.small_mesh import Batch, one_process
 
 Fault = Callable[["FakeLink", int], int]
 """Gets the link and the length of the good reply in its receive buffer; spoils it and returns a length, or raises."""
@@ -121,6 +123,11 @@ class FakeLink(RouterLink):
     def _experts_of(self, layer: int, slots_N: np.ndarray) -> np.ndarray:
         expert_of_slot = {int(slot): expert for expert, slot in enumerate(self._slots_LE[layer]) if slot >= 0}
         return np.array([expert_of_slot[int(slot)] for slot in slots_N], np.int32)
+
+
+def unhurried(model: Path, dtype: torch.dtype = torch.float32) -> FallbackBudget:
+    """A router's fallback with all the time that it needs."""
+    return FallbackBudget(ExpertCheckpoint.open(model), dtype, "cpu", 1 << 30, 1e6)
 
 
 def lost(link: FakeLink, length: int) -> int:

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.fallback import FallbackExperts
-from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.membership import Membership, ShardEndpoint
@@ -262,13 +261,8 @@ def make_router(model: Path, dtype: torch.dtype = torch.float32, **settings: Any
     spec = (checkpoint := ExpertCheckpoint.open(model)).spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
     # 30 s: no test waits for it, and no loaded machine reaches it.
-    values = {
-        "dispatch_timeout_ms": 30_000,
-        "fallback_max_ms_per_step": 60_000,
-        "trace_tokens": 0,
-        "transport": "shm",
-        **settings,
-    }
+    values = {"dispatch_timeout_ms": 30_000, "fallback_max_ms_per_step": 60_000, "trace_tokens": 0, "transport": "shm"}
+    values |= settings
     return MeshClient(RouterSettings(model_path=str(model), **values), checkpoint, shape, "cpu")
 
 
@@ -347,11 +341,6 @@ def oracle(checkpoint: ExpertCheckpoint, layer: int, batch: Batch) -> torch.Tens
 def one_process(model: Path, dtype: torch.dtype = torch.float32) -> FallbackExperts:
     """Any layer of the checkpoint, computed in this process."""
     return FallbackExperts(ExpertCheckpoint.open(model), dtype)
-
-
-def unhurried(model: Path, dtype: torch.dtype = torch.float32) -> FallbackBudget:
-    """A router's fallback with all the time that it needs."""
-    return FallbackBudget(ExpertCheckpoint.open(model), dtype, "cpu", 1 << 30, 1e6)
 
 
 def run(router: MeshClient, layer: int, batch: Batch) -> torch.Tensor:

@@ -17,7 +17,7 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.membership import Membership
 from experts.protocol.wire import H_PAIRS, header_of
 from placement.placement import Placement
-from tests.support.fake_links import WAIT_FAULTS, FakeLink, fake_mesh, lost
+from tests.support.fake_links import WAIT_FAULTS, FakeLink, fake_mesh, lost, unhurried
 from tests.support.small_mesh import (
     Batch,
     Mesh,
@@ -30,7 +30,6 @@ from tests.support.small_mesh import (
     random_batch,
     replicated,
     run,
-    unhurried,
     write_checkpoint,
 )
 

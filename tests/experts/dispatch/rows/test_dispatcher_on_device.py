@@ -15,14 +15,13 @@ from experts.dispatch import dispatcher as dispatcher_module
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.membership import Membership
-from tests.support.fake_links import WAIT_FAULTS, FakeLink
+from tests.support.fake_links import WAIT_FAULTS, FakeLink, unhurried
 from tests.support.small_mesh import (
     assert_matches,
     one_process,
     oracle,
     random_batch,
     replicated,
-    unhurried,
     write_checkpoint,
 )
 
