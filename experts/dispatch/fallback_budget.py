@@ -10,6 +10,7 @@ experts that they lack, and whoever drives the engine must end their requests.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from experts.model.spec import ExpertWeights
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 5.0  # an expert that could not be read is tried again after this
 CHUNK_ROWS = 64  # computed between two looks at the clock
 
 
@@ -44,7 +46,7 @@ class FallbackBudget:
         self._cache: OrderedDict[tuple[int, int], ExpertWeights] = OrderedDict()
         self._cached_bytes = 0
         self._wanted: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._failed: dict[tuple[int, int], str] = {}
+        self._failed_s: dict[tuple[int, int], float] = {}  # when an expert could not be read
         self._awaited: tuple[tuple[int, int], ExpertWeights | None] | None = None
         self._reading: tuple[int, int] | None = None
         self._reader_runs = False
@@ -109,7 +111,7 @@ class FallbackBudget:
                     self._ask_for(key)
 
     def _ask_for(self, key: tuple[int, int]) -> None:
-        if self._closed or key in self._failed or key == self._reading:
+        if self._closed or self._has_failed(key) or key == self._reading:
             return
         self._wanted[key] = None
         self._wanted.move_to_end(key)
@@ -117,13 +119,16 @@ class FallbackBudget:
             self._reader_runs = True
             threading.Thread(target=self._read, name="fallback-reader", daemon=True).start()
 
+    def _has_failed(self, key: tuple[int, int]) -> bool:
+        return time.monotonic() - self._failed_s.get(key, -math.inf) < RETRY_S
+
     def _await(self, layer: int, expert: int, deadline_ns: int) -> ExpertWeights | None:
         """An expert's weights once they are there; None if the deadline comes first, or they cannot be read."""
         key = (layer, expert)
         with self._changed:
             self._awaited = (key, self._cache.get(key))
             try:
-                while self._awaited[1] is None and key not in self._failed and time.monotonic_ns() < deadline_ns:
+                while self._awaited[1] is None and not self._has_failed(key) and time.monotonic_ns() < deadline_ns:
                     self._ask_for(key)
                     self._changed.wait(max(deadline_ns - time.monotonic_ns(), 0) / 1e9)
                 return self._awaited[1]
@@ -142,10 +147,10 @@ class FallbackBudget:
                 self._reading = key
             try:
                 weights = self._checkpoint.read_expert(*key, self._dtype).to(self._device)
-            except Exception as error:  # a damaged file costs the requests that need it, not the engine
+            except Exception:  # a damaged file costs the requests that need it, not the engine
                 logger.exception("expert %d of layer %d cannot be read", key[1], key[0])
                 with self._changed:
-                    self._failed[key] = f"{type(error).__name__}: {error}"
+                    self._failed_s[key] = time.monotonic()
                     self._changed.notify_all()
                 continue
             with self._changed:

@@ -42,7 +42,7 @@ class RouterSettings(StrictModel):
         description="Bytes of weights that the router caches for computing experts without a live shard.",
     )
     fallback_max_ms_per_step: float = Field(
-        default=500.0,
+        default=1000.0,
         ge=0,
         description="Time that computing those experts may take in one step of the engine. What does not fit ends the "
         "requests that need it, with an error that tells clients to try again; 0 computes nothing here.",

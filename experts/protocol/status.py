@@ -69,7 +69,7 @@ class RouterStatus:
     uncovered_pairs: int = 0  # (layer, expert) that no live shard has at present
     fallback_ms: float = 0.0  # spent on computing those pairs, and on waiting for their weights
     fallback_cached_bytes: int = 0  # of weights that are at hand for them
-    refused_requests: int = 0  # requests ended because no time was left to compute what no shard had
+    refused_requests: int = 0  # requests whose own rows lacked an expert that there was no time to compute
     swap_last_us: float = 0.0  # how long the last change of epochs held up the steps
     swap_max_us: float = 0.0  # likewise, the longest
     # Added by the vLLM worker.

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.dispatch import fallback_budget
 from experts.dispatch.fallback_budget import FallbackBudget
 from experts.protocol.membership import Membership
 from placement.placement import Placement
@@ -133,10 +134,20 @@ def test_a_budget_is_for_all_layers_of_a_step(model: Path, gate: threading.Event
     assert fallback.spent_ns - spent >= 20e6
 
 
-def test_an_expert_that_cannot_be_read_costs_its_requests(model: Path) -> None:
+def test_an_expert_that_cannot_be_read_costs_its_requests_until_it_can(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = threading.Event()
+    away.set()
+
     def damaged() -> None:
-        raise OSError("the file ends too soon")
+        if away.is_set():
+            raise OSError("the disk is away")
 
     mesh, batch = without_rank_1(model, budget(model, 1 << 20, 1e6, damaged)), random_batch(11, seed=1)
     mesh.forward(batch)
     np.testing.assert_array_equal(mesh.dispatcher.take_refused(), np.isin(batch.ids_TK.numpy(), [2, 3]).any(1))
+    away.clear()
+    monkeypatch.setattr(fallback_budget, "RETRY_S", 0.0)
+    assert_matches(mesh.forward(batch), oracle(ExpertCheckpoint.open(model), 0, batch))
+    assert mesh.dispatcher.take_refused() is None
