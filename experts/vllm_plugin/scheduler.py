@@ -64,7 +64,7 @@ class RefusalsMixin:
 
     def _free_request_blocks(self, request: Request) -> None:
         if request.num_in_flight_tokens:
-            self._given_up[request.request_id] = self._blocks_of(request.request_id)
+            self._given_up.setdefault(request.request_id, []).extend(self._blocks_of(request.request_id))
         super()._free_request_blocks(request)  # type: ignore[misc]
 
     def _end(self, scheduler_output: SchedulerOutput, refused: list[str]) -> list[Request]:
