@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,8 +20,6 @@ from experts.dispatch.epoch import PreparedEpoch, prepare_epoch
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint, host_id
 from experts.protocol.membership_bytes import UnknownEpochError, epochs_in
 from experts.transports.base import RouterLink
-
-logger = logging.getLogger(__name__)
 
 # While an epoch is prepared, a step that wants the interpreter's lock gets it after this long instead of 5 ms.
 SWITCH_INTERVAL_S = 0.0002
@@ -84,18 +81,19 @@ class EpochPreparer:
 
     def finish(self, epoch: int) -> AppliedMembership:
         """Have the dispatcher take over a prepared epoch; called between two steps. ValueError if it is not ready."""
-        job, state = self._newest, self.state()
-        if job is None or job.epoch != epoch or not state.ready:
-            raise ValueError(f"epoch {epoch} is not ready to be applied; the newest: {state}")
+        job = self._newest
+        if job is None or job.epoch != epoch or not job.future.done() or job.future.exception() is not None:
+            raise ValueError(f"epoch {epoch} is not ready to be applied; the newest: {self.state()}")
         prepared = job.future.result()
         self._newest = None
         unwanted = self._dispatcher.take_over(prepared)
-        made, self._made = self._made, {}
-        used = {id(link) for link in prepared.links.values()}
-        unwanted += [link for link in made.values() if id(link) not in used]
-        applied = AppliedMembership(epoch, sorted(prepared.links), dict(prepared.lost), job.refused)
-        self._pool.submit(_clean_up, unwanted, applied)
-        return applied
+        if self._made:
+            used = {id(link) for link in prepared.links.values()}
+            unwanted += [link for link in self._made.values() if id(link) not in used]
+            self._made = {}
+        if unwanted:
+            self._pool.submit(_close, unwanted)
+        return AppliedMembership(epoch, sorted(prepared.links), dict(prepared.lost), job.refused)
 
     def settle(self) -> None:
         """Wait until what `finish` left to close is closed."""
@@ -154,10 +152,9 @@ def _incarnation(membership: Membership | None, rank: int) -> str | None:
     return None if endpoint is None else endpoint.incarnation
 
 
-def _clean_up(unwanted: Iterable[RouterLink], applied: AppliedMembership) -> None:
-    for link in unwanted:
+def _close(links: Iterable[RouterLink]) -> None:
+    for link in links:
         link.close()
-    logger.info("epoch %d: connected to shards %s, without %s", applied.epoch, applied.connected, applied.lost)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,10 @@ class HostRowMover(RowMover):
     def carry_over(self, before: RowMover) -> None:
         if isinstance(before, HostRowMover):
             shared = min(self._load_LR.shape[1], before._load_LR.shape[1])
-            self._load_LR[:, :shared] = before._load_LR[:, :shared]
+            if self._load_LR.shape == before._load_LR.shape:
+                self._load_LR = before._load_LR
+            else:
+                self._load_LR[:, :shared] = before._load_LR[:, :shared]
 
     def stage(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
