@@ -19,6 +19,7 @@ from experts.protocol.wire import (
 )
 from experts.shard.request import read_request
 from experts.transports import shm
+from experts.transports.weights import ring
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
         slot_of_expert_LE = np.array([[0, 1, -1, -1]], np.int32)
         read_request(link.send_buffer, link.posted_bytes, slot_of_expert_LE, DTYPE_CODES[dtype], 8)
     shm.warm_up()
+    ring.warm_up()
     try:
         load_library()
     except NativeBuildError as error:

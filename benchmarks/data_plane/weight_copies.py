@@ -1,12 +1,14 @@
 """Copies of experts between two shards of a host, against a bare memcpy, and what they cost the routers.
 
-    python -m benchmarks.data_plane.weight_copies [--quick] [--kernel torch_loop] [--limit 200e6]
+    python -m benchmarks.data_plane.weight_copies [--quick] [--only-rates] [--kernel torch_loop] [--limits 50e6 1e9]
 
-Two shards in processes of their own: one holds all experts of a random model, the other one takes them, over shared
-memory, over TCP on loopback, and from the checkpoint (in the page cache). In the same rounds the taker copies as many
-bytes into the same slots with memcpy. Goal: shared memory moves at least 0.6 of memcpy's bytes a second. Then a router
-dispatches to both shards, each serving half of the experts, while the taker copies the other half over and over: not at
-all, at the limit, without a limit. `fresh` is the first fill of an empty shard, into memory that was never touched.
+Two shards in processes of their own: one holds all experts of a random model, the other one takes them: out of the
+other process's memory, through a ring of shared memory, over loopback TCP, and from the checkpoint (page cache).
+In the same rounds the taker copies as many bytes into the same slots with memcpy. Goal: at least 0.6 of memcpy's bytes
+a second between shards. Beside the seconds that passed stand the processor seconds of both shards, which say more on a
+busy machine. `fresh` is the first fill of an empty shard, into memory that was never touched, by a source that has yet
+to sum up what it holds. Then a router dispatches to both shards, each serving half of the experts, while the taker
+copies the other half over and over: at several limits, without one, and without giving way to requests.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from benchmarks.common import TINY_MODEL, median, percentile, print_table, save
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.settings import RouterSettings, ShardSettings
+from experts.transports.weights import pace
+from experts.transports.weights.memory import PeerMemory
 from placement.placement import Placement
 
 GOAL = 0.6
@@ -41,6 +45,7 @@ SIZES = {  # name: (hidden, width, experts, layers)
 TOP_K = 8
 START_TIMEOUT_S = 300.0
 CALL_TIMEOUT_S = 300.0
+TURNS = 3  # how often each limit comes up, as the machine may be busy in one of them
 
 
 def make_checkpoint(folder: Path, hidden: int, width: int, experts: int, layers: int) -> None:
@@ -74,34 +79,49 @@ class TakingShard:
         self.mover: threading.Thread | None = None
         self.moved_bytes = 0
 
-    def take(self, orders: list[CopyOrder], limit: float | None = None) -> tuple[float, str]:
-        """Seconds to copy, and the source; RuntimeError if one of them failed."""
+    def cpu(self) -> float:
+        """Processor seconds of this process so far."""
+        return time.process_time()
+
+    def connect(self, order: CopyOrder, way: str) -> None:
+        """Copy one expert over a new connection, which `take` then finds."""
+        self.server._mover.close()
+        self.take([order], way)
+
+    def take(self, orders: list[CopyOrder], way: str) -> tuple[float, float]:
+        """Seconds to copy, passed and of the processor. RuntimeError if not all came that way."""
         results: list[CopyResult] = []
-        start_s = time.perf_counter()
-        self.server.copy(orders, results.append, max_bytes_per_s=limit)
-        took_s = time.perf_counter() - start_s
-        sources = {result.error or result.source for result in results}
-        if len(sources) != 1 or not sources <= {"shm", "tcp", "checkpoint"}:
-            raise RuntimeError(f"copies ended as {sources}")
-        self.moved_bytes += sum(result.size_bytes for result in results)
-        return took_s, sources.pop()
+        allowed = PeerMemory.proven
+        if way == "shm":  # as where this process may not read others
+            PeerMemory.proven = lambda self: False  # type: ignore[method-assign]
+        try:
+            start_s, cpu_s = time.perf_counter(), time.process_time()
+            self.server.copy(orders, results.append)
+            took_s = time.perf_counter() - start_s, time.process_time() - cpu_s
+        finally:
+            PeerMemory.proven = allowed  # type: ignore[method-assign]
+        if (sources := {result.error or result.source for result in results}) != {way}:
+            raise RuntimeError(f"copies ended as {sources}, expected {way}")
+        return took_s
 
     def release(self, pairs: list[tuple[int, int]]) -> int:
         return int(self.server.release(pairs))
 
-    def memcpy(self) -> tuple[float, int]:
-        """Seconds and bytes of plain copies into all slots, out of memory of the same size."""
+    def memcpy(self) -> tuple[float, float, int]:
+        """Seconds (passed, of the processor) and bytes of plain copies into all slots, from memory of the same size."""
         kernel = self.server._loop.slots.kernel
         slots = [(layer, slot) for layer in range(kernel.shape.num_layers) for slot in range(kernel.shape.num_slots)]
         targets = [view.numpy() for place in slots for view in kernel.slot_views(*place)]
         sources = [np.ones_like(target) for target in targets]
-        start_s = time.perf_counter()
+        start_s, cpu_s = time.perf_counter(), time.process_time()
         for source, target in zip(sources, targets, strict=True):
             np.copyto(target, source)
-        return time.perf_counter() - start_s, sum(len(target) for target in targets)
+        took_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_s
+        return took_s, cpu_s, sum(len(target) for target in targets)
 
-    def keep_moving(self, orders: list[CopyOrder], limit: float | None) -> None:
-        """Copy and release over and over until `stop_moving`."""
+    def keep_moving(self, orders: list[CopyOrder], limit: float | None, share: float) -> None:
+        """Copy and release over and over until `stop_moving`; `share`: see `pace.SHARE`."""
+        pace.SHARE = share
         self.over.clear()
         self.moved_bytes = 0
 
@@ -186,37 +206,44 @@ def two_ranks(size: tuple[int, int, int, int], taker: range) -> Placement:
 
 
 def rates(model: Path, size: tuple[int, int, int, int], kernel: str, rounds: int) -> list[dict[str, Any]]:
-    """GB/s of each way, medians of `rounds`."""
+    """GB/s of each way, medians of `rounds`, by the seconds that passed and by the processor's."""
     _, _, experts, layers = size
     pairs = [(layer, expert) for layer in range(layers) for expert in range(experts)]
-    seconds: dict[str, list[float]] = {}
+    took: dict[str, list[tuple[float, float]]] = {}
     with shards(model, two_ranks(size, range(0)), kernel) as (source, taker):
-        ways = {
-            "shared memory": (source.endpoint,),
-            "TCP, loopback": (dataclasses.replace(source.endpoint, host_id="elsewhere"),),
-            "checkpoint": (),
-        }
-        expected = {"shared memory": "shm", "TCP, loopback": "tcp", "checkpoint": "checkpoint"}
-        orders = {way: [CopyOrder(*pair, sources) for pair in pairs] for way, sources in ways.items()}
-        seconds["shared memory, fresh"] = [taker("take", orders["shared memory"])[0]]
+        sources = {"process": (source.endpoint,), "shm": (source.endpoint,), "checkpoint": ()}
+        sources["tcp"] = (dataclasses.replace(source.endpoint, host_id="elsewhere"),)
+
+        def copy(way: str) -> tuple[float, float]:
+            """Seconds for all experts, by all but the first, with which the shards connect."""
+            first, *others = [CopyOrder(*pair, sources[way]) for pair in pairs]
+            taker("connect", first, way)
+            lent_s = source("cpu")
+            took_s, cpu_s = taker("take", others, way)
+            share = len(pairs) / len(others)
+            return took_s * share, (cpu_s + source("cpu") - lent_s) * share
+
+        took["process, fresh"] = [copy("process")]
         nbytes = 0
         for _ in range(rounds):
-            took_s, nbytes = taker("memcpy")
-            seconds.setdefault("memcpy", []).append(took_s)
-            for way in ways:
+            took_s, cpu_s, nbytes = taker("memcpy")
+            took.setdefault("memcpy", []).append((took_s, cpu_s))
+            for way in sources:
                 taker("release", pairs)
-                took_s, source_kind = taker("take", orders[way])
-                assert source_kind == expected[way], source_kind
-                seconds.setdefault(way, []).append(took_s)
-    copies_s = median(seconds["memcpy"])
+                took.setdefault(way, []).append(copy(way))
+    passed = {way: median([took_s for took_s, _ in values]) for way, values in took.items()}
+    cpu = {way: median([cpu_s for _, cpu_s in values]) for way, values in took.items()}
     return [
-        {"way": way, "gb_s": nbytes / median(values) / 1e9, "of_memcpy": copies_s / median(values), "seconds": values}
-        for way, values in seconds.items()
-    ]
+        {
+            "way": way, "gb_s": nbytes / passed[way] / 1e9, "of_memcpy": passed["memcpy"] / passed[way],
+            "gb_cpu_s": nbytes / cpu[way] / 1e9, "of_memcpy_cpu": cpu["memcpy"] / cpu[way], "seconds": took[way],
+        }
+        for way in took
+    ]  # fmt: skip
 
 
 def latencies(
-    model: Path, size: tuple[int, int, int, int], kernel: str, limit: float, dispatches: int
+    model: Path, size: tuple[int, int, int, int], kernel: str, limits: list[float], seconds: float
 ) -> list[dict[str, Any]]:
     """Percentiles of a router's dispatches, without and with copies."""
     from experts.checkpoint import ExpertCheckpoint
@@ -229,7 +256,6 @@ def latencies(
     shape = LayerShape(layers, experts, spec.top_k, hidden, torch.bfloat16)
     settings = RouterSettings(model_path=str(model), trace_tokens=0, transport="shm", dispatch_timeout_ms=60_000)
     generator = torch.Generator().manual_seed(1)
-    rows = []
     with shards(model, two_ranks(size, range(half)), kernel) as (source, taker):
         router = MeshClient(settings, ExpertCheckpoint.open(model), shape, "cpu")
         row = [*range(half, experts), *range(half)]
@@ -249,19 +275,29 @@ def latencies(
 
         for number in range(200):
             dispatch(number % layers)
-        for mode, rate in (("none", 0.0), (f"{limit / 1e6:.0f} MB/s", limit), ("no limit", None)):
-            if mode != "none":
-                taker("keep_moving", orders, rate)
-            start_s = time.perf_counter()
-            took = [dispatch(number % layers) * 1e3 for number in range(dispatches)]
-            elapsed_s = time.perf_counter() - start_s
-            moved = taker("stop_moving") if mode != "none" else 0
-            rows.append(
-                {
-                    "copies": mode, "moved_mb_s": moved / elapsed_s / 1e6, "p50_ms": percentile(took, 0.5),
-                    "p99_ms": percentile(took, 0.99), "dispatches_s": dispatches / elapsed_s,
-                }
-            )  # fmt: skip
+        modes: dict[str, tuple[float | None, float] | None] = {"none": None}
+        modes |= {f"{limit / 1e6:.0f} MB/s": (limit, pace.SHARE) for limit in limits}
+        modes |= {"no limit": (None, pace.SHARE), "no limit, no way given": (None, 1.0)}
+        took: dict[str, list[float]] = {mode: [] for mode in modes}
+        moved = dict.fromkeys(modes, 0)
+        for number in range(TURNS * len(modes)):
+            mode, options = list(modes.items())[number % len(modes)]
+            if options:
+                taker("keep_moving", orders, *options)
+            end_s = time.perf_counter() + seconds / TURNS
+            while time.perf_counter() < end_s:
+                took[mode].append(dispatch(len(took[mode]) % layers) * 1e3)
+            if options:
+                moved[mode] += taker("stop_moving")
+        quiet_ms = percentile(took["none"], 0.99)
+        rows = [
+            {
+                "copies": mode, "moved_mb_s": moved[mode] / seconds / 1e6, "p50_ms": percentile(found, 0.5),
+                "p99_ms": percentile(found, 0.99), "p99_ratio": percentile(found, 0.99) / quiet_ms,
+                "dispatches_s": len(found) / seconds,
+            }
+            for mode, found in took.items()
+        ]  # fmt: skip
         if router.status().lost:
             raise RuntimeError(f"the router lost shards: {router.status().lost}")
         router.close()
@@ -272,8 +308,10 @@ def main() -> None:
     """Print the tables and write bench-results/weight_copies.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small experts of one layer, one round")
-    parser.add_argument("--kernel", default="torch_loop", help="kernel of both shards, %(default)s")
-    parser.add_argument("--limit", type=float, default=200e6, help="bytes a second of the limited copies, %(default)g")
+    parser.add_argument("--only-rates", action="store_true", help="no router")
+    parser.add_argument("--kernel", default="native", help="kernel of both shards, %(default)s")
+    parser.add_argument("--limits", type=float, nargs="*", default=[50e6, 1e9], help="bytes a second, %(default)s")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of dispatches with each limit, %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = {"0.79 MB": (512, 256, 64, 1)} if args.quick else SIZES
@@ -284,12 +322,12 @@ def main() -> None:
             found = rates(Path(made), size, args.kernel, 1 if args.quick else 5)
             result["rates"][name] = found
             print_table(
-                f"experts of {name}, kernel {args.kernel}; goal for shared memory {GOAL} of memcpy",
-                ["way", "GB/s", "of memcpy"],
-                [[row["way"], row["gb_s"], row["of_memcpy"]] for row in found],
+                f"experts of {name}, kernel {args.kernel}; goal between shards {GOAL} of memcpy",
+                ["way", "GB/s", "of memcpy", "GB/CPU s", "of memcpy, CPU"],
+                [[*row.values()][:-1] for row in found],
             )
-            if not result["latencies"]:
-                result["latencies"] = latencies(Path(made), size, args.kernel, args.limit, 400 if args.quick else 4000)
+            if not result["latencies"] and not args.only_rates:
+                result["latencies"] = latencies(Path(made), size, args.kernel, args.limits, args.seconds)
                 rows = result["latencies"]
                 print_table(
                     f"a router's dispatches of 16 rows, top-8 of 64 experts of {name}, beside copies",

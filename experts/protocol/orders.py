@@ -22,7 +22,7 @@ class CopyResult:
 
     layer: int
     expert: int
-    source: str  # shm, tcp or checkpoint; empty if it failed, or if the shard held the expert already
+    source: str  # process, shm, tcp or checkpoint; empty if it failed, or if the shard held the expert already
     size_bytes: int
     seconds: float
     error: str = ""  # why there is no copy, one line; empty if the shard holds the expert now

@@ -7,14 +7,18 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from experts.checkpoint.fingerprint import Fingerprint
 from experts.shard.slots import SlotTable
 from experts.transports.control import LifeLine, OtherIncarnationError
 from experts.transports.weights.frames import WeightsHello
+from experts.transports.weights.memory import MemoryLender
 from experts.transports.weights.source import Lent, WeightsSource, open_ring
-from experts.transports.weights.staging import pieces_for
+from experts.transports.weights.staging import HostPieces, pieces_for
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ class HandOut:
         self._incarnation = incarnation
         self._readers: list[LifeLine] = []
         self._lock = threading.Lock()
+        self._memory = MemoryLender()
+        self._lent: dict[tuple[int, int], Lent] = {}  # by (layer, slot), kept for their checksums
         self.experts = 0
         self.bytes = 0
 
@@ -60,15 +66,41 @@ class HandOut:
                 raise ValueError(f"{MAX_READERS} readers already copy from this shard")
             self._readers.append(line)
         pieces = pieces_for(slots.kernel.shape.device)
+        if hello.pid:
+            return self._open_memory(hello, connection, line, pieces)
         ring = open_ring(hello.mailbox) if hello.mailbox else None
         return WeightsSource(connection, ring, self._lend, pieces, self._count).serve, {}
+
+    def _open_memory(
+        self, hello: WeightsHello, connection: socket.socket, line: LifeLine, pieces: HostPieces
+    ) -> tuple[Callable[[], None], dict[str, Any]]:
+        """For a reader that wants to read this process. If it cannot, it leaves and comes back with a mailbox."""
+        on_host = torch.device(self._slots.kernel.shape.device).type == "cpu"
+        offer = None
+        if on_host:
+            offer = self._memory.offer(hello.pid, hello.pid_namespace, lambda: line.gone() is not None)
+        if offer is None:
+            return lambda: None, {}
+
+        def serve() -> None:
+            try:
+                WeightsSource(connection, None, self._lend, pieces, self._count, lends_memory=True).serve()
+            finally:
+                line.close()
+                self._memory.tidy_up()
+
+        return serve, {"memory": asdict(offer)}
 
     def _lend(self, layer: int, expert: int) -> Lent | None:
         lent = self._slots.lend(layer, expert)
         if lent is None:
             return None
-        slot, digest, unchanged = lent
-        return Lent(self._slots.kernel.slot_views(layer, slot), digest, unchanged)
+        slot, digest, releases_1, releases = lent
+        known = self._lent.get((layer, slot))
+        if known is None or known.releases != releases:  # a slot holds one expert between two releases
+            known = Lent(self._slots.kernel.slot_views(layer, slot), digest, releases_1, releases)
+            self._lent[layer, slot] = known
+        return known
 
     def _count(self, nbytes: int) -> None:
         with self._lock:

@@ -25,7 +25,7 @@ from experts.transports.weights.staging import HostPieces, pieces_for
 logger = logging.getLogger(__name__)
 
 MAX_LANES = 4
-ASKED_AHEAD = 3  # so that a source never waits for this shard's bookkeeping
+ASKED_AHEAD = 6  # so that a source never waits for this shard's bookkeeping; half of them in one message
 STALL_S = 5.0  # a source that sends nothing for so long is given up
 CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.1
@@ -36,7 +36,7 @@ Source = ShardEndpoint | None
 
 @dataclass
 class MoverCounters:
-    """What was copied since the shard started; sources are shm, tcp and checkpoint."""
+    """What was copied since the shard started; sources are process, shm, tcp and checkpoint."""
 
     copies: Counter[str] = field(default_factory=Counter)
     copied_bytes: Counter[str] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ class Mover:
         cancelled: Callable[[], bool],
     ) -> None:
         """See `ShardServer.copy`."""
-        pace = Pace(max_bytes_per_s, cancelled)
+        pace = Pace(max_bytes_per_s, cancelled, lambda: self._slots.requests_ended)
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("another copy of this shard still runs; cancel it, or wait for it to return")
         start_s = time.monotonic()
@@ -227,9 +227,10 @@ class _Run:
             reader = self._mover.take_reader(source)
             pieces = pieces_for(self._slots.kernel.shape.device)
             while True:
-                while len(asked) < ASKED_AHEAD and (task := self._next(source)) is not None:
-                    asked.append(task)
-                    reader.ask(task.order.layer, task.order.expert)
+                if len(asked) <= ASKED_AHEAD // 2:
+                    while len(asked) < ASKED_AHEAD and (task := self._next(source)) is not None:
+                        asked.append(task)
+                        reader.ask(task.order.layer, task.order.expert)
                 if not asked:
                     break
                 self._receive(reader, pieces, asked)
@@ -264,7 +265,7 @@ class _Run:
         kernel.finish_write(layer, slot)
         slots.publish(layer, expert, slot, digest)
         asked.popleft()
-        self._report(task, reader.transport, sum(map(len, views)))
+        self._report(task, reader.transport, sum(view.numel() for view in views))
 
     def _move_on(self, source: Source, asked: deque[_Task], reason: str) -> None:
         """Pass all orders of a lost source on to the next ones."""

@@ -40,7 +40,7 @@ from experts.transports.base import ShardChannel
 from experts.transports.connect import open_shard_channel
 from experts.transports.control import ControlListener, Hello, LifeLine, OtherIncarnationError
 from experts.transports.shm import ShmDoorbell
-from experts.transports.weights import ring
+from experts.transports.weights import reader
 from experts.transports.weights.frames import WeightsHello
 from placement.placement import Placement, check_same_model
 
@@ -116,7 +116,7 @@ class ShardServer:
         weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
         self._hand_out = HandOut(slots, self._fingerprint, incarnation)
         self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights))
-        ring.warm_up()
+        reader.warm_up()
         self._listener = ControlListener(
             settings.bind_host,
             self._open_channel,
@@ -162,6 +162,11 @@ class ShardServer:
         """int32 [L, s]: the expert in each slot that requests can reach, else -1."""
         loop, _ = self._running()
         return loop.slots.held_Ls()
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in the kernel's format. RuntimeError before it was started."""
+        return self._running()[0].kernel.shape.expert_bytes
 
     def status(self) -> ShardStatus:
         """What it holds and has done, for health checks and metrics. RuntimeError before it was started."""

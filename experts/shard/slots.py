@@ -66,6 +66,11 @@ class SlotTable:
         self._requests_ended += 1
 
     @property
+    def requests_ended(self) -> int:
+        """Requests that the compute loop has answered."""
+        return self._requests_ended
+
+    @property
     def num_loaded(self) -> int:
         """Experts held, over all layers."""
         return int((self.slot_of_expert_LE >= 0).sum())
@@ -180,10 +185,11 @@ class SlotTable:
                 self.kernel.begin_write(layer, slot)
                 self._taken_Ls[layer, slot] = False
 
-    def lend(self, layer: int, expert: int) -> tuple[int, bytes, Callable[[], bool]] | None:
-        """For a copy of an expert: its slot, its digest, and whether the slot was not released since. None if not held.
+    def lend(self, layer: int, expert: int) -> tuple[int, bytes, np.ndarray, int] | None:
+        """For a copy of an expert: its slot, its digest, a counter, and what that says now. None if not held.
 
-        Nothing keeps the slot: who has read it must ask whether it was released meanwhile, and drop what it read if so.
+        Nothing keeps the slot. The counter (int64 [1], a view) counts its releases: who has read the slot must look
+        whether it still says the same, and drop what it read if not.
         """
         shape = self.slot_of_expert_LE.shape
         if not (0 <= layer < shape[0] and 0 <= expert < shape[1]):
@@ -192,8 +198,8 @@ class SlotTable:
             slot = int(self.slot_of_expert_LE[layer, expert])
             if slot < 0:
                 return None
-            digest, releases = self._digests[layer, expert], int(self._releases_Ls[layer, slot])
-        return slot, digest, lambda: int(self._releases_Ls[layer, slot]) == releases
+            releases_1 = self._releases_Ls[layer, slot : slot + 1]
+            return slot, self._digests[layer, expert], releases_1, int(releases_1[0])
 
     def load(self, placement: Placement, rank: int, num_threads: int = 1) -> int:
         """Load the experts that `placement` gives to `rank` and that are not here yet; returns how many.

@@ -60,10 +60,8 @@ def write_checkpoint(
 ) -> Path:
     """The routed experts of a Qwen3-MoE without the rest of the model; `config` goes into config.json."""
     D, I = hidden_size, intermediate_size
-    generator, shapes = (
-        torch.Generator().manual_seed(seed),
-        {"gate_proj": (I, D), "up_proj": (I, D), "down_proj": (D, I)},
-    )
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"gate_proj": (I, D), "up_proj": (I, D), "down_proj": (D, I)}
     tensors = {
         f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight": (
             torch.randn(shape, generator=generator) * (2.0 / shape[1] ** 0.5)
@@ -186,9 +184,8 @@ def start_shards(
     model: Path, placement: Placement, ranks: list[int] | None = None, epoch: int = 1, **settings: Any
 ) -> dict[int, Shard]:
     """Shards for `ranks` (None: all), started in parallel; the caller ends each."""
-    data = ShardSettings(
-        **{"model_path": str(model), "dtype": "float32", "kernel": "torch_loop", **settings}
-    ).model_dump()
+    given = {"model_path": str(model), "dtype": "float32", "kernel": "torch_loop", **settings}
+    data = ShardSettings(**given).model_dump()
     started: dict[int, tuple[Any, Any]] = {}
     for rank in range(placement.num_ranks) if ranks is None else ranks:
         ours, theirs = multiprocessing.Pipe()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import select
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +18,15 @@ import torch
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports.control import open_control, shake_hands
 from experts.transports.shared_region import FdMailbox, SharedRegion
+from experts.transports.weights import memory, ring
 from experts.transports.weights.checksum import add_to_sums, new_sums
-from experts.transports.weights.frames import ASK, HEAD, SENT, TAIL, WeightsHello
+from experts.transports.weights.frames import ASK, HEAD, LOAN, PLACE, SENT, TAIL, WeightsHello
+from experts.transports.weights.memory import LentSlot, MemoryOffer, PeerMemory, pid_namespace
 from experts.transports.weights.pace import Pace
-from experts.transports.weights.ring import RING_BYTES, RingEnd, warm_up
+from experts.transports.weights.ring import RING_BYTES, RingEnd
 from experts.transports.weights.staging import HostPieces
+
+logger = logging.getLogger(__name__)
 
 _CHECK_S = 0.05  # how often a wait looks whether the source is gone or the copy was called off
 
@@ -35,55 +42,67 @@ class NotCopiedError(RuntimeError):
 class WeightsReader:
     """A connection to one shard that has experts. One thread uses it at a time."""
 
-    def __init__(self, rank: int, connection: socket.socket, ring: RingEnd | None, stall_s: float) -> None:
-        self.transport = "tcp" if ring is None else "shm"
+    def __init__(self, rank: int, connection: socket.socket, way: PeerMemory | RingEnd | None, stall_s: float) -> None:
+        self.transport = "process" if isinstance(way, PeerMemory) else "shm" if way else "tcp"
         self._rank = rank
         self._connection = connection
-        self._ring = ring
+        self._way = way
         self._stall_s = stall_s
         self._asked: deque[tuple[int, int]] = deque()
+        self._untold = b""
 
     @classmethod
     def connect(cls, endpoint: ShardEndpoint, hello: WeightsHello, deadline_s: float, stall_s: float) -> WeightsReader:
-        """A connection to the shard at `endpoint`, before `deadline_s` (time.monotonic()): shm on one host, else tcp.
+        """A connection to the shard at `endpoint`, before `deadline_s` (time.monotonic()).
 
-        ShardError, OSError or ValueError says why there is none. After `stall_s` without a byte that was asked for,
-        the source counts as lost.
+        On one host "process", or "shm" if this process may not read the shard's; else "tcp". ShardError, OSError or
+        ValueError says why there is none. After `stall_s` without a byte that was asked for, the source counts as lost.
         """
         warm_up()
         hello = replace(hello, incarnation=endpoint.incarnation)
-        connection = open_control(endpoint, deadline_s)
-        mailbox = FdMailbox() if endpoint.host_id == host_id() else None
-        try:
-            shake_hands(connection, endpoint.rank, replace(hello, mailbox=mailbox.name if mailbox else ""), deadline_s)
-            ring = None
-            if mailbox is not None:
-                region = SharedRegion(mailbox.receive(deadline_s, count=1)[0], RING_BYTES)
-                region.drop_descriptor()
-                ring = RingEnd(region)
-            return cls(endpoint.rank, connection, ring, stall_s)
-        except BaseException:
-            connection.close()
-            raise
-        finally:
-            if mailbox is not None:
-                mailbox.close()
+        if endpoint.host_id != host_id():
+            with _closed_on_error(open_control(endpoint, deadline_s)) as connection:
+                shake_hands(connection, endpoint.rank, hello, deadline_s)
+                return cls(endpoint.rank, connection, None, stall_s)
+        with _closed_on_error(open_control(endpoint, deadline_s)) as connection:
+            asking = replace(hello, pid=os.getpid(), pid_namespace=pid_namespace())
+            offer = shake_hands(connection, endpoint.rank, asking, deadline_s).get("memory")
+            # The PID is the one that the controller knows, not one that an answer says.
+            peer = PeerMemory(endpoint.pid, MemoryOffer(**offer)) if offer else None
+            if peer is not None and peer.proven():
+                return cls(endpoint.rank, connection, peer, stall_s)
+        connection.close()
+        logger.info("shard %d's memory cannot be read from here, so its experts come through a ring", endpoint.rank)
+        with (
+            _closed_on_error(open_control(endpoint, deadline_s)) as connection,
+            contextlib.closing(FdMailbox()) as mailbox,
+        ):
+            shake_hands(connection, endpoint.rank, replace(hello, mailbox=mailbox.name), deadline_s)
+            region = SharedRegion(mailbox.receive(deadline_s, count=1)[0], RING_BYTES)
+            region.drop_descriptor()
+            return cls(endpoint.rank, connection, RingEnd(region), stall_s)
 
     def ask(self, layer: int, expert: int) -> None:
-        """Have an expert sent; `receive` takes them in the order asked. SourceLostError."""
+        """Have an expert sent; `receive` takes them in the order asked, and first tells the source what was asked."""
+        self._asked.append((layer, expert))
+        self._untold += ASK.pack(layer, expert)
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, b""
         try:
             self._connection.settimeout(self._stall_s)
-            self._connection.sendall(ASK.pack(layer, expert))
+            self._connection.sendall(untold)
         except OSError as error:
             raise SourceLostError(f"shard {self._rank}: {error}") from error
-        self._asked.append((layer, expert))
 
     def receive(self, views: list[torch.Tensor], pieces: HostPieces, pace: Pace) -> bytes:
         """Fill `views` with the expert asked for first; returns its digest, when what stands there has the right sum.
 
         NotCopiedError, SourceLostError, or CopyCancelledError, after which the connection is of no use either.
         """
-        asked, expected = self._asked.popleft(), sum(map(len, views))
+        if self._untold:
+            self._tell()
+        asked, expected = self._asked.popleft(), sum(view.numel() for view in views)
         layer, expert, status, _, nbytes = HEAD.unpack(self._receive_exactly(HEAD.size, pace))
         if (layer, expert) != asked:
             raise SourceLostError(f"shard {self._rank} sent expert {expert} of layer {layer}, asked for {asked}")
@@ -92,12 +111,16 @@ class WeightsReader:
         if nbytes != expected:
             raise SourceLostError(f"shard {self._rank} sends {nbytes} bytes of an expert, expected {expected}")
         sums = new_sums()
-        with contextlib.closing(pieces.incoming(views, pace.piece_bytes)) as incoming:
-            for piece in incoming:
-                pace.take(len(piece))
-                self._fill(piece, sums, pace)
-        status, _, plain, weighted, digest = TAIL.unpack(self._receive_exactly(TAIL.size, pace))
-        if status != SENT:
+        if isinstance(self._way, PeerMemory):
+            (plain, weighted, digest), unchanged = self._read_lent(self._way, views, pieces, sums, pace)
+        else:
+            with contextlib.closing(pieces.incoming(views, pace.piece_bytes)) as incoming:
+                for piece in incoming:
+                    pace.take(len(piece))
+                    self._fill(piece, sums, pace)
+            status, _, plain, weighted, digest = TAIL.unpack(self._receive_exactly(TAIL.size, pace))
+            unchanged = status == SENT
+        if not unchanged:
             raise NotCopiedError(f"shard {self._rank} released it while it was copied")
         if (plain, weighted) != (int(sums[0]), int(sums[1])):
             raise NotCopiedError(f"what came from shard {self._rank} has another checksum")
@@ -112,14 +135,38 @@ class WeightsReader:
         self._fill_from_socket(data, pace)
         return data.tobytes()
 
+    def _read_lent(
+        self, peer: PeerMemory, views: list[torch.Tensor], pieces: HostPieces, sums: np.ndarray, pace: Pace
+    ) -> tuple[tuple[int, int, bytes], bool]:
+        """Fetch an expert out of the source's memory: what the source says of it, and whether it still stands there."""
+        frames = self._receive_exactly(LOAN.size + PLACE.size * len(views), pace)
+        counter, releases, count, _, *said = LOAN.unpack_from(frames)
+        if count != len(views):
+            raise SourceLostError(f"shard {self._rank} lends {count} views of an expert, expected {len(views)}")
+        places = list(PLACE.iter_unpack(frames[LOAN.size :]))
+        if [nbytes for _, nbytes in places] != [view.numel() for view in views]:
+            raise SourceLostError(f"shard {self._rank} lends views of other sizes: {places}")
+        lent = LentSlot(peer, places, counter, releases)
+        try:
+            with contextlib.closing(pieces.incoming(views, pace.piece_bytes)) as incoming:
+                for piece in incoming:
+                    pace.take(len(piece))
+                    lent.read(piece, sums)
+            unchanged = lent.unchanged()
+        except OSError as error:
+            raise SourceLostError(f"shard {self._rank}: {error}") from error
+        if self.closed:
+            raise SourceLostError(f"shard {self._rank} closed the connection")
+        return (said[0], said[1], said[2]), unchanged
+
     def _fill(self, piece: np.ndarray, sums: np.ndarray, pace: Pace) -> None:
-        if self._ring is None:
+        if not isinstance(self._way, RingEnd):
             self._fill_from_socket(piece, pace)
             add_to_sums(int(piece.ctypes.data), len(piece), sums)
             return
         done, moved_s = 0, time.monotonic()
         while done < len(piece):
-            got = self._ring.read(piece[done:], sums, _CHECK_S)
+            got = self._way.read(piece[done:], sums, _CHECK_S)
             done += got
             if got:
                 moved_s = time.monotonic()
@@ -152,3 +199,18 @@ class WeightsReader:
             if not got:
                 raise SourceLostError(f"shard {self._rank} closed the connection")
             done, moved_s = done + got, time.monotonic()
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: socket.socket) -> Iterator[socket.socket]:
+    try:
+        yield connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+def warm_up() -> None:
+    """Compile what copies use, or load it from the cache."""
+    ring.warm_up()
+    memory.warm_up()

@@ -77,7 +77,7 @@ def test_the_shard_says_it_too(model: Path, changed: Path, caplog: pytest.LogCap
         router.close()
         server.stop()
     assert applied.refused == [0]
-    assert any("refused a router: router wrong" in text and NAME in text for text in caplog.messages)
+    assert any("refused a router or shard: router wrong" in text and NAME in text for text in caplog.messages)
 
 
 def test_many_differing_tensors_are_counted(mesh: Mesh, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,20 @@ import pytest
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.orders import CopyResult
 from experts.shard import mover as mover_module
+from experts.shard.mover import ASKED_AHEAD
 from experts.shard.server import ShardServer
 from tests.support.copying_shards import (
     ALL,
     EXPERT_BYTES,
     PAIRS,
     SLOW,
+    WAYS,
     check_right,
     copies_model,
     copy,
-    elsewhere,
     orders,
     server,
+    ways_to,
 )
 from tests.support.small_mesh import (
     Shard,
@@ -58,13 +60,13 @@ def target(model: Path) -> Iterator[ShardServer]:
         yield started
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp", "checkpoint"])
+@pytest.mark.parametrize("transport", [*WAYS, "checkpoint"])
 def test_an_empty_shard_is_filled_and_serves(
-    model: Path, sources: dict[int, Shard], target: ShardServer, transport: str
+    model: Path, sources: dict[int, Shard], target: ShardServer, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert target.status().loaded_experts == 0
-    source = sources[0].endpoint
-    given = {"shm": (source,), "tcp": (elsewhere(source),), "checkpoint": ()}[transport]
+    source = ways_to(monkeypatch, transport)(sources[0].endpoint)
+    given = () if transport == "checkpoint" else (source,)
     before = sources[0].status()
     results = copy(target, orders(*given))
     assert {(r.source, r.size_bytes, r.error) for r in results} == {(transport, EXPERT_BYTES, "")}
@@ -91,21 +93,22 @@ def test_connections_are_kept_and_made_anew_when_the_source_ended_them(
         first._connection.shutdown(socket.SHUT_WR)  # which the source answers by ending it
         await_true(lambda: first.closed, "the connection's end")
         results = copy(target, orders(source.endpoint, pairs=PAIRS[3:]))
-        assert {r.source for r in results} == {"shm"}
+        assert {r.source for r in results} == {"process"}
     check_right(target, model)
 
 
-@pytest.mark.parametrize("place", [lambda e: e, elsewhere], ids=["shm", "tcp"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_source_that_dies_or_stops_in_mid_copy_is_followed_by_the_next(
     model: Path,
     sources: dict[int, Shard],
     target: ShardServer,
     monkeypatch: pytest.MonkeyPatch,
-    place: Callable[[ShardEndpoint], ShardEndpoint],
+    way: str,
     fault: int,
 ) -> None:
     monkeypatch.setattr(mover_module, "STALL_S", 1.0)
+    place = ways_to(monkeypatch, way)
     victim = start_shards(model, ALL, [0])[0]
     try:
         results: list[CopyResult] = []
@@ -115,17 +118,16 @@ def test_a_source_that_dies_or_stops_in_mid_copy_is_followed_by_the_next(
             if len(results) == 2:
                 victim.signal(fault)
 
-        half = len(PAIRS) // 2
-        wanted = orders(place(victim.endpoint), sources[1].endpoint, pairs=PAIRS[:half])
-        wanted += orders(place(victim.endpoint), pairs=PAIRS[half:])
+        both = ASKED_AHEAD + 2  # more than can be under way, so the other source is needed
+        wanted = orders(place(victim.endpoint), sources[1].endpoint, pairs=PAIRS[:both])
+        wanted += orders(place(victim.endpoint), pairs=PAIRS[both:])
         target.copy(wanted, strike, max_bytes_per_s=20e6)
         assert [r.error for r in results] == [""] * len(PAIRS)
-        first = place(victim.endpoint) == victim.endpoint
-        assert {r.source for r in results[:2]} == {"shm" if first else "tcp"}
+        assert {r.source for r in results[:2]} == {way}
         by_pair = {(r.layer, r.expert): r.source for r in results[2:]}
         # What was under way at that moment may have come still.
-        assert {by_pair[pair] for pair in PAIRS[half:]} == {"checkpoint"}
-        assert "shm" in {by_pair[pair] for pair in PAIRS[:half] if pair in by_pair}
+        assert {by_pair[pair] for pair in PAIRS[both:]} == {"checkpoint"}
+        assert ("shm" if way == "shm" else "process") in {by_pair[pair] for pair in PAIRS[:both] if pair in by_pair}
     finally:
         victim.end()
     check_right(target, model)
@@ -186,15 +188,16 @@ def test_a_source_that_gave_the_expert_up_is_followed_by_the_checkpoint(model: P
         assert source.endpoint is not None
         assert source.release([(0, 1), (1, 4)]) == 2
         results = copy(target, orders(source.endpoint))
-    expected = {pair: "checkpoint" if pair in ((0, 1), (1, 4)) else "shm" for pair in PAIRS}
+    expected = {pair: "checkpoint" if pair in ((0, 1), (1, 4)) else "process" for pair in PAIRS}
     assert {(r.layer, r.expert): r.source for r in results} == expected
     check_right(target, model)
 
 
-@pytest.mark.parametrize("place", [lambda e: e, elsewhere], ids=["shm", "tcp"])
+@pytest.mark.parametrize("way", WAYS)
 def test_an_expert_that_is_released_and_overwritten_while_it_is_copied_is_not_taken(
-    model: Path, target: ShardServer, place: Callable[[ShardEndpoint], ShardEndpoint]
+    model: Path, target: ShardServer, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    place = ways_to(monkeypatch, way)
     with server(model, 0) as source:
         assert source.endpoint is not None
         assert source._hand_out is not None
@@ -222,7 +225,35 @@ def test_an_expert_that_is_released_and_overwritten_while_it_is_copied_is_not_ta
         target.copy(wanted, results.append, max_bytes_per_s=SLOW, cancelled=overwrite)
         assert overwritten
         # TCP's buffers may have held all of it before.
-        taken = {"checkpoint"} if place(source.endpoint) == source.endpoint else {"checkpoint", "tcp"}
+        taken = {"checkpoint", "tcp"} if way == "tcp" else {"checkpoint"}
         assert {r.source for r in results} <= taken
         copy(target, orders(source.endpoint))
+    check_right(target, model)
+
+
+def test_a_slot_that_is_filled_anew_has_another_checksum(model: Path, target: ShardServer) -> None:
+    """The source sums up a slot once for all readers that read its memory."""
+    with server(model, 0) as source, server(model, 2) as other:
+        assert source.endpoint is not None
+        pairs = [(0, 1), (0, 2)]
+        wanted = orders(source.endpoint, pairs=pairs)
+        assert {r.source for r in copy(other, wanted)} == {"process"}
+        before = source.held_Ls()[0].tolist()
+        source.release(pairs)
+        copy(source, orders(pairs=pairs[::-1]))
+        assert source.held_Ls()[0].tolist() != before, "they stand in each other's slots"
+        assert {r.source for r in copy(target, wanted)} == {"process"}
+        copy(target, orders())
+    check_right(target, model)
+
+
+def test_a_slot_that_changes_without_a_release_is_noticed(model: Path, target: ShardServer) -> None:
+    with server(model, 0) as source, server(model, 2) as other:
+        assert source.endpoint is not None
+        wanted = orders(source.endpoint, pairs=[(0, 2)])
+        assert {r.source for r in copy(other, wanted)} == {"process"}
+        slot = int(np.flatnonzero(source.held_Ls()[0] == 2)[0])
+        source._loop.slots.kernel.slot_views(0, slot)[0][12345] ^= 4  # type: ignore[union-attr]
+        assert {r.source for r in copy(target, wanted)} == {"checkpoint"}
+        copy(target, orders())
     check_right(target, model)

@@ -81,7 +81,7 @@ def test_strangers_and_other_layouts_are_refused_and_the_checkpoint_is_read(
         ]
         assert [(r.source, r.error) for r in copy(target, wanted)] == [("checkpoint", "")] * 4
         assert (native.status().handed_out, stranger.status().handed_out) == (0, 0)
-    assert {r.source for r in copy(target, orders(sources[0].endpoint, pairs=PAIRS[4:]))} == {"shm"}
+    assert {r.source for r in copy(target, orders(sources[0].endpoint, pairs=PAIRS[4:]))} == {"process"}
     check_right(target, model)
 
 
@@ -106,12 +106,12 @@ def test_no_more_than_so_many_readers(
     monkeypatch.setattr("experts.shard.hand_out.MAX_READERS", 1)
     with server(model, 0) as source, server(model, 2) as first:
         assert source.endpoint is not None
-        assert {r.source for r in copy(first, orders(source.endpoint, pairs=PAIRS[:1]))} == {"shm"}
+        assert {r.source for r in copy(first, orders(source.endpoint, pairs=PAIRS[:1]))} == {"process"}
         assert {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[:1]))} == {"checkpoint"}
         first.stop()
         await_true(
             lambda: (
-                "shm" in {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[1:2]))}
+                "process" in {r.source for r in copy(target, orders(source.endpoint, pairs=PAIRS[1:2]))}
                 or not target.release(PAIRS[1:2])
             ),
             "room for another reader",
@@ -150,7 +150,7 @@ def test_dispatches_are_answered_right_while_experts_come_and_go(model: Path) ->
         await_true(lambda: len(rounds) >= 2 or not mover.is_alive(), "two rounds of copies")
         over.set()
         join(mover, "the last round")
-        assert rounds[:2] == [{"shm"}, {"tcp"}]
+        assert rounds[:2] == [{"process"}, {"tcp"}]
         status = router.status()
         assert (status.lost, status.fallback_pairs, status.failovers) == ({}, 0, 0)
         held = target.call("held_Ls")

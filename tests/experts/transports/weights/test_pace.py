@@ -70,3 +70,54 @@ def test_a_wait_ends_when_the_copy_is_called_off(clock: Clock) -> None:
 def test_a_limit_that_lets_nothing_through_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="expected more than 0, or None for no limit"):
         Pace(rate, lambda: False)
+
+
+class Thread:
+    """What Linux says of the copying thread: seconds used, cores taken away; and the shard's answered requests."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ru_utime, self.ru_stime, self.ru_nivcsw, self.requests = 3.0, 1.0, 5, 100
+        made_up = SimpleNamespace(getrusage=lambda who: self, RUSAGE_THREAD=1)
+        monkeypatch.setattr(pace_module, "resource", made_up)
+
+
+@pytest.mark.parametrize(("requests", "taken_away"), [(0, 0), (1, 0), (0, 1)])
+def test_copies_go_on_at_full_speed_without_requests_or_with_cores_to_spare(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, requests: int, taken_away: int
+) -> None:
+    thread = Thread(monkeypatch)
+    pace = Pace(None, lambda: False, lambda: thread.requests)
+    for _ in range(20):
+        pace.take(PIECE_BYTES)
+        thread.ru_utime += 0.001
+        thread.requests += requests
+        thread.ru_nivcsw += taken_away
+    assert clock.now_s == 100.0
+    assert pace.piece_bytes == PIECE_BYTES
+
+
+def test_copies_use_a_share_of_a_core_while_requests_come_and_cores_are_short(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    thread = Thread(monkeypatch)
+    pace = Pace(None, lambda: False, lambda: thread.requests)
+    pace.take(PIECE_BYTES)
+    used_s = 0.0
+    for number in range(50):
+        thread.ru_utime += 0.001
+        thread.ru_stime += 0.001
+        clock.now_s += 0.002
+        used_s += 0.002
+        thread.requests += 1
+        thread.ru_nivcsw += number % 10 == 0  # a thread that sleeps a lot is seldom interrupted
+        pace.take(PIECE_BYTES)
+    assert used_s / (clock.now_s - 100.0) == pytest.approx(pace_module.SHARE)
+    assert CHUNK_BYTES <= pace.piece_bytes < PIECE_BYTES
+    clock.now_s += 1.1
+    thread.ru_nivcsw += 1
+    before_s = clock.now_s
+    for _ in range(20):
+        thread.ru_utime += 0.001
+        pace.take(PIECE_BYTES)
+    assert clock.now_s == before_s, "no requests come any more"
+    assert pace.piece_bytes == PIECE_BYTES
