@@ -23,6 +23,8 @@ MODULES = (
     "benchmarks.serving.decode_throughput",
     "benchmarks.serving.fuzz_http",
     "benchmarks.serving.upgrade",
+    "benchmarks.placement.large_mesh",
+    "benchmarks.serving.live_experts",
 )
 
 

@@ -8,8 +8,9 @@ from ray import serve
 from ray.serve.deployment import Application
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.deployments import CONTROLLER, SHARD
 from cluster.console.deployment import ConsoleServer
-from cluster.controller.client import CONTROLLER, ROUTER, SHARD
+from cluster.controller.client import ROUTER
 from cluster.controller.deployment import PlacementController
 from cluster.controller.pinned_model import with_pinned_model
 from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
@@ -17,6 +18,7 @@ from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
+from experts.model.spec import ExpertSpec
 
 # Many long polls and heartbeats are pending together; none of them costs anything.
 CONTROLLER_OPTIONS = {
@@ -32,6 +34,7 @@ SHARD_OPTIONS = {
     "health_check_timeout_s": 30,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
+SLOW_BYTES_PER_S, LONGEST_STOP_S = 100e6, 3600
 CONSOLE_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 1000,
     "num_replicas": 1,
@@ -44,27 +47,38 @@ def experts_application(config: ExpertsAppConfig) -> Application:
     config = with_pinned_model(config)
     folder, complete = folder_here(config.model.path)
     refuse_experts(config, folder=folder, complete=complete)
-    # Here, since it imports numba, which the other builders do without.
-    from cluster.controller.initial_placement import plan_placement
+    # Here, so that the other builders do without what reads checkpoints.
+    from cluster.mesh.planning import read_spec
 
-    placement = plan_placement(config)
+    spec = read_spec(config)
     args = config.model_dump(exclude_unset=True)
+    options = {**SHARD_OPTIONS, **config.shards.deployment_config}
+    options.setdefault("graceful_shutdown_timeout_s", stop_timeout_s(config, spec))
     shards = serve.deployment(
         ExpertShard,
         name=SHARD,
-        num_replicas=config.shards.count,
+        num_replicas=1,  # as `deployments` in the file says
         ray_actor_options=_with_env(
             config.shards.ray_actor_options, {"OMP_NUM_THREADS": str(config.shards.num_threads)}
         ),
-        **{**SHARD_OPTIONS, **config.shards.deployment_config},
-    ).bind(args)
+        **options,
+    ).bind(args, options["graceful_shutdown_timeout_s"])
     return serve.deployment(
         PlacementController,
         name=CONTROLLER,
         num_replicas=1,
-        ray_actor_options=config.membership.ray_actor_options,
+        ray_actor_options=config.controller.ray_actor_options,
+        user_config={},  # as `deployments` in the file says
         **CONTROLLER_OPTIONS,
-    ).bind(args, placement.to_json(), shards)
+    ).bind(args, {"num_layers": spec.num_layers, "num_experts": spec.num_experts}, shards)
+
+
+def stop_timeout_s(config: ExpertsAppConfig, spec: ExpertSpec) -> float:
+    """How long a shard may take to hand on what it has: its bytes at a slow network's pace, and a minute."""
+    slots = config.shards.slots_per_rank or spec.num_experts
+    itemsize = 4 if config.model.dtype == "float32" else 2
+    shard_bytes = 3 * spec.hidden_size * spec.intermediate_size * itemsize * slots * spec.num_layers
+    return float(min(60 + round(shard_bytes / SLOW_BYTES_PER_S), LONGEST_STOP_S))
 
 
 def llm_application(config: LLMAppConfig) -> Application:

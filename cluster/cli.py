@@ -129,7 +129,7 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _progress("starting Serve")
         _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
-        _progress(f"deploying {', '.join(config.names)} ({config.experts.shards.count} shards)")
+        _progress(f"deploying {', '.join(config.names)} ({config.num_shards} shards)")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     finally:
@@ -198,9 +198,11 @@ def _deploy(config: MeshConfig, http_options: dict[str, Any]) -> None:
 
 
 def _check_plan(config: MeshConfig) -> None:
-    from cluster.controller.initial_placement import check_plan
+    from cluster.mesh.planning import ModelFacts, ShardsAtHand, check_plan, read_spec
 
-    check_plan(config.experts)
+    spec = read_spec(config.experts)
+    shards = ShardsAtHand(config.num_shards, 1, config.experts.shards.slots_per_rank)
+    check_plan(config.live.placement, ModelFacts(spec.num_layers, spec.num_experts), shards)
 
 
 def _undeploy(config: MeshConfig) -> None:

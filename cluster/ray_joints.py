@@ -60,6 +60,27 @@ def deployment_handle(name: str, app_name: str) -> DeploymentHandle:
     return serve.get_deployment_handle(name, app_name, _check_exists=False)
 
 
+@dataclass(frozen=True)
+class ReplicaCounts:
+    """Replicas of one deployment, as Serve's controller counts them."""
+
+    wanted: int
+    running: int
+
+
+def replicas_of(app_name: str, deployment: str) -> ReplicaCounts | None:
+    """How many replicas a deployment should have and how many run; None if Serve does not say. Blocks for a moment."""
+    from ray.serve.context import _get_global_client
+
+    try:
+        details = _get_global_client().get_serve_details()["applications"][app_name]["deployments"][deployment]
+        running = sum(replica["state"] == "RUNNING" for replica in details["replicas"])
+        return ReplicaCounts(int(details["target_num_replicas"]), running)
+    except Exception as error:
+        logging.getLogger("ray.serve").info("Serve does not say how many replicas %s has: %r", deployment, error)
+        return None
+
+
 def show_data_plane_log() -> None:
     """Send what `experts` logs, downloads and loading among it, where Serve's own log of this process goes."""
     serve_log, ours = logging.getLogger("ray.serve"), logging.getLogger("experts")

@@ -29,6 +29,7 @@ ORDER = {
             "config",
             "serve_environment",
             "ray_joints",
+            "mesh",
             "controller",
             "observability",
             "shard",
@@ -36,7 +37,7 @@ ORDER = {
             "router",
             "console",
         ),
-        *("refusals", "build", "start_up", "haproxy_guard", "cli"),
+        *("refusals", "build", "start_up", "haproxy_guard", "cli", "placement_command", "__main__"),
     ],
 }
 

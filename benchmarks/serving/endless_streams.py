@@ -26,6 +26,12 @@ class Window:
     changed: int = 0
     largest_gap_s: float = 0.0
     largest_first_token_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks after the first of each request."""
+        return len(self.gaps_s)
 
 
 class Streams:
@@ -76,7 +82,16 @@ class Streams:
             changed=sum(differs for _, _, differs in ends),
             largest_gap_s=max((gap for when, gap in self._gaps if start_s <= when < end_s), default=0.0),
             largest_first_token_s=max((t for when, t in self._first_tokens if start_s <= when < end_s), default=0.0),
+            gaps_s=[gap for when, gap in self._gaps if start_s <= when < end_s],
         )
+
+    def wait_until_warm(self, timeout_s: float) -> None:
+        """Wait for the first text of every stream. RuntimeError after `timeout_s`."""
+        end_s = time.monotonic() + timeout_s
+        while not self.warm():
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"no text on some stream after {timeout_s} s: {self.window(0, end_s).failed[:3]}")
+            time.sleep(0.5)
 
     async def _run(self) -> None:
         limits = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)

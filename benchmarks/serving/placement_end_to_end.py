@@ -73,10 +73,14 @@ def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
     head = {"head": 0.01}
     experts = {
         "model": model,
-        "shards": {"count": NUM_SHARDS, "ray_actor_options": {"num_cpus": 0.1, "resources": {"shard": 1}}},
-        "placement": {"file": str(placement_file)},
-        "membership": {"lost_after_s": 60, "drain_s": 0, "ray_actor_options": {"num_cpus": 0, "resources": head}},
+        "shards": {"ray_actor_options": {"num_cpus": 0.1, "resources": {"shard": 1}}},
+        "controller": {"ray_actor_options": {"num_cpus": 0, "resources": head}},
     }
+    live = {"placement": {"file": str(placement_file)}, "membership": {"lost_after_s": 60, "drain_s": 0}}
+    deployments = [
+        {"name": "ExpertShard", "num_replicas": NUM_SHARDS},
+        {"name": "PlacementController", "user_config": live},
+    ]
     llm = {
         "model": model,
         "routers": {
@@ -99,7 +103,13 @@ def serve_config(placement_file: Path, near: bool) -> dict[str, Any]:
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": PORT},
         "applications": [
-            {"name": "experts", "route_prefix": None, "import_path": "serve_app:build_experts", "args": experts},
+            {
+                "name": "experts",
+                "route_prefix": None,
+                "import_path": "serve_app:build_experts",
+                "args": experts,
+                "deployments": deployments,
+            },
             {"name": "llm", "route_prefix": "/", "import_path": "serve_app:build_llm", "args": llm},
             {
                 "name": "console",

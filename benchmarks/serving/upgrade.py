@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import os
-import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.common import ROOT, TINY_MODEL, print_table, real_prompts, save
-from benchmarks.serving.endless_streams import Streams
+from benchmarks.common import TINY_MODEL, print_table, real_prompts, save
+from benchmarks.serving.endless_streams import Streams, Window
+from benchmarks.serving.service import ENGINE_TITLE, OUTCOME_TIMEOUT_S, Service
 from cluster.haproxy_guard import HAProxyGuard
-from cluster.serve_environment import environment_of_a_local_cluster
 
-MARK = "EXPERTMESH_BENCH_RUN"  # in the environment of every process of this run's cluster
-ROUTER_TITLE, ENGINE_TITLE = b"ray::ServeReplica:llm:Router", b"VLLM::EngineCore"
-OUTCOME_TIMEOUT_S = 600.0
 AFTERWARDS_S = 5.0
 LOADING_S = (2.0, 10.0, 20.0)  # how long after its start the first, second, third new router is killed
 GAP_GOAL_S = 1.0
@@ -82,98 +74,25 @@ def cases(folder: Path) -> list[Case]:
     ]
 
 
-class Service:
-    """The service of one config on a cluster of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
-        self._config["http_options"]["port"] = self.port
-        self._mark = secrets.token_hex(8)
-        self._folder = folder
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Service]:
-        """Start Ray and Serve and deploy the config as it ships; end all of it afterwards."""
-        os.environ.update(
-            {
-                **environment_of_a_local_cluster(self._folder, os.environ),
-                **{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), MARK: self._mark},
-                **{"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)},
-            }
-        )
-        import ray  # it reads its environment when imported
-        from ray import serve
-
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
-        try:
-            serve.start(proxy_location="HeadOnly", http_options=self._config["http_options"])
-            self.deploy(lambda llm: None)
-            self.wait_for("RUNNING", lambda: None)
-            yield self
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-
-    def deploy(self, change: Change) -> None:
-        """Deploy the shipped config with a change to the arguments of `llm`."""
-        from cluster.ray_joints import deploy_config
-
-        config = copy.deepcopy(self._config)
-        [llm] = [app["args"] for app in config["applications"] if app["import_path"].endswith(":build_llm")]
-        change(llm)
-        deploy_config(config)
-
-    def wait_for(self, outcome: str, meanwhile: Callable[[], None]) -> str:
-        """Await the end of a deploy; returns Serve's message. Raises RuntimeError if it ends otherwise."""
-        from ray import serve
-
-        end_s = time.monotonic() + OUTCOME_TIMEOUT_S
-        status, message = "", ""
-        while time.monotonic() < end_s:
-            application = serve.status().applications["llm"]
-            replicas = [replica for d in application.deployments.values() for replica in d.replica_states]
-            status, message = application.status.value, application.message
-            message = "; ".join([message, *(d.message for d in application.deployments.values())])
-            if status == "DEPLOY_FAILED" or (status == "RUNNING" and replicas == ["RUNNING"]):
-                break
-            meanwhile()
-            time.sleep(0.5)
-        if status != outcome:
-            raise RuntimeError(f"the deploy ended as {status}, expected {outcome}: {message}")
-        return message
-
-    def routers(self, title: bytes = ROUTER_TITLE) -> set[int]:
-        """Ids of the routers' processes; with ENGINE_TITLE, of their engines'."""
-        mark, found = f"{MARK}={self._mark}".encode(), set()
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                titled = (entry / "cmdline").read_bytes().startswith(title)
-                if titled and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.add(int(entry.name))
-        return found
-
-
 def run(service: Service, streams: Streams, case: Case) -> dict[str, Any]:
     """One case; the row of the table."""
-    old = service.routers()
+    old = service.processes()
     seen: dict[int, float] = {}
 
     def kill_those_that_load() -> None:
-        for pid in service.routers() - old:
+        for pid in service.processes() - old:
             first_s = seen.setdefault(pid, time.monotonic())
             if time.monotonic() - first_s > LOADING_S[min(list(seen).index(pid), 2)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     start_s = time.monotonic()
-    service.deploy(case.change)
-    message = service.wait_for(case.outcome, kill_those_that_load if case.kill else lambda: None)
+    service.deploy(lambda apps: case.change(apps["llm"]["args"]))
+    message = service.wait_for("llm", case.outcome, kill_those_that_load if case.kill else lambda: None)
     done_s = time.monotonic()
     time.sleep(AFTERWARDS_S)
     found = streams.window(start_s, time.monotonic())
-    left = service.routers()
+    left = service.processes()
     stayed = old <= left
     if stayed == (case.outcome == "RUNNING"):
         raise RuntimeError(f"{case.name}: the old router {'still runs' if stayed else 'is gone'}")
@@ -182,8 +101,8 @@ def run(service: Service, streams: Streams, case: Case) -> dict[str, Any]:
         "outcome": case.outcome,
         "seconds": done_s - start_s,
         "why": message.strip().splitlines()[-1] if case.outcome == "DEPLOY_FAILED" else "",
-        "engines_left": len(service.routers(ENGINE_TITLE)) - len(left),
-        **asdict(found),
+        "engines_left": len(service.processes(ENGINE_TITLE)) - len(left),
+        **_facts(found),
     }
 
 
@@ -235,23 +154,19 @@ def main() -> None:
     save("upgrade", {"streams": args.streams, "rows": rows})
 
 
+def _facts(window: Window) -> dict[str, Any]:
+    facts = asdict(window)
+    del facts["gaps_s"]
+    return facts
+
+
 def _undisturbed(streams: Streams, seconds: float = 20.0) -> dict[str, Any]:
     """The same without a deploy, once every stream has had its first text."""
-    end_s = time.monotonic() + OUTCOME_TIMEOUT_S
-    while not streams.warm():
-        if time.monotonic() > end_s:
-            raise RuntimeError(f"no text on some stream after {OUTCOME_TIMEOUT_S} s: {streams.window(0, end_s)}")
-        time.sleep(0.5)
+    streams.wait_until_warm(OUTCOME_TIMEOUT_S)
     start_s = time.monotonic()
     time.sleep(seconds)
     found = streams.window(start_s, time.monotonic())
-    return {"case": "no deploy", "outcome": "", "seconds": seconds, "why": "", "engines_left": 0, **asdict(found)}
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    return {"case": "no deploy", "outcome": "", "seconds": seconds, "why": "", "engines_left": 0, **_facts(found)}
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from cluster.config.experts_sections import MembershipSection, PlacementSection, ShardsSection
-from cluster.config.http_sections import HttpSection, KeysSection
+from cluster.config.experts_sections import ControllerSection, ShardsSection
+from cluster.config.http_sections import ConsoleHttpSection, HttpSection
 from cluster.config.llm_sections import DeadlinesSection, RoutersSection, TransportSection
 from cluster.config.model_section import ModelSection
 from experts.protocol.settings import RouterSettings, ShardSettings, StrictModel
@@ -15,15 +15,14 @@ from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
 
 class ExpertsAppConfig(StrictModel):
-    """Arguments of `serve_app:build_experts`: the shards and their controller."""
+    """Arguments of `serve_app:build_experts`: what a change of restarts shards and controller."""
 
     model: ModelSection = Field(description="The model; the same in both applications.")
-    shards: ShardsSection = Field(description="The expert shards.")
-    placement: PlacementSection = Field(default=PlacementSection(), description="Which expert each slot holds.")
-    membership: MembershipSection = Field(default=MembershipSection(), description="How shards are tracked.")
+    shards: ShardsSection = Field(default=ShardsSection(), description="The expert shards.")
+    controller: ControllerSection = Field(default=ControllerSection(), description="The placement controller.")
 
-    def shard_settings(self, bind_host: str) -> ShardSettings:
-        """Settings of one shard; `bind_host` is the address at which routers reach it."""
+    def shard_settings(self, bind_host: str, num_slots: int) -> ShardSettings:
+        """Settings of one shard with `num_slots` slots a layer; `bind_host` is where routers reach it."""
         return ShardSettings(
             model_path=self.model.path,
             dtype=self.model.dtype,
@@ -32,7 +31,7 @@ class ExpertsAppConfig(StrictModel):
             num_threads=self.shards.num_threads,
             bind_host=bind_host,
             max_rows_per_dispatch=self.shards.max_rows_per_dispatch,
-            slots_per_rank=self.shards.slots_per_rank,
+            slots_per_rank=num_slots,
             spin_us=self.shards.spin_us,
             connect_timeout_s=self.shards.connect_s,
         )
@@ -63,7 +62,8 @@ class LLMAppConfig(StrictModel):
             spin_us=self.transport.spin_us,
             prefer_local_replicas=self.transport.prefer_local_replicas,
             trace_tokens=self.routers.trace_tokens,
-            fallback_cache_bytes=self.routers.fallback_cache_bytes,
+            fallback_cache_bytes=self.routers.fallback.cache_bytes,
+            fallback_max_ms_per_step=self.routers.fallback.max_ms_per_step,
             membership_by_rpc=True,
         )
 
@@ -84,7 +84,7 @@ class ConsoleAppConfig(StrictModel):
     llm_apps: list[str] = Field(
         default=["llm"], min_length=1, description="Names of the applications that hold the routers."
     )
-    http: KeysSection = Field(default=KeysSection(), description="API keys.")
+    http: ConsoleHttpSection = Field(default=ConsoleHttpSection(), description="API keys and admin keys.")
     deployment_config: dict[str, Any] = Field(
         default_factory=dict,
         description="Ray Serve options of the deployment, including num_replicas and ray_actor_options.",

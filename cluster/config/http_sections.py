@@ -29,15 +29,51 @@ class KeysSection(StrictModel):
 
     def keys(self) -> frozenset[str]:
         """All accepted keys; none means that requests need no key. Raises ValueError if api_keys_env is not set."""
-        keys = set(self.api_keys)
-        if self.api_keys_env is not None:
-            named = [key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip()]
-            if not named:
-                raise ValueError(
-                    f"http.api_keys_env names {self.api_keys_env}, which holds no key where the application is built"
-                )
-            keys.update(named)
+        return _with_env("api_keys_env", self.api_keys, self.api_keys_env)
+
+
+class ConsoleHttpSection(KeysSection):
+    """Who may call the console, and who may change the service through it."""
+
+    admin_keys: list[str] = Field(
+        default_factory=list,
+        description="Keys that may change the placement, drain shards and clear traces, and read as API keys do. "
+        "Without any, nothing can be changed over HTTP. Prefer admin_keys_env.",
+    )
+    admin_keys_env: str | None = Field(
+        default=None,
+        description="Environment variable with more admin keys, comma-separated. It must be set if named here.",
+    )
+
+    @field_validator("admin_keys")
+    @classmethod
+    def _none_empty(cls, value: list[str]) -> list[str]:
+        if any(not key.strip() for key in value):
+            raise ValueError("an admin key is empty")
+        return value
+
+    def admins(self) -> frozenset[str]:
+        """All admin keys; none means that nobody may change anything.
+
+        Raises ValueError if admin_keys_env is not set, or if an API key is among them.
+        """
+        admins = _with_env("admin_keys_env", self.admin_keys, self.admin_keys_env)
+        if both := len(admins & self.keys()):
+            raise ValueError(
+                f"http: {both} of the admin keys {'is' if both == 1 else 'are'} among the API keys, which many clients "
+                "have: use others"
+            )
+        return admins
+
+
+def _with_env(name: str, keys: list[str], variable: str | None) -> frozenset[str]:
+    """The keys of the section and of the environment variable that its key `name` names."""
+    if variable is None:
         return frozenset(keys)
+    named = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
+    if not named:
+        raise ValueError(f"http.{name} names {variable}, which holds no key where the application is built")
+    return frozenset([*keys, *named])
 
 
 class HttpSection(KeysSection):

@@ -14,6 +14,21 @@ def _router_default(name: str) -> Any:
     return RouterSettings.model_fields[name].default
 
 
+class FallbackSection(StrictModel):
+    """The limits of a router that computes experts without a live shard. Requests beyond them end with status 503."""
+
+    max_ms_per_step: float = Field(
+        default=_router_default("fallback_max_ms_per_step"),
+        ge=0,
+        description="Most milliseconds of an engine's step; 0: nothing is computed.",
+    )
+    cache_bytes: int = Field(
+        default=_router_default("fallback_cache_bytes"),
+        ge=0,
+        description="Bytes of expert weights that are kept, in the model's dtype, on the router's device.",
+    )
+
+
 class RoutersSection(StrictModel):
     """The routers: replicas of Ray Serve LLM, each with a vLLM engine that holds no expert weights."""
 
@@ -42,10 +57,8 @@ class RoutersSection(StrictModel):
         description="Number of tokens whose routing decisions a router keeps for planning, as a uniform sample; "
         "0 turns recording off.",
     )
-    fallback_cache_bytes: int = Field(
-        default=_router_default("fallback_cache_bytes"),
-        ge=0,
-        description="Size of the cache for experts that no live shard holds. A router computes those itself.",
+    fallback: FallbackSection = Field(
+        default=FallbackSection(), description="What a router computes itself because no shard holds it."
     )
 
     @field_validator("engine_kwargs")

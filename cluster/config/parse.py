@@ -21,9 +21,20 @@ NAMES = {"model.path"}
 # Keys of earlier versions, and what replaces them.
 RENAMED = {
     "http.deployment_config": "routers.deployment_config",
-    "membership.join_deadline_s": "join_timeout_s",
     "placement.near_replicas_first": "prefer_local_replicas",
+    "routers.fallback_cache_bytes": "fallback.cache_bytes",
     "transport.near_replicas_first": "prefer_local_replicas",
+}
+
+# Sections and keys that moved out of the arguments of `experts`, and the line to write instead.
+_LIVE = "deployments: [{{name: PlacementController, user_config: {{{0}: {{...}}}}}}] beside args"
+MOVED = {
+    "shards.count": "deployments: [{name: ExpertShard, num_replicas: N}] beside args",
+    "placement": _LIVE.format("placement"),
+    "membership": _LIVE.format("membership") + "; join_timeout_s is shards.join_timeout_s, ray_actor_options is "
+    "controller.ray_actor_options",
+    "membership.join_timeout_s": "shards.join_timeout_s among the args",
+    "membership.ray_actor_options": "controller.ray_actor_options among the args",
 }
 
 M = TypeVar("M", bound=BaseModel)
@@ -45,6 +56,19 @@ def parse(schema: type[M], data: Any, where: str = "args", folder: Path | None =
     except ValidationError as error:
         raise ConfigError("\n".join(_lines(error, where))) from None
     return config
+
+
+def portable(data: dict[str, Any], config: BaseModel) -> dict[str, Any]:
+    """Arguments as written if they mean the same without the file's folder, else with absolute paths.
+
+    Serve compares arguments to tell whether an application changed, and `serve deploy` sends them as written.
+    """
+    try:
+        if parse(type(config), data) == config:
+            return data
+    except ConfigError:
+        pass
+    return config.model_dump(exclude_unset=True)
 
 
 def find_path(value: str, where: str, folder: Path | None) -> Path:
@@ -100,8 +124,12 @@ def _lines(error: ValidationError, where: str) -> Iterator[str]:
             place += f"[{part}]" if isinstance(part, int) else f".{part}"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            renamed = RENAMED.get(".".join(map(str, item["loc"])))
-            message = "unknown key" if renamed is None else f"unknown key; use {renamed} instead"
+            key = ".".join(map(str, item["loc"]))
+            message = "unknown key"
+            if key in RENAMED:
+                message = f"unknown key; use {RENAMED[key]} instead"
+            elif key in MOVED:
+                message = f"moved; write {MOVED[key]}"
         elif item["type"] == "missing":
             message = "missing"
         elif item["type"] != "value_error":

@@ -4,7 +4,10 @@ The file is a Serve config, so `serve run` and `serve deploy` take it as it is. 
 are the sections of `cluster.config.apps`; their builders are in `serve_app`:
 
     applications:
-      - {name: experts, import_path: "serve_app:build_experts", args: {model: &model {...}, shards: ...}}
+      - name: experts
+        import_path: serve_app:build_experts
+        args: {model: &model {...}, shards: ...}
+        deployments: [{name: ExpertShard, num_replicas: 3}, {name: PlacementController, user_config: ...}]
       - {name: llm, import_path: "serve_app:build_llm", args: {model: *model, routers: ...}}
       - {name: console, import_path: "serve_app:build_console"}  # may be left out
 """
@@ -19,8 +22,10 @@ import yaml
 from pydantic import BaseModel, Field
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.deployments import DeploymentOverrides
+from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
-from cluster.config.parse import ConfigError, parse
+from cluster.config.parse import ConfigError, parse, portable
 from experts.protocol.settings import StrictModel
 
 EXPERTS_BUILDER = "serve_app:build_experts"
@@ -33,6 +38,8 @@ class MeshConfig(StrictModel):
     """The applications of one file, checked against each other."""
 
     experts: ExpertsAppConfig = Field(description="Arguments of the application that holds the shards.")
+    live: LiveConfig = Field(default=LiveConfig(), description="What a running controller takes on.")
+    num_shards: int = Field(default=1, description="Shards that Serve starts.")
     llm: LLMAppConfig = Field(description="Arguments of the application that holds the routers.")
     console: ConsoleAppConfig | None = Field(default=None, description="Arguments of the console, if there is one.")
     experts_name: str = Field(default="experts", description="Name of the application that holds the shards.")
@@ -70,14 +77,22 @@ class MeshConfig(StrictModel):
             app = data["applications"][index]
             args = app.get("args", {})
             config = parse(schema, args, f"{source}: applications[{index}].args", folder)
-            serve["applications"][index] = {**app, "args": _portable(args, config)}
+            serve["applications"][index] = {**app, "args": portable(args, config)}
             return config
 
         applications = data["applications"]
         experts, llm = (_index_of(builder, applications, source) for builder in (EXPERTS_BUILDER, LLM_BUILDER))
         console = _find(CONSOLE_BUILDER, applications, source)
+        checked_experts = checked(experts, ExpertsAppConfig)
+        deployments = DeploymentOverrides.of(
+            applications[experts].get("deployments", []), f"{source}: applications[{experts}].deployments", folder
+        )
+        if deployments.listed:
+            serve["applications"][experts]["deployments"] = deployments.listed
         mesh = cls(
-            experts=checked(experts, ExpertsAppConfig),
+            experts=checked_experts,
+            live=deployments.live,
+            num_shards=deployments.num_shards,
             llm=checked(llm, LLMAppConfig),
             experts_name=applications[experts].get("name", UNNAMED),
             llm_name=applications[llm].get("name", UNNAMED),
@@ -110,7 +125,7 @@ class MeshConfig(StrictModel):
         if self.llm_name == self.experts_name:
             yield f"both applications are named {self.llm_name!r}"
         yield from self._console_disagreements()
-        if self.experts.placement.prefer_local_replicas and not self.llm.transport.prefer_local_replicas:
+        if self.live.placement.prefer_local_replicas and not self.llm.transport.prefer_local_replicas:
             yield (
                 "placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not: the placement "
                 "would be planned for routers that prefer local replicas"
@@ -162,16 +177,3 @@ def _console(app: dict[str, Any], config: ConsoleAppConfig) -> dict[str, Any]:
         "console_name": app.get("name", UNNAMED),
         "console_route_prefix": app.get("route_prefix") or "/",
     }
-
-
-def _portable(args: dict[str, Any], config: BaseModel) -> dict[str, Any]:
-    """The arguments as written if they mean the same without the file's folder, else with absolute paths.
-
-    Serve compares arguments to tell whether an application changed, and `serve deploy` sends them as written.
-    """
-    try:
-        if parse(type(config), args) == config:
-            return args
-    except ConfigError:
-        pass
-    return config.model_dump(exclude_unset=True)

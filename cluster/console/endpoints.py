@@ -1,4 +1,4 @@
-"""Endpoints for people and their tools: status, placement, routing trace, metrics."""
+"""Endpoints for people and their tools: status, routing trace, metrics; those of `operations` join them in one app."""
 
 from __future__ import annotations
 
@@ -13,37 +13,45 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from cluster.config.apps import ConsoleAppConfig
+from cluster.console.admin import AdminGate
+from cluster.console.operations import OPERATIONS, Operations
 from cluster.controller.client import ControllerClient, ControllerLostError
-from cluster.controller.messages import ControllerStatus
 from cluster.http.errors import OpenAIApp, add_error_handlers, error_response
 from cluster.http.gate import Gate
+from cluster.mesh.messages import ControllerStatus
 from cluster.observability.metrics import render
 from cluster.router.client import RouterClient
 from experts.protocol.status import RouterStatus
 
 logger = logging.getLogger("ray.serve")
 
-STATUS_TIMEOUT_S = 5.0  # for the status of the controller and of all routers, and for the placement
+STATUS_TIMEOUT_S = 5.0  # for the status of the controller and of all routers
 TRACE_TIMEOUT_S = 120.0  # a worker packs its whole sample between two steps
 
 ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
     "metrics": lambda app: app.get("/metrics"),
     "status": lambda app: app.get("/status"),
-    "placement": lambda app: app.get("/placement"),
     "trace": lambda app: app.get("/trace"),
     "clear_trace": lambda app: app.delete("/trace", status_code=204),
 }
 
 
 def console_app(console: Console) -> FastAPI:
-    """The FastAPI app of one replica. Raises ValueError if http.api_keys_env names a variable that holds no key."""
+    """The FastAPI app of one replica. Raises ValueError if http names a variable that holds no key."""
     http = console.config.http
+    readers, admins = http.keys(), http.admins()
     app = OpenAIApp(title="expertmesh console")
     add_error_handlers(app, http.retry_after_s)
-    app.add_middleware(Gate, keys=http.keys(), max_pending=0, retry_after_s=http.retry_after_s)
+    app.add_middleware(AdminGate, admin_keys=admins, api_keys=readers)
+    # Without API keys everyone may read.
+    app.add_middleware(
+        Gate, keys=readers | admins if readers else readers, max_pending=0, retry_after_s=http.retry_after_s
+    )
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     for name, route in ENDPOINTS.items():
         route(app)(getattr(console, name))
+    for name, route in OPERATIONS.items():
+        route(app)(getattr(console.operations, name))
     return app
 
 
@@ -52,6 +60,7 @@ class Console:
 
     def __init__(self, config: ConsoleAppConfig, controller: ControllerClient, routers: Sequence[RouterClient]) -> None:
         self.config = config
+        self.operations = Operations(controller)
         self._controller = controller
         self._routers = routers
 
@@ -72,14 +81,6 @@ class Console:
                 "errors": errors,
             }
         )
-
-    async def placement(self) -> Response:
-        """The placement: slots of every layer, and the experts of each rank."""
-        try:
-            placement = await self._controller.placement(timeout_s=STATUS_TIMEOUT_S)
-        except ControllerLostError as error:
-            return error_response(503, str(error), retry_after_s=self.config.http.retry_after_s)
-        return JSONResponse(placement.to_dict())
 
     async def trace(self, router: str = "") -> Response:
         """Sampled routing decisions (.npz) of the router with the id `router`, by default of all as one trace."""

@@ -1,2 +1,3 @@
-"""The placement controller: deployment, roster, first placement, its messages and the client that calls it. Searching
-for placements is `placement`; moving weights is `experts.shard`."""
+"""The placement controller: the deployment, its planner, what people see of it, and the client that calls it. Its state
+is `cluster.mesh`, searching for placements is `placement`, moving weights is `experts.shard`.
+"""

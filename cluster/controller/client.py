@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any
 
+from cluster.config.deployments import CONTROLLER
 from cluster.config.parse import ConfigError
-from cluster.controller.messages import (
+from cluster.mesh.messages import (
     ControllerStatus,
+    CopyReport,
     HeartbeatAnswer,
+    HistoryEntry,
     JoinAnswer,
     JoinRequest,
     MembershipAnswer,
+    MembershipNews,
     MembershipRequest,
+    OrderAnswer,
+    OrderRequest,
     PlacementView,
+    PlanView,
     RejoinRequest,
+    ShardHolding,
 )
 from cluster.ray_joints import deployment_handle
-from experts.protocol.membership import ShardEndpoint
+from experts.protocol.membership import Membership
 from experts.protocol.status import ShardStatus
+from placement.placement import Placement
 
-CONTROLLER = "PlacementController"
-SHARD = "ExpertShard"
 ROUTER = "Router"
 
 logger = logging.getLogger("ray.serve")
@@ -43,28 +51,47 @@ class ControllerClient:
             raise ConfigError("the application of shards has no name")
         self.app_name = app_name
         self._handle = deployment_handle(CONTROLLER, app_name)
+        self._memberships: dict[tuple[str, int], Membership] = {}  # by term and epoch: the last ones that came
 
     async def join(self, request: JoinRequest, *, timeout_s: float, retry: bool = True) -> JoinAnswer:
         """`retry`: also through a restart of the controller."""
         call = self.call_with_retry if retry else self.call
         return await call("join", request, timeout_s=timeout_s)
 
-    async def ready(self, shard_id: str, endpoint: ShardEndpoint, *, timeout_s: float) -> bool:
+    async def ready(self, holding: ShardHolding, *, timeout_s: float) -> bool:
         """Asks again while the controller restarts."""
-        return await self.call_with_retry("ready", shard_id, endpoint, timeout_s=timeout_s)
+        return await self.call_with_retry("ready", holding, timeout_s=timeout_s)
 
-    async def rejoin(self, request: RejoinRequest, *, timeout_s: float) -> bool:
+    async def rejoin(self, request: RejoinRequest, *, timeout_s: float) -> int | None:
         """Asks again while the controller restarts."""
         return await self.call_with_retry("rejoin", request, timeout_s=timeout_s)
 
     async def heartbeat(self, shard_id: str, status: ShardStatus | None, *, timeout_s: float) -> HeartbeatAnswer:
         return await self.call("heartbeat", shard_id, status, timeout_s=timeout_s)
 
+    async def await_order(self, request: OrderRequest, *, timeout_s: float) -> OrderAnswer:
+        return await self.call("await_order", request, timeout_s=timeout_s)
+
+    async def report(self, report: CopyReport, *, timeout_s: float) -> bool:
+        return await self.call("report", report, timeout_s=timeout_s)
+
     async def leave(self, shard_id: str, *, timeout_s: float) -> bool:
-        return await self.call("leave", shard_id, timeout_s=timeout_s)
+        """Returns when the others have taken over, at the latest after `timeout_s`."""
+        return await self.call("leave", shard_id, timeout_s, timeout_s=timeout_s + 2)
 
     async def await_membership(self, request: MembershipRequest, *, timeout_s: float) -> MembershipAnswer:
-        return await self.call("await_membership", request, timeout_s=timeout_s)
+        """Epochs travel as differences to the one that the router is at."""
+        at = request.term, request.epoch
+        known = self._memberships.get(at)
+        if known is None and request.epoch >= 0:
+            request = replace(request, whole=True)
+        news: MembershipNews = await self.call("await_membership", request, timeout_s=timeout_s)
+        if news.told is None:
+            return MembershipAnswer(news.term, None, news.waiting_for)
+        membership = Membership.from_bytes(news.told, known)
+        kept = {} if known is None else {at: known}
+        self._memberships = {**kept, (news.term, membership.epoch): membership}
+        return MembershipAnswer(news.term, membership, news.waiting_for)
 
     async def deregister_router(self, router_id: str, *, timeout_s: float) -> None:
         await self.call("deregister_router", router_id, timeout_s=timeout_s)
@@ -74,6 +101,18 @@ class ControllerClient:
 
     async def placement(self, *, timeout_s: float) -> PlacementView:
         return await self.call("placement", timeout_s=timeout_s)
+
+    async def apply(self, placement: Placement, dry_run: bool, *, timeout_s: float) -> PlanView:
+        return await self.call("apply", placement, dry_run, timeout_s=timeout_s)
+
+    async def drain(self, rank: int, back: bool, *, timeout_s: float) -> str:
+        return await self.call("drain", rank, back, timeout_s=timeout_s)
+
+    async def pause(self, paused: bool, *, timeout_s: float) -> None:
+        await self.call("pause", paused, timeout_s=timeout_s)
+
+    async def history(self, *, timeout_s: float) -> list[HistoryEntry]:
+        return await self.call("history", timeout_s=timeout_s)
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call once. ControllerLostError after `timeout_s`, or if the controller dies or raises meanwhile."""

@@ -1,12 +1,14 @@
 """The placement controller: one replica that owns the placement, the membership and the epoch.
 
-The epoch is a number that rises with every change of who serves. Shards and routers ask and the controller only
+The epoch is a number that rises with every change of who serves what. Shards and routers ask and the controller only
 answers, so that a restart leaves nothing to find again:
 
-    shard:   join -> (loads) -> ready -> heartbeat, heartbeat, ...; rejoin if a heartbeat is not known; leave
+    shard:   join -> ready -> heartbeat, heartbeat, ...; rejoin if it is not known; leave
+             await_order -> report, again and again
     router:  await_membership, again and again: a long poll that says what the router knows and which shards it lost
 
-Serving does not depend on it: while it is away, routers and shards go on at their epoch.
+Serving does not depend on it: while it is away, routers and shards go on at their epoch. Its state is `mesh.Mesh`; this
+is the shell with the clock, the calls and Serve.
 """
 
 from __future__ import annotations
@@ -17,24 +19,36 @@ import time
 import uuid
 from typing import Any
 
-import numpy as np
-
 from cluster.config.apps import ExpertsAppConfig
-from cluster.config.parse import parse
-from cluster.controller.known_routers import KnownRouters
-from cluster.controller.messages import (
+from cluster.config.live_sections import LiveConfig
+from cluster.config.parse import ConfigError, parse
+from cluster.controller import views
+from cluster.controller.history import History
+from cluster.controller.news import News
+from cluster.controller.planner import Planner
+from cluster.controller.serve_watch import ServeWatch
+from cluster.mesh.mesh import Mesh
+from cluster.mesh.messages import (
     ControllerStatus,
+    CopyReport,
     HeartbeatAnswer,
+    HistoryEntry,
     JoinAnswer,
     JoinRequest,
-    MembershipAnswer,
+    MembershipNews,
     MembershipRequest,
+    OrderAnswer,
+    OrderRequest,
     PlacementView,
+    PlanView,
     RejoinRequest,
-    SeatView,
+    ShardHolding,
+    Times,
 )
-from cluster.controller.roster import Roster, Seat, placement_digest
-from experts.protocol.membership import Membership, ShardEndpoint
+from cluster.mesh.planning import ModelFacts
+from cluster.mesh.roster import Seat
+from cluster.mesh.target import Target
+from cluster.ray_joints import replica_identity
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
 
@@ -44,202 +58,287 @@ logger = logging.getLogger("ray.serve")
 class PlacementController:
     """Serve deployment of the application `experts`.
 
-    Bound with the placement planned when the application was built, so that a restart finds the same one, and with the
-    shards' handle, which it never calls: the handle makes them part of the application.
+    Bound with the shards' handle, which it never calls: the handle makes them part of the application. `reconfigure`
+    gets the sections that a running mesh takes on, before anything else is called.
     """
 
-    async def __init__(self, config: dict[str, Any], placement: dict[str, Any], shards: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, config: dict[str, Any], model: dict[str, int], shards: Any) -> None:  # type: ignore[misc]
         self._config = parse(ExpertsAppConfig, config)
-        self._placement = Placement.from_json(placement)
         self._shards = shards
-        self._digest = placement_digest(self._placement)
-        self._roster = Roster(self._placement.num_ranks, self._placement.num_nodes)
-        self._routers = KnownRouters()
+        self._live = LiveConfig()
+        self._mesh = Mesh(ModelFacts(**model), self._live)
+        self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance)
+        self._history = History()
         self._term = uuid.uuid4().hex[:12]
-        self._start_s = time.monotonic()
-        self._looked_s = self._start_s
-        self._was_complete = False
-        self._served_before = False  # an earlier life of the controller once had all shards
-        self._news = asyncio.Event()
+        self._looked_s = time.monotonic()
+        self._serve = ServeWatch(self._mesh, replica_identity().app_name, self._looked_s, self._look_again)
+        self._refused_settings = ""  # why the last user_config was not taken on
+        self._membership_news, self._order_news = News(), News()
+        self._announced = (-1, (-1, -1))
         self._shard_status: dict[int, ShardStatus] = {}
-        self._watch = asyncio.create_task(self._watch_silence())
+        self._watch = asyncio.create_task(self._watch_mesh())
+        self._serve_watch = asyncio.create_task(self._serve.follow())
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take on the sections `placement`, `migration`, `membership`.
+
+        ConfigError if they are wrong and no shard runs yet. A running mesh keeps its settings then, or has the default
+        ones after a restart, and its status says why.
+        """
+        try:
+            live = parse(LiveConfig, user_config or {}, "user_config of PlacementController")
+        except ConfigError as error:
+            if not await self._serve.any_shard_runs():
+                raise
+            logger.error("the new settings are refused: %s", error)
+            self._refused_settings = str(error)
+            return
+        self._refused_settings = ""
+        self._live = live
+        self._mesh.configure(live)
+        self._advance()
+        self._plan_if_changed()
 
     # Called by shards -------------------------------------------------------------------------------------------------
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         """A shard without experts asks for a rank; without one it asks again later."""
-        patience_s = 2 * self._config.membership.heartbeat_s
-        answer = self._roster.join(
-            request.shard_id, request.node_id, request.serve_rank, time.monotonic(), patience_s, request.loading
-        )
-        self._announce()
+        answer = self._mesh.join(request, time.monotonic())
+        self._planner.plan_first(time.monotonic())
+        times, epoch = self._times, self._mesh.roster.epoch
+        if self._planner.refusal:
+            return JoinAnswer(None, self._planner.refusal, True, epoch, 0, None, times)
         if answer.rank is None:
-            return JoinAnswer(None, answer.reason, self._roster.epoch, None)
-        logger.info("rank %d: given to shard %s on node %s", answer.rank, request.shard_id, request.node_id)
-        return JoinAnswer(answer.rank, "", self._roster.epoch, self._placement)
+            return JoinAnswer(None, answer.reason, False, epoch, 0, None, times)
+        row = self._mesh.row_to_load(answer.rank)
+        num_slots = self._config.shards.slots_per_rank or self._mesh.num_slots
+        return JoinAnswer(answer.rank, "", False, epoch, num_slots, row, times)
 
-    async def ready(self, shard_id: str, endpoint: ShardEndpoint) -> bool:
-        """The shard listens at `endpoint`. False: it has no seat here, or lost it."""
-        seated = self._roster.ready(shard_id, endpoint, time.monotonic())
+    async def ready(self, holding: ShardHolding) -> bool:
+        """The shard listens and holds what it says. False: it has no seat here, or lost it."""
+        seated = self._mesh.ready(holding, time.monotonic())
         self._announce()
         return seated
 
-    async def rejoin(self, request: RejoinRequest) -> bool:
-        """A serving shard that this controller does not know. False: it must restart."""
-        if request.placement_digest != self._digest:
-            logger.warning("shard %s holds another placement than the planned one; it restarts", request.shard_id)
-            return False
-        # An epoch above ours comes from an earlier life, in which each shard that became ready raised it by one.
-        if request.epoch > self._roster.epoch and request.epoch >= self._roster.num_ranks:
-            self._served_before = True
-        seated = self._roster.rejoin(
-            request.shard_id, request.node_id, request.endpoint, request.epoch, time.monotonic(), request.serve_rank
-        )
+    async def rejoin(self, request: RejoinRequest) -> int | None:
+        """A serving shard that this controller does not know; its rank from now on. None: it must restart."""
+        target = None if request.target is None else Target.from_json(request.target)
+        rank = self._mesh.rejoin(request.holding, request.epoch, target, request.stopping, time.monotonic())
         self._announce()
-        return seated
+        return rank
 
     async def heartbeat(self, shard_id: str, status: ShardStatus | None) -> HeartbeatAnswer:
         """A sign of life, with the shard's status once it serves."""
-        known = self._roster.heartbeat(shard_id, time.monotonic())
+        known = self._mesh.roster.heartbeat(shard_id, time.monotonic())
         if known and status is not None:
             self._shard_status[status.rank] = status
-        return HeartbeatAnswer(known, self._roster.epoch)
+        return HeartbeatAnswer(known, self._mesh.roster.epoch, self._times)
 
-    async def leave(self, shard_id: str) -> bool:
-        """A shard stops. Returns True once every router goes on without it, False if that takes drain_s."""
-        self._roster.leave(shard_id)
+    async def await_order(self, request: OrderRequest) -> OrderAnswer:
+        """Long poll of a shard for its next order. Returns within `request.wait_s`."""
+        deadline_s = time.monotonic() + request.wait_s
+        version = request.version if request.term == self._term else -1
+        while True:
+            seat = self._mesh.roster.seat_of(request.shard_id)
+            if seat is None or not seat.serving:
+                return OrderAnswer(False, self._term, None, None)
+            order = self._mesh.conductor.orders.next(seat.rank, version)
+            target = self._mesh.keeper.target
+            news = target if target is not None and target.version != request.target_version else None
+            rest_s = deadline_s - time.monotonic()
+            if order is not None or news is not None or rest_s <= 0:
+                return OrderAnswer(True, self._term, order, None if news is None else news.to_json())
+            await self._order_news.next(rest_s)
+
+    async def report(self, report: CopyReport) -> bool:
+        """What a shard holds now. False: it has no seat here and must rejoin."""
+        known = self._mesh.report(report, time.monotonic())
         self._announce()
-        epoch = self._roster.epoch
-        deadline_s = time.monotonic() + self._config.membership.drain_s
-        while (behind := self._behind(epoch)) and time.monotonic() < deadline_s:
-            await self._next_change(deadline_s - time.monotonic())
+        return known
+
+    async def leave(self, shard_id: str, timeout_s: float) -> bool:
+        """A shard stops. Returns once the others have what only it had and no router uses it, or after `timeout_s`.
+
+        False: something was left behind. If all shards stop, nothing is handed on.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        seat = self._mesh.roster.seat_of(shard_id)
+        if seat is None:
+            return True
+        logger.info("rank %d: stopping; its experts are handed on", seat.rank)
+        self._mesh.drain(seat, "stops", time.monotonic())
+        self._announce()
+        while not self._handed_over(seat) and self._mesh.has_heirs and not self._mesh.keeper.problem:
+            if time.monotonic() >= deadline_s:
+                break
+            await self._order_news.next(min(0.2, deadline_s - time.monotonic()))
+            self._advance()
+        left_behind = not self._mesh.handed_over(seat.rank)
+        self._mesh.leave(shard_id, time.monotonic())
+        self._announce()
+        behind = await self._until_routers_moved(min(self._live.membership.drain_s, deadline_s - time.monotonic()))
+        if left_behind:
+            logger.error("rank %d stops with experts that no other shard took over: %s", seat.rank, self._problem)
         if behind:
-            logger.warning("routers %s have not moved to epoch %d in time", behind, epoch)
-        return not behind
+            logger.warning("routers %s have not moved to epoch %d in time", behind, self._mesh.roster.epoch)
+        return not left_behind and not behind
 
     # Called by routers ------------------------------------------------------------------------------------------------
 
-    async def await_membership(self, request: MembershipRequest) -> MembershipAnswer:
+    async def await_membership(self, request: MembershipRequest) -> MembershipNews:
         """Long poll of a router. Returns within `request.wait_s`.
 
-        Nobody gets a membership before all shards have served once; from then on it may lack shards, also for routers
+        Nobody gets a membership before every expert was served once; from then on it may lack some, also for routers
         that start.
         """
-        deadline_s = time.monotonic() + request.wait_s
-        if request.term and request.term != self._term:
-            self._served_before = True
-            if self._roster.epoch <= request.epoch:
-                self._roster.raise_epoch_above(request.epoch)
-        self._routers.note(request.router_id, request.epoch, request.lost, time.monotonic())
+        mesh, now_s = self._mesh, time.monotonic()
+        deadline_s = now_s + request.wait_s
+        if request.term and request.term != self._term and mesh.roster.epoch <= request.epoch:
+            mesh.roster.raise_epoch_above(request.epoch)
+        mesh.routers.note(request.router_id, request.epoch, request.lost, now_s)
         for rank, incarnation in request.lost.items():
-            self._roster.given_up(rank, incarnation, time.monotonic())
-        self._announce()
+            mesh.roster.given_up(rank, incarnation, now_s)
+        self._advance()
         while True:
-            if self._roster.epoch > request.epoch and self._may_publish(first=not request.term):
-                membership = Membership(self._roster.epoch, self._placement, self._roster.endpoints)
-                return MembershipAnswer(self._term, membership, [])
+            if mesh.open and mesh.roster.epoch > request.epoch:
+                known = request.epoch if request.term == self._term and not request.whole else -1
+                return MembershipNews(self._term, mesh.told_since(known), [])
             rest_s = deadline_s - time.monotonic()
             if rest_s <= 0:
-                return MembershipAnswer(request.term, None, self._roster.missing)
-            await self._next_change(rest_s)
+                return MembershipNews(request.term, None, mesh.missing)
+            await self._membership_news.next(rest_s)
+            # It was heard of just now, however long ago its poll began: releases wait for it.
+            mesh.routers.note(request.router_id, request.epoch, request.lost, time.monotonic())
 
     async def deregister_router(self, router_id: str) -> None:
         """A router stops; nobody waits any more for it to move to an epoch."""
-        self._routers.forget(router_id)
-        self._announce()
+        self._mesh.routers.forget(router_id)
+        self._advance()
 
     # Called by the console, the command and tests ---------------------------------------------------------------------
 
     async def status(self) -> ControllerStatus:
         """Who is where."""
-        now_s = time.monotonic()
-        return ControllerStatus(
-            term=self._term,
-            epoch=self._roster.epoch,
-            complete=self._roster.complete,
-            missing_ranks=self._roster.missing,
-            num_ranks=self._placement.num_ranks,
-            placement_digest=self._digest,
-            routers=self._routers.views(now_s),
-            shards=[
-                SeatView(
-                    shard_id=seat.shard_id,
-                    node_id=seat.node_id,
-                    rank=seat.rank,
-                    serving=seat.serving,
-                    silent_s=now_s - seat.last_heartbeat_s,
-                    pid=seat.endpoint.pid if seat.endpoint else None,
-                    status=self._last_status(seat),
-                )
-                for seat in self._roster.seats
-            ],
-        )
+        return views.status(self._mesh, self._term, self._shard_status, self._problem, time.monotonic())
 
     async def placement(self) -> PlacementView:
-        """The placement, and the experts of each rank by layer."""
-        placement = self._placement
-        experts_of_rank = [
-            [sorted(int(e) for e in np.unique(row) if e >= 0) for row in placement.experts_of_rank(rank)]
-            for rank in range(placement.num_ranks)
-        ]
-        return PlacementView(self._roster.epoch, self._digest, placement, experts_of_rank)
+        """What is published, the target, and the experts of each rank."""
+        return views.placement(self._mesh)
+
+    async def apply(self, placement: Placement, dry_run: bool) -> PlanView:
+        """Work towards a placement, or say what that would take. Not accepted if it does not fit the shards."""
+        try:
+            view = views.plan(self._mesh, placement)
+        except (ConfigError, ValueError) as error:
+            return PlanView(False, 0, 0, 0, {}, 0.0, str(error))
+        if dry_run:
+            return view
+        target = self._mesh.set_target(placement, "command")
+        self._advance()
+        return PlanView(True, target.version, view.rounds, view.copies, view.bytes_by_nearness, view.expected_s, "")
+
+    async def drain(self, rank: int, back: bool = False) -> str:
+        """Let the other shards take over what the shard at `rank` has; `back` undoes it. Returns why not, or ""."""
+        seat = self._mesh.roster.at(rank)
+        if seat is None or not seat.serving:
+            return f"no shard serves at rank {rank}; there are {sorted(self._mesh.holdings.ranks)}"
+        if back:
+            if seat.draining == "stops":
+                return f"the shard at rank {rank} stops"
+            self._mesh.undrain(seat, time.monotonic())
+        else:
+            why_not = views.drain_problem(self._mesh, rank)
+            if why_not:
+                return why_not
+            self._mesh.drain(seat, "told to", time.monotonic())
+        self._announce()
+        return ""
+
+    async def pause(self, paused: bool) -> None:
+        """Stop moving experts after the round at hand, or go on."""
+        self._mesh.conductor.pause(paused)
+        self._advance()
+
+    async def history(self) -> list[HistoryEntry]:
+        """The targets of this controller's life, oldest first."""
+        return self._history.entries
 
     async def check_health(self) -> None:
-        """Raises when the watch over silent shards has ended."""
-        if self._watch.done():
-            raise RuntimeError(f"the watch over shards ended: {self._watch.exception()!r}")
+        """Raises when one of the watches has ended."""
+        for watch in (self._watch, self._serve_watch):
+            if watch.done():
+                raise RuntimeError(f"a watch of the controller ended: {watch.exception()!r}")
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _last_status(self, seat: Seat) -> ShardStatus | None:
-        """The rank's last status, if it is that of the shard in the seat and not of a predecessor."""
-        status = self._shard_status.get(seat.rank)
-        if status is None or seat.endpoint is None or status.incarnation != seat.endpoint.incarnation:
-            return None
-        return status
+    @property
+    def _times(self) -> Times:
+        settings = self._live.membership
+        return Times(settings.heartbeat_s, settings.lost_after_s, settings.drain_s)
 
-    def _may_publish(self, first: bool) -> bool:
-        """Starting routers (`first`) wait until all shards served once; after a restart everyone waits for those alive.
+    @property
+    def _problem(self) -> str:
+        planner, mesh = self._planner, self._mesh
+        found = (planner.refusal, mesh.keeper.problem, mesh.conductor.problem, self._refused_settings, planner.problem)
+        return next(filter(None, found), "")
 
-        Not until all are back: one may be lost for good, and a router does without it.
-        """
-        if self._was_complete:
-            return True
-        settled = time.monotonic() - self._start_s >= self._config.membership.lost_after_s
-        return settled and (self._served_before or not first)
+    def _handed_over(self, seat: Seat) -> bool:
+        settings = self._live.membership
+        behind = self._mesh.routers.behind(self._mesh.roster.epoch, time.monotonic(), settings.lost_after_s)
+        return self._mesh.handed_over(seat.rank) and not behind
 
-    def _behind(self, epoch: int) -> list[str]:
-        return self._routers.behind(epoch, time.monotonic(), self._config.membership.lost_after_s)
+    async def _until_routers_moved(self, timeout_s: float) -> list[str]:
+        """Wait until every router is at this epoch; returns those that are not after `timeout_s`."""
+        epoch, deadline_s = self._mesh.roster.epoch, time.monotonic() + timeout_s
+        while True:
+            behind = self._mesh.routers.behind(epoch, time.monotonic(), self._live.membership.lost_after_s)
+            if not behind or time.monotonic() >= deadline_s:
+                return behind
+            await asyncio.sleep(0.02)
+
+    def _plan_if_changed(self) -> None:
+        if not self._refused_settings:
+            self._planner.plan_if_changed()
+
+    def _advance(self) -> None:
+        self._mesh.advance(time.monotonic())
+        self._announce()
 
     def _announce(self) -> None:
-        """Wake everyone who waits for a change."""
-        if self._roster.complete and not self._was_complete:
-            self._was_complete = True
-            logger.info("all %d shards serve, epoch %d", self._roster.num_ranks, self._roster.epoch)
-        self._news.set()
-        self._news = asyncio.Event()
+        """Wake those for whom there is news."""
+        mesh, target = self._mesh, self._mesh.keeper.target
+        self._history.note(target, mesh.conductor, time.time())
+        epoch = mesh.roster.epoch if mesh.open else -1
+        # Shards keep the newest target, so they hear of it at once.
+        orders = (mesh.conductor.orders.last_version, -1 if target is None else target.version)
+        if epoch != self._announced[0]:
+            self._membership_news.announce()
+        if orders != self._announced[1]:
+            self._order_news.announce()
+        self._announced = (epoch, orders)
 
-    async def _next_change(self, timeout_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._news.wait(), max(timeout_s, 0.001))
-        except TimeoutError:
-            return
+    # Watching ---------------------------------------------------------------------------------------------------------
 
-    async def _watch_silence(self) -> None:
+    async def _watch_mesh(self) -> None:
         while True:
-            await asyncio.sleep(self._config.membership.heartbeat_s / 2)
-            self._look_for_silence(time.monotonic())
+            await asyncio.sleep(self._live.membership.heartbeat_s / 2)
+            self._look(time.monotonic())
 
-    def _look_for_silence(self, now_s: float) -> None:
-        settings = self._config.membership
+    def _look(self, now_s: float) -> None:
+        settings = self._live.membership
         lag_s, self._looked_s = now_s - self._looked_s, now_s
         if lag_s > 2 * settings.heartbeat_s:
             # This process stood still and heartbeats may wait to be read: the silence was its own.
             logger.warning("the watch over shards stood still for %.1f s; none of them counts as silent", lag_s)
-            self._roster.credit_pause(lag_s, now_s)
-        for rank in self._roster.expire(now_s, settings.lost_after_s):
+            self._mesh.roster.credit_pause(lag_s, now_s)
+        for rank in self._mesh.expire(now_s):
             logger.warning("rank %d: no sign of life for %s s, taken out", rank, settings.lost_after_s)
-        for rank in self._roster.retry(now_s, settings.retry_lost_after_s):
-            logger.info("rank %d: a router gave it up but it is alive; routers try it again", rank)
-        self._announce()
-        self._routers.forget_silent(now_s, 10 * settings.lost_after_s)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Time has passed, or Serve has news."""
+        now_s = time.monotonic()
+        self._serve.settle(now_s)
+        self._planner.plan_first(now_s)
+        self._plan_if_changed()
+        self._advance()

@@ -75,7 +75,9 @@ def error_response(
 
 def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:
     """The response to any exception. An unexpected one is logged, and the client does not see its details."""
-    if isinstance(error, RequestValidationError | ValidationError):
+    if isinstance(error, RequestValidationError):
+        return error_response(**validation_fields(map(_without_origin, error.errors())))
+    if isinstance(error, ValidationError):
         return error_response(**validation_fields(error.errors()))
     if isinstance(error, RefusedError):
         return error_response(error.status, error.message, error.param, error.code)
@@ -123,6 +125,13 @@ def validation_fields(errors: Iterable[Any]) -> dict[str, Any]:
         "param": param or None,
         "code": code,
     }
+
+
+def _without_origin(found: Any) -> Any:
+    """A finding of FastAPI's without the part of its place that says it is of the path or the query."""
+    if isinstance(found, dict) and found.get("loc", ("body",))[:1] in (("path",), ("query",)):
+        return {**found, "loc": found["loc"][1:]}
+    return found
 
 
 def param_of(place: Iterable[Any]) -> str:

@@ -29,7 +29,7 @@ class Gate:
         more_digests: Collection[bytes] = (),
     ) -> None:
         self._app = app
-        self._digests = [*(_digest(key) for key in keys), *more_digests]
+        self._digests = [*digests_of(keys), *more_digests]
         self._limited_paths = frozenset(limited_paths)
         self._max_pending = max_pending
         self._retry_after_s = retry_after_s
@@ -37,14 +37,14 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection. A WebSocket without a key is closed; what is neither passes through."""
-        if scope["type"] == "websocket" and self._digests and not self._admits(scope):
+        if scope["type"] == "websocket" and self._digests and not carries_key(scope, self._digests):
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._digests and path not in OPEN_PATHS and not self._admits(scope):
+        if self._digests and path not in OPEN_PATHS and not carries_key(scope, self._digests):
             response = error_response(401, "no valid API key: send one as 'Authorization: Bearer KEY'")
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
@@ -63,14 +63,21 @@ class Gate:
         finally:
             self._pending -= 1
 
-    def _admits(self, scope: Scope) -> bool:
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                scheme, _, key = value.decode("latin-1").partition(" ")
-                digest = _digest(key.strip())
-                matches = [hmac.compare_digest(digest, known) for known in self._digests]
-                return scheme.lower() == "bearer" and any(matches)
-        return False
+
+def digests_of(keys: Collection[str]) -> list[bytes]:
+    """SHA-256 digests, which are compared instead of the keys: as long as each other, whatever the keys' lengths."""
+    return [_digest(key) for key in keys]
+
+
+def carries_key(scope: Scope, digests: Collection[bytes]) -> bool:
+    """Whether a connection's Authorization header has one of the keys with these digests."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.decode("latin-1").partition(" ")
+            digest = _digest(key.strip())
+            matches = [hmac.compare_digest(digest, known) for known in digests]
+            return scheme.lower() == "bearer" and any(matches)
+    return False
 
 
 def _digest(key: str) -> bytes:

@@ -1,6 +1,7 @@
 """Counters of routers and shards as Prometheus series: through Ray's metrics agent and as plain text.
 
-Few series: labels are the router, the shard's rank and the stage of a dispatch, never an expert or a layer.
+Few series: labels are the router, the shard's rank and the stage of a dispatch, never an expert or a layer. What the
+controller knows is in `controller_metrics`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from ray.util import metrics as ray_metrics
 
-from cluster.controller.messages import ControllerStatus
+from cluster.mesh.messages import ControllerStatus
+from cluster.observability.controller_metrics import controller_families
 from experts.protocol.status import RouterStatus, StageHistogram
 
 PREFIX = "expertmesh_"
@@ -117,21 +119,8 @@ class _Snapshot:
         up = GaugeMetricFamily(PREFIX + "controller_up", "1 if the placement controller answers")
         up.add_metric([], float(self._controller is not None))
         yield up
-        if self._controller is None:
-            return
-        epoch = GaugeMetricFamily(PREFIX + "controller_epoch", "Epoch that the placement controller gives out")
-        epoch.add_metric([], self._controller.epoch)
-        missing = GaugeMetricFamily(PREFIX + "ranks_missing", "Ranks at which no shard serves")
-        missing.add_metric([], len(self._controller.missing_ranks))
-        loaded = GaugeMetricFamily(
-            PREFIX + "shard_loaded_bytes", "Bytes of expert weights on the shard", labels=["rank"]
-        )
-        requests = CounterMetricFamily(PREFIX + "shard_requests", "Dispatches that the shard answered", labels=["rank"])
-        for shard in self._controller.shards:
-            if shard.status is not None:
-                loaded.add_metric([str(shard.rank)], shard.status.loaded_bytes)
-                requests.add_metric([str(shard.rank)], shard.status.requests)
-        yield from (epoch, missing, loaded, requests)
+        if self._controller is not None:
+            yield from controller_families(PREFIX, self._controller)
 
 
 def _buckets(histogram: StageHistogram) -> tuple[list[tuple[str, float]], float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
-from cluster.config.http_sections import KeysSection
+from cluster.config.http_sections import ConsoleHttpSection, KeysSection
 from cluster.config.llm_sections import RoutersSection
 from cluster.config.parse import ConfigError
 from cluster.refusals.model_files import missing_tokenizer, missing_weights, read_config
@@ -80,7 +80,7 @@ def experts_problems(config: ExpertsAppConfig, folder: Path | None, complete: bo
     shards = config.shards
     yield from actor_problems(shards.ray_actor_options, "shards.ray_actor_options")
     yield from deployment_problems(shards.deployment_config, "shards.deployment_config")
-    yield from actor_problems(config.membership.ray_actor_options, "membership.ray_actor_options")
+    yield from actor_problems(config.controller.ray_actor_options, "controller.ray_actor_options")
     if shards.device == "cpu" and shards.ray_actor_options.get("num_gpus"):
         yield f"shards.ray_actor_options.num_gpus is {shards.ray_actor_options['num_gpus']}, but shards.device is cpu"
     if folder is not None:
@@ -97,10 +97,14 @@ def llm_warnings(config: LLMAppConfig) -> Iterator[str]:
 
 
 def _key_problems(http: KeysSection) -> Iterator[str]:
-    try:
-        http.keys()
-    except ValueError as error:
-        yield str(error)
+    told = set()
+    for read in (http.keys, *([http.admins] if isinstance(http, ConsoleHttpSection) else [])):
+        try:
+            read()
+        except ValueError as error:
+            if str(error) not in told:
+                told.add(str(error))
+                yield str(error)
 
 
 def _router_problems(routers: RoutersSection) -> Iterator[str]:

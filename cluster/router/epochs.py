@@ -13,7 +13,7 @@ import time
 
 from cluster.config.llm_sections import DeadlinesSection
 from cluster.controller.client import ControllerClient, ControllerLostError
-from cluster.controller.messages import MembershipAnswer, MembershipRequest
+from cluster.mesh.messages import MembershipAnswer, MembershipRequest
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.membership import AppliedMembership, Membership, Preparation
 

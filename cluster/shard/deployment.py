@@ -1,4 +1,4 @@
-"""The Serve deployment of a shard: gets its rank, loads, serves, sends heartbeats, leaves.
+"""The Serve deployment of a shard: gets its rank, loads, serves, carries out orders, hands on what it has, leaves.
 
 `experts.shard.server.ShardServer`, which knows nothing of Ray, does the work; this is its way into a cluster.
 """
@@ -6,47 +6,68 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
+import os
+import threading
 import time
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
-from cluster.controller.messages import JoinRequest, RejoinRequest
-from cluster.controller.roster import placement_digest
+from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardHolding
 from cluster.ray_joints import node_address, replica_identity, show_data_plane_log
+from cluster.shard.orders import OrderFollower
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
-from placement.placement import Placement
+
+if TYPE_CHECKING:
+    from experts.shard.server import ShardServer
 
 logger = logging.getLogger("ray.serve")
+
+NICENESS = 5  # of imports: a quarter of a core where others want it all
+
+STOP_MARGIN_S = 5.0  # of the time that Serve gives a stopping replica, for what comes after handing on
+ASK_AGAIN_S = 0.5  # a shard that waits for its rank
 
 
 class ExpertShard:
     """One replica, one shard, one rank."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(self, config: dict[str, Any], stop_timeout_s: float) -> None:  # type: ignore[misc]
+        """`stop_timeout_s`: how long Serve lets this replica stop."""
         self._config = parse(ExpertsAppConfig, config)
+        self._stop_timeout_s = stop_timeout_s
         self._identity = replica_identity()
         self._controller = ControllerClient(self._identity.app_name)
         self._epoch = 0
         self._fault: str | None = None
+        self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
         show_data_plane_log()
-        from experts.shard.server import ShardServer  # imports torch, which naming this class must not
-
-        self._server = ShardServer(self._config.shard_settings(node_address()))
-        self._heart: asyncio.Task[None] | None = None
-        placement, self._rank = await self._join()
-        self._digest = placement_digest(placement)
-        self._heart = asyncio.create_task(self._heartbeat_forever())
-        logger.info("rank %d: loading %s", self._rank, self._config.model.path)
-        endpoint = await asyncio.to_thread(self._server.start, placement, self._rank, self._epoch)
-        timeout_s = self._config.membership.join_timeout_s
-        seated = await self._controller.ready(self._identity.replica_id, endpoint, timeout_s=timeout_s)
-        # A controller that has just restarted does not know this shard; its rank may still be free.
+        server_class = await asyncio.get_running_loop().run_in_executor(_quiet_thread(), _import_server)
+        answer = await self._join()
+        assert answer.rank is not None
+        assert answer.placement is not None
+        self._rank, self._times = answer.rank, answer.times
+        self._server = server_class(self._config.shard_settings(node_address(), answer.num_slots))
+        num_experts = answer.placement.num_experts
+        self._orders = OrderFollower(self._identity.replica_id, num_experts, self._server, self._controller)
+        self._tasks.append(asyncio.create_task(self._heartbeat_forever(), name="heartbeat"))
+        logger.info(
+            "rank %d: starting with %d experts of %s",
+            self._rank, int((answer.placement.physical_to_logical_map >= 0).sum()), self._config.model.path,
+        )  # fmt: skip
+        endpoint = await asyncio.to_thread(self._server.start, answer.placement, self._rank, self._epoch)
+        timeout_s = self._config.shards.join_timeout_s
+        seated = await self._controller.ready(self._holding(endpoint), timeout_s=timeout_s)
+        # A controller that has just restarted does not know this shard.
         if not seated and not await self._rejoin(endpoint, timeout_s):
-            raise RuntimeError(f"rank {self._rank} was given to another shard while this one loaded")
+            raise RuntimeError("the controller is of another model")
+        self._tasks.append(asyncio.create_task(self._orders.follow(), name="orders"))
 
     async def status(self) -> ShardStatus:
         """See `ShardServer.status`."""
@@ -56,6 +77,9 @@ class ExpertShard:
         """Raises when this shard can no longer serve; Serve then restarts it, and the successor takes the rank."""
         if self._fault is not None:
             raise RuntimeError(self._fault)
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"{task.get_name()} of this shard ended: {task.exception()!r}")
         status = self._server.status()
         if not status.alive:
             raise RuntimeError("the shard's compute loop has ended")
@@ -63,67 +87,98 @@ class ExpertShard:
             raise RuntimeError(f"the shard computes nothing: {status.fault}")
 
     async def __del__(self) -> None:
-        if self._heart is not None:
-            self._heart.cancel()
-            drain_s = self._config.membership.drain_s
+        """Serve stops this replica: hand on what only it has, and answer until no router uses it."""
+        if self._tasks:
+            self._stopping = True
+            timeout_s = max(self._stop_timeout_s - STOP_MARGIN_S, 1.0)
             try:
-                await self._controller.leave(self._identity.replica_id, timeout_s=drain_s + 1)
+                await self._controller.leave(self._identity.replica_id, timeout_s=timeout_s)
             except ControllerLostError as error:
                 logger.info("stopping without leaving first: %s", error)
-        self._server.stop()
+            for task in self._tasks:
+                task.cancel()
+            self._orders.cancel()
+        if hasattr(self, "_server"):
+            self._server.stop()
 
-    async def _join(self) -> tuple[Placement, int]:
-        settings = self._config.membership
-        deadline_s = time.monotonic() + settings.join_timeout_s
+    async def _join(self) -> JoinAnswer:
+        join_timeout_s = self._config.shards.join_timeout_s
+        deadline_s = time.monotonic() + join_timeout_s
         while True:
             timeout_s = max(0.1, deadline_s - time.monotonic())
             answer = await self._controller.join(self._join_request(), timeout_s=timeout_s)
-            if answer.rank is not None and answer.placement is not None:
+            if answer.rank is not None:
                 self._epoch = answer.epoch
-                return answer.placement, answer.rank
+                return answer
+            if answer.refused:
+                raise RuntimeError(answer.reason)
             if time.monotonic() >= deadline_s:
-                raise RuntimeError(f"no rank within {settings.join_timeout_s} s: {answer.reason}")
-            await asyncio.sleep(settings.heartbeat_s / 2)
+                raise RuntimeError(f"no rank within {join_timeout_s} s: {answer.reason}")
+            await asyncio.sleep(ASK_AGAIN_S)
 
     async def _heartbeat_forever(self) -> None:
-        settings = self._config.membership
         while self._fault is None:
             try:
-                await self._heartbeat(timeout_s=settings.lost_after_s)
+                await self._heartbeat(timeout_s=self._times.lost_after_s)
             except ControllerLostError as error:
                 logger.warning("%s; this shard goes on serving", error)
             except Exception:
                 logger.exception("a heartbeat failed; the next one follows")
-            await asyncio.sleep(settings.heartbeat_s)
+            await asyncio.sleep(self._times.heartbeat_s)
+        await asyncio.Event().wait()  # `check_health` tells
 
     async def _heartbeat(self, timeout_s: float) -> None:
         endpoint = self._server.endpoint
         status = None if endpoint is None else self._server.status()
         answer = await self._controller.heartbeat(self._identity.replica_id, status, timeout_s=timeout_s)
+        self._times = answer.times
         if answer.known:
             self._epoch = max(self._epoch, answer.epoch)
             return
         if endpoint is None:
-            # The controller restarted while this shard loads, so it asks for the same rank again. If another shard has
-            # it by now, `ready` or `rejoin` settles that.
+            # The controller restarted while this shard starts, so it asks for the same rank again. `rejoin` settles it
+            # if another shard has that by now.
             await self._controller.join(self._join_request(self._rank), timeout_s=timeout_s, retry=False)
             return
         if not await self._rejoin(endpoint, timeout_s):
-            self._fault = f"the controller has another shard or placement for rank {endpoint.rank}; restarting"
+            self._fault = "the controller is of another model; restarting"
 
     def _join_request(self, loading: int | None = None) -> JoinRequest:
         identity = self._identity
         return JoinRequest(identity.replica_id, identity.node_id, identity.rank, loading)
 
-    async def _rejoin(self, endpoint: ShardEndpoint, timeout_s: float) -> bool:
-        """Tell a controller that does not know this shard where it serves. False: it cannot have the rank."""
-        identity = self._identity
-        request = RejoinRequest(
+    def _holding(self, endpoint: ShardEndpoint) -> ShardHolding:
+        identity, server = self._identity, self._server
+        return ShardHolding(
             shard_id=identity.replica_id,
             node_id=identity.node_id,
-            endpoint=endpoint,
-            epoch=self._epoch,
-            placement_digest=self._digest,
             serve_rank=identity.rank,
+            endpoint=endpoint,
+            num_slots=server.held_Ls().shape[1],
+            expert_bytes=server.expert_bytes,
+            held_LE=self._orders.held_LE(),
         )
-        return await self._controller.rejoin(request, timeout_s=timeout_s)
+
+    async def _rejoin(self, endpoint: ShardEndpoint, timeout_s: float) -> bool:
+        """Tell a controller that does not know this shard where it serves. False: it must restart."""
+        request = RejoinRequest(self._holding(endpoint), self._epoch, self._orders.target, self._stopping)
+        rank = await self._controller.rejoin(request, timeout_s=timeout_s)
+        if rank is not None and rank != endpoint.rank:
+            logger.info("rank %d: now rank %d, since another shard has that one", endpoint.rank, rank)
+            self._rank, self._server.endpoint = rank, replace(endpoint, rank=rank)
+        return rank is not None
+
+
+def _quiet_thread() -> concurrent.futures.ThreadPoolExecutor:
+    """A thread that leaves the cores to what serves already. On Linux each thread has its own priority."""
+
+    def lower() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+    return concurrent.futures.ThreadPoolExecutor(1, "imports", initializer=lower)
+
+
+def _import_server() -> type[ShardServer]:
+    from experts.shard.server import ShardServer  # imports torch, which naming ExpertShard must not
+
+    return ShardServer

@@ -39,7 +39,8 @@ def common_frame(
         check_same_model("the current placement", current, "the target", target)
     except ValueError as error:
         raise MigrationError(str(error)) from None
-    lacking = np.argwhere(target.logical_replica_count == 0)
+    # What nobody holds may stay so for a while: its shard is awaited.
+    lacking = np.argwhere((target.logical_replica_count == 0) & (current.logical_replica_count > 0))
     if lacking.size:
         raise MigrationError(f"layer {lacking[0][0]}: the target has no slot for expert {lacking[0][1]}")
     num_ranks = max(current.num_ranks, target.num_ranks)

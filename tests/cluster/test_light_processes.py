@@ -1,4 +1,4 @@
-"""What runs beside the engines imports neither torch nor vllm: it starts at once and stays small."""
+"""What runs beside the engines imports none of torch, vllm and numba: it starts at once and stays small."""
 
 from __future__ import annotations
 
@@ -18,19 +18,31 @@ config = MeshConfig.from_file("configs/tiny-cpu.yaml")
 experts, llm, console = (app["args"] for app in config.serve["applications"])
 """
 PROCESSES = {
-    "the command": "import cluster.cli\nfrom cluster.controller.initial_placement import check_plan\n"
-    "check_plan(config.experts)",
+    "the command that serves": "import cluster.cli\ncluster.cli._check_plan(config)",
+    "the command for a running service": "import cluster.__main__, cluster.controller.client",
     "the build task of experts": "import serve_app\nserve_app.build_experts(experts)",
     "the build task of llm": "import serve_app\nserve_app.build_llm(llm)",
     "the build task of console": "import serve_app\nserve_app.build_console(console)",
     "the console": "import cluster.console.deployment, cluster.console.endpoints",
     "the controller": "import cluster.controller.deployment",
+    "a controller at work": """
+import numpy as np
+from tests.support.simulated.mesh import SimulatedMesh
+mesh = SimulatedMesh(3)
+mesh.run_until_still()
+mesh.scale(5)
+mesh.run_until_still()
+mesh.scale(3)
+mesh.run_until_still()
+assert mesh.mesh.conductor.counters.copies
+""",
 }
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_it_imports_neither_torch_nor_vllm(process: str) -> None:
-    code = f"{READ}{PROCESSES[process]}\nprint(sorted({{'torch', 'vllm', 'transformers'}} & sys.modules.keys()))"
+def test_it_imports_nothing_heavy(process: str) -> None:
+    heavy = {"torch", "vllm", "transformers", "numba"}
+    code = f"{READ}{PROCESSES[process]}\nprint(sorted({heavy} & sys.modules.keys()))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -184,3 +184,35 @@ def test_what_the_data_plane_logs_goes_to_serve_s_log() -> None:
         serve_log.setLevel(before[0])
         ours.setLevel(before[1])
         ours.handlers[:] = before[2]
+
+
+def test_serve_says_how_many_replicas_it_wants_and_how_many_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from ray.serve import context, schema
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve._private.common import ReplicaState
+
+    assert list(inspect.signature(ServeControllerClient.get_serve_details).parameters) == ["self"]
+    for model, fields in (
+        (schema.ServeInstanceDetails, {"applications"}),
+        (schema.ApplicationDetails, {"deployments"}),
+        (schema.DeploymentDetails, {"target_num_replicas", "replicas"}),
+        (schema.ReplicaDetails, {"state"}),
+    ):
+        assert fields <= set(model.model_fields)
+    assert ReplicaState.RUNNING == "RUNNING"
+    replicas = [{"state": state} for state in ("RUNNING", "STARTING", "RUNNING", "STOPPING")]
+    deployment = {"target_num_replicas": 3, "replicas": replicas}
+    details = {"applications": {"experts": {"deployments": {"ExpertShard": deployment}}}}
+    client = SimpleNamespace(get_serve_details=lambda: details)
+    monkeypatch.setattr(context, "_get_global_client", lambda: client)
+    assert joints.replicas_of("experts", "ExpertShard") == joints.ReplicaCounts(wanted=3, running=2)
+    assert joints.replicas_of("experts", "Other") is None
+    assert joints.replicas_of("other", "ExpertShard") is None
+
+    def gone() -> None:
+        raise RuntimeError("there is no Serve instance")
+
+    monkeypatch.setattr(context, "_get_global_client", gone)
+    assert joints.replicas_of("experts", "ExpertShard") is None, "the controller goes on without knowing"

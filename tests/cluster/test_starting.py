@@ -91,12 +91,12 @@ def test_a_failing_clean_up_hides_neither_the_reason_nor_the_rest(
 
 
 def test_a_placement_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch, config: MeshConfig) -> None:
-    section = config.experts.placement.model_copy(update={"num_nodes": 2})
-    experts = config.experts.model_copy(update={"placement": section})
+    section = config.live.placement.model_copy(update={"num_nodes": 2})
+    live = config.live.model_copy(update={"placement": section})
     FakeServe(monkeypatch, {})
     with (
-        pytest.raises(ConfigError, match="placement: 3 ranks cannot be dealt evenly to 2 nodes"),
-        command.serving(config.model_copy(update={"experts": experts}), options()),
+        pytest.raises(ConfigError, match=r"placement\.num_nodes is 2, but 3 shards cannot be dealt evenly"),
+        command.serving(config.model_copy(update={"live": live}), options()),
     ):
         pytest.fail("it serves")
 

@@ -47,8 +47,10 @@ JUDGES = {
     "cluster/http/errors.py": _tests("cluster/http/test_error_statuses.py", _GATE),
     "cluster/http/shape.py": _tests("cluster/http/test_shape.py", "cluster/http/test_requests.py"),
     "cluster/observability/metrics.py": _tests("cluster/observability/test_metrics*.py"),
-    "cluster/controller/roster.py": _tests("cluster/controller/test_roster_edges.py", "cluster/controller/test_r*.py"),
-    "cluster/controller/deployment.py": _tests("cluster/controller/test_[!i]*.py"),  # but for the initial placement
+    "cluster/mesh/roster.py": _tests("cluster/mesh/test_roster_edges.py", "cluster/mesh/test_roster.py"),
+    "cluster/mesh/holdings.py": _tests("cluster/mesh/test_holdings.py"),
+    "cluster/mesh/conductor.py": _tests("cluster/mesh/test_conductor*.py"),
+    "cluster/controller/deployment.py": _tests("cluster/controller/test_*.py"),
     "experts/dispatch/dispatcher.py": _DISPATCH,
     "experts/dispatch/rows/host_mover.py": _DISPATCH,
     "experts/dispatch/rows/torch_mover.py": _DISPATCH,

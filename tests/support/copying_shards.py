@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.protocol.membership import Membership, ShardEndpoint
@@ -27,6 +28,7 @@ from tests.support.small_mesh import (
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, WIDTH = 2, 6, 96, 1024
 EXPERT_BYTES = 3 * HIDDEN * WIDTH * 4  # 1.2 MB: more than the ring holds
 PAIRS = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
+WAYS = ["process", "shm", "tcp"]
 SLOW = 3e6  # bytes a second: an expert takes 0.4 s, in nine pieces
 
 
@@ -60,6 +62,13 @@ def server(model: Path, rank: int, kernel: str = "torch_loop") -> Iterator[Shard
 def elsewhere(shard: ShardEndpoint) -> ShardEndpoint:
     """As if it were on another host."""
     return dataclasses.replace(shard, host_id="elsewhere")
+
+
+def ways_to(monkeypatch: pytest.MonkeyPatch, way: str) -> Callable[[ShardEndpoint], ShardEndpoint]:
+    """How shards of this process reach others: "process"; "shm", their memory being closed to it; or "tcp"."""
+    if way == "shm":
+        monkeypatch.setattr("experts.transports.weights.memory.PeerMemory.proven", lambda self: False)
+    return elsewhere if way == "tcp" else lambda endpoint: endpoint
 
 
 def orders(*sources: ShardEndpoint, pairs: list[tuple[int, int]] = PAIRS) -> list[CopyOrder]:

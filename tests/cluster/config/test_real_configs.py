@@ -42,12 +42,14 @@ def test_config_is_valid_and_the_model_fits(name: str) -> None:
     mesh = MeshConfig.from_serve_config(data, source=name)
     shards, routers = mesh.experts.shards, mesh.llm.routers
     assert shards.slots_per_rank is not None
-    assert shards.count * shards.slots_per_rank >= shape.experts, "every expert has a slot"
+    needed = shape.experts * mesh.live.placement.min_replicas
+    usable = shards.slots_per_rank - mesh.live.placement.spare_slots
+    assert mesh.num_shards * usable >= needed, "every expert has its replicas, and every shard its spare slots"
 
     options = shards.ray_actor_options
     router_gpus = routers.placement_group_config["bundles"][0]["GPU"] if routers.placement_group_config else 1
     num_routers = routers.count or 1
-    gpus = shards.count * options["num_gpus"] + num_routers * router_gpus
+    gpus = mesh.num_shards * options["num_gpus"] + num_routers * router_gpus
     assert shape.num_gpus - 1 < gpus <= shape.num_gpus, f"asks for {gpus} GPUs"
 
     expert_bytes = 3 * shape.hidden * shape.width * BYTES[mesh.experts.model.dtype]
@@ -67,7 +69,7 @@ def test_routers_are_replaced_with_a_surge_where_a_gpu_has_room_for_one_more(nam
     shards, routers = mesh.experts.shards, mesh.llm.routers
     of_shard = shards.ray_actor_options["num_gpus"]
     of_router = routers.placement_group_config["bundles"][0]["GPU"] if routers.placement_group_config else 1
-    free = [1 - of_shard] * shards.count + [1.0] * (SHAPES[name].num_gpus - shards.count)
+    free = [1 - of_shard] * mesh.num_shards + [1.0] * (SHAPES[name].num_gpus - mesh.num_shards)
     for _ in range(routers.count or 1):
         free.remove(place := min(share for share in free if share > of_router - 1e-6))
         free.append(place - of_router)
@@ -79,7 +81,7 @@ def test_routers_are_replaced_with_a_surge_where_a_gpu_has_room_for_one_more(nam
 @pytest.mark.parametrize("name", SHAPES)
 def test_shards_wait_for_routers_as_long_as_routers_for_shards(name: str) -> None:
     mesh = MeshConfig.from_serve_config(serve_config(name), source=name)
-    ours, theirs = mesh.llm.router_settings(), mesh.experts.shard_settings("127.0.0.1")
+    ours, theirs = mesh.llm.router_settings(), mesh.experts.shard_settings("127.0.0.1", 1)
     assert ours.connect_timeout_s == theirs.connect_timeout_s
 
 

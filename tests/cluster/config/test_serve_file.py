@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
-from cluster.config.http_sections import HttpSection
+from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import RENAMED, ConfigError, parse
 from cluster.config.serve_file import MeshConfig
 from experts.protocol.settings import ShardSettings
@@ -28,7 +28,7 @@ def write(tmp_path: Path, data: Any) -> Path:
 
 
 def put(data: dict[str, Any], place: str, value: Any) -> None:
-    """Set applications.0.args.shards.count and the like."""
+    """Set applications.0.args.shards.device and the like."""
     *path, last = place.split(".")
     target: Any = data
     for part in path:
@@ -50,9 +50,9 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
     ("place", "value", "expected"),
     [
         (
-            "applications.0.args.shards.count",
+            "applications.0.args.shards.num_threads",
             0,
-            r"applications\[0\]\.args\.shards\.count: .*greater than or equal to 1, got 0",
+            r"applications\[0\]\.args\.shards\.num_threads: .*greater than or equal to 1, got 0",
         ),
         ("applications.0.args.shards.speed", 3, r"applications\[0\]\.args\.shards\.speed: unknown key$"),
         (
@@ -72,19 +72,7 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
             r"model\.path: 'ftp://x/y': expected a folder, ",
         ),
         ("applications.0.args.model.path", "s3://", r"model\.path: 's3://': expected .* s3://bucket/folder"),
-        (
-            "applications.0.args.placement.policy",
-            "magic",
-            r"args\.placement\.policy: .*'linear', 'greedy' or 'optimized'",
-        ),
-        ("applications.0.args.placement.file", "nope.json", r"placement\.file: 'nope.json' does not exist"),
         ("applications.0.args.shards.device", "cuda", r"shards: device is cuda, so ray_actor_options.num_gpus"),
-        ("applications.0.args.shards.deployment_config", {"num_replicas": 2}, r"use shards.count instead"),
-        (
-            "applications.0.args.membership.lost_after_s",
-            1.5,
-            r"lost_after_s is 1.5, expected at least twice heartbeat_s",
-        ),
         (
             "applications.1.args.routers.engine_kwargs",
             {"worker_extension_cls": "x.Y"},
@@ -135,26 +123,6 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
             {"lora_config": {"dynamic_lora_loading_path": "s3://a"}},
             r"llm_config: lora_config is set, but LoRA adapters are not supported",
         ),
-        (
-            "applications.0.args.placement",
-            {"trace": str(TINY)},
-            r"args\.placement: policy is linear, so trace would have no effect: remove",
-        ),
-        (
-            "applications.0.args.placement",
-            {"policy": "greedy", "trace": str(TINY), "seed": 1, "load_cap": 1.1, "max_seconds": 5},
-            r"policy is greedy, so load_cap, max_seconds would have no effect",
-        ),
-        (
-            "applications.0.args.placement",
-            {"file": str(TINY), "seed": 0, "load_cap": 1.1, "prefer_local_replicas": True, "min_replicas": 2},
-            r"file is given, so load_cap, prefer_local_replicas, seed would have no effect",
-        ),
-        (
-            "applications.0.args.placement",
-            {"policy": "optimized", "trace": str(TINY), "num_nodes": 3, "prefer_local_replicas": True},
-            r"placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not",
-        ),
         ("applications.1.import_path", "x:y", r"no application has import_path serve_app:build_llm"),
         ("applications", 3, r"expected a Serve config with a list of applications"),
     ],
@@ -182,11 +150,11 @@ def test_an_application_without_a_name_is_the_one_that_serve_calls_default() -> 
 
 def test_every_mistake_of_an_application_is_listed() -> None:
     data = tiny()["applications"][0]["args"]
-    data["shards"] |= {"count": -1, "colour": "red"}
+    data["shards"] |= {"num_threads": -1, "colour": "red"}
     with pytest.raises(ConfigError) as caught:
         parse(ExpertsAppConfig, data)
     assert {line.split(":")[0] for line in str(caught.value).splitlines()} == {
-        "args.shards.count",
+        "args.shards.num_threads",
         "args.shards.colour",
     }
 
@@ -194,14 +162,17 @@ def test_every_mistake_of_an_application_is_listed() -> None:
 @pytest.mark.parametrize("old", RENAMED)
 def test_a_renamed_key_is_answered_with_the_new_one(old: str) -> None:
     section, key = old.split(".")
-    schema, app = (ExpertsAppConfig, 0) if section in ExpertsAppConfig.model_fields else (LLMAppConfig, 1)
-    data = tiny()["applications"][app]["args"]
+    schema = LiveConfig if section in LiveConfig.model_fields else LLMAppConfig
+    data = tiny()["applications"][1]["args"] if schema is LLMAppConfig else {}
     data.setdefault(section, {})[key] = 1
     with pytest.raises(ConfigError) as caught:
         parse(schema, data)
     assert str(caught.value) == f"args.{old}: unknown key; use {RENAMED[old]} instead"
-    new_section, _, new_key = RENAMED[old].rpartition(".")
-    assert new_key in schema.model_fields[new_section or section].annotation.model_fields  # type: ignore[union-attr]
+    new = RENAMED[old].split(".")
+    place: Any = schema
+    for part in new if new[0] in schema.model_fields else [section, *new]:  # else relative to the old key's section
+        assert part in place.model_fields
+        place = place.model_fields[part].annotation
 
 
 @pytest.mark.parametrize(
@@ -213,6 +184,12 @@ def test_a_renamed_key_is_answered_with_the_new_one(old: str) -> None:
         ("2.name", "llm", "two applications are named 'llm'"),
         ("2.route_prefix", "/", "have the same route prefix '/'"),
         ("1.args.http.api_keys", ["k"], "the OpenAI API has API keys and the console has none"),
+        (
+            "2.args.http",
+            {"admin_keys": ["a", " "]},
+            r"applications\[2\]\.args\.http\.admin_keys: an admin key is empty",
+        ),
+        ("1.args.http.admin_keys_env", "K", r"applications\[1\]\.args\.http\.admin_keys_env: unknown key"),
         (
             "2.args.http",
             {"max_pending_requests": 3},
@@ -265,8 +242,9 @@ def test_files_that_are_no_config(tmp_path: Path, text: str | None, expected: st
 
 def test_settings_reach_router_and_shard() -> None:
     mesh = MeshConfig.from_file(TINY)
-    shard = mesh.experts.shard_settings("10.0.0.1")
+    shard = mesh.experts.shard_settings("10.0.0.1", 23)
     assert (shard.bind_host, shard.dtype, shard.num_threads) == ("10.0.0.1", "float32", 1)
+    assert shard.slots_per_rank == 23
     router = mesh.llm.router_settings()
     assert (router.dispatch_timeout_ms, router.model_path) == (2000.0, shard.model_path)
     kwargs = mesh.llm.engine_kwargs()
@@ -277,9 +255,9 @@ def test_settings_reach_router_and_shard() -> None:
 def test_a_shards_wait_for_a_router_is_the_users_to_say() -> None:
     data = tiny()["applications"][0]["args"]
     default = ShardSettings.model_fields["connect_timeout_s"].default
-    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1").connect_timeout_s == default
+    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1", 23).connect_timeout_s == default
     data["shards"]["connect_s"] = 120
-    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1").connect_timeout_s == 120
+    assert parse(ExpertsAppConfig, data).shard_settings("10.0.0.1", 23).connect_timeout_s == 120
     data["shards"]["connect_s"] = 0
     with pytest.raises(ConfigError, match=r"shards\.connect_s: .*greater than 0, got 0"):
         parse(ExpertsAppConfig, data)
@@ -291,20 +269,11 @@ def test_other_additional_config_stays() -> None:
     assert parse(LLMAppConfig, data).engine_kwargs()["additional_config"]["other"] == 1
 
 
-def test_keys_from_config_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MESH_TEST_KEYS", "b, c,")
-    assert HttpSection(api_keys=["a"], api_keys_env="MESH_TEST_KEYS").keys() == {"a", "b", "c"}
-    assert HttpSection().keys() == frozenset()
-    monkeypatch.delenv("MESH_TEST_KEYS")
-    with pytest.raises(ValueError, match="MESH_TEST_KEYS, which holds no key"):
-        HttpSection(api_keys_env="MESH_TEST_KEYS").keys()
-
-
 def test_every_field_says_what_it_is() -> None:
-    seen = [ExpertsAppConfig, LLMAppConfig]
+    seen = [ExpertsAppConfig, LLMAppConfig, ConsoleAppConfig, LiveConfig]
     for schema in seen:
         for name, field in schema.model_fields.items():
             assert field.description, f"{schema.__name__}.{name}"
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 seen.append(field.annotation)
-    assert len(seen) >= 9
+    assert len(seen) >= 14

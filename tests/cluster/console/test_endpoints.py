@@ -13,11 +13,11 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.config.apps import ConsoleAppConfig
-from cluster.config.http_sections import KeysSection
+from cluster.config.http_sections import ConsoleHttpSection
 from cluster.console import endpoints
 from cluster.console.endpoints import Console, console_app
 from cluster.controller.client import ControllerLostError
-from cluster.controller.messages import PlacementView
+from cluster.mesh.messages import PlacementView
 from cluster.router.client import RouterClient
 from cluster.router.messages import TraceSample
 from placement.placement import Placement
@@ -27,7 +27,7 @@ from tests.support.waiting import run_async
 
 TIMEOUT_S = 0.2
 NO_ROUTER = DeploymentUnavailableError(DeploymentID("Router", "llm"))
-PLACEMENT = PlacementView(3, "d", Placement.linear(1, 2, 2), [[[0]], [[1]]])
+PLACEMENT = PlacementView(3, Placement.linear(1, 2, 2), [[[0]], [[1]]], 0, None)
 
 
 class Controller:
@@ -57,7 +57,7 @@ def get(
     key: str = "",
 ) -> httpx.Response:
     """One request to the app of a console replica, below the route prefix that Serve gives it."""
-    config = ConsoleAppConfig(http=KeysSection(retry_after_s=3, api_keys=list(keys)))
+    config = ConsoleAppConfig(http=ConsoleHttpSection(retry_after_s=3, api_keys=list(keys)))
     controller: Any = Controller(controller_lost)
     handle: Any = RouterHandle(replicas)
     app = console_app(Console(config, controller, [RouterClient(handle)]))

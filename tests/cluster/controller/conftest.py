@@ -18,7 +18,10 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         async def whole() -> None:
             scene = Scene(monkeypatch)
             await scene.restart()
-            await act(scene)
+            try:
+                await act(scene)
+            finally:
+                await scene.end()
 
         run_async(whole(), "the scene to end")
 

@@ -11,7 +11,7 @@ import pytest
 from cluster.config.parse import ConfigError
 from cluster.controller import client as client_module
 from cluster.controller.client import ControllerClient, ControllerLostError
-from cluster.controller.messages import HeartbeatAnswer, JoinRequest
+from cluster.mesh.messages import HeartbeatAnswer, JoinRequest, Times
 from tests.support.waiting import run_async
 
 REQUEST = JoinRequest("s", "n", 0)
@@ -55,18 +55,18 @@ def run(coroutine: Any) -> Any:
 
 
 def test_each_call_reaches_the_method_of_its_name(controller: Any) -> None:
-    answer = HeartbeatAnswer(True, 3)
+    answer = HeartbeatAnswer(True, 3, Times(1, 5, 3))
     client, handle = controller(answer, True, None)
     assert run(client.heartbeat("s", None, timeout_s=5)) == answer
     assert run(client.leave("s", timeout_s=5)) is True
     assert run(client.deregister_router("r", timeout_s=5)) is None
-    assert handle.calls == [("heartbeat", "s", None), ("leave", "s"), ("deregister_router", "r")]
+    assert handle.calls == [("heartbeat", "s", None), ("leave", "s", 5), ("deregister_router", "r")]
 
 
 def test_silence_and_failures_are_one_error_that_says_what_was_asked(controller: Any) -> None:
     client, _ = controller(SILENCE, KeyError("seat"))
-    with pytest.raises(ControllerLostError, match=r"application 'experts' did not answer leave in 0\.05 s"):
-        run(client.leave("s", timeout_s=0.05))
+    with pytest.raises(ControllerLostError, match=r"application 'experts' did not answer report in 0\.05 s"):
+        run(client.report(None, timeout_s=0.05))  # type: ignore[arg-type]
     with pytest.raises(ControllerLostError, match=r"leave of .* application 'experts' failed: KeyError\('seat'\)"):
         run(client.leave("s", timeout_s=5))
 
@@ -99,3 +99,10 @@ def test_join_asks_again_only_if_told_to(controller: Any, retry: bool) -> None:
 def test_an_application_needs_a_name() -> None:
     with pytest.raises(ConfigError, match="has no name"):
         ControllerClient("")
+
+
+def test_a_leaving_shard_gives_the_controller_its_time_and_two_seconds_to_say_so(controller: Any) -> None:
+    client, handle = controller(SILENCE)
+    with pytest.raises(ControllerLostError, match=r"did not answer leave in 2\.0[0-9]* s"):
+        run(client.leave("s", timeout_s=0.01))
+    assert handle.calls == [("leave", "s", 0.01)]

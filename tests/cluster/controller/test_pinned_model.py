@@ -54,7 +54,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def experts(path: str) -> ExpertsAppConfig:
-    return parse(ExpertsAppConfig, {"model": {"id": "m", "path": path}, "shards": {"count": 1}})
+    return parse(ExpertsAppConfig, {"model": {"id": "m", "path": path}})
 
 
 def llm(path: str) -> LLMAppConfig:

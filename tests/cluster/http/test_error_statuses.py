@@ -168,8 +168,8 @@ def validation_error(**values: Any) -> ValidationError:
         ),
         (
             RequestValidationError([{"loc": ("query", "a"), "msg": "wrong"}, {"loc": (), "msg": "2"}]),
-            "query.a: wrong",
-            "query.a",
+            "a: wrong",
+            "a",
             "invalid_value",
         ),
         (

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observability import metrics
 from cluster.observability.metrics import PREFIX, RouterMetrics, render
-from tests.support.serve.statuses import controller_status, router_status
+from tests.support.serve.statuses import controller_status, migration_view, router_status, seat_view
 
 COUNTERS = {
     "steps": 10,
@@ -29,6 +29,36 @@ COUNTERS = {
 SHARD_COUNTERS = {"shard_rows": [30, 50], "shard_pairs": [60, 100]}
 GAUGES = {"epoch": 4, "balancedness": 0.75, "uncovered_pairs": 12, "fallback_cached_bytes": 4096, "swap_max_us": 70.5}
 UNCHANGED = ("uncovered_pairs", "fallback_cached_bytes", "swap_max_us")
+MESH_GAUGES = {
+    "controller_up": 1,
+    "controller_epoch": 5,
+    "ranks_missing": 1,
+    "placement_target_version": 6,
+    "migration_paused": 0,
+    "migration_copies_in_flight": 2,
+    "migration_copies_left": 9,
+    "migration_left_bytes": 900_000,
+    "experts_sole": 13,
+    "experts_unserved": 5,
+}
+MESH_COUNTERS = {
+    "migration_rounds": 3,
+    "migration_copies": 21,
+    "migration_copied_bytes": 2_100_000,
+    "migration_failed_copies": 4,
+}
+SEAT_GAUGES = {"shard_slots": (0, 8), "shard_experts_held": (0, 12), "shard_experts_missing": (0, 7)}
+OWN_COUNTERS = {
+    "shard_requests": 40,
+    "shard_failed_copies": 2,
+    "shard_copy_seconds": 1.25,
+    "shard_handed_out": 14,
+    "shard_handed_out_bytes": 1400,
+}
+SOURCE_COUNTERS = {
+    "shard_copies": {"process": 0, "shm": 6, "tcp": 0, "checkpoint": 1},
+    "shard_copied_bytes": {"process": 0, "shm": 600, "tcp": 0, "checkpoint": 100},
+}
 
 
 def samples(text: bytes) -> dict[tuple[str, ...], float]:
@@ -54,23 +84,50 @@ def test_every_counter_and_gauge_of_a_router_is_in_the_text() -> None:
 def test_series_have_types_and_names_that_dashboards_rely_on() -> None:
     families = text_string_to_metric_families(render([router_status()], controller_status()).decode())
     types = {family.name.removeprefix(PREFIX): family.type for family in families}
+    counters = [*COUNTERS, *SHARD_COUNTERS, *MESH_COUNTERS, *OWN_COUNTERS, *SOURCE_COUNTERS]
+    gauges = [*GAUGES, *MESH_GAUGES, *SEAT_GAUGES, "shard_connected", "requests_unfinished"]
     assert types == {
-        **dict.fromkeys([*COUNTERS, *SHARD_COUNTERS, "shard_requests"], "counter"),
-        **dict.fromkeys([*GAUGES, "shard_connected", "requests_unfinished"], "gauge"),
-        **dict.fromkeys(["controller_up", "controller_epoch", "ranks_missing", "shard_loaded_bytes"], "gauge"),
+        **dict.fromkeys(counters, "counter"),
+        **dict.fromkeys([*gauges, "shard_state", "shard_loaded_bytes"], "gauge"),
         "dispatch_seconds": "histogram",
     }
 
 
 def test_what_the_controller_knows_is_in_the_text() -> None:
-    found = samples(render([], controller_status()))
-    assert found == {
-        ("controller_up",): 1,
-        ("controller_epoch",): 5,
-        ("ranks_missing",): 1,
-        ("shard_loaded_bytes", "1"): 77,
-        ("shard_requests_total", "1"): 40,
-    }
+    expected: dict[tuple[str, ...], float] = {(name,): value for name, value in MESH_GAUGES.items()}
+    expected |= {(f"{name}_total",): value for name, value in MESH_COUNTERS.items()}
+    expected |= {("shard_state", "0", "joining"): 1, ("shard_state", "1", "filling"): 1}
+    for name, values in SEAT_GAUGES.items():
+        expected |= {(name, str(rank)): value for rank, value in enumerate(values)}
+    expected |= {(f"{name}_total", "1"): value for name, value in OWN_COUNTERS.items()}
+    expected["shard_loaded_bytes", "1"] = 77
+    for name, by_source in SOURCE_COUNTERS.items():
+        expected |= {(f"{name}_total", "1", source): value for source, value in by_source.items()}
+    assert samples(render([], controller_status())) == expected
+
+
+@pytest.mark.parametrize("state", ["joining", "filling", "serving", "draining"])
+def test_a_shard_has_one_state(state: str) -> None:
+    found = samples(render([], controller_status(shards=[seat_view(3, state=state)])))
+    assert [key for key in found if key[0] == "shard_state"] == [("shard_state", "3", state)]
+
+
+def test_without_a_target_or_shards_the_series_of_the_mesh_are_there() -> None:
+    status = controller_status(
+        shards=[], routers={}, migration=migration_view(target_version=0, origin="", paused=True)
+    )
+    found = samples(render([], status))
+    assert found.keys() == {(name,) for name in MESH_GAUGES} | {(f"{name}_total",) for name in MESH_COUNTERS}
+    assert (found["placement_target_version",], found["migration_paused",]) == (0, 1)
+
+
+def test_series_of_the_controller_grow_with_shards_only() -> None:
+    none, one, four = (
+        len(samples(render([], controller_status(shards=[seat_view(rank) for rank in range(count)]))))
+        for count in (0, 1, 4)
+    )
+    assert four - none == 4 * (one - none)
+    assert one - none <= 20
 
 
 def test_histograms_are_cumulated_and_in_seconds() -> None:

@@ -181,6 +181,13 @@ def test_shards_that_would_not_come_up_are_refused(shards: dict[str, Any], expec
     assert line.startswith(f"args.shards.{expected}")
 
 
+def test_a_controller_that_would_not_come_up_is_refused() -> None:
+    args = experts()
+    args["controller"] = {"ray_actor_options": {"num_cpu": 1}}
+    [line] = lines(args)
+    assert line == "args.controller.ray_actor_options.num_cpu is unknown to Serve; did you mean num_cpus?"
+
+
 def test_every_mistake_has_a_line_of_its_own() -> None:
     args = llm(engine_kwargs={"max_num_seq": 1, "max_model_len": 9999}, llm_config={"x": 1})
     args["http"]["api_keys_env"] = "NO_SUCH_VARIABLE_IS_SET"
@@ -237,14 +244,17 @@ def test_api_keys_of_a_cluster_elsewhere_are_not_looked_for() -> None:
 
 
 def test_a_console_that_would_not_come_up_is_refused() -> None:
-    args = {"http": {"api_keys_env": "NO_SUCH_VARIABLE_IS_SET"}, "deployment_config": {"num_cpus": 1}}
-    config = parse(ConsoleAppConfig, args)
+    http = {"api_keys_env": "NO_SUCH_VARIABLE_IS_SET", "admin_keys_env": "NOR_IS_THIS"}
+    config = parse(ConsoleAppConfig, {"http": http, "deployment_config": {"num_cpus": 1}})
     with pytest.raises(ConfigError) as caught:
         refuse_console(config)
     assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == [
         "args.deployment_config.num_cpus",
         "args.http.api_keys_env",
+        "args.http.admin_keys_env",
     ]
+    with pytest.raises(ConfigError, match=r"^args\.http: 1 of the admin keys is among the API keys"):
+        refuse_console(parse(ConsoleAppConfig, {"http": {"api_keys": ["a"], "admin_keys": ["a", "b"]}}))
     refuse_console(parse(ConsoleAppConfig, {"deployment_config": {"num_replicas": 2}}))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.controller.client import ControllerLostError
-from cluster.controller.messages import MembershipAnswer, MembershipRequest
+from cluster.mesh.messages import MembershipAnswer, MembershipRequest
 from cluster.router import epochs
 from cluster.router.epochs import EpochFollower
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint

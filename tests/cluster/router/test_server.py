@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.controller.messages import MembershipAnswer
+from cluster.mesh.messages import MembershipAnswer
 from cluster.router.messages import TraceSample
 from cluster.router.worker_calls import EngineSilentError
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint

@@ -1,264 +1,297 @@
-"""A shard's deployment and the controller in one process, without Serve: restarts at the worst times, and health."""
+"""A shard's deployment and the controller in one process: starting, restarts at the worst times, orders, stopping."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import yaml
 
-from cluster.controller.client import ControllerClient, ControllerLostError
-from cluster.controller.deployment import PlacementController
-from cluster.controller.messages import JoinRequest
-from cluster.ray_joints import ReplicaIdentity
-from cluster.shard import deployment as expert_shard
+from cluster.controller.client import ControllerLostError
 from cluster.shard.deployment import ExpertShard
-from experts.protocol.membership import ShardEndpoint
-from experts.protocol.status import ShardStatus
-from experts.shard import server as shard_server
 from placement.placement import Placement
-from tests.support.serve.statuses import shard_status
-from tests.support.waiting import run_async
+from tests.support.controller_scene import EXPERTS, LAYERS, SLOTS, turns
+from tests.support.shard_scene import Cluster, PlayShard
 
-TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
-PLACEMENT = Placement.linear(2, 8, 4, 2)
+ROW = LAYERS * EXPERTS // 3  # experts of a shard, if three have one replica of each
 
-
-def config(join_timeout_s: float = 30) -> dict[str, Any]:
-    args = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
-    times = {"heartbeat_s": 0.01, "lost_after_s": 30, "join_timeout_s": join_timeout_s, "drain_s": 0}
-    return {**args, "membership": times}
+# --- starting -----------------------------------------------------------------------------------------------------
 
 
-class FakeServer:
-    """Loads until it is told that it may listen."""
-
-    def __init__(self, settings: Any) -> None:
-        self.endpoint: ShardEndpoint | None = None
-        self.loading, self.may_listen = threading.Event(), threading.Event()
-        self.facts: dict[str, Any] = {}
-        self.stopped = False
-
-    def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
-        self.loading.set()
-        assert self.may_listen.wait(60)
-        self.endpoint = ShardEndpoint(rank, "a", "127.0.0.1", 1000, "host", 1)
-        return self.endpoint
-
-    def status(self) -> ShardStatus:
-        assert self.endpoint is not None
-        return shard_status(self.endpoint.rank, **self.facts)
-
-    def stop(self) -> None:
-        self.stopped = True
-
-
-class Shard(ExpertShard):
-    """Without the farewell, which Serve alone can await."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        """No farewell."""
-
-
-class Cluster(ControllerClient):
-    """One controller at a time, and a shard that Serve calls the second, on the second node, whose rank here is 2."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.controller: Any = None
-        self.asked: list[tuple[Any, ...]] = []
-        self.deaf_to: set[str] = set()
-        self.shard = Shard.__new__(Shard)
-        monkeypatch.setattr(expert_shard, "replica_identity", lambda: ReplicaIdentity("experts", "b1", 1, "b"))
-        monkeypatch.setattr(expert_shard, "node_address", lambda: "127.0.0.1")
-        monkeypatch.setattr(expert_shard, "ControllerClient", lambda app_name: self)
-        monkeypatch.setattr(shard_server, "ShardServer", FakeServer)
-
-    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
-        if method in self.deaf_to:
-            raise ControllerLostError(f"no answer to {method}")
-        answer = await getattr(self.controller, method)(*args)
-        self.asked.append((method, args, answer))
-        return answer
-
-    async def call_with_retry(self, method: str, *args: Any, timeout_s: float, pause_s: float = 0.5) -> Any:
-        return await self.call(method, *args, timeout_s=timeout_s)
-
-    async def restart_controller(self) -> None:
-        controller: Any = PlacementController.__new__(PlacementController)
-        await controller.__init__(config(), PLACEMENT.to_json(), None)
-        controller._watch.cancel()
-        self.controller = controller
-
-    async def begin_loading(self) -> asyncio.Task[None]:
-        """The start of the shard, which goes on until its server may listen."""
-        assert (await self.controller.join(JoinRequest("a1", "a", 0))).rank == 0
-        start: Any = self.shard.__init__(config())  # type: ignore[misc]
-        task = asyncio.create_task(start)
-        await self.until(lambda: hasattr(self.shard, "_server") and self.shard._server.loading.is_set())
-        return task
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """The whole scene has a deadline."""
-        while not condition():
-            await asyncio.sleep(0)
-
-    async def fill_all_ranks(self) -> None:
-        """With shards that Serve gave other ranks than ours, so that ours is no successor of theirs."""
-        for index in range(4):
-            assert (await self.controller.join(JoinRequest(f"x{index}", "ab"[index // 2], 9))).rank == index
-
-    def seats(self) -> dict[int, str]:
-        return {seat.rank: seat.shard_id for seat in self.controller._roster.seats}
-
-
-Play = Callable[[Callable[[Cluster], Awaitable[None]]], None]
-
-
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Runs one scene."""
-
-    def run(act: Callable[[Cluster], Awaitable[None]]) -> None:
-        async def whole() -> None:
-            cluster = Cluster(monkeypatch)
-            await cluster.restart_controller()
-            try:
-                await act(cluster)
-            finally:
-                if (server := getattr(cluster.shard, "_server", None)) is not None:
-                    server.may_listen.set()
-                if (heart := getattr(cluster.shard, "_heart", None)) is not None:
-                    heart.cancel()
-
-        run_async(whole(), "the scene to end")
-
-    return run
-
-
-def test_a_shard_that_loads_asks_a_restarted_controller_for_the_rank_that_it_loads(play: Play) -> None:
+def test_at_a_cold_start_it_loads_its_row_and_serves(play: PlayShard) -> None:
     async def act(cluster: Cluster) -> None:
-        start = await cluster.begin_loading()
-        assert cluster.seats() == {0: "a1", 2: "b1"}
+        start = await cluster.loading()
+        assert cluster.seats() == {0: "s0", 1: "s1", 2: "mine"}
+        assert not start.done()
+        assert not cluster.scene.mesh.open
+        cluster.server.may_listen.set()
+        await start
+        assert cluster.server.done == [("start", 2, ROW)]
+        assert cluster.scene.mesh.open
+        (ready,) = cluster.asked("ready")
+        assert (ready[0].num_slots, ready[0].expert_bytes, ready[0].held_LE.sum()) == (SLOTS, 10, ROW)
+        await cluster.shard.check_health()
+        assert (await cluster.shard.status()).rank == 2
+
+    play(act)
+
+
+def test_later_it_starts_empty_and_is_filled_by_orders(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        shards = await cluster.scene.start(3)
+        had_LE = shards[2].held_LE.copy()
+        cluster.scene.mesh.leave("s2", cluster.scene.now_s)
+        start = cluster.begin()
+        await cluster.until(lambda: hasattr(cluster.shard, "_server") and cluster.server.loading.is_set())
+        cluster.server.may_listen.set()
+        await start
+        assert cluster.server.done == [("start", 2, 0)]
+        await cluster.until(lambda: cluster.scene.mesh.unserved == 0)
+        assert np.array_equal(cluster.shard._orders.held_LE(), had_LE)
+        assert [done[0] for done in cluster.server.done[1:]] == ["copy"] * ROW
+        assert cluster.scene.mesh.conductor.counters.copies == ROW, "each result was told once"
+
+    play(act)
+
+
+def test_without_a_rank_it_asks_until_one_is_given(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = cluster.begin()
+        await cluster.until(lambda: len(cluster.asked("join")) >= 3)
+        assert not start.done()
+        others = [cluster.scene.shard(f"s{index}", index) for index in range(2)]
+        for shard in others:
+            await shard.join()
+        await cluster.until(lambda: hasattr(cluster.shard, "_server") and cluster.server.loading.is_set())
+        cluster.server.may_listen.set()
+        await start
+
+    play(act)
+
+
+def test_without_a_rank_in_time_it_says_why(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        with pytest.raises(RuntimeError, match=r"no rank within 0\.05 s: 1 of 3 shards are here to plan for"):
+            await cluster.begin(join_timeout_s=0.05)
+
+    play(act)
+
+
+def test_a_refusal_ends_the_start_at_once(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.scene.restart({"placement": {"min_replicas": 4}})
+        start = cluster.begin()
+        for index in range(2):
+            await cluster.scene.shard(f"s{index}", index).join()
+        with pytest.raises(RuntimeError, match="slots"):
+            await asyncio.wait_for(start, 10)
+
+    play(act)
+
+
+# --- restarts of the controller -----------------------------------------------------------------------------------
+
+
+def test_while_it_loads_it_asks_a_restarted_controller_for_its_rank_again(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = await cluster.loading()
         await cluster.restart_controller()
         await cluster.until(lambda: bool(cluster.seats()))
-        assert cluster.seats() == {2: "b1"}, "whoever comes first, the blocks are as they were"
-        cluster.shard._server.may_listen.set()
+        assert cluster.seats() == {2: "mine"}
+        cluster.server.may_listen.set()
         await start
-        assert cluster.controller._roster.endpoints[2] is not None
-        assert "rejoin" not in [method for method, *_ in cluster.asked]
+        assert cluster.scene.mesh.roster.at(2).serving
+        assert cluster.asked("rejoin") == []
         await cluster.shard.check_health()
 
     play(act)
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_controller_that_restarts_as_loading_ends_learns_who_serves(play: Play, taken: bool) -> None:
+def test_a_controller_that_restarts_as_loading_ends_learns_who_serves(play: PlayShard, taken: bool) -> None:
     async def act(cluster: Cluster) -> None:
-        start = await cluster.begin_loading()
-        cluster.deaf_to = {"heartbeat", "join"}
+        start = await cluster.loading()
+        cluster.client.deaf_to = {"heartbeat", "join"}
         await cluster.restart_controller()
         if taken:
-            assert (await cluster.controller.join(JoinRequest("x", "b", 2))).rank == 2
-        cluster.shard._server.may_listen.set()
-        if taken:
-            with pytest.raises(RuntimeError, match="rank 2 was given to another shard while this one loaded"):
-                await start
-        else:
-            await start
-            assert cluster.controller._roster.endpoints[2] is not None
+            other = cluster.scene.shards["s0"]
+            other.rank = 2
+            await other.rejoin()
+        cluster.server.may_listen.set()
+        await start
+        rank = 0 if taken else 2
+        assert cluster.seats()[rank] == "mine"
+        assert cluster.server.endpoint is not None
+        assert cluster.server.endpoint.rank == rank == cluster.shard._rank
+        await cluster.shard.check_health()
 
     play(act)
 
 
-def test_a_shard_that_computes_nothing_is_not_healthy(play: Play) -> None:
+def test_it_tells_a_restarted_controller_what_it_holds_and_the_newest_target(play: PlayShard) -> None:
     async def act(cluster: Cluster) -> None:
-        start = await cluster.begin_loading()
-        cluster.shard._server.may_listen.set()
-        await start
+        await cluster.serving()
+        cluster.scene.mesh.roster.raise_epoch_above(41)
+        await cluster.until(lambda: cluster.shard._epoch == 42 and cluster.shard._orders.target is not None)
+        (_, status) = cluster.asked("heartbeat")[-1]
+        assert status == cluster.server.status()
+        await cluster.restart_controller()
+        await cluster.until(lambda: cluster.seats() == {2: "mine"})
+        (request,) = cluster.asked("rejoin")[-1]
+        assert (request.epoch, request.stopping, request.target["version"]) == (42, False, 1)
+        assert request.holding.held_LE.sum() == ROW
+        assert cluster.scene.mesh.roster.epoch > 42, "it goes on above what the shard has heard"
+        assert cluster.scene.mesh.keeper.target.version == 1
+
+    play(act)
+
+
+def test_another_rank_is_no_reason_to_restart(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        cluster.client.deaf_to = {"heartbeat", "rejoin"}
+        await cluster.restart_controller()
+        other = cluster.scene.shards["s1"]
+        other.rank = 2
+        assert await other.rejoin() == 2
+        cluster.client.deaf_to = set()
+        await cluster.until(lambda: len(cluster.seats()) == 2)
+        assert cluster.seats() == {0: "mine", 2: "s1"}
+        await cluster.until(lambda: cluster.server.endpoint.rank == 0)  # type: ignore[union-attr]
+        assert cluster.server.endpoint.incarnation == "mine", "the same process"  # type: ignore[union-attr]
         await cluster.shard.check_health()
-        cluster.shard._server.facts = {"fault": "CUDA error"}
+
+    play(act)
+
+
+def test_a_controller_of_another_model_makes_it_restart(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        cluster.client.deaf_to = {"heartbeat"}
+        await cluster.restart_controller()
+        cluster.scene.mesh.model = type(cluster.scene.mesh.model)(LAYERS, EXPERTS + 1)
+        cluster.client.deaf_to = set()
+        await cluster.until(lambda: cluster.shard._fault is not None)
+        with pytest.raises(RuntimeError, match="the controller is of another model; restarting"):
+            await cluster.shard.check_health()
+
+    play(act)
+
+
+def test_it_serves_on_while_the_controller_is_away(play: PlayShard, caplog: pytest.LogCaptureFixture) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        cluster.client.deaf_to = {"heartbeat", "await_order"}
+        await cluster.until(
+            lambda: "no answer to heartbeat" in caplog.text and "no answer to await_order" in caplog.text
+        )
+        await cluster.shard.check_health()
+
+    play(act)
+
+
+# --- health and orders --------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_computes_nothing_is_not_healthy(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        await cluster.shard.check_health()
+        cluster.server.facts = {"fault": "CUDA error"}
         with pytest.raises(RuntimeError, match="computes nothing: CUDA error"):
             await cluster.shard.check_health()
-        cluster.shard._server.facts = {"alive": False}
+        cluster.server.facts = {"alive": False}
         with pytest.raises(RuntimeError, match="compute loop has ended"):
             await cluster.shard.check_health()
 
     play(act)
 
 
-def test_a_shard_whose_rank_went_to_another_restarts(play: Play) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_shard_whose_task_ended_is_not_healthy(play: PlayShard, index: int) -> None:
     async def act(cluster: Cluster) -> None:
-        start = await cluster.begin_loading()
-        cluster.shard._server.may_listen.set()
-        await start
-        cluster.deaf_to = {"heartbeat"}
-        await cluster.restart_controller()
-        assert (await cluster.controller.join(JoinRequest("x", "b", 2))).rank == 2
-        cluster.deaf_to = set()
-        await cluster.until(lambda: cluster.shard._fault is not None)
-        with pytest.raises(RuntimeError, match="the controller has another shard or placement for rank 2; restarting"):
+        await cluster.serving()
+        name = cluster.shard._tasks[index].get_name()
+        cluster.shard._tasks[index].cancel()
+        await turns()
+        cluster.shard._tasks[index] = asyncio.create_task(asyncio.sleep(0), name=name)
+        await turns()
+        with pytest.raises(RuntimeError, match=f"{name} of this shard ended: None"):
             await cluster.shard.check_health()
 
     play(act)
 
 
-def test_a_shard_that_serves_tells_its_status_and_hears_of_epochs(play: Play) -> None:
+def test_a_placement_by_command_reaches_it(play: PlayShard) -> None:
     async def act(cluster: Cluster) -> None:
-        start = await cluster.begin_loading()
-        cluster.shard._server.may_listen.set()
-        await start
-        cluster.controller._roster.raise_epoch_above(41)
-        await cluster.until(lambda: cluster.shard._epoch == 42)
-        await cluster.until(lambda: cluster.asked[-1][0] == "heartbeat")
-        assert cluster.asked[-1][1] == ("b1", cluster.shard._server.status())
-        await cluster.restart_controller()
-        await cluster.until(lambda: cluster.seats() == {2: "b1"})
-        assert cluster.controller._roster.epoch > 42, "it goes on above what the shard has heard"
+        await cluster.serving()
+        swapped = np.array([[4, 1, 2, 3, 0, 5]] * LAYERS, np.int32)  # 0 and 4 change places
+        view = await cluster.scene.controller.apply(Placement(3, 1, EXPERTS, swapped), False)
+        assert view.accepted
+        await cluster.until(lambda: len(cluster.server.done) == 1 + LAYERS)
+        while cluster.scene.mesh.conductor.moving:
+            await cluster.scene.shards["s0"].work()
+            await asyncio.sleep(0.001)
+        await cluster.until(lambda: len(cluster.server.done) == 1 + 2 * LAYERS)
+        assert [done[:3] for done in cluster.server.done[1:]] == [
+            *(("copy", layer, 0) for layer in range(LAYERS)),
+            *(("release", layer, 4) for layer in range(LAYERS)),
+        ]
 
     play(act)
 
 
-def test_a_shard_without_a_rank_asks_until_one_is_free(play: Play) -> None:
+# --- stopping -----------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_stops_hands_on_what_only_it_has_first(play: PlayShard) -> None:
     async def act(cluster: Cluster) -> None:
-        await cluster.fill_all_ranks()
-        start: Any = cluster.shard.__init__(config())  # type: ignore[misc]
-        task = asyncio.create_task(start)
-        await cluster.until(lambda: [method for method, *_ in cluster.asked].count("join") >= 3)
-        await cluster.controller.leave("x3")
-        await cluster.until(lambda: cluster.shard._server.loading.is_set())
-        assert cluster.seats()[3] == "b1"
-        cluster.shard._server.may_listen.set()
-        await task
+        await cluster.serving()
+        await cluster.scene.wants(2)
+        stop = asyncio.create_task(ExpertShard.__del__(cluster.shard))  # type: ignore[misc, arg-type]
+        await asyncio.sleep(0.05)
+        assert not stop.done()
+        assert not cluster.server.stopped, "it answers until the others have its experts"
+        while not stop.done():
+            for shard in cluster.scene.shards.values():
+                await shard.work()
+            await asyncio.sleep(0.001)
+        await stop
+        assert cluster.server.stopped
+        assert cluster.seats() == {0: "s0", 1: "s1"}
+        assert cluster.scene.mesh.unserved == 0
+        assert all(task.cancelled() or task.cancelling() for task in cluster.shard._tasks)
 
     play(act)
 
 
-def test_a_shard_that_gets_no_rank_in_time_says_why(play: Play) -> None:
+def test_it_asks_for_as_long_as_serve_lets_it_stop(play: PlayShard) -> None:
     async def act(cluster: Cluster) -> None:
-        await cluster.fill_all_ranks()
-        start: Any = cluster.shard.__init__(config(join_timeout_s=0.05))  # type: ignore[misc]
-        with pytest.raises(RuntimeError, match=r"no rank within 0\.05 s: all 4 ranks are taken"):
-            await start
+        await cluster.serving()
+        cluster.client.deaf_to = {"leave"}
+        cluster.shard._stop_timeout_s = 60.0
+        waited: list[float] = []
 
-    play(act)
+        async def call(method: str, *args: Any, timeout_s: float) -> Any:
+            waited.append(args[1])
+            raise ControllerLostError("no answer to leave")
 
-
-@pytest.mark.parametrize("answers", [True, False])
-def test_a_shard_that_stops_leaves_first_if_the_controller_answers(play: Play, answers: bool) -> None:
-    async def act(cluster: Cluster) -> None:
-        start = await cluster.begin_loading()
-        cluster.shard._server.may_listen.set()
-        await start
-        cluster.deaf_to = set() if answers else {"leave"}
+        cluster.client.call = call  # type: ignore[method-assign]
         await ExpertShard.__del__(cluster.shard)  # type: ignore[misc]
-        assert cluster.seats() == ({0: "a1"} if answers else {0: "a1", 2: "b1"})
-        assert cluster.shard._server.stopped
-        assert cluster.shard._heart is not None
-        with pytest.raises(asyncio.CancelledError):
-            await cluster.shard._heart
+        assert waited == [55.0], "five seconds are left for the rest"
+        assert cluster.server.stopped, "it stops all the same"
+
+    play(act)
+
+
+def test_a_shard_that_has_no_rank_yet_stops_at_once(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        start = cluster.begin()
+        await cluster.until(lambda: len(cluster.asked("join")) >= 1)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await ExpertShard.__del__(cluster.shard)  # type: ignore[misc]
+        assert cluster.asked("leave") == []
 
     play(act)

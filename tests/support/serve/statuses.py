@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cluster.controller.messages import ControllerStatus, RouterView, SeatView
+from cluster.mesh.messages import ControllerStatus, MigrationView, RouterView, SeatView
 from experts.dispatch.stats import Histogram
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import RouterStatus, ShardStatus, StageHistograms
@@ -75,22 +75,74 @@ def shard_status(rank: int = 1, incarnation: str = "a", **changes: Any) -> Shard
         compute_ns=6,
         last_error=None,
         last_epoch=4,
+        num_slots=8,
+        free_slots=3,
+        copies={"shm": 6, "checkpoint": 1},
+        copied_bytes={"shm": 600, "checkpoint": 100},
+        copies_failed=2,
+        copies_in_flight=1,
+        copy_seconds=1.25,
+        handed_out=14,
+        handed_out_bytes=1400,
     )
     return replace(status, **changes)
 
 
-def controller_status() -> ControllerStatus:
-    """Rank 1 serves, rank 0 loads."""
-    return ControllerStatus(
+def migration_view(**changes: Any) -> MigrationView:
+    """A migration in the midst of a round; every number has a value of its own."""
+    view = MigrationView(
+        target_version=6,
+        origin="command",
+        phase="copying",
+        moving=True,
+        paused=False,
+        copies_in_flight=2,
+        copies_left=9,
+        bytes_left=900_000,
+        rounds=3,
+        copies=21,
+        copied_bytes=2_100_000,
+        failed_copies=4,
+        sole_copies=13,
+        unserved=5,
+        problem="",
+    )
+    return replace(view, **changes)
+
+
+def seat_view(rank: int = 1, **changes: Any) -> SeatView:
+    """A shard that serves and fills up."""
+    seat = SeatView(
+        shard_id=f"s{rank}",
+        node_id="node-one",
+        rank=rank,
+        serving=True,
+        state="filling",
+        num_slots=8,
+        experts_held=12,
+        experts_missing=7,
+        silent_s=0.5,
+        pid=11,
+        status=shard_status(rank),
+    )
+    return replace(seat, **changes)
+
+
+def joining_seat(rank: int = 0) -> SeatView:
+    """A shard that starts."""
+    return SeatView(f"s{rank}", "node-one", rank, False, "joining", 0, 0, 0, 1.5, None, None)
+
+
+def controller_status(**changes: Any) -> ControllerStatus:
+    """Rank 1 serves, rank 0 starts."""
+    status = ControllerStatus(
         term="life",
         epoch=5,
         complete=False,
         missing_ranks=[0],
         num_ranks=2,
-        placement_digest="p",
+        migration=migration_view(),
         routers={"r1": RouterView(4, {0: "b"}, 0.25)},
-        shards=[
-            SeatView("s0", "n", 0, False, 1.5, None, None),
-            SeatView("s1", "n", 1, True, 0.5, 11, shard_status(1)),
-        ],
+        shards=[joining_seat(0), seat_view(1)],
     )
+    return replace(status, **changes)

@@ -37,9 +37,13 @@ def config() -> dict[str, Any]:
     here = {"router_host": 0.01}
     experts = {
         "model": model,
-        "shards": {"count": 2, "ray_actor_options": {"num_cpus": 0.25, "resources": {"shard_host": 1}}},
-        "membership": {"lost_after_s": 30, "ray_actor_options": {"num_cpus": 0, "resources": here}},
+        "shards": {"ray_actor_options": {"num_cpus": 0.25, "resources": {"shard_host": 1}}},
+        "controller": {"ray_actor_options": {"num_cpus": 0, "resources": here}},
     }
+    deployments = [
+        {"name": "ExpertShard", "num_replicas": 2},
+        {"name": "PlacementController", "user_config": {"membership": {"lost_after_s": 30}}},
+    ]
     llm = {
         "model": model,
         "routers": {
@@ -55,7 +59,13 @@ def config() -> dict[str, Any]:
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": HTTP_PORT},
         "applications": [
-            {"name": "experts", "route_prefix": None, "import_path": "serve_app:build_experts", "args": experts},
+            {
+                "name": "experts",
+                "route_prefix": None,
+                "import_path": "serve_app:build_experts",
+                "args": experts,
+                "deployments": deployments,
+            },
             {"name": "llm", "route_prefix": "/", "import_path": "serve_app:build_llm", "args": llm},
             {
                 "name": "console",
@@ -71,15 +81,17 @@ def config() -> dict[str, Any]:
 class Mesh:
     """The running system."""
 
-    hosts: list[Host]
+    hosts: list[Host]  # the router's, and one more for shards than there are shards
     client: Client
+    address: str
+    environment: dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     with contextlib.ExitStack() as stack:
         try:
-            hosts = stack.enter_context(hosts_on_a_switch(3))
+            hosts = stack.enter_context(hosts_on_a_switch(4))
         except NamespacesRefusedError as refused:
             pytest.skip(f"no network namespaces here: {refused}")
         yield _start(hosts)
@@ -103,7 +115,7 @@ def _start(hosts: list[Host]) -> Mesh:
         if server.poll() is not None or time.monotonic() > deadline_s:
             raise RuntimeError(f"/health was not 200 within {START_TIMEOUT_S} s:\n{log_path.read_text()[-8000:]}")
         time.sleep(0.2)
-    return Mesh(hosts, client)
+    return Mesh(hosts, client, address, environment)
 
 
 class Client:
@@ -215,21 +227,53 @@ def complete(mesh: Mesh, midway: Any) -> list[str]:
     return [text for text, _ in results]
 
 
+def shards_by_address(mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Every shard that serves."""
+    controller = status_of(mesh)["controller"]
+    return {s["endpoint"]["host"]: s for s in controller["shards"] if s["serving"] and "endpoint" in s}
+
+
+def test_a_drained_node_hands_its_shard_on_to_another_node(mesh: Mesh) -> None:
+    undisturbed = complete(mesh, lambda: None)
+    before = shards_by_address(mesh)
+    leaver, stayer = sorted(before.items())
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", leaver[1]["node_id"]]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    drain += ["--deadline-remaining-seconds", "900", f"--address={mesh.address}"]
+    told = mesh.hosts[0].popen(*drain, env=mesh.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = told.communicate(timeout=ANSWER_TIMEOUT_S)
+    assert told.returncode == 0, output
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        assert complete(mesh, lambda: None) == undisturbed
+        after, migration = shards_by_address(mesh), status_of(mesh)["controller"]["migration"]
+        if len(after) == 2 and leaver[0] not in after and not migration["moving"]:
+            break
+        assert time.monotonic() < deadline_s, f"the drained node still has its shard: {status_of(mesh)}"
+    assert after[stayer[0]]["pid"] == stayer[1]["pid"]
+    assert migration["unserved"] == 0
+    [router] = status_of(mesh)["routers"]
+    assert router["fallback_pairs"] == 0, "there was always a shard that had each expert"
+    assert set(router["transports"].values()) == {"gloo"}
+    assert migration["failed_copies"] == 0
+    assert complete(mesh, lambda: None) == undisturbed
+
+
 def test_a_host_cut_off_in_mid_stream_changes_no_token(mesh: Mesh) -> None:
     before = status_of(mesh)
     [router] = before["routers"]
-    assert router["transports"] == {"0": "gloo", "1": "gloo"}
-    assert router["connected"] == [0, 1]
-    addresses = {shard["endpoint"]["host"]: shard["rank"] for shard in before["controller"]["shards"]}
-    assert set(addresses) == {host.address for host in mesh.hosts[1:]}
+    assert set(router["transports"].values()) == {"gloo"}
+    assert len(router["connected"]) == 2
+    addresses = {address: shard["rank"] for address, shard in shards_by_address(mesh).items()}
+    assert set(addresses) < {host.address for host in mesh.hosts[1:]}
 
     undisturbed = complete(mesh, lambda: None)
     assert all(undisturbed)
     [router] = status_of(mesh)["routers"]
-    assert router["lost"] == {}
-    assert min(router["shard_rows"]) > 0
+    assert not router["lost"].keys() & {str(rank) for rank in addresses.values()}
+    assert min(router["shard_rows"][rank] for rank in addresses.values()) > 0
 
-    cut = mesh.hosts[2]
+    cut = next(host for host in mesh.hosts[1:] if host.address in addresses)
     disturbed = complete(mesh, cut.cut)
     assert disturbed == undisturbed
     [router] = status_of(mesh)["routers"]

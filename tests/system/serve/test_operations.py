@@ -81,7 +81,8 @@ def test_placement_says_where_each_expert_stands(service: Service) -> None:
     answer = json.loads(body)
     for layer in range(4):
         held = [expert for rank in answer["experts_of_rank"] for expert in rank[layer]]
-        assert sorted(held) == list(range(32))
+        assert min(held.count(expert) for expert in range(32)) >= 2, "two replicas of each, on different ranks"
+        assert all(len(set(rank[layer])) == len(rank[layer]) for rank in answer["experts_of_rank"])
 
 
 def test_trace_is_an_archive_of_routing_decisions(service: Service) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.controller.messages import RouterView
+from cluster.mesh.messages import RouterView
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class KnownRouters:
             for name, router in self._routers.items()
             if router.epoch < epoch and router.seen_s > now_s - lost_after_s
         ]
+
+    def lowest_epoch(self, now_s: float, lost_after_s: float) -> float:
+        """The lowest epoch of a router that polled within `lost_after_s`; infinite if there is none."""
+        epochs = [router.epoch for router in self._routers.values() if router.seen_s > now_s - lost_after_s]
+        return min(epochs, default=float("inf"))
 
     def views(self, now_s: float) -> dict[str, RouterView]:
         """The routers by id, for the status."""

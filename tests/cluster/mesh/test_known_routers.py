@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.controller.known_routers import KnownRouters
-from cluster.controller.messages import RouterView
+from cluster.mesh.known_routers import KnownRouters
+from cluster.mesh.messages import RouterView
 
 
 def test_routers_below_an_epoch_are_behind_while_they_are_heard() -> None:
@@ -29,3 +29,16 @@ def test_only_the_last_poll_counts_and_silent_routers_are_forgotten() -> None:
     routers.forget("b")
     routers.forget("b")
     assert routers.views(51.0) == {}
+
+
+def test_the_lowest_epoch_is_of_those_that_are_heard() -> None:
+    routers = KnownRouters()
+    assert routers.lowest_epoch(0.0, 5.0) == float("inf"), "nobody has to move on"
+    routers.note("new", -1, {}, 10.0)
+    routers.note("late", 4, {}, 14.0)
+    routers.note("there", 7, {}, 14.0)
+    assert routers.lowest_epoch(14.9, 5.0) == -1
+    assert routers.lowest_epoch(15.0, 5.0) == 4
+    routers.forget("late")
+    assert routers.lowest_epoch(15.0, 5.0) == 7
+    assert routers.lowest_epoch(19.0, 5.0) == float("inf")

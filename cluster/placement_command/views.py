@@ -1,0 +1,154 @@
+"""The actions that change nothing: show, diff, history."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cluster.mesh.messages import ControllerStatus, SeatView
+from cluster.placement_command.difference import Difference, difference
+from cluster.placement_command.session import CALL_TIMEOUT_S, CommandError, Session, answered, read_placement
+from cluster.placement_command.tables import count, local_time, seconds, size, table
+
+
+async def show(session: Session, options: argparse.Namespace) -> None:
+    """Print who is where and what moves; write the published placement to a file."""
+    status = await session.status()
+    if options.save is not None:
+        view = await answered(session.client.placement(timeout_s=CALL_TIMEOUT_S))
+        try:
+            view.placement.save(options.save)
+        except OSError as error:
+            raise CommandError(f"{options.save}: cannot be written: {error.strerror}") from None
+    if options.json:
+        print(json.dumps(status.to_dict(), indent=2))
+        return
+    print("\n".join([*_lines(status), "", _shards(status.shards)]))
+    if options.save is not None:
+        lacks = ", which lacks experts and so is no target" if view.placement.partial else ""
+        print(f"\n{options.save}: the placement of epoch {view.epoch}{lacks}")
+
+
+def progress_of(status: ControllerStatus) -> str:
+    """What moves, in one line."""
+    m = status.migration
+    if m.paused and m.moving:
+        return f"paused, {count(m.copies_left, 'copy', 'copies')} left"
+    if not m.moving:
+        return "nothing moves"
+    if not m.copies_left:
+        return f"{m.phase}, planning" if m.phase == "idle" else f"{m.phase}, no copies left"
+    left = f"{count(m.copies_left, 'copy', 'copies')} left ({size(m.bytes_left)})"
+    return f"{m.phase}, {left}, {m.copies_in_flight} in flight"
+
+
+async def diff(session: Session, options: argparse.Namespace) -> None:
+    """Print what differs between what is published and the target, or a file."""
+    status = await session.status()
+    view = await answered(session.client.placement(timeout_s=CALL_TIMEOUT_S))
+    if options.file is not None:
+        wanted, name = read_placement(options.file), str(options.file)
+    elif view.target is not None:
+        wanted, name = view.target, f"target {view.target_version}"
+    else:
+        raise CommandError("there is no target yet: the shards of the first placement are not all there")
+    try:
+        found = difference(view.placement, wanted)
+    except ValueError as error:
+        raise CommandError(f"{name}: {error}") from None
+    expert_bytes = _expert_bytes(status)
+    if options.json:
+        print(json.dumps(found.to_dict(expert_bytes)))
+        return
+    if not found.copies and not found.releases:
+        print(f"nothing: epoch {view.epoch} gives every rank the experts of {name}")
+        return
+    print(f"from epoch {view.epoch} to {name}:\n\n{_by_rank(found, expert_bytes)}\n\n{_by_layer(found)}")
+
+
+async def history(session: Session, options: argparse.Namespace) -> None:
+    """Print what became of each target in this life of the controller."""
+    entries = await answered(session.client.history(timeout_s=CALL_TIMEOUT_S))
+    if options.json:
+        print(json.dumps([entry.to_dict() for entry in entries]))
+        return
+    rows = [
+        (
+            entry.version,
+            entry.origin,
+            local_time(entry.begun),
+            "-" if entry.ended is None else seconds(entry.ended - entry.begun),
+            entry.outcome,
+            entry.copies,
+            size(entry.copied_bytes),
+        )
+        for entry in entries
+    ]
+    print(table(("target", "origin", "since", "took", "outcome", "copies", "copied"), rows))
+
+
+def _lines(status: ControllerStatus) -> list[str]:
+    m = status.migration
+    lacking = [f"{count(m.unserved, 'expert')} of a layer served by no shard"] if m.unserved else []
+    if status.missing_ranks:
+        lacking.append(f"no shard at rank {', '.join(map(str, status.missing_ranks))}")
+    behind = {name: router.epoch for name, router in status.routers.items() if router.epoch < status.epoch}
+    routers = count(len(status.routers), "router")
+    if behind:
+        routers += "; behind: " + ", ".join(f"{name} at epoch {epoch}" for name, epoch in sorted(behind.items()))
+    lines = [
+        f"epoch       {status.epoch}; {'; '.join(lacking) or 'every expert is served'}",
+        f"target      {m.target_version} ({m.origin})" if m.target_version else "target      none yet",
+        f"migration   {'paused; ' if m.paused and not m.moving else ''}{progress_of(status)}",
+        f"done        {count(m.rounds, 'round')}, {count(m.copies, 'copy', 'copies')}, {size(m.copied_bytes)}, "
+        f"{m.failed_copies} failed (since the controller started)",
+        f"sole copies {m.sole_copies} (experts of a layer that one shard alone serves)",
+        f"routers     {routers}",
+    ]
+    return [*lines, f"problem     {m.problem}"] if m.problem else lines
+
+
+def _shards(seats: list[SeatView]) -> str:
+    header = ("rank", "state", "slots", "held", "missing", "node", "pid", "replica")
+    rows = [
+        (
+            seat.rank,
+            seat.state,
+            seat.num_slots or "-",
+            seat.experts_held,
+            seat.experts_missing,
+            seat.node_id[:8],
+            seat.pid or "-",
+            seat.shard_id,
+        )
+        for seat in seats
+    ]
+    return table(header, rows)
+
+
+def _expert_bytes(status: ControllerStatus) -> int | None:
+    """Bytes of one expert's weights, as a shard that has some says."""
+    for seat in status.shards:
+        if seat.status is not None and seat.status.loaded_experts:
+            return seat.status.loaded_bytes // seat.status.loaded_experts
+    return None
+
+
+def _by_rank(found: Difference, expert_bytes: int | None) -> str:
+    def row(name: object, copies: int, releases: int) -> tuple[object, ...]:
+        return name, copies, releases, "?" if expert_bytes is None else size(copies * expert_bytes)
+
+    by_rank = zip(found.gained_LR.sum(0).tolist(), found.lost_LR.sum(0).tolist(), strict=True)
+    rows = [row(rank, *both) for rank, both in enumerate(by_rank) if any(both)]
+    return table(("rank", "copies", "releases", "bytes"), [*rows, row("all", found.copies, found.releases)])
+
+
+def _by_layer(found: Difference) -> str:
+    """Copies of each layer, and to which ranks."""
+    rows = []
+    for layer, gained_R in enumerate(found.gained_LR.tolist()):
+        releases = int(found.lost_LR[layer].sum())
+        if sum(gained_R) or releases:
+            to = ", ".join(f"{copies} to rank {rank}" for rank, copies in enumerate(gained_R) if copies)
+            rows.append((layer, sum(gained_R), releases, to))
+    return table(("layer", "copies", "releases", ""), rows)

@@ -1,0 +1,43 @@
+"""API keys and admin keys: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config.http_sections import ConsoleHttpSection, HttpSection
+
+
+def test_api_keys_from_config_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_TEST_KEYS", "b, c,")
+    assert HttpSection(api_keys=["a"], api_keys_env="MESH_TEST_KEYS").keys() == {"a", "b", "c"}
+    assert HttpSection().keys() == frozenset()
+
+
+def test_admin_keys_from_config_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_TEST_KEYS", "b, c,")
+    section = ConsoleHttpSection(admin_keys=["a"], admin_keys_env="MESH_TEST_KEYS", api_keys=["reader"])
+    assert (section.admins(), section.keys()) == ({"a", "b", "c"}, {"reader"})
+    assert ConsoleHttpSection().admins() == frozenset()
+
+
+@pytest.mark.parametrize("held", ["", " , "])
+def test_a_variable_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch, held: str) -> None:
+    monkeypatch.setenv("MESH_TEST_KEYS", held)
+    with pytest.raises(ValueError, match=r"^http\.api_keys_env names MESH_TEST_KEYS, which holds no key"):
+        HttpSection(api_keys_env="MESH_TEST_KEYS").keys()
+    with pytest.raises(ValueError, match=r"^http\.admin_keys_env names MESH_TEST_KEYS, which holds no key"):
+        ConsoleHttpSection(admin_keys_env="MESH_TEST_KEYS").admins()
+
+
+def test_an_api_key_is_no_admin_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_TEST_KEYS", "b, c")
+    monkeypatch.setenv("MESH_TEST_ADMINS", "c, d")
+    section = ConsoleHttpSection(api_keys_env="MESH_TEST_KEYS", admin_keys_env="MESH_TEST_ADMINS")
+    with pytest.raises(ValueError, match="1 of the admin keys is among the API keys"):
+        section.admins()
+
+
+@pytest.mark.parametrize("name", ["api_keys", "admin_keys"])
+def test_an_empty_key_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="key is empty"):
+        ConsoleHttpSection(**{name: ["a", " "]})

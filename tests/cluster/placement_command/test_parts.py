@@ -1,0 +1,154 @@
+"""Differences against a brute-force count, tables and units, wrong usage, and clusters that are not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import __main__ as command
+from cluster.placement_command.difference import difference
+from cluster.placement_command.tables import count, seconds, size, table
+from placement.placement import Placement
+from tests.support.waiting import free_ports
+
+ROOT = Path(__file__).parents[3]
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> tuple[Placement, Placement]:
+    """Two of one model, which may lack experts and have different numbers of ranks and slots."""
+    num_layers, num_experts = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+
+    def one() -> Placement:
+        num_ranks, slots = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+        cells = st.lists(st.integers(-1, num_experts - 1), min_size=num_ranks * slots, max_size=num_ranks * slots)
+        map_LS = np.array([draw(cells) for _ in range(num_layers)])
+        return Placement(num_ranks, 1, num_experts, map_LS, partial=True)
+
+    return one(), one()
+
+
+@given(placements())
+def test_a_difference_is_what_counting_gives(both: tuple[Placement, Placement]) -> None:
+    current, wanted = both
+    found = difference(current, wanted)
+
+    def held(placement: Placement, layer: int, rank: int) -> set[int]:
+        if rank >= placement.num_ranks:
+            return set()
+        return {int(expert) for expert in placement.experts_of_rank(rank)[layer]} - {-1}
+
+    for layer in range(current.num_layers):
+        for rank in range(max(current.num_ranks, wanted.num_ranks)):
+            had, gets = held(current, layer, rank), held(wanted, layer, rank)
+            assert found.gained_LR[layer, rank] == len(gets - had)
+            assert found.lost_LR[layer, rank] == len(had - gets)
+    told = found.to_dict(10)
+    assert (told["copies"], told["bytes"]) == (found.gained_LR.sum(), 10 * found.gained_LR.sum())
+    assert found.to_dict(None)["bytes"] is None
+
+
+def test_a_difference_between_models_is_refused() -> None:
+    with pytest.raises(ValueError, match="the placement is for 1 layers of 4 experts, what is published for 2 of 4"):
+        difference(Placement.linear(2, 4, 2), Placement.linear(1, 4, 2))
+
+
+def test_numbers_in_a_table_are_set_to_the_right() -> None:
+    assert table(("rank", "state"), [(0, "serving"), (10, "x")]).splitlines() == [
+        "rank  state",
+        "   0  serving",
+        "  10  x",
+    ]
+    assert table(("a", "b"), []) == "a  b"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (9_437_184, "9.44 MB"),
+        (999_400, "999 kB"),
+        (999_600, "1 MB"),
+        (58e9, "58 GB"),
+        (1.2e12, "1.2 TB"),
+        (2e15, "2000 TB"),
+    ],
+)
+def test_sizes_have_three_digits(value: float, text: str) -> None:
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (7380, "2 h 3 min"),
+    ],
+)
+def test_durations_are_rounded(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_one_is_singular() -> None:
+    assert (count(1, "copy", "copies"), count(0, "copy", "copies"), count(2, "round")) == (
+        "1 copy",
+        "0 copies",
+        "2 rounds",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "required: COMMAND"),
+        (["placement"], "required: ACTION"),
+        (["placement", "move"], "invalid choice: 'move'"),
+        (["placement", "apply"], "required: FILE"),
+        (["placement", "drain"], "required: SHARD"),
+        (["placement", "apply", "f", "--timeout-s", "0"], "0 is no number of seconds above 0"),
+        (["placement", "apply", "f", "--timeout-s", "inf"], "inf is no number of seconds above 0"),
+        (["placement", "apply", "f", "--timeout-s", "soon"], "'soon' is no number of seconds"),
+        (["placement", "show", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_usage_ends_with_status_2(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(words)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["placement", "--help"], ["placement", "apply", "--help"]])
+def test_help_is_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(words)
+    assert caught.value.code == 0
+    assert "usage: python -m cluster" in capsys.readouterr().out
+
+
+def test_a_cluster_that_is_not_there_is_one_line_and_status_1() -> None:
+    [port] = free_ports(1)
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "placement", "show"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": f"127.0.0.1:{port}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = f"placement: nothing listens at 127.0.0.1:{port}: [Errno 111] Connection refused; name the Ray cluster with "
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{told}--address\n")
