@@ -25,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from cluster.mesh.holdings import Holdings, Pair, experts_by_rank
+from cluster.mesh.holdings import Holdings, Pair, experts_at
 from cluster.mesh.order_book import OrderBook
 from cluster.mesh.way import Pace, migration_to, rounds_to
 from experts.protocol.membership import ShardEndpoint
@@ -195,7 +195,7 @@ class Conductor:
         """bool [L, E]: what the target gives to a rank; None without a target or beyond its ranks."""
         if self.target is None or rank >= self.target.num_ranks:
             return None
-        return experts_by_rank(self.target)[rank]
+        return experts_at(self.target, rank)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 

@@ -188,11 +188,13 @@ def placement_of(
 
 def experts_by_rank(placement: Placement) -> dict[int, np.ndarray]:
     """bool [L, E] of each rank of a placement."""
-    map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
-    table = {}
-    for rank in range(placement.num_ranks):
-        held_LE = np.zeros((placement.num_layers, placement.num_experts), np.bool_)
-        layer_N, slot_N = np.nonzero(map_LRs[:, rank] != EMPTY)
-        held_LE[layer_N, map_LRs[layer_N, rank, slot_N]] = True
-        table[rank] = held_LE
-    return table
+    return {rank: experts_at(placement, rank) for rank in range(placement.num_ranks)}
+
+
+def experts_at(placement: Placement, rank: int) -> np.ndarray:
+    """bool [L, E] of one rank of a placement."""
+    experts_Ls = placement.experts_of_rank(rank)
+    held_LE = np.zeros((placement.num_layers, placement.num_experts), np.bool_)
+    layer_N, slot_N = np.nonzero(experts_Ls != EMPTY)
+    held_LE[layer_N, experts_Ls[layer_N, slot_N]] = True
+    return held_LE

@@ -34,6 +34,7 @@ class OrderFollower:
         self._results: list[CopyResult] = []
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
+        self._owes_report = False  # after an order that failed
 
     async def follow(self) -> None:
         """Carry out order after order until cancelled; a failure is logged and the next one follows."""
@@ -46,7 +47,7 @@ class OrderFollower:
             except Exception:
                 logger.exception("an order failed; what this shard holds is reported")
                 await asyncio.sleep(PAUSE_S)
-                await self._report()
+                self._owes_report = True
 
     def cancel(self) -> None:
         """End the copies at hand, since the shard stops."""
@@ -61,6 +62,9 @@ class OrderFollower:
         return held_LE
 
     async def _next(self) -> None:
+        if self._owes_report:
+            await self._report()
+            self._owes_report = False
         target_version = -1 if self.target is None else int(self.target["version"])
         request = OrderRequest(self._shard_id, self._term, self._version, target_version, LONG_POLL_S)
         answer = await self._controller.await_order(request, timeout_s=LONG_POLL_S + 10)

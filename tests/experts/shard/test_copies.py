@@ -7,7 +7,6 @@ import dataclasses
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from tests.support.copying_shards import (
     SLOW,
     WAYS,
     check_right,
-    copies_model,
     copy,
     orders,
     server,
@@ -36,28 +34,6 @@ from tests.support.small_mesh import (
     start_shards,
 )
 from tests.support.waiting import await_true
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "copies"
-    return copies_model(folder)
-
-
-@pytest.fixture(scope="module")
-def sources(model: Path) -> Iterator[dict[int, Shard]]:
-    """Two shards that hold everything; tests leave them alive."""
-    shards = start_shards(model, ALL, [0, 1])
-    yield shards
-    for shard in shards.values():
-        shard.end()
-
-
-@pytest.fixture
-def target(model: Path) -> Iterator[ShardServer]:
-    """An empty shard in this process."""
-    with server(model, 2) as started:
-        yield started
 
 
 @pytest.mark.parametrize("transport", [*WAYS, "checkpoint"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from experts.protocol.orders import CopyOrder, CopyResult
 from experts.shard.server import ShardServer
 from tests.support.copying_shards import (
-    ALL,
     HIDDEN,
     NUM_EXPERTS,
     NUM_LAYERS,
@@ -20,7 +18,6 @@ from tests.support.copying_shards import (
     SLOW,
     WIDTH,
     check_right,
-    copies_model,
     copy,
     elsewhere,
     orders,
@@ -35,32 +32,9 @@ from tests.support.small_mesh import (
     oracle,
     random_batch,
     run,
-    start_shards,
     write_checkpoint,
 )
 from tests.support.waiting import await_true, join
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "copies"
-    return copies_model(folder)
-
-
-@pytest.fixture(scope="module")
-def sources(model: Path) -> Iterator[dict[int, Shard]]:
-    """Two shards that hold everything; tests leave them alive."""
-    shards = start_shards(model, ALL, [0, 1])
-    yield shards
-    for shard in shards.values():
-        shard.end()
-
-
-@pytest.fixture
-def target(model: Path) -> Iterator[ShardServer]:
-    """An empty shard in this process."""
-    with server(model, 2) as started:
-        yield started
 
 
 def test_strangers_and_other_layouts_are_refused_and_the_checkpoint_is_read(
