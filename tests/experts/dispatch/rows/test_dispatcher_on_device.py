@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.dispatch import dispatcher as dispatcher_module
+from experts.dispatch import epoch as epoch_module
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.membership import Membership
@@ -59,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_are_those_of_the_definition(triton_device, model, monkeypatch, num_tokens, fault, replicas):
     from experts.dispatch.rows.triton_mover import TritonRowMover
 
-    monkeypatch.setattr(dispatcher_module, "pick_row_mover", TritonRowMover)
+    monkeypatch.setattr(epoch_module, "pick_row_mover", TritonRowMover)
     shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
     placement = replicated(NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, replicas)
     links = {r: DeviceLink(triton_device, r, placement, shape, 5, one_process(model)) for r in range(NUM_RANKS)}
