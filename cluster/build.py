@@ -20,8 +20,11 @@ from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
 from experts.model.spec import ExpertSpec
 
+# Shards and routers call dozens of times a second while experts move: a line for each would cost more than the call.
+QUIET = {"enable_access_log": False}
 # Many long polls and heartbeats are pending together; none of them costs anything.
 CONTROLLER_OPTIONS = {
+    "logging_config": QUIET,
     "max_ongoing_requests": 10_000,
     "health_check_period_s": 2,
     "health_check_timeout_s": 10,
@@ -29,6 +32,7 @@ CONTROLLER_OPTIONS = {
     "graceful_shutdown_timeout_s": 5,
 }
 SHARD_OPTIONS = {
+    "logging_config": QUIET,
     "max_ongoing_requests": 100,
     "health_check_period_s": 5,
     "health_check_timeout_s": 30,

@@ -27,6 +27,7 @@ ORDER = {
     "cluster": [
         *(
             "config",
+            "priority",
             "serve_environment",
             "ray_joints",
             "mesh",

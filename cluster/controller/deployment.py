@@ -4,7 +4,7 @@ The epoch is a number that rises with every change of who serves what. Shards an
 answers, so that a restart leaves nothing to find again:
 
     shard:   join -> ready -> heartbeat, heartbeat, ...; rejoin if it is not known; leave
-             await_order -> report, again and again
+             await_order, again and again: a long poll that says what came of the last order
     router:  await_membership, again and again: a long poll that says what the router knows and which shards it lost
 
 Serving does not depend on it: while it is away, routers and shards go on at their epoch. Its state is `mesh.Mesh`; this
@@ -48,6 +48,7 @@ from cluster.mesh.messages import (
 from cluster.mesh.planning import ModelFacts
 from cluster.mesh.roster import Seat
 from cluster.mesh.target import Target
+from cluster.priority import lower, threads_here
 from cluster.ray_joints import replica_identity
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
@@ -63,6 +64,7 @@ class PlacementController:
     """
 
     async def __init__(self, config: dict[str, Any], model: dict[str, int], shards: Any) -> None:  # type: ignore[misc]
+        lower(threads_here())
         self._config = parse(ExpertsAppConfig, config)
         self._shards = shards
         self._live = LiveConfig()
@@ -137,6 +139,8 @@ class PlacementController:
     async def await_order(self, request: OrderRequest) -> OrderAnswer:
         """Long poll of a shard for its next order. Returns within `request.wait_s`."""
         deadline_s = time.monotonic() + request.wait_s
+        if request.report is not None:
+            await self.report(request.report)
         version = request.version if request.term == self._term else -1
         while True:
             seat = self._mesh.roster.seat_of(request.shard_id)
@@ -151,7 +155,7 @@ class PlacementController:
             await self._order_news.next(rest_s)
 
     async def report(self, report: CopyReport) -> bool:
-        """What a shard holds now. False: it has no seat here and must rejoin."""
+        """What a shard holds in the midst of an order. False: it has no seat here and must rejoin."""
         known = self._mesh.report(report, time.monotonic())
         self._announce()
         return known

@@ -80,7 +80,16 @@ class HeartbeatAnswer:
     times: Times
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class CopyReport:
+    """What a shard holds now, and what became of copies since its last report."""
+
+    shard_id: str
+    held_LE: np.ndarray  # bool [L, E]
+    results: tuple[CopyResult, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class OrderRequest:
     """A shard's long poll for its next order."""
 
@@ -89,6 +98,7 @@ class OrderRequest:
     version: int  # of the last order carried out
     target_version: int  # the newest it has heard of; -1 before the first
     wait_s: float  # answer by then, with or without news
+    report: CopyReport | None = None  # what came of the last order
 
 
 @dataclass(frozen=True)
@@ -109,15 +119,6 @@ class OrderAnswer:
     term: str
     order: ShardOrder | None
     target: dict[str, Any] | None
-
-
-@dataclass(frozen=True, eq=False)
-class CopyReport:
-    """What a shard holds now, and what became of copies since its last report."""
-
-    shard_id: str
-    held_LE: np.ndarray  # bool [L, E]
-    results: tuple[CopyResult, ...]
 
 
 @dataclass(frozen=True)

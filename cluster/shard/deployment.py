@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
-import os
-import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,7 @@ from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardHolding
+from cluster.priority import lower_all_but_one
 from cluster.ray_joints import node_address, replica_identity, show_data_plane_log
 from cluster.shard.orders import OrderFollower
 from experts.protocol.membership import ShardEndpoint
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from experts.shard.server import ShardServer
 
 logger = logging.getLogger("ray.serve")
-
-NICENESS = 5  # of imports: a quarter of a core where others want it all
 
 STOP_MARGIN_S = 5.0  # of the time that Serve gives a stopping replica, for what comes after handing on
 ASK_AGAIN_S = 0.5  # a shard that waits for its rank
@@ -48,7 +44,8 @@ class ExpertShard:
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         show_data_plane_log()
-        server_class = await asyncio.get_running_loop().run_in_executor(_quiet_thread(), _import_server)
+        serving = lower_all_but_one()  # only what `listen` starts computes; imports and copies can wait
+        server_class = await asyncio.to_thread(_import_server)
         answer = await self._join()
         assert answer.rank is not None
         assert answer.placement is not None
@@ -61,7 +58,10 @@ class ExpertShard:
             "rank %d: starting with %d experts of %s",
             self._rank, int((answer.placement.physical_to_logical_map >= 0).sum()), self._config.model.path,
         )  # fmt: skip
-        endpoint = await asyncio.to_thread(self._server.start, answer.placement, self._rank, self._epoch)
+        await asyncio.to_thread(self._server.load, answer.placement, self._rank)
+        loop = asyncio.get_running_loop()
+        endpoint = await loop.run_in_executor(serving, self._server.listen, self._rank, self._epoch)
+        serving.shutdown(wait=False)
         timeout_s = self._config.shards.join_timeout_s
         seated = await self._controller.ready(self._holding(endpoint), timeout_s=timeout_s)
         # A controller that has just restarted does not know this shard.
@@ -167,15 +167,6 @@ class ExpertShard:
             logger.info("rank %d: now rank %d, since another shard has that one", endpoint.rank, rank)
             self._rank, self._server.endpoint = rank, replace(endpoint, rank=rank)
         return rank is not None
-
-
-def _quiet_thread() -> concurrent.futures.ThreadPoolExecutor:
-    """A thread that leaves the cores to what serves already. On Linux each thread has its own priority."""
-
-    def lower() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-
-    return concurrent.futures.ThreadPoolExecutor(1, "imports", initializer=lower)
 
 
 def _import_server() -> type[ShardServer]:

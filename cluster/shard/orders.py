@@ -16,7 +16,7 @@ from experts.protocol.orders import CopyResult
 logger = logging.getLogger("ray.serve")
 
 LONG_POLL_S = 5.0
-REPORT_EVERY_S = 0.05  # while copies are made; what is there is reported at once when they are done
+REPORT_EVERY_S = 0.5  # while copies are made; when they are done, the next question says so at once
 PAUSE_S = 0.5  # after a controller that does not answer, or does not know this shard
 
 
@@ -34,7 +34,7 @@ class OrderFollower:
         self._results: list[CopyResult] = []
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
-        self._owes_report = False  # after an order that failed
+        self._owes_report = False  # of what an order changed
 
     async def follow(self) -> None:
         """Carry out order after order until cancelled; a failure is logged and the next one follows."""
@@ -47,7 +47,6 @@ class OrderFollower:
             except Exception:
                 logger.exception("an order failed; what this shard holds is reported")
                 await asyncio.sleep(PAUSE_S)
-                self._owes_report = True
 
     def cancel(self) -> None:
         """End the copies at hand, since the shard stops."""
@@ -62,12 +61,14 @@ class OrderFollower:
         return held_LE
 
     async def _next(self) -> None:
-        if self._owes_report:
-            await self._report()
-            self._owes_report = False
+        """Ask for an order and carry it out. The question tells what came of the one before, which saves a call."""
+        report = self._report() if self._owes_report else None
         target_version = -1 if self.target is None else int(self.target["version"])
-        request = OrderRequest(self._shard_id, self._term, self._version, target_version, LONG_POLL_S)
+        request = OrderRequest(self._shard_id, self._term, self._version, target_version, LONG_POLL_S, report)
         answer = await self._controller.await_order(request, timeout_s=LONG_POLL_S + 10)
+        if report is not None:
+            self._told(report)
+            self._owes_report = False
         if not answer.known:
             await asyncio.sleep(PAUSE_S)  # the next heartbeat rejoins
             return
@@ -76,6 +77,7 @@ class OrderFollower:
             self.target = answer.target
         if answer.order is not None:
             self._version = answer.order.version
+            self._owes_report = True
             await self._carry_out(answer.order)
 
     async def _carry_out(self, order: ShardOrder) -> None:
@@ -95,24 +97,28 @@ class OrderFollower:
             while not copying.done():
                 await asyncio.wait([copying], timeout=REPORT_EVERY_S)
                 if self._results and not copying.done():
-                    await self._report()
+                    await self._tell_progress()
             await copying
-        await self._report()
 
     def _done(self, result: CopyResult) -> None:
         """Called by the copying thread."""
         with self._lock:
             self._results.append(result)
 
-    async def _report(self) -> None:
-        """Say what this shard holds; results that the controller did not get are kept for the next time."""
-        with self._lock:
-            results = tuple(self._results)
-        report = CopyReport(self._shard_id, self.held_LE(), results)
+    async def _tell_progress(self) -> None:
+        report = self._report()
         try:
             await self._controller.report(report, timeout_s=LONG_POLL_S)
         except ControllerLostError as error:
             logger.warning("%s; the report follows", error)
-            return
+        else:
+            self._told(report)
+
+    def _report(self) -> CopyReport:
         with self._lock:
-            del self._results[: len(results)]
+            return CopyReport(self._shard_id, self.held_LE(), tuple(self._results))
+
+    def _told(self, report: CopyReport) -> None:
+        """Results that the controller did not get are kept for the next time."""
+        with self._lock:
+            del self._results[: len(report.results)]

@@ -66,13 +66,18 @@ class ShardServer:
         self._hand_out: HandOut | None = None
 
     def start(self, placement: Placement, rank: int, epoch: int, num_slots: int | None = None) -> ShardEndpoint:
-        """Load the experts of `rank`, which may be none, then listen; returns the endpoint.
+        """`load`, then `listen`."""
+        self.load(placement, rank, num_slots)
+        return self.listen(rank, epoch)
+
+    def load(self, placement: Placement, rank: int, num_slots: int | None = None) -> None:
+        """Load the experts of `rank`, which may be none.
 
         `num_slots`: slots of each layer, by default the settings' slots_per_rank, else the placement's. Raises
         ValueError or CheckpointError if this shard cannot serve the placement.
         """
-        if self.endpoint is not None:
-            raise RuntimeError(f"this shard was started before, as rank {self.endpoint.rank}")
+        if self._loop is not None:
+            raise RuntimeError("this shard was started before")
         if not 0 <= rank < placement.num_ranks:
             raise ValueError(f"rank is {rank}, expected one of the placement's ranks, 0 to {placement.num_ranks - 1}")
         settings = self.settings
@@ -108,15 +113,21 @@ class ShardServer:
         self._bell = ShmDoorbell(settings.spin_us)
         self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads)
         self._loop.warm_up()
-        self._loop.start()
         self._fingerprint = fingerprint.result()
-        self.epoch = epoch
         incarnation = uuid.uuid4().hex
         self._incarnation = incarnation
         weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
         self._hand_out = HandOut(slots, self._fingerprint, incarnation)
         self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights))
         reader.warm_up()
+
+    def listen(self, rank: int, epoch: int) -> ShardEndpoint:
+        """Start to serve what was loaded; returns the endpoint. All threads that serve are started here."""
+        if self._loop is None or self._hand_out is None:
+            raise RuntimeError("this shard has nothing to serve yet; call load() first")
+        settings = self.settings
+        self._loop.start()
+        self.epoch = epoch
         self._listener = ControlListener(
             settings.bind_host,
             self._open_channel,
@@ -126,7 +137,7 @@ class ShardServer:
             self._hand_out.open,
         )
         self.endpoint = ShardEndpoint(
-            rank, incarnation, settings.bind_host, self._listener.port, host_id(), os.getpid()
+            rank, self._incarnation, settings.bind_host, self._listener.port, host_id(), os.getpid()
         )
         logger.info("rank %d: listening on %s:%d", rank, settings.bind_host, self._listener.port)
         return self.endpoint

@@ -129,6 +129,9 @@ class Scene:
         clock = SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: 1e9 + self.now_s)
         monkeypatch.setattr(controller_module, "time", clock)
         monkeypatch.setattr(
+            controller_module, "lower", lambda threads: None
+        )  # the process of the tests keeps its priority
+        monkeypatch.setattr(
             controller_module, "replica_identity", lambda: ReplicaIdentity("experts", "controller", 0, "n")
         )
         monkeypatch.setattr(serve_watch_module, "replicas_of", self._replicas_of)

@@ -33,12 +33,18 @@ class FakeShardServer:
         self.slots_Ls = np.empty((0, 0), np.int32)
 
     def start(self, placement: Placement, rank: int, epoch: int) -> ShardEndpoint:
+        self.load(placement, rank)
+        return self.listen(rank, epoch)
+
+    def load(self, placement: Placement, rank: int) -> None:
         self.loading.set()
         assert self.may_listen.wait(AWAIT_S)
         row_Ls = placement.experts_of_rank(rank)
         self.slots_Ls = np.full((placement.num_layers, self.num_slots), -1, np.int32)
         self.slots_Ls[:, : row_Ls.shape[1]] = row_Ls
         self.done.append(("start", rank, int((row_Ls >= 0).sum())))
+
+    def listen(self, rank: int, epoch: int) -> ShardEndpoint:
         self.endpoint = ShardEndpoint(rank, "mine", "127.0.0.1", 1000, "host", 1)
         return self.endpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -61,6 +62,8 @@ class Cluster:
         monkeypatch.setattr(orders_module, "PAUSE_S", 0.001)
         monkeypatch.setattr(orders_module, "LONG_POLL_S", 0.02)
         monkeypatch.setattr(shard_server, "ShardServer", FakeShardServer)
+        # The process of the tests keeps its priority.
+        monkeypatch.setattr(expert_shard, "lower_all_but_one", lambda: concurrent.futures.ThreadPoolExecutor(1))
 
     @property
     def server(self) -> FakeShardServer:

@@ -36,6 +36,8 @@ class Controller:
         self.answers.append(OrderAnswer(True, "life", order, target))
 
     async def await_order(self, request: OrderRequest, *, timeout_s: float) -> OrderAnswer:
+        if request.report is not None:
+            await self.report(request.report, timeout_s=timeout_s)
         self.asked.append(request)
         await asyncio.sleep(0)
         if not self.answers:
