@@ -75,6 +75,11 @@ def defaulted_parameters(model: torch.nn.Module) -> list[str]:
     return names
 
 
+def output_of(shared_experts: Any) -> torch.Tensor | None:
+    """What shared experts have computed and nobody has taken yet: reading `output` would take it."""
+    return shared_experts._output[shared_experts._output_idx]  # type: ignore[no-any-return]
+
+
 def step_in_progress() -> tuple[bool, torch.Tensor | None]:
     """Whether the current forward pass serves requests, and which rows are padding (bool [rows], None if none).
 

@@ -6,8 +6,10 @@ Legend: T tokens, K top-k, D hidden size.
                                                           shared experts run here meanwhile
                                                        -> finish: weighted sums come back
 
-`begin` and `finish` are opaque ops for torch.compile. On GPUs vLLM wraps the whole layer in an op of its own, where
-CUDA graphs must split.
+`begin` and `finish` are opaque ops for torch.compile, which may move what nothing depends on, and give away a buffer
+that nobody reads any more. So both are declared to write x, which they only read: shared experts, which read x, stay
+between them, and the rows are intact for as long as they may have to be repeated. On GPUs vLLM wraps the whole layer in
+an op of its own, where CUDA graphs must split.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from experts.vllm_plugin.joints import (
     extract_layer_index,
     get_current_vllm_config,
     op_registry_oot,
+    output_of,
     report_refused,
     routed_expert_classes,
     step_in_progress,
@@ -157,14 +160,20 @@ class MeshExpertsMixin:
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [T, D], topk_* [T, K] -> weighted sum over each token's experts [T, D]."""
-        y = torch.ops.expertmesh.begin(x, topk_weights, topk_ids, self.mesh_layer)
+        # An op must not be told to write one tensor twice.
+        other = None if shared_experts_input is x else shared_experts_input
+        y = torch.ops.expertmesh.begin(x, topk_weights, topk_ids, self.mesh_layer, other)
+        shared = None
         if shared_experts is not None and shared_experts_input is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        torch.ops.expertmesh.finish(y)
+            shared = output_of(shared_experts)
+        torch.ops.expertmesh.finish(y, x, topk_weights, topk_ids, shared)
         return y
 
 
-def _begin(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
+def _begin(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int, shared_x: torch.Tensor | None
+) -> torch.Tensor:
     client = current_client()
     if not client.attached:
         client.attach_static()
@@ -181,11 +190,19 @@ def _begin(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, 
     return pending.y_TD if pending.y_TD.device == x.device else torch.empty_like(x)
 
 
-def _begin_fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
+def _begin_fake(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int, shared_x: torch.Tensor | None
+) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _finish(y: torch.Tensor) -> None:
+def _finish(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    shared: torch.Tensor | None,
+) -> None:
     pending, _engine.pending = _engine.pending, None
     if pending is None:
         return
@@ -195,17 +212,26 @@ def _finish(y: torch.Tensor) -> None:
         y.copy_(pending.y_TD)
 
 
-def _finish_fake(y: torch.Tensor) -> None:
+def _finish_fake(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    shared: torch.Tensor | None,
+) -> None:
     return None
 
 
 def register() -> None:
     """Replace vLLM's routed experts in this process, through its out-of-tree registry. Idempotent."""
     if not hasattr(torch.ops.expertmesh, "begin"):
-        direct_register_custom_op(op_name="begin", op_func=_begin, fake_impl=_begin_fake, target_lib=_LIBRARY)
-        direct_register_custom_op(
-            op_name="finish", op_func=_finish, mutates_args=["y"], fake_impl=_finish_fake, target_lib=_LIBRARY
-        )
+        for name, function, fake, written in (
+            ("begin", _begin, _begin_fake, ["x", "shared_x"]),
+            ("finish", _finish, _finish_fake, ["y", "x"]),
+        ):
+            direct_register_custom_op(
+                op_name=name, op_func=function, mutates_args=written, fake_impl=fake, target_lib=_LIBRARY
+            )
     for base in routed_expert_classes():
         if base.__name__ not in op_registry_oot:
             replacement = type(f"Mesh{base.__name__}", (MeshExpertsMixin, base), {})

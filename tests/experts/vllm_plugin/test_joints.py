@@ -89,10 +89,16 @@ def test_layers_are_replaced_by_their_exact_class_name(facts: dict[str, Any]) ->
 
 def test_custom_ops_are_registered_for_the_compiler(facts: dict[str, Any]) -> None:
     assert facts["schemas"] == {
-        "begin": "expertmesh::begin(Tensor x, Tensor topk_weights, Tensor topk_ids, SymInt layer) -> Tensor",
-        # Declared to write y, so that the compiler keeps it before every reader of y.
-        "finish": "expertmesh::finish(Tensor(a0!) y) -> ()",
+        # Declared to write what they read too, so that the compiler keeps order and buffers; see layer.py.
+        "begin": "expertmesh::begin(Tensor(a0!) x, Tensor topk_weights, Tensor topk_ids, SymInt layer, "
+        "Tensor(a4!)? shared_x) -> Tensor",
+        "finish": "expertmesh::finish(Tensor(a0!) y, Tensor(a1!) x, Tensor topk_weights, Tensor topk_ids, "
+        "Tensor? shared) -> ()",
     }
+
+
+def test_shared_experts_keep_their_output_until_it_is_taken(facts: dict[str, Any]) -> None:
+    assert facts["shared_output"] == ["_output", "_output_idx", "output"]
 
 
 def test_the_load_format_leads_to_our_loader(facts: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ OVERRIDES = {
     "num_experts": NUM_EXPERTS,
     "num_experts_per_tok": 4,
 }
+SHARED = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
 DENSE = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -69,16 +70,29 @@ def plain(vllm_zygote: Zygote, model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def compiled(vllm_zygote: Zygote, model: Path, mesh: Mesh, plain: dict[str, Any]) -> dict[str, Any]:
-    """A router under torch.compile; before the other, which kills a shard."""
-    memberships = [mesh.membership(epoch=1).to_dict()]
-    return outcome(
-        vllm_zygote, vllm_zygote.start("mesh", model=str(model), memberships=memberships, eager=False), "done"
-    )
+def with_shared(vllm_zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with shared experts."""
+    return make(vllm_zygote, tmp_path_factory.mktemp("shared") / "model", "qwen2_moe", SHARED)
 
 
 @pytest.fixture(scope="module")
-def eager(vllm_zygote: Zygote, model: Path, mesh: Mesh, compiled: dict[str, Any]) -> dict[str, Any]:
+def plain_with_shared(vllm_zygote: Zygote, with_shared: Path) -> dict[str, Any]:
+    return outcome(vllm_zygote, vllm_zygote.start("plain", model=str(with_shared)), "ids")
+
+
+@pytest.fixture(scope="module")
+def compiled(vllm_zygote: Zygote, with_shared: Path) -> Iterator[dict[str, Any]]:
+    """A router under torch.compile, of a model with shared experts; one shard is killed while it generates."""
+    num_layers = ExpertCheckpoint.open(with_shared).spec.num_layers
+    with mesh_of(with_shared, replicated(num_layers, SHARED["num_experts"], 3, 2)) as mesh:
+        memberships = [mesh.membership(epoch=1).to_dict()]
+        victim = mesh.shards[1].endpoint.pid
+        job = vllm_zygote.start("mesh", model=str(with_shared), memberships=memberships, eager=False, victim=victim)
+        yield {**outcome(vllm_zygote, job, "done"), "layers": num_layers}
+
+
+@pytest.fixture(scope="module")
+def eager(vllm_zygote: Zygote, model: Path, mesh: Mesh) -> dict[str, Any]:
     memberships = [mesh.membership(epoch=5).to_dict(), mesh.membership(epoch=4).to_dict()]
     job = vllm_zygote.start(
         "mesh", model=str(model), memberships=memberships, eager=True, victim=mesh.shards[1].endpoint.pid
@@ -101,23 +115,40 @@ def test_eager_gives_the_tokens_of_plain_vllm(eager: dict[str, Any], plain: dict
     assert status["dispatches"] == NUM_LAYERS * status["steps"] > 0
 
 
-def test_compiled_gives_the_tokens_of_plain_vllm(compiled: dict[str, Any], plain: dict[str, Any]) -> None:
+def test_compiled_gives_the_tokens_of_plain_vllm(compiled: dict[str, Any], plain_with_shared: dict[str, Any]) -> None:
     assert compiled["compilation"] != "NONE"
-    check_ids(compiled["ids"], plain)
-    assert compiled["status"]["dispatches"] == NUM_LAYERS * compiled["status"]["steps"] > 0
+    check_ids(compiled["ids"], plain_with_shared)
+    assert compiled["status"]["dispatches"] == compiled["layers"] * compiled["status"]["steps"] > 0
     assert compiled["status"]["failovers"] == 0
 
 
+def test_compiled_repeats_the_rows_of_a_killed_shard(
+    compiled: dict[str, Any], plain_with_shared: dict[str, Any]
+) -> None:
+    check_ids(compiled["ids_of_killed"], plain_with_shared)
+    assert list(compiled["after_kill"]["lost"]) == ["1"]
+    assert (compiled["after_kill"]["failovers"], compiled["after_kill"]["fallback_pairs"]) == (1, 0)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_compiler_keeps_shared_experts_between_begin_and_finish(vllm_zygote: Zygote, apart: bool) -> None:
+    """And the rows as they were sent: `finish` may have to send them again. `apart`: not the same input for both."""
+    job = vllm_zygote.start("compiled_layer", apart=apart)
+    found = outcome(vllm_zygote, job, "compiled")
+    assert found["eager"] == found["compiled"] == ["begin", "shared", "finish"] * 2
+    assert found["intact"] == [True, True]
+    assert found["difference"] < 1e-5
+
+
 def test_layers_answer_zeros_before_the_first_epoch_and_never_after(
-    eager: dict[str, Any], compiled: dict[str, Any], plain: dict[str, Any]
+    eager: dict[str, Any], compiled: dict[str, Any], plain: dict[str, Any], plain_with_shared: dict[str, Any]
 ) -> None:
     """With zeros for experts the model says something else, so that equal tokens mean that shards were asked."""
-    for run in (eager, compiled):
+    for run, full in ((eager, plain), (compiled, plain_with_shared)):
         assert run["before"]["epoch"] == run["still_before"]["epoch"] == -1
         assert run["still_before"]["dispatches"] == 0
-        assert run["ids_of_zeros"] != plain["ids"]
+        assert run["ids_of_zeros"] != full["ids"]
         assert run["applied"]["lost"] == {}
-    assert eager["ids_of_zeros"] == compiled["ids_of_zeros"]
 
 
 def test_a_shard_killed_while_it_generates_changes_no_token(eager: dict[str, Any], plain: dict[str, Any]) -> None:

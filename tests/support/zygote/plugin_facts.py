@@ -68,6 +68,15 @@ def joints(emit: Any) -> None:
     emit(
         version=vllm.__version__,
         signatures=signatures,
+        shared_output=[
+            name
+            for name, source in (
+                ("_output", "self._output: list[torch.Tensor | None] = [None, None]"),
+                ("_output_idx", "def _output_idx(self) -> int:"),
+                ("output", "self._output[self._output_idx] = None"),
+            )
+            if source in inspect.getsource(SharedExperts)
+        ],
         shared_orders=[order.name for order in SharedExpertsOrder],
         runner_calls=[part for part in ("forward_modular(", "shared_experts_input=") if part in runner_source],
         source_fields=sorted(field.name for field in dataclasses.fields(DefaultModelLoader.Source)),

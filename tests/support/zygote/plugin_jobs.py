@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.zygote import parity_jobs, refusal_jobs
+from tests.support.zygote.compiled_jobs import compiled_layer
 from tests.support.zygote.option_facts import engine_configs, options
 from tests.support.zygote.plugin_facts import error_of, joints, reading, refusal_joints, refusals, steps, verification
 
@@ -199,6 +200,7 @@ JOBS = {
     "reading": reading,
     "steps": steps,
     "refusals_of_requests": refusal_jobs.refusals_of_requests,
+    "compiled_layer": compiled_layer,
     "plain": plain,
     "mesh": mesh,
     "start": start,
