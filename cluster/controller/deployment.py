@@ -125,7 +125,8 @@ class PlacementController:
     async def rejoin(self, request: RejoinRequest) -> int | None:
         """A serving shard that this controller does not know; its rank from now on. None: it must restart."""
         target = None if request.target is None else Target.from_json(request.target)
-        rank = self._mesh.rejoin(request.holding, request.epoch, target, request.stopping, time.monotonic())
+        why = "stops" if request.stopping else "told to" if request.told.drained else ""
+        rank = self._mesh.rejoin(request.holding, request.epoch, target, why, time.monotonic(), request.told.paused)
         self._announce()
         return rank
 
@@ -134,7 +135,7 @@ class PlacementController:
         known = self._mesh.roster.heartbeat(shard_id, time.monotonic())
         if known and status is not None:
             self._shard_status[status.rank] = status
-        return HeartbeatAnswer(known, self._mesh.roster.epoch, self._times)
+        return HeartbeatAnswer(known, self._mesh.roster.epoch, self._times, self._mesh.told(shard_id))
 
     async def await_order(self, request: OrderRequest) -> OrderAnswer:
         """Long poll of a shard for its next order. Returns within `request.wait_s`."""

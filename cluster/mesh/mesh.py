@@ -16,7 +16,7 @@ from cluster.config.live_sections import LiveConfig
 from cluster.mesh.conductor import Conductor
 from cluster.mesh.holdings import Holdings, placement_of
 from cluster.mesh.known_routers import KnownRouters
-from cluster.mesh.messages import CopyReport, JoinRequest, ShardHolding
+from cluster.mesh.messages import CopyReport, JoinRequest, ShardHolding, Told
 from cluster.mesh.planning import ModelFacts, ShardsAtHand
 from cluster.mesh.roster import Roster, Seat
 from cluster.mesh.seating import SeatAnswer, Seating
@@ -91,11 +91,18 @@ class Mesh:
         return True
 
     def rejoin(
-        self, holding: ShardHolding, epoch: int, target: Target | None, stopping: bool, now_s: float
+        self,
+        holding: ShardHolding,
+        epoch: int,
+        target: Target | None,
+        draining: str,
+        now_s: float,
+        paused: bool = False,
     ) -> int | None:
         """A serving shard that this controller does not know, or took for dead; returns its rank, which may be another.
 
-        None if it is of another model and must restart.
+        `draining`: why it was to hand on its experts, empty if it was not; `paused`: nothing was to move. None if it is
+        of another model and must restart.
         """
         expected = (self.model.num_layers, self.model.num_experts)
         if holding.held_LE.shape != expected:
@@ -111,11 +118,18 @@ class Mesh:
             rank = rank if self.roster.at(rank) is None else self.roster.lowest_free_rank()
             seat = self.roster.sit(holding.shard_id, holding.node_id, rank, holding.serve_rank, now_s)
         holding = replace(holding, endpoint=replace(holding.endpoint, rank=seat.rank))
-        seat.draining = "stops" if stopping else seat.draining
+        seat.draining = draining or seat.draining
+        if paused and not self.settled:  # later it was known here, and was told if it still is
+            self.conductor.pause(True)
         self.roster.ready(holding.shard_id, holding.endpoint, holding.num_slots, now_s)
         self._serves(seat, holding)
         self.advance(now_s)
         return seat.rank
+
+    def told(self, shard_id: str) -> Told:
+        """What people told of this shard, and of all."""
+        seat = self.roster.seat_of(shard_id)
+        return Told(seat is not None and seat.draining == "told to", self.conductor.paused)
 
     def drain(self, seat: Seat, why: str, now_s: float) -> None:
         """Let the other shards take over what this one has."""

@@ -62,6 +62,14 @@ class ShardHolding:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What people told a controller and its shards keep for the next one."""
+
+    drained: bool = False  # this shard is to hand on what it has
+    paused: bool = False  # nothing is to move
+
+
+@dataclass(frozen=True)
 class RejoinRequest:
     """A shard that serves introduces itself to a controller that does not know it."""
 
@@ -69,6 +77,7 @@ class RejoinRequest:
     epoch: int  # the highest it has heard of
     target: dict[str, Any] | None  # the newest that it has heard of, as `Target.to_json`
     stopping: bool
+    told: Told = Told()
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class HeartbeatAnswer:
     known: bool  # False: the shard has no seat and must join or rejoin
     epoch: int
     times: Times
+    told: Told = Told()
 
 
 @dataclass(frozen=True, eq=False)

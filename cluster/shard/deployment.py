@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
-from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardHolding
+from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardHolding, Told
 from cluster.priority import lower_all_but_one
 from cluster.ray_joints import node_address, replica_identity, show_data_plane_log
 from cluster.shard.orders import OrderFollower
@@ -42,6 +42,7 @@ class ExpertShard:
         self._epoch = 0
         self._fault: str | None = None
         self._stopping = False
+        self._told = Told()
         self._tasks: list[asyncio.Task[None]] = []
         show_data_plane_log()
         serving = lower_all_but_one()  # only what `listen` starts computes; imports and copies can wait
@@ -134,6 +135,7 @@ class ExpertShard:
         self._times = answer.times
         if answer.known:
             self._epoch = max(self._epoch, answer.epoch)
+            self._told = answer.told
             return
         if endpoint is None:
             # The controller restarted while this shard starts, so it asks for the same rank again. `rejoin` settles it
@@ -161,7 +163,7 @@ class ExpertShard:
 
     async def _rejoin(self, endpoint: ShardEndpoint, timeout_s: float) -> bool:
         """Tell a controller that does not know this shard where it serves. False: it must restart."""
-        request = RejoinRequest(self._holding(endpoint), self._epoch, self._orders.target, self._stopping)
+        request = RejoinRequest(self._holding(endpoint), self._epoch, self._orders.target, self._stopping, self._told)
         rank = await self._controller.rejoin(request, timeout_s=timeout_s)
         if rank is not None and rank != endpoint.rank:
             logger.info("rank %d: now rank %d, since another shard has that one", endpoint.rank, rank)

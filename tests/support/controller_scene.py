@@ -28,6 +28,7 @@ from cluster.mesh.messages import (
     OrderRequest,
     RejoinRequest,
     ShardHolding,
+    Told,
 )
 from cluster.ray_joints import ReplicaCounts, ReplicaIdentity
 from experts.protocol.membership import ShardEndpoint
@@ -62,6 +63,7 @@ class SceneShard:
         self.rank: int | None = None
         self.term, self.version = "", -1
         self.target: dict[str, Any] | None = None
+        self.told = Told()
 
     def endpoint(self, rank: int | None = None) -> ShardEndpoint:
         rank = self.rank if rank is None else rank
@@ -87,10 +89,15 @@ class SceneShard:
         return await self.scene.controller.ready(self.holding())
 
     async def rejoin(self, epoch: int = 0, stopping: bool = False) -> int | None:
-        request = RejoinRequest(self.holding(), epoch, self.target, stopping)
+        request = RejoinRequest(self.holding(), epoch, self.target, stopping, self.told)
         rank = await self.scene.controller.rejoin(request)
         self.rank = self.rank if rank is None else rank
         return rank
+
+    async def heartbeat(self) -> None:
+        answer = await self.scene.controller.heartbeat(self.name, None)
+        if answer.known:
+            self.told = answer.told
 
     async def ask(self, wait_s: float = 0.0) -> OrderAnswer:
         """Poll for the next order, without carrying it out."""

@@ -215,6 +215,44 @@ def test_a_shard_that_stops_while_the_controller_restarts_still_hands_on(play: P
     play(act)
 
 
+def test_a_drained_shard_stays_so_and_gets_nothing_back(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        shards = await started_and_told(scene)
+        assert await scene.controller.drain(2) == ""
+        await scene.settle(("r",))
+        for shard in shards:
+            await shard.heartbeat()
+        await scene.restart(running=3)
+        for shard in shards:
+            await shard.rejoin(epoch=9)
+        await scene.settle(("r",))
+        assert [seat.state for seat in (await scene.controller.status()).shards] == ["serving", "serving", "draining"]
+        assert not shards[2].held_LE.any()
+        assert await scene.controller.drain(2, back=True) == ""
+        await shards[2].heartbeat()
+        assert not shards[2].told.drained
+
+    play(act)
+
+
+def test_what_was_paused_stays_so_until_it_is_resumed(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        shards = await started_and_told(scene)
+        await scene.controller.pause(True)
+        for shard in shards:
+            await shard.heartbeat()
+        await scene.restart(running=3)
+        for shard in shards:
+            await shard.rejoin(epoch=5)
+        await scene.seconds(1, "s0", "s1", "s2")
+        assert (await scene.controller.status()).migration.paused
+        await scene.controller.pause(False)
+        assert await shards[0].rejoin(epoch=5) == 0
+        assert not (await scene.controller.status()).migration.paused, "a shard that comes late does not pause it again"
+
+    play(act)
+
+
 def test_a_restart_within_a_cold_start_gives_loading_shards_their_ranks(play: Play) -> None:
     async def act(scene: Scene) -> None:
         shards = [scene.shard(f"s{index}", index) for index in range(3)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.controller.client import ControllerLostError
+from cluster.mesh.messages import Told
 from cluster.shard.deployment import ExpertShard
 from placement.placement import Placement
 from tests.support.controller_scene import EXPERTS, LAYERS, SLOTS, turns
@@ -143,6 +144,20 @@ def test_it_tells_a_restarted_controller_what_it_holds_and_the_newest_target(pla
         assert request.holding.held_LE.sum() == ROW
         assert cluster.scene.mesh.roster.epoch > 42, "it goes on above what the shard has heard"
         assert cluster.scene.mesh.keeper.target.version == 1
+
+    play(act)
+
+
+def test_it_tells_a_restarted_controller_that_it_is_drained_and_all_is_paused(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        await cluster.scene.controller.pause(True)
+        await cluster.until(lambda: cluster.shard._told == Told(drained=False, paused=True))
+        assert await cluster.scene.controller.drain(2) == ""
+        await cluster.until(lambda: cluster.shard._told == Told(drained=True, paused=True))
+        await cluster.restart_controller()
+        await cluster.until(lambda: cluster.seats() == {2: "mine"})
+        assert cluster.scene.mesh.told("mine") == Told(drained=True, paused=True)
 
     play(act)
 

@@ -206,7 +206,9 @@ class SimulatedMesh:
             self._join(shard)
             return
         if not self.mesh.roster.heartbeat(shard.name, self.now_s):
-            shard.rank = self.mesh.rejoin(self._holding(shard), 0, shard.target, shard.leaving, self.now_s)
+            shard.rank = self.mesh.rejoin(
+                self._holding(shard), 0, shard.target, "stops" if shard.leaving else "", self.now_s
+            )
             shard.term = -1
             return
         self._copy(shard)
