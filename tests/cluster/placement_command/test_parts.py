@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import __main__ as command
@@ -35,6 +35,7 @@ def placements(draw: st.DrawFn) -> tuple[Placement, Placement]:
     return one(), one()
 
 
+@settings(deadline=None)
 @given(placements())
 def test_a_difference_is_what_counting_gives(both: tuple[Placement, Placement]) -> None:
     current, wanted = both
