@@ -13,7 +13,8 @@ import torch
 
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.loopback import LoopbackLink, loopback_dispatcher
-from experts.kernels.native.build import NativeBuildError, load_library
+from experts.kernels.native.library import load_library
+from experts.native.build import NativeBuildError
 from experts.protocol.wire import (
     DTYPE_CODES,
 )

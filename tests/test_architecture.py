@@ -22,7 +22,8 @@ ORDER = {
         *("capacity", "report", "exports", "policy", "precompile", "cli", "__main__"),
     ],
     "experts": [
-        *("model", "protocol", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin", "precompile"),
+        *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin"),
+        "precompile",
     ],
     "cluster": [
         *(

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.common import median, print_table, save
 from experts.kernels import KERNELS, ExpertKernel, KernelShape
-from experts.kernels.native.build import load_library
+from experts.kernels.native.library import load_library
 from experts.kernels.pick import random_pairs, random_weights
 from experts.model.spec import ActivationSpec
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
-from experts.kernels.native.build import NativeBuildError, load_library
+from experts.kernels.native.library import load_library
 from experts.model.spec import ExpertWeights
+from experts.native.build import NativeBuildError
 
 ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "swigluoai": 3}
 BAD_PAIRS = 1

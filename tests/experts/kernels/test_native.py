@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts.kernels.native import build as native_build
 from experts.kernels.native import kernel as native
 from experts.kernels.native.kernel import NativeKernel
+from experts.kernels.native.library import SOURCE, declare_functions
 from experts.kernels.pick import random_pairs
+from experts.native.build import compile_source, find_compiler
 from tests.support.kernel_cases import ACTIVATIONS, BASE, build, run_case
 
 pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
@@ -61,11 +62,9 @@ def test_thread_counts_do_not_change_a_bit(num_rows, dtype, threads):
 @functools.cache
 def variant(folder: Path, flag: str) -> ctypes.CDLL:
     target = folder / f"variant{flag}.so"
-    native_build.compile_source(
-        native_build.find_compiler(), Path(native.__file__).with_name("native_mlp.cpp"), target, flag
-    )
+    compile_source(find_compiler(), SOURCE, target, flag)
     library = ctypes.CDLL(str(target))
-    native_build.declare_functions(library)
+    declare_functions(library)
     return library
 
 
@@ -81,29 +80,3 @@ def test_processors_with_fewer_instructions(flag, monkeypatch, tmp_path_factory,
         odd = dataclasses.replace(BASE, hidden_size=33, intermediate_size=17, dtype=dtype)
         for activation in ACTIVATIONS.values():
             run_case("native", dataclasses.replace(odd, activation=activation), 9, seed=2)
-
-
-def test_the_library_is_compiled_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("EXPERTMESH_CACHE", str(tmp_path / "cache"))
-    first = native_build.build_library()
-    stamp = first.stat().st_mtime_ns
-    monkeypatch.setattr(native_build, "compile_source", lambda *_: pytest.fail("compiled again"))
-    assert native_build.build_library() == first
-    assert first.stat().st_mtime_ns == stamp
-
-
-def test_no_compiler_is_a_reason_not_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(native_build.NativeBuildError, match=r"no C\+\+ compiler"):
-        native_build.build_library()
-
-
-def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("EXPERTMESH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(native_build.NativeBuildError, match="no such target"):
-        native_build.build_library()

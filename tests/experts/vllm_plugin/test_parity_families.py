@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.kernels.native.build import NativeBuildError, load_library
+from experts.kernels.native.library import load_library
+from experts.native.build import NativeBuildError
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.settings import ShardSettings
 from placement.placement import Placement

@@ -1,0 +1,71 @@
+"""The structs of link.h as ctypes sees them; `library` compares their sizes with the compiler's."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+KIND_PYTHON, KIND_SHM, KIND_TCP, KIND_LOOPBACK = range(4)
+NOT_YET, LOST = -1, -2
+
+_i64, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class NativeLink(ctypes.Structure):
+    """The router's end of a pair; see link.h for the meaning of each field."""
+
+    kind: int
+    closed: int
+    seq: int
+    _fields_ = (
+        ("kind", _i64),
+        ("send", _pointer),
+        ("send_capacity", _i64),
+        ("recv", _pointer),
+        ("recv_capacity", _i64),
+        ("closed", _i64),
+        ("line", _i64),
+        ("spin_ns", _i64),
+        ("seq", _i64),
+        ("words", _pointer),
+        ("bell", _pointer),
+        ("descriptor", _i64),
+        ("own", _pointer),
+    )
+
+    @classmethod
+    def of(cls, kind: int, send_buffer: np.ndarray, recv_buffer: np.ndarray) -> NativeLink:
+        """A link of these buffers (uint8), which must outlive it; the fields of its kind are the caller's to set."""
+        return cls(
+            kind, send_buffer.ctypes.data, len(send_buffer), recv_buffer.ctypes.data, len(recv_buffer),
+            line=-1, descriptor=-1,
+        )  # fmt: skip
+
+
+class NativeChannel(ctypes.Structure):
+    """The shard's end of a pair; see link.h for the meaning of each field."""
+
+    kind: int
+    closed: int
+    current: int
+    _fields_ = (
+        ("kind", _i64),
+        ("recv", _pointer),
+        ("recv_capacity", _i64),
+        ("send", _pointer),
+        ("send_capacity", _i64),
+        ("closed", _i64),
+        ("answered", _i64),
+        ("current", _i64),
+        ("words", _pointer),
+        ("descriptor", _i64),
+        ("own", _pointer),
+    )
+
+    @classmethod
+    def of(cls, kind: int, recv_buffer: np.ndarray, send_buffer: np.ndarray) -> NativeChannel:
+        """A channel of these buffers (uint8), which must outlive it; the fields of its kind are the caller's to set."""
+        return cls(
+            kind, recv_buffer.ctypes.data, len(recv_buffer), send_buffer.ctypes.data, len(send_buffer), descriptor=-1
+        )

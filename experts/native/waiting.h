@@ -1,0 +1,76 @@
+// Waiting for the replies of several links at once, whatever their kinds.
+
+#pragma once
+
+#include <poll.h>
+
+#include "links.h"
+
+enum : int64_t { CHECK_INTERVAL_NS = 20000000 };  // how often a long wait looks whether the shard's process is there
+
+// Look at each link that has not answered yet; returns how many of those are left.
+inline int look_at_all(Link** links, int64_t* nbytes, int count) {
+    int left = 0;
+    for (int i = 0; i < count; i++) {
+        if (nbytes[i] != NOT_YET) continue;
+        nbytes[i] = link_progress(*links[i]);
+        left += nbytes[i] == NOT_YET;
+    }
+    return left;
+}
+
+// Sleep until one of the links that have not answered may have made progress, at most until `deadline_ns`. Sockets come
+// first: what the kernel cannot buffer for them waits for this side. A word in memory waits for nobody.
+inline void sleep_for_any(Link** links, const int64_t* nbytes, int count, int64_t deadline_ns) {
+    enum { MOST = 256 };
+    pollfd sockets[MOST];
+    int num_sockets = 0;
+    Link* other = nullptr;
+    for (int i = 0; i < count; i++) {
+        if (nbytes[i] != NOT_YET) continue;
+        if (!link_has_descriptor(*links[i])) {
+            other = other ? other : links[i];
+        } else if (num_sockets < MOST) {
+            sockets[num_sockets++] = {int(links[i]->descriptor), link_events(*links[i]), 0};
+        }
+    }
+    if (num_sockets == 0) {
+        link_sleep(*other, deadline_ns);
+        return;
+    }
+    const int64_t left_ns = std::max<int64_t>(deadline_ns - now_ns(), 0);
+    const timespec spec = {time_t(left_ns / 1000000000), long(left_ns % 1000000000)};
+    ppoll(sockets, num_sockets, &spec, nullptr);
+}
+
+// Wait until every link has answered or is lost, at most until `deadline_ns`. `nbytes` is NOT_YET where a reply is awaited,
+// and becomes its length, LOST, or stays NOT_YET at the deadline. Returns how many are NOT_YET.
+inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadline_ns) {
+    int left = look_at_all(links, nbytes, count);
+    if (left == 0) return 0;
+    int64_t spin_ns = 0;
+    for (int i = 0; i < count; i++) spin_ns = std::max(spin_ns, links[i]->spin_ns);
+    const int64_t spin_until_ns = now_ns() + spin_ns;
+    while (now_ns() < spin_until_ns) {
+        sched_yield();
+        left = look_at_all(links, nbytes, count);
+        if (left == 0) return 0;
+    }
+    while (true) {
+        const int64_t start_ns = now_ns();
+        if (start_ns >= deadline_ns) return left;
+        const int64_t check_ns = std::min(deadline_ns, start_ns + CHECK_INTERVAL_NS);
+        sleep_for_any(links, nbytes, count, check_ns);
+        left = look_at_all(links, nbytes, count);
+        if (left == 0) return 0;
+        if (now_ns() < check_ns) continue;
+        for (int i = 0; i < count; i++)
+            if (nbytes[i] == NOT_YET && link_is_gone(*links[i])) {
+                // A reply may have come just before the end.
+                nbytes[i] = link_progress(*links[i]);
+                if (nbytes[i] == NOT_YET) nbytes[i] = LOST;
+            }
+        left = look_at_all(links, nbytes, count);
+        if (left == 0) return 0;
+    }
+}
