@@ -17,6 +17,10 @@ from experts.kernels.native.library import load_library
 from experts.native.build import NativeBuildError
 from experts.protocol.wire import (
     DTYPE_CODES,
+    H_PAIRS,
+    H_ROWS,
+    header_of,
+    request_layout,
 )
 from experts.shard.request import read_request
 from experts.transports import shm
@@ -34,7 +38,10 @@ def main() -> None:
         link = dispatcher.links[0]
         assert isinstance(link, LoopbackLink)
         slot_of_expert_LE = np.array([[0, 1, -1, -1]], np.int32)
-        read_request(link.send_buffer, link.posted_bytes, slot_of_expert_LE, DTYPE_CODES[dtype], 8)
+        nbytes = request_layout(
+            *(int(header_of(link.send_buffer)[word]) for word in (H_ROWS, H_PAIRS)), shape.row_bytes
+        )[4]
+        read_request(link.send_buffer, nbytes, slot_of_expert_LE, DTYPE_CODES[dtype], 8)
     shm.warm_up()
     ring.warm_up()
     try:

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,48 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def wrap(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(nogil=True, **options)(function)
-        if config.DISABLE_JIT:
-            return dispatcher
-        # Numba reads the folder once, when it sets up the function's cache.
-        before, config.CACHE_DIR = config.CACHE_DIR, str(_compiled_folder(function.__module__.partition(".")[0]))
-        try:
-            dispatcher.enable_caching()
-        finally:
-            config.CACHE_DIR = before
+        if not config.DISABLE_JIT:
+            with _cache_of(function):
+                dispatcher.enable_caching()
         return dispatcher
 
     return wrap
+
+
+def compiled_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: `numba.cfunc(signature)` for calls from C++, with the same cache; compiled when first asked for.
+
+    It takes the GIL only to report an error.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Callback:
+        return Callback(signature, function)
+
+    return wrap
+
+
+class Callback:
+    """A function that C++ can call."""
+
+    def __init__(self, signature: Any, function: Callable[..., Any]) -> None:
+        self._signature, self._function = signature, function
+
+    @functools.cached_property
+    def address(self) -> int:
+        """Where the machine code is; valid as long as this object."""
+        with _cache_of(self._function):
+            self._compiled = numba.cfunc(self._signature, nopython=True, cache=True)(self._function)
+        return int(self._compiled.address)
+
+
+@contextlib.contextmanager
+def _cache_of(function: Callable[..., Any]) -> Iterator[None]:
+    """Numba reads the folder once, when it sets up a function's cache."""
+    before, config.CACHE_DIR = config.CACHE_DIR, str(_compiled_folder(function.__module__.partition(".")[0]))
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
 
 
 def cache_folder() -> Path:

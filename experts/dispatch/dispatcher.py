@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,10 +30,11 @@ from experts.dispatch.epoch import PreparedEpoch, prepare_epoch
 from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.live_slots import LiveSlots
-from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
+from experts.dispatch.pending import Pending
+from experts.dispatch.rows.base import RowMover
 from experts.dispatch.rows.host_programs import warm_up
 from experts.dispatch.stats import RouterStats
-from experts.protocol.errors import MissingSlotError, ShardError, ShardRejectedError
+from experts.protocol.errors import MissingSlotError, ShardError, ShardLostError, ShardRejectedError
 from experts.protocol.membership import Membership
 from experts.protocol.wire import (
     H_MAGIC,
@@ -57,35 +57,6 @@ logger = logging.getLogger(__name__)
 # How often a shard may lack experts of one batch before all that it has of the layer is left out: each time costs an
 # exchange, and one that lacks so many is far behind.
 MAX_MISSING_SLOTS = 8
-
-
-@dataclass(slots=True)
-class Pending:
-    """A layer's dispatch between begin() and finish()."""
-
-    rows: RowBatch
-    """All of the layer's."""
-    batch: RowBatch = field(init=False)
-    """Those that are out at the shards now."""
-    plan: DispatchPlan = field(init=False)
-    """Of `batch`, as last posted."""
-    stop: int = 0
-    """The first row that was not sent yet."""
-    posted: list[int] = field(init=False)
-    failed: list[int] = field(init=False)
-    """Ranks of `plan`'s messages: those that wait for a reply, and those that failed."""
-    missing_slots: dict[int, int] = field(default_factory=dict)
-    """How often each rank had no slot for an expert of `batch`."""
-
-    @property
-    def y_TD(self) -> torch.Tensor:
-        """Where the sums will stand."""
-        return self.rows.y_TD
-
-    @property
-    def topk_ids_TK(self) -> np.ndarray:
-        """The routing decisions in host memory (int32), until finish()."""
-        return self.rows.topk_ids_TK
 
 
 class Dispatcher:
@@ -139,6 +110,7 @@ class Dispatcher:
                 del prepared.links[rank]
                 prepared.lost[rank] = self.lost.get(rank, "lost before the epoch began")
                 prepared.slots.lose(rank)
+                prepared.mover.forget(rank)
         wanted = {id(link) for link in prepared.links.values()}
         unwanted = [link for link in self.links.values() if id(link) not in wanted]
         if self.membership is not None:
@@ -146,6 +118,7 @@ class Dispatcher:
         self.membership, self.links, self.lost = prepared.membership, prepared.links, prepared.lost
         self._mover, self._slots, self._answered_R = prepared.mover, prepared.slots, prepared.answered_R
         self.stats.resize(len(prepared.answered_R))
+        prepared.mover.count_into(self.stats)
         self.stats.add_swap(time.perf_counter_ns() - start_ns)
         return unwanted
 
@@ -211,14 +184,12 @@ class Dispatcher:
 
     def _begin_batch(self, pending: Pending) -> None:
         """Plan, pack and post the next rows, at most one message's worth."""
-        start_ns = time.perf_counter_ns()
         start, num_tokens = pending.stop, len(pending.topk_ids_TK)
         pending.stop = min(start + self.max_rows, num_tokens)
         pending.batch = pending.rows.part(start, pending.stop)
         pending.missing_slots.clear()
         self._post(pending)
         self.stats.rows += pending.stop - start
-        self.stats.plan_pack.add(time.perf_counter_ns() - start_ns)
 
     def _finish_batch(self, pending: Pending) -> None:
         """Collect and combine what was posted; repeat elsewhere what failed."""
@@ -238,29 +209,43 @@ class Dispatcher:
         """Plan and pack the batch, and send every shard its message."""
         batch, stats = pending.batch, self.stats
         self._seq += 1
-        plan = self._mover.plan_and_pack(batch, self._seq, self._slots.chosen_from_LER[batch.layer])
-        pending.plan, pending.posted, pending.failed = plan, [], []
+        slots_LER = self._slots.chosen_from_LER
+        pending.failed = []
+        sent = self._mover.send(batch, self._seq, slots_LER)
+        if sent is not None:
+            pending.plan, pending.posted = sent, None
+            return
+        start_ns = time.perf_counter_ns()
+        plan = self._mover.plan_and_pack(batch, self._seq, slots_LER[batch.layer])
+        pending.plan, pending.posted = plan, []
         for rank in np.flatnonzero(plan.nbytes_R).tolist():
             nbytes = int(plan.nbytes_R[rank])
             try:
-                self.links[rank].post(nbytes)
+                self._link(rank).post(nbytes)
             except ShardError as error:
                 self._lose(error)
                 pending.failed.append(rank)
             else:
                 pending.posted.append(rank)
-                stats.bytes_sent += nbytes
+                stats.native.bytes_sent += nbytes
         stats.add_rows(plan.rows_R, plan.pairs_R)
+        if not batch.repeated:
+            stats.plan_pack.add(time.perf_counter_ns() - start_ns)
 
     def _collect(self, pending: Pending) -> None:
         """Wait for each shard's reply and combine those that came."""
         start_ns = time.perf_counter_ns()
         deadline_s = time.monotonic() + self.timeout_s
+        plan = pending.plan
+        if pending.posted is None:
+            if self._mover.receive(pending.batch, plan, self._seq, self.timeout_s):
+                return
+            pending.posted = np.flatnonzero(plan.nbytes_R).tolist()  # what has come is still there
         stats, answered_R = self.stats, self._answered_R
         answered_R[:] = False
         for rank in pending.posted:
             try:
-                stats.bytes_received += self._receive(rank, int(pending.plan.rows_R[rank]), deadline_s)
+                stats.native.bytes_received += self._receive(rank, int(plan.rows_R[rank]), deadline_s)
                 answered_R[rank] = True
             except MissingSlotError as error:
                 self._lose_slots(pending, error)
@@ -270,14 +255,21 @@ class Dispatcher:
                 pending.failed.append(rank)
         waited_ns = time.perf_counter_ns()
         stats.wait.add(waited_ns - start_ns)
-        self._mover.combine(pending.batch, pending.plan, answered_R)
+        self._mover.combine(pending.batch, plan, answered_R)
         stats.combine.add(time.perf_counter_ns() - waited_ns)
         if answered_R.any():
-            stats.last_success_s = time.monotonic()
+            stats.add_success(time.monotonic())
+
+    def _link(self, rank: int) -> RouterLink:
+        """The rank's link. ShardLostError if it is gone: a plan never has such a rank, unless its tables are stale."""
+        link = self.links.get(rank)
+        if link is None:
+            raise ShardLostError(rank, "it has no link")
+        return link
 
     def _receive(self, rank: int, num_rows: int, deadline_s: float) -> int:
         """Wait for one shard's reply, check that it answers what was sent, and return its length."""
-        link = self.links[rank]
+        link = self._link(rank)
         nbytes = link.wait(deadline_s)
         header = header_of(link.recv_buffer).tolist()
         if header[H_MAGIC] != MAGIC or header[H_SEQ] != self._seq:
@@ -334,6 +326,7 @@ class Dispatcher:
         logger.error("going on without shard %d: %s", error.rank, error.reason)
         self.lost[error.rank] = error.reason
         self._slots.lose(error.rank)
+        self._mover.forget(error.rank)
         link = self.links.pop(error.rank, None)
         if link is not None:
             link.close()

@@ -6,6 +6,7 @@ import numpy as np
 
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
+from experts.native.structs import KIND_LOOPBACK, NativeLink
 from experts.protocol.membership import Membership
 from experts.protocol.wire import (
     H_MAGIC,
@@ -32,10 +33,9 @@ class LoopbackLink(RouterLink):
         self.send_buffer = np.zeros(request_capacity(max_rows, shape.top_k, shape.row_bytes), np.uint8)
         self.recv_buffer = np.zeros(reply_capacity(max_rows, shape.row_bytes), np.uint8)
         header_of(self.recv_buffer)[H_MAGIC] = MAGIC
-        self.posted_bytes = 0
+        self.native = NativeLink.of(KIND_LOOPBACK, self.send_buffer, self.recv_buffer)
 
     def post(self, nbytes: int) -> None:
-        self.posted_bytes = nbytes
         sent, answer = header_of(self.send_buffer), header_of(self.recv_buffer)
         answer[H_SEQ], answer[H_ROWS] = sent[H_SEQ], sent[H_ROWS]
 

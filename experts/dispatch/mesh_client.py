@@ -15,10 +15,11 @@ import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.connector import Connector
-from experts.dispatch.dispatcher import Dispatcher, Pending
+from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.epoch_preparer import EpochPreparer
 from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.pending import Pending
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint

@@ -1,4 +1,8 @@
-"""What a router counts while it dispatches: plain numbers, read between steps, cheap enough for every layer."""
+"""What a router counts while it dispatches: plain numbers, read between steps, cheap enough for every layer.
+
+What every layer adds to is in words that compiled code writes (native/counts.h); Python reads them, and adds to them
+where it does the work itself.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from experts.native.structs import HISTOGRAM_WORDS, NativeRouterCounts
 from experts.protocol.status import StageHistogram
 
 # Upper bounds of the latency buckets in microseconds; the last bucket has none.
@@ -13,19 +18,34 @@ BUCKETS_US = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 50_000, 10
 _BOUNDS_NS = np.array(BUCKETS_US, np.int64) * 1000
 
 
-@dataclass
 class Histogram:
-    """Durations of one stage, in Prometheus' buckets before they are cumulated."""
+    """Durations of one stage, in Prometheus' buckets before they are cumulated: sum in ns, count, buckets."""
 
-    sum_ns: int = 0
-    count: int = 0
-    buckets: np.ndarray = field(default_factory=lambda: np.zeros(len(BUCKETS_US) + 1, np.int64))
+    def __init__(self, words: np.ndarray | None = None) -> None:
+        """A view of `words`, int64 [HISTOGRAM_WORDS]; words of its own if there are none."""
+        self._words = np.zeros(HISTOGRAM_WORDS, np.int64) if words is None else words
+
+    @property
+    def sum_ns(self) -> int:
+        """All durations together."""
+        return int(self._words[0])
+
+    @property
+    def count(self) -> int:
+        """How many durations were added."""
+        return int(self._words[1])
+
+    @property
+    def buckets(self) -> np.ndarray:
+        """How many of them are at most as long as each of BUCKETS_US, and longer than the one before."""
+        return self._words[2:]
 
     def add(self, duration_ns: int) -> None:
         """Count one duration."""
-        self.sum_ns += duration_ns
-        self.count += 1
-        self.buckets[int(_BOUNDS_NS.searchsorted(duration_ns))] += 1
+        words = self._words
+        words[0] += duration_ns
+        words[1] += 1
+        words[2 + int(_BOUNDS_NS.searchsorted(duration_ns))] += 1
 
     def snapshot(self) -> StageHistogram:
         """The counts so far."""
@@ -40,21 +60,45 @@ class RouterStats:
     steps: int = 0
     dispatches: int = 0
     rows: int = 0
-    fan_out_sum: int = 0
     failovers: int = 0
     no_slot_pairs: int = 0
     fallback_pairs: int = 0
     refused_requests: int = 0
     swap_last_us: float = 0.0
     swap_max_us: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    last_success_s: float | None = None
+    native: NativeRouterCounts = field(default_factory=NativeRouterCounts)
     shard_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     shard_pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    plan_pack: Histogram = field(default_factory=Histogram)
-    wait: Histogram = field(default_factory=Histogram)
-    combine: Histogram = field(default_factory=Histogram)
+
+    def __post_init__(self) -> None:
+        native = self.native
+        self.plan_pack, self.wait, self.combine = (
+            Histogram(np.ctypeslib.as_array(words)) for words in (native.plan_pack, native.wait, native.combine)
+        )
+
+    @property
+    def fan_out_sum(self) -> int:
+        """Rows of all messages: for each token the ranks it visited."""
+        return int(self.native.fan_out_sum)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of requests."""
+        return int(self.native.bytes_sent)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of replies."""
+        return int(self.native.bytes_received)
+
+    @property
+    def last_success_s(self) -> float | None:
+        """When a shard last answered as it should, on time.monotonic(); None for never."""
+        return self.native.last_success_ns / 1e9 if self.native.last_success_ns else None
+
+    def add_success(self, now_s: float) -> None:
+        """A shard has answered as it should, at `now_s` on time.monotonic()."""
+        self.native.last_success_ns = int(now_s * 1e9)
 
     def resize(self, num_ranks: int) -> None:
         """Make room for the ranks of a new placement; a known rank keeps its counts."""
@@ -77,13 +121,13 @@ class RouterStats:
         """Count one message to each rank: its rows and its (row, expert) pairs."""
         self.shard_rows[: self.num_ranks] += rows_R
         self.shard_pairs[: self.num_ranks] += pairs_R
-        self.fan_out_sum += int(rows_R.sum())
+        self.native.fan_out_sum += int(rows_R.sum())
 
     def take_back_rows(self, failed: list[int], rows_R: np.ndarray, pairs_R: np.ndarray) -> None:
         """Uncount the messages to the ranks `failed`: their rows count where they are finally computed."""
         self.shard_rows[failed] -= rows_R[failed]
         self.shard_pairs[failed] -= pairs_R[failed]
-        self.fan_out_sum -= int(rows_R[failed].sum())
+        self.native.fan_out_sum -= int(rows_R[failed].sum())
 
     @property
     def balancedness(self) -> float:

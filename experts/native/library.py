@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from experts.native.build import NativeBuildError, build_library
-from experts.native.structs import NativeChannel, NativeLink
+from experts.native.structs import NativeChannel, NativeLink, NativeRouter, NativeRouterCounts
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,9 @@ _FUNCTIONS = {
     "data_plane_wait": [_pointer, _i64],
     "data_plane_poll": [_pointer],
     "data_plane_reply": [_pointer, _i64],
+    "data_plane_begin": [_pointer, _i64, _i64, _i64, _pointer, _pointer, _pointer, _pointer, _i64],
+    "data_plane_finish": [_pointer, _i64, _i64, _i64, _i64, _pointer],
+    "data_plane_combine": [_pointer, _i64, _pointer, _i64, _pointer],
 }
 
 
@@ -36,8 +39,8 @@ def data_plane() -> ctypes.CDLL | None:
     for name, arguments in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _i64
-    structs = (NativeLink, NativeChannel)
+    structs = (NativeLink, NativeChannel, NativeRouter, NativeRouterCounts)
     sizes = (_i64 * len(structs))()
     library.data_plane_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs], "structs.py mirrors link.h"
+    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs], "structs.py mirrors the headers"
     return library

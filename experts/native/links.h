@@ -19,7 +19,8 @@ inline int64_t link_post(Link& link, int64_t nbytes) {
     }
 }
 
-// Length of the reply to the last post once it is there, else NOT_YET or LOST. Never blocks; sends and receives what it can.
+// Length of the reply to the last post once it is there (as often as one asks, until the next post), else NOT_YET, or LOST
+// also after a post that failed. Never blocks; sends and receives what it can.
 inline int64_t link_progress(Link& link) {
     if (link.closed) return LOST;
     switch (link.kind) {
@@ -32,7 +33,7 @@ inline int64_t link_progress(Link& link) {
 // Whether the link waits on a descriptor, and for which of poll(2)'s events.
 inline bool link_has_descriptor(const Link& link) { return link.kind == KIND_TCP; }
 
-inline short link_events(const Link& link) { return POLLIN; }
+inline short link_events(const Link&) { return POLLIN; }
 
 // Sleep until a link without descriptor may have made progress, at most until `deadline_ns`.
 inline void link_sleep(Link& link, int64_t deadline_ns) {

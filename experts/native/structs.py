@@ -1,4 +1,4 @@
-"""The structs of link.h as ctypes sees them; `library` compares their sizes with the compiler's."""
+"""The structs of the headers as ctypes sees them; `library` compares their sizes with the compiler's."""
 
 from __future__ import annotations
 
@@ -69,3 +69,28 @@ class NativeChannel(ctypes.Structure):
         return cls(
             kind, recv_buffer.ctypes.data, len(recv_buffer), send_buffer.ctypes.data, len(send_buffer), descriptor=-1
         )
+
+
+class NativeRouter(ctypes.Structure):
+    """A router in one epoch; see router.h for the meaning of each field."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("num_ranks", "top_k", "num_experts", "hidden", "dtype", "num_nodes")),
+        *((name, _pointer) for name in ("choose_ranks", "node_of_rank_R", "load_LR", "header")),
+        *((name, _pointer) for name in ("send_R", "recv_R", "links_R")),
+        *((name, _pointer) for name in ("rank_TK", "row_TK", "rows_R", "pairs_R", "nbytes_R")),
+        *((name, _pointer) for name in ("counts", "shard_rows_R", "shard_pairs_R")),
+    )
+
+
+NUM_BUCKETS = 16
+HISTOGRAM_WORDS = 2 + NUM_BUCKETS
+
+
+class NativeRouterCounts(ctypes.Structure):
+    """What a router counts; see counts.h."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("fan_out_sum", "bytes_sent", "bytes_received", "last_success_ns")),
+        *((name, _i64 * HISTOGRAM_WORDS) for name in ("plan_pack", "wait", "combine")),
+    )

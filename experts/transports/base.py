@@ -14,6 +14,7 @@ To add a transport:
 
 1. In a file of its own, subclass `RouterLink` and `ShardChannel`. If the transport has its own way to wake the shard,
    ring the `Doorbell` passed to `open_shard_channel` from a thread, as `torch_pair` does.
+   With C++ of its own, set `native` (experts/native/link.h says how).
 2. In `connect.py`, build the link in `connect` and the channel in `open_shard_channel`, and name the transport there.
 3. Add its name to `TransportName` (experts.protocol.settings), and to `control.choose_transport` if "auto" may pick it.
 4. Add its name to TRANSPORTS in tests/experts/transports/test_pairs.py: every transport must pass those tests.
@@ -25,6 +26,8 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
+
+from experts.native.structs import NativeChannel, NativeLink
 
 
 class RouterLink(ABC):
@@ -41,6 +44,8 @@ class RouterLink(ABC):
     recv_tensor: torch.Tensor | None = None
     """uint8, on the transport's device: the rows of a message where they travel separately (NCCL), else None. The rest
     of the message is in the buffers as usual, and lengths count both."""
+    native: NativeLink | None = None
+    """This end for compiled code, which posts and waits without Python's methods then. None: those are called."""
 
     @abstractmethod
     def post(self, nbytes: int) -> None:
@@ -67,6 +72,8 @@ class ShardChannel(ABC):
     """uint8 [capacity], valid from poll() to reply()."""
     send_buffer: np.ndarray
     """uint8 [capacity], filled before reply()."""
+    native: NativeChannel | None = None
+    """This end for compiled code, which polls and replies without Python's methods then. None: those are called."""
 
     @property
     def send_tensor(self) -> torch.Tensor | None:

@@ -81,6 +81,11 @@ class LifeLine:
         self._lock = threading.Lock()
         self._gone: str | None = None
 
+    @property
+    def descriptor(self) -> int:
+        """The socket's descriptor, for compiled code that looks whether the peer is gone; -1 once it is closed."""
+        return self._socket.fileno()
+
     def local_address(self) -> str:
         """IP address of this end, as the peer can reach it."""
         return str(self._socket.getsockname()[0])

@@ -6,11 +6,15 @@ A shard's doorbell is one page that every router of the host maps. Each pair has
     request buffer | reply buffer
 
 A router adds 1 to REQUEST and rings the shard's doorbell; the shard sets REPLY to the same number. Waits yield the core
-for a moment, then sleep on a futex (`atomics`). `shared_region` makes the memory and hands it over.
+for a moment, then sleep on a futex. `shared_region` makes the memory and hands it over.
+
+Both ends are compiled (native/shm_link.h); the Numba functions here serve where there is no C++ compiler. The `native`
+structs hold the state of the pair either way.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -19,6 +23,8 @@ import time
 import numpy as np
 from numba import types
 
+from experts.native.library import data_plane
+from experts.native.structs import KIND_SHM, LOST, NOT_YET, NativeChannel, NativeLink
 from experts.protocol.errors import ShardLostError, ShardTimeoutError
 from experts.transports import atomics
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
@@ -31,7 +37,9 @@ logger = logging.getLogger(__name__)
 _LINE = 64
 _REQUEST, _REPLY, _ROUTER_SLEEPS, _REPLY_BYTES, _REQUEST_BYTES = range(5)
 _CONTROL_BYTES = 4096
-_CHECK_INTERVAL_NS = 20_000_000  # how often a waiting router checks that the shard's process is still there
+_CHECK_INTERVAL_NS = (
+    20_000_000  # how often a waiting router checks that the shard's process is still there; also in waiting.h
+)
 _MAILBOX_TIMEOUT_S = 5.0
 
 
@@ -52,31 +60,31 @@ def _await_reply(base: int, seq: int, spin_ns: int, timeout_ns: int) -> int:
 
 
 @compiled()
-def _poll(base: int, answered: int) -> int:
-    """Length of a request with no reply yet, or -1."""
-    if atomics.load_acquire(base + _REQUEST * _LINE) == answered:
-        return -1
-    return int(atomics.load_acquire(base + _REQUEST_BYTES * _LINE))
+def _poll(base: int, answered: int) -> tuple[int, int]:
+    """Number and length of a request with no reply yet; the length is -1 for none. The router may write both words."""
+    seq = int(atomics.load_acquire(base + _REQUEST * _LINE))
+    if seq == answered:
+        return seq, -1
+    return seq, int(atomics.load_acquire(base + _REQUEST_BYTES * _LINE))
 
 
 @compiled()
-def _reply(base: int, nbytes: int) -> int:
-    """Write the reply's length and number, and wake the router if it sleeps; returns the request's number."""
-    seq = int(atomics.load_acquire(base + _REQUEST * _LINE))
+def _reply(base: int, seq: int, nbytes: int) -> None:
+    """Write the reply's length and number, and wake the router if it sleeps."""
     atomics.store_release(base + _REPLY_BYTES * _LINE, types.uint32(nbytes))
     atomics.publish(base + _REPLY * _LINE, seq, base + _ROUTER_SLEEPS * _LINE)
-    return seq
 
 
 @functools.cache
 def warm_up() -> None:
     """Compile the machine code, or load it from the cache, so that no dispatch pays the second that it takes."""
+    data_plane()
     atomics.warm_up()
     words = np.zeros(_CONTROL_BYTES // 4, np.uint32)
     base = int(words.ctypes.data)
     _post(base, base + 16 * _LINE, 1, 0)
     _poll(base, 0)
-    _reply(base, 0)
+    _reply(base, 1, 0)
     _await_reply(base, 1, 0, 0)
 
 
@@ -106,6 +114,8 @@ class ShmDoorbell(Doorbell):
 class ShmRouterLink(RouterLink):
     """The router's end: it maps the shard's doorbell and the pair's region, both made by the shard."""
 
+    native: NativeLink
+
     def __init__(
         self,
         rank: int,
@@ -121,12 +131,14 @@ class ShmRouterLink(RouterLink):
         self.region = region
         self.send_buffer = region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + send_capacity]
         self.recv_buffer = region.bytes[_CONTROL_BYTES + send_capacity :]
+        self.native = NativeLink.of(KIND_SHM, self.send_buffer, self.recv_buffer)
+        self.native.words, self.native.bell = region.address, bell.address
+        self.native.line, self.native.spin_ns = line.descriptor, int(spin_us * 1000)
+        self._address = ctypes.addressof(self.native)
+        self._library = data_plane()
         self._capacity = send_capacity
         self._bell = bell
-        self._seq = 0
-        self._spin_ns = int(spin_us * 1000)
         self._line = line
-        self._closed = False
 
     @classmethod
     def attach(
@@ -150,37 +162,56 @@ class ShmRouterLink(RouterLink):
         return cls(rank, bell, region, send_capacity, spin_us, line)
 
     def post(self, nbytes: int) -> None:
-        if self._closed:
+        native = self.native
+        if native.closed:
             raise ShardLostError(self.rank, "the link is closed")
         if nbytes > self._capacity:
             raise ValueError(f"a request of {nbytes} bytes does not fit into {self._capacity}")
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
-        _post(self.region.address, self._bell.address, self._seq, nbytes)
+        if self._library is not None:
+            self._library.data_plane_post(self._address, nbytes)
+        else:
+            native.seq = (native.seq + 1) & 0xFFFFFFFF
+            _post(self.region.address, self._bell.address, native.seq, nbytes)
 
     def wait(self, deadline_s: float) -> int:
         deadline_ns = int(deadline_s * 1e9)
-        spin_ns = self._spin_ns
-        while True:
-            if self._closed:
-                raise ShardLostError(self.rank, "the link is closed")
+        if self._library is not None:
+            nbytes = int(self._library.data_plane_wait(self._address, deadline_ns))
+        else:
+            nbytes = self._wait(deadline_ns)
+        if nbytes >= 0:
+            return nbytes
+        if self.native.closed:
+            raise ShardLostError(self.rank, "the link is closed")
+        if nbytes == LOST:
+            raise ShardLostError(self.rank, self._line.gone() or "its connection broke")
+        raise ShardTimeoutError(self.rank, "no reply in shared memory before the dispatch deadline")
+
+    def _wait(self, deadline_ns: int) -> int:
+        """Length of the reply, LOST, or NOT_YET at the deadline."""
+        native, spin_ns = self.native, self.native.spin_ns
+        while not native.closed:
             left_ns = deadline_ns - time.monotonic_ns()
-            nbytes = _await_reply(self.region.address, self._seq, spin_ns, max(min(left_ns, _CHECK_INTERVAL_NS), 0))
+            wait_ns = max(min(left_ns, _CHECK_INTERVAL_NS), 0)
+            nbytes = _await_reply(self.region.address, native.seq, spin_ns, wait_ns)
             if nbytes >= 0:
                 return nbytes
-            reason = self._line.gone()
-            if reason is not None:
-                raise ShardLostError(self.rank, reason)
+            if self._line.gone() is not None:
+                return LOST
             if left_ns <= 0:
-                raise ShardTimeoutError(self.rank, "no reply in shared memory before the dispatch deadline")
+                return NOT_YET
             spin_ns = 0
+        return LOST
 
     def close(self) -> None:
-        self._closed = True
+        self.native.closed, self.native.line = 1, -1
         self._line.close()
 
 
 class ShmShardChannel(ShardChannel):
     """The shard's end: it makes the region and sends it, with its doorbell, to the router's mailbox."""
+
+    native: NativeChannel
 
     def __init__(
         self,
@@ -201,26 +232,39 @@ class ShmShardChannel(ShardChannel):
             self.region.drop_descriptor()
         self.recv_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + request_capacity]
         self.send_buffer = self.region.bytes[_CONTROL_BYTES + request_capacity :]
-        self._answered = 0
+        self.native = NativeChannel.of(KIND_SHM, self.recv_buffer, self.send_buffer)
+        self.native.words = self.region.address
+        self._address = ctypes.addressof(self.native)
+        self._library = data_plane()
 
     def poll(self) -> int:
+        native = self.native
         if self.closed:
-            return -1
-        nbytes = _poll(self.region.address, self._answered)
+            return NOT_YET
+        if self._library is not None:
+            nbytes = int(self._library.data_plane_poll(self._address))
+        else:
+            native.current, nbytes = _poll(self.region.address, native.answered)
         if nbytes > len(self.recv_buffer):
             logger.error(
                 "router %s posted %d bytes into a buffer of %d; dropping it",
                 self.router_id, nbytes, len(self.recv_buffer),
             )  # fmt: skip
             self.close()
-            return -1
+            return NOT_YET
         return nbytes
 
     def reply(self, nbytes: int) -> None:
+        native = self.native
         if nbytes > len(self.send_buffer):
             raise ValueError(f"a reply of {nbytes} bytes does not fit into {len(self.send_buffer)}")
-        self._answered = _reply(self.region.address, nbytes)
+        if self._library is not None:
+            self._library.data_plane_reply(self._address, nbytes)
+        else:
+            native.answered = native.current
+            _reply(self.region.address, native.current, nbytes)
 
     def close(self) -> None:
         self.closed = True
+        self.native.closed = 1
         self._line.close()

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
-from experts.dispatch.dispatcher import Pending
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
+from experts.dispatch.pending import Pending
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
 from experts.vllm_plugin.joints import (

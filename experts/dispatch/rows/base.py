@@ -5,6 +5,7 @@ Legend: T tokens, K top-k, E logical experts, R ranks, D hidden size, M rows of 
     stage          routing decisions to host memory, rows to where they travel from
     plan_and_pack  choose a rank for each (token, expert) pair, write every rank's message
     combine        add up the partial rows that came back
+    send, receive  where a mover can: the same, posting and waiting included, in one compiled call each
     add            add rows that were computed elsewhere
 
 A batch that lost a shard is planned, packed and combined again for the pairs that failed. How the sums of the first
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from experts.dispatch.stats import RouterStats
 
 
 @dataclass(slots=True)
@@ -84,6 +87,28 @@ class RowMover(ABC):
     @abstractmethod
     def plan_and_pack(self, batch: RowBatch, seq: int, slots_ER: np.ndarray) -> DispatchPlan:
         """Write message `seq` to each rank that gets rows. `slots_ER` (int32) is -1 for no slot and for lost ranks."""
+
+    @abstractmethod
+    def count_into(self, stats: RouterStats) -> None:
+        """Where `send` and `receive` count; called before the first of them."""
+
+    def send(self, batch: RowBatch, seq: int, slots_LER: np.ndarray) -> DispatchPlan | None:
+        """`plan_and_pack`, post and count at once. None if this mover cannot for these links; nothing was done then.
+
+        What cannot be sent is noticed by whoever waits for its reply.
+        """
+        return None
+
+    def receive(self, batch: RowBatch, plan: DispatchPlan, seq: int, timeout_s: float) -> bool:
+        """Wait for all replies to `send`, check, `combine` and count at once; whether all was as it should be.
+
+        If it was not, nothing was combined or counted, and every link can be waited for again.
+        """
+        return False
+
+    @abstractmethod
+    def forget(self, rank: int) -> None:
+        """The rank's link goes: its buffers are not touched any more. A message to it would be planned, not written."""
 
     @abstractmethod
     def combine(self, batch: RowBatch, plan: DispatchPlan, answered_R: np.ndarray) -> None:

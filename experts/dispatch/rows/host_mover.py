@@ -13,6 +13,7 @@ import torch
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.host_programs import combine, plan_and_pack, request_header
+from experts.dispatch.stats import RouterStats
 from experts.protocol.membership import Membership
 from experts.protocol.wire import DTYPE_CODES, H_LAYER, H_SEQ
 from experts.transports.base import RouterLink
@@ -59,13 +60,19 @@ class HostRowMover(RowMover):
             else:
                 self._load_LR[:, :shared] = before._load_LR[:, :shared]
 
+    def count_into(self, stats: RouterStats) -> None:
+        """Nothing: it sends nothing by itself."""
+
+    def forget(self, rank: int) -> None:
+        self._send_address_R[rank] = self._reply_address_R[rank] = 0
+
     def stage(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
     ) -> RowBatch:
         if self._rows_in_messages:
             x_TD = x_TD.cpu()
         x_TD = x_TD.contiguous()
-        y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+        y_TD = torch.empty_like(x_TD)
         return RowBatch(layer, x_TD, y_TD, *self._routing(topk_ids_TK, topk_weights_TK))
 
     def plan_and_pack(self, batch: RowBatch, seq: int, slots_ER: np.ndarray) -> DispatchPlan:

@@ -32,7 +32,7 @@ from experts.protocol.wire import (
     MAGIC,
     request_layout,
 )
-from placement.compiled import compiled
+from placement.compiled import compiled, compiled_callback
 from placement.rule.replica_choice import choose_replicas
 
 FLOAT32, BFLOAT16 = 1, 2  # wire.DTYPE_CODES, as compile-time constants of the kernels below
@@ -69,6 +69,44 @@ def request_header(epoch: int, dtype: torch.dtype, hidden_size: int) -> np.ndarr
 
 
 @compiled()
+def choose_ranks(
+    topk_ids_TK: np.ndarray,
+    slots_ER: np.ndarray,
+    node_of_rank_R: np.ndarray,
+    num_nodes: int,
+    rank_load_R: np.ndarray,
+    rank_TK: np.ndarray,
+) -> None:
+    """The rule with a router's memory: recent loads count half as much with each batch. Arguments: `plan_and_pack`."""
+    for rank in range(len(rank_load_R)):
+        rank_load_R[rank] >>= 1
+    choose_replicas(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, rank_load_R, rank_TK)
+
+
+_i64, _i32_pointer, _i64_pointer = types.int64, types.CPointer(types.int32), types.CPointer(types.int64)
+
+
+@compiled_callback(
+    types.void(
+        _i32_pointer, _i64, _i64, _i32_pointer, _i64, _i64, _i32_pointer, _i64, _i64_pointer, _i32_pointer
+    )
+)  # fmt: skip
+def choose_ranks_callback(
+    ids: Any, tokens: int, top_k: int, slots: Any, experts: int, ranks: int, nodes: Any, num_nodes: int, load: Any,
+    chosen: Any,
+) -> None:  # fmt: skip
+    """`choose_ranks` for C++ (router.h); its `address` is what to call."""
+    choose_ranks(
+        carray(ids, (tokens, top_k)),
+        carray(slots, (experts, ranks)),
+        carray(nodes, ranks),
+        num_nodes,
+        carray(load, ranks),
+        carray(chosen, (tokens, top_k)),
+    )
+
+
+@compiled()
 def plan_and_pack(
     x_address: int,
     row_bytes: int,
@@ -96,7 +134,8 @@ def plan_and_pack(
         slots_ER: int32, the slot of expert e on rank r, -1 where it has none or the rank is lost.
         node_of_rank_R, num_nodes: int32 and a count, for the replica choice.
         rank_load_R: int64, pairs that each rank got recently; halved here and added to, breaks ties.
-        send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each.
+        send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each. 0 where
+            there is no link: such a rank's message has a length, and is not written.
         common_header: int64 [16], what the headers of all messages have in common; see `request_header`.
         with_rows: copy the rows too; False where they travel separately, from a device.
         rank_TK, row_TK, rows_R, pairs_R, nbytes_R: out; see `rows.base.DispatchPlan`.
@@ -107,11 +146,10 @@ def plan_and_pack(
     num_tokens, top_k = topk_ids_TK.shape
     num_ranks = slots_ER.shape[1]
     for rank in range(num_ranks):
-        rank_load_R[rank] >>= 1
         rows_R[rank] = 0
         pairs_R[rank] = 0
         nbytes_R[rank] = 0
-    choose_replicas(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, rank_load_R, rank_TK)
+    choose_ranks(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, rank_load_R, rank_TK)
 
     unserved = 0
     for token in range(num_tokens):
@@ -139,6 +177,8 @@ def plan_and_pack(
         base = send_address_R[rank]
         offsets_at, experts_at, weights_at, rows_at, nbytes = request_layout(num_rows, num_pairs, row_bytes)
         nbytes_R[rank] = nbytes
+        if base == 0:
+            continue
         header = carray(_i64_at(base), HEADER_WORDS)
         for word in range(HEADER_WORDS):
             header[word] = common_header[word]
@@ -195,7 +235,7 @@ def combine(
             fresh = not accumulate
             for k in range(top_k):
                 row, rank = row_TK[token, k], rank_TK[token, k]
-                if row >= 0 and answered_R[rank]:
+                if row >= 0 and answered_R[rank] and reply_address_R[rank]:
                     part = carray(_f32_at(reply_address_R[rank] + HEADER_BYTES + row * hidden * 4), hidden)
                     if fresh:
                         for d in range(hidden):
@@ -215,7 +255,7 @@ def combine(
                 first_address = y_address + token * hidden * 2
             for k in range(top_k):
                 row, rank = row_TK[token, k], rank_TK[token, k]
-                if row < 0 or not answered_R[rank]:
+                if row < 0 or not answered_R[rank] or reply_address_R[rank] == 0:
                     continue
                 address = reply_address_R[rank] + HEADER_BYTES + row * hidden * 2
                 num_parts += 1

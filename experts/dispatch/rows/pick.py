@@ -6,11 +6,14 @@ import importlib.util
 from collections.abc import Mapping
 
 import torch
+from numba import config
 
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows.base import RowMover
 from experts.dispatch.rows.host_mover import HostRowMover
+from experts.dispatch.rows.native_mover import NativeRowMover
 from experts.dispatch.rows.torch_mover import TorchRowMover
+from experts.native.library import data_plane
 from experts.protocol.membership import Membership
 from experts.transports.base import RouterLink
 
@@ -27,5 +30,6 @@ def pick_row_mover(
 
         return TritonRowMover(shape, max_rows, membership, links)
     if devices <= {None} and shape.dtype != torch.float16:  # numba knows no float16
-        return HostRowMover(shape, max_rows, membership, links)
+        kind = HostRowMover if data_plane() is None or config.DISABLE_JIT else NativeRowMover
+        return kind(shape, max_rows, membership, links)
     return TorchRowMover(shape, max_rows, membership, links)

@@ -17,8 +17,10 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.loopback import LoopbackLink
 from experts.dispatch.rows.base import RowBatch, RowMover
 from experts.dispatch.rows.host_mover import HostRowMover
+from experts.dispatch.rows.native_mover import NativeRowMover
 from experts.dispatch.rows.pick import pick_row_mover
 from experts.dispatch.rows.torch_mover import TorchRowMover
+from experts.native.library import data_plane
 from experts.protocol.membership import Membership
 from experts.protocol.wire import H_LAYER, H_SEQ, HEADER_BYTES, header_of, request_layout
 from placement.placement import Placement
@@ -28,9 +30,11 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 NUM_LAYERS, LAYER, SEQ = 2, 1, 41
 POISON = 0xA5
 ON_TRITON = [pytest.mark.gpu, pytest.mark.triton]
+NEEDS_COMPILER = pytest.mark.skipif(data_plane() is None, reason="no C++ compiler")
 # mover, dtype, where rows travel
 FORMS = [
     *[("host", dtype, "messages") for dtype in (FLOAT32, BFLOAT16)],
+    *[pytest.param(("native", dtype, "messages"), marks=NEEDS_COMPILER) for dtype in (FLOAT32, BFLOAT16)],
     *[("torch", FLOAT16, "messages"), *[("torch", dtype, "tensors") for dtype in (FLOAT32, BFLOAT16, FLOAT16)]],
     *[pytest.param(("triton", dtype, "tensors"), marks=ON_TRITON) for dtype in (FLOAT32, BFLOAT16, FLOAT16)],
 ]
@@ -90,8 +94,9 @@ def make_bench(
 
         mover: RowMover = TritonRowMover(*arguments)
     else:
-        mover = {"host": HostRowMover, "torch": TorchRowMover}[kind](*arguments)
-        assert type(pick_row_mover(*arguments)) is type(mover)
+        mover = {"host": HostRowMover, "native": NativeRowMover, "torch": TorchRowMover}[kind](*arguments)
+        picked = type(pick_row_mover(*arguments))
+        assert picked is type(mover) or (kind == "host" and picked is NativeRowMover)
     x_TD = torch.randn(T, hidden_size, generator=torch.Generator().manual_seed(hidden_size)).to(dtype)
     on_device = (
         tensor.to(device) for tensor in (x_TD, torch.from_numpy(case.weights_TK), torch.from_numpy(case.ids_TK))
@@ -195,7 +200,7 @@ def test_partial_sums_of_tensors_are_rounded_once() -> None:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 13])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[-3]], ids=str)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[2], FORMS[5], FORMS[-3]], ids=str)
 def test_routing_reaches_the_host(request, form, num_tokens, ids_dtype):
     bench = make_bench(request, form, (num_tokens, 4, 9, 2, 1), 8)
     for seed in range(2):  # the second reuses the first one's memory

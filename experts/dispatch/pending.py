@@ -1,0 +1,40 @@
+"""What a dispatcher keeps of a layer between begin() and finish()."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from experts.dispatch.rows.base import DispatchPlan, RowBatch
+
+
+@dataclass(slots=True)
+class Pending:
+    """A layer's dispatch between begin() and finish()."""
+
+    rows: RowBatch
+    """All of the layer's."""
+    batch: RowBatch = field(init=False)
+    """Those that are out at the shards now."""
+    plan: DispatchPlan = field(init=False)
+    """Of `batch`, as last posted."""
+    stop: int = 0
+    """The first row that was not sent yet."""
+    posted: list[int] | None = field(init=False)
+    failed: list[int] = field(init=False)
+    """Ranks of `plan`'s messages: those that wait for a reply (None: all that it has a message for), and those that
+    failed."""
+    missing_slots: dict[int, int] = field(default_factory=dict)
+    """How often each rank had no slot for an expert of `batch`."""
+
+    @property
+    def y_TD(self) -> torch.Tensor:
+        """Where the sums will stand."""
+        return self.rows.y_TD
+
+    @property
+    def topk_ids_TK(self) -> np.ndarray:
+        """The routing decisions in host memory (int32), until finish()."""
+        return self.rows.topk_ids_TK
