@@ -11,6 +11,7 @@ copies each answer out; its peers answer without reading. Runs are interleaved, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 import time
@@ -24,6 +25,8 @@ import torch
 from benchmarks.common import median, print_table, save
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
+from experts.native.library import data_plane
+from experts.native.structs import NativeSlotWords
 from experts.protocol.membership import Membership, ShardEndpoint, host_id
 from experts.protocol.wire import HEADER_BYTES, reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
@@ -41,11 +44,21 @@ class CopyKernel:
 
     name = "copy"
 
+    def __init__(self, row_bytes: int) -> None:
+        self._row_bytes = ctypes.c_int64(row_bytes)
+
     def forward(
         self, layer: int, rows: torch.Tensor, offsets: Any, slots: Any, weights: Any, out: torch.Tensor
     ) -> None:
         """out = rows."""
         out.copy_(rows)
+
+    def compiled_forward(self) -> tuple[int, int] | None:
+        """The same in C++."""
+        library = data_plane()
+        if library is None:
+            return None
+        return library.data_plane_copy_rows_address(), ctypes.addressof(self._row_bytes)
 
 
 def _shard(pipe: Connection, rank: int, shape: LayerShape, spin_us: float, bare_reply_bytes: int, core: int) -> None:
@@ -63,9 +76,10 @@ def _shard(pipe: Connection, rank: int, shape: LayerShape, spin_us: float, bare_
             begin_request=lambda: None,
             end_request=lambda: None,
             slot_of_expert_LE=slot_table,
+            words=NativeSlotWords(slot_of_expert_LE=slot_table.ctypes.data),
             checkpoint=SimpleNamespace(spec=SimpleNamespace(hidden_size=shape.hidden_size)),
         )
-        loop = ShardLoop(slots, CopyKernel(), bell, shape.dtype, 1)  # type: ignore[arg-type]
+        loop = ShardLoop(slots, CopyKernel(shape.row_bytes), bell, shape.dtype, 1)  # type: ignore[arg-type]
         loop.start()
         listener = ControlListener(
             "127.0.0.1", lambda h, l: open_shard_channel(h, l, bell, "cpu", 0), loop.add, loop.remove, 10

@@ -177,6 +177,13 @@ class ExpertKernel(ABC):
         scales the MLP's input instead. Raises ValueError for invalid pairs, before it computes anything.
         """
 
+    def compiled_forward(self) -> tuple[int, int] | None:
+        """Addresses of a function for rows that stand anywhere (`ForwardRows`, native/shard.h), and of its kernel.
+
+        It releases nothing and checks its pairs as `forward` does. None if Python has to call this kernel.
+        """
+        return None
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of this kernel's weights, padding included."""

@@ -2,6 +2,7 @@
 
 #include "links.h"
 #include "router.h"
+#include "shard.h"
 #include "waiting.h"
 
 extern "C" {
@@ -12,6 +13,9 @@ int64_t data_plane_sizes(int64_t* sizes) {
     sizes[1] = sizeof(Channel);
     sizes[2] = sizeof(Router);
     sizes[3] = sizeof(RouterCounts);
+    sizes[4] = sizeof(Shard);
+    sizes[5] = sizeof(ShardCounts);
+    sizes[6] = sizeof(SlotWords);
     return 0;
 }
 
@@ -42,4 +46,18 @@ int64_t data_plane_combine(const Router* router, int64_t T, const uint8_t* answe
     router::combine_any(*router, T, answered_R, accumulate, y);
     return 0;
 }
+
+// See shard.h.
+int64_t data_plane_serve(Shard* shard, Channel** channels, int64_t count, int64_t timeout_ns) {
+    return shard::serve(*shard, channels, count, timeout_ns);
+}
+
+// Replace the slot table that serve() reads, before anything that this thread reads next.
+int64_t data_plane_replace_table(SlotWords* words, const int32_t* slot_of_expert_LE) {
+    __atomic_store_n(&words->slot_of_expert_LE, slot_of_expert_LE, __ATOMIC_SEQ_CST);
+    full_fence();
+    return 0;
+}
+
+int64_t data_plane_copy_rows_address() { return reinterpret_cast<int64_t>(&shard::copy_rows); }
 }

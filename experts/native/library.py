@@ -8,7 +8,15 @@ import logging
 from pathlib import Path
 
 from experts.native.build import NativeBuildError, build_library
-from experts.native.structs import NativeChannel, NativeLink, NativeRouter, NativeRouterCounts
+from experts.native.structs import (
+    NativeChannel,
+    NativeLink,
+    NativeRouter,
+    NativeRouterCounts,
+    NativeShard,
+    NativeShardCounts,
+    NativeSlotWords,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +33,9 @@ _FUNCTIONS = {
     "data_plane_begin": [_pointer, _i64, _i64, _i64, _pointer, _pointer, _pointer, _pointer, _i64],
     "data_plane_finish": [_pointer, _i64, _i64, _i64, _i64, _pointer],
     "data_plane_combine": [_pointer, _i64, _pointer, _i64, _pointer],
+    "data_plane_serve": [_pointer, _pointer, _i64, _i64],
+    "data_plane_replace_table": [_pointer, _pointer],
+    "data_plane_copy_rows_address": [],
 }
 
 
@@ -39,7 +50,9 @@ def data_plane() -> ctypes.CDLL | None:
     for name, arguments in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _i64
-    structs = (NativeLink, NativeChannel, NativeRouter, NativeRouterCounts)
+    structs = (
+        NativeLink, NativeChannel, NativeRouter, NativeRouterCounts, NativeShard, NativeShardCounts, NativeSlotWords,
+    )  # fmt: skip
     sizes = (_i64 * len(structs))()
     library.data_plane_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(struct) for struct in structs], "structs.py mirrors the headers"

@@ -94,3 +94,30 @@ class NativeRouterCounts(ctypes.Structure):
         *((name, _i64) for name in ("fan_out_sum", "bytes_sent", "bytes_received", "last_success_ns")),
         *((name, _i64 * HISTOGRAM_WORDS) for name in ("plan_pack", "wait", "combine")),
     )
+
+
+class NativeSlotWords(ctypes.Structure):
+    """What a slot table shares with the compute loop; see shard.h."""
+
+    in_request: int
+    requests_ended: int
+    _fields_ = (("in_request", _i64), ("requests_ended", _i64), ("slot_of_expert_LE", _pointer))
+
+
+class NativeShardCounts(ctypes.Structure):
+    """What a shard counts; see shard.h."""
+
+    _fields_ = tuple((name, _i64) for name in ("requests", "rows", "pairs", "compute_ns", "last_epoch"))
+
+
+class NativeShard(ctypes.Structure):
+    """A shard's compute loop; see shard.h for the meaning of each field."""
+
+    attention: int
+    _fields_ = (
+        *((name, _i64) for name in ("num_layers", "num_experts", "hidden", "dtype")),
+        *((name, _pointer) for name in ("forward", "kernel")),
+        *((name, _i64) for name in ("threads", "max_merged_rows")),
+        *((name, _pointer) for name in ("slots", "counts", "bell")),
+        *((name, _i64) for name in ("spin_ns", "next", "attention")),
+    )

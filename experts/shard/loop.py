@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from experts.kernels import ExpertKernel
+from experts.native.structs import NativeShardCounts
 from experts.protocol.wire import (
     DTYPE_CODES,
     H_MAGIC,
@@ -28,6 +29,7 @@ from experts.protocol.wire import (
     header_of,
     no_slot_reply,
 )
+from experts.shard.compiled import SERVED, CompiledLoop, compiled_loop
 from experts.shard.request import BadRequestError, NoSlotError, Request, read_request, warm_up
 from experts.shard.slots import SlotTable
 from experts.transports.base import Doorbell, ShardChannel
@@ -40,15 +42,24 @@ _FAILURES_IN_A_ROW = 3
 
 @dataclass
 class ShardCounters:
-    """What a shard has done since it started."""
+    """What a shard has done since it started; `native` is written by compiled code too."""
 
-    requests: int = 0
-    rows: int = 0
-    pairs: int = 0
+    native: NativeShardCounts = field(default_factory=lambda: NativeShardCounts(last_epoch=-1))
     errors: int = 0
-    compute_ns: int = 0
     last_error: str | None = None
-    last_epoch: int = -1
+
+    def __getattr__(self, name: str) -> int:
+        """requests, rows, pairs, compute_ns, last_epoch."""
+        return int(getattr(self.native, name))
+
+    def add(self, request: Request, spent_ns: int) -> None:
+        """Count an answered request."""
+        native = self.native
+        native.requests += 1
+        native.rows += request.num_rows
+        native.pairs += len(request.slots_N)
+        native.compute_ns += spent_ns
+        native.last_epoch = request.epoch
 
 
 @dataclass
@@ -81,8 +92,12 @@ class ShardLoop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-compute", daemon=True)
         self._hidden_size = self.slots.checkpoint.spec.hidden_size
-        self._failures = 0  # since the last request that was answered
+        self._failures = 0  # without an answered request between them
+        self._answered_before = 0  # requests that were answered before the last failure
         self._last_failure = ""
+        self._compiled = compiled_loop(
+            self.slots, self.kernel, self.bell, self.dtype, self.num_threads, self.counters.native
+        )
 
     def warm_up(self) -> None:
         """Run one row through the checks and the kernel, so that no router's deadline pays for compilation."""
@@ -110,7 +125,7 @@ class ShardLoop:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop after the current request. TimeoutError if that takes longer than `timeout_s`."""
         self._stopping.set()
-        self.bell.ring()
+        self._call()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -124,7 +139,7 @@ class ShardLoop:
     @property
     def fault(self) -> str | None:
         """Why this shard can no longer answer requests although the loop runs; None while it can."""
-        if self._failures < _FAILURES_IN_A_ROW:
+        if self._failures < _FAILURES_IN_A_ROW or self.counters.requests != self._answered_before:
             return None
         return f"this shard no longer answers requests; the last failure: {self._last_failure}"
 
@@ -140,13 +155,20 @@ class ShardLoop:
         with self._lock:
             self._channels = {**self._channels, channel: views}
         logger.info("router %s connected", channel.router_id)
-        self.bell.ring()
+        self._call()
 
     def remove(self, channel: ShardChannel) -> None:
         """Forget a router that left."""
         with self._lock:
             self._channels = {c: v for c, v in self._channels.items() if c is not channel}
+        self._call()
         logger.info("router %s left", channel.router_id)
+
+    def _call(self) -> None:
+        """Have the loop look at `_stopping` and `_channels`."""
+        if self._compiled is not None:
+            self._compiled.call()
+        self.bell.ring()
 
     def _run(self) -> None:
         torch.set_num_threads(self.num_threads)
@@ -154,31 +176,50 @@ class ShardLoop:
         sys.setswitchinterval(0.0005)
         with torch.inference_mode():
             while not self._stopping.is_set():
+                if self._compiled is None:
+                    self.bell.wait(_IDLE_WAIT_S)
+                    while self._serve_all():
+                        continue
+                else:
+                    self._serve_compiled(self._compiled)
+
+    def _serve_compiled(self, compiled: CompiledLoop) -> None:
+        """Have C++ answer requests until it leaves one to Python, or time passes. Other pairs are polled between."""
+        compiled.attend()
+        if self._stopping.is_set():
+            return
+        by_python = compiled.begin(self._channels)
+        index = compiled.serve(0 if by_python else _IDLE_WAIT_S)
+        if index >= 0:
+            channel = compiled.channels[index]
+            self._serve(channel, self._channels.get(channel) or _Views.of(channel))
+        elif by_python:
+            served = sum(self._serve(channel, views) for channel, views in by_python.items())
+            if not served and index != SERVED:
                 self.bell.wait(_IDLE_WAIT_S)
-                while self._serve_all():
-                    continue
 
     def _serve_all(self) -> int:
         """Answer at most one request of each channel; returns the number answered."""
-        served = 0
-        for channel, views in self._channels.items():
-            if channel.closed:
-                continue
-            try:
-                nbytes = channel.poll()
-                if nbytes < 0:
-                    continue
-                served += 1
-                channel.reply(self._answer(channel, views, nbytes))
-            except Exception as error:  # one broken pair must not stop the others
-                logger.exception("lost router %s", channel.router_id)
-                self._count_error(f"router {channel.router_id}: {error}")
-                if isinstance(error, torch.AcceleratorError):
-                    # The GPU's fault, not the pair's. After most GPU errors nothing works on it in this process, not
-                    # even connecting a router, so no later request would show the fault.
-                    self._failures, self._last_failure = _FAILURES_IN_A_ROW, str(error)
-                channel.close()
-        return served
+        return sum(self._serve(channel, views) for channel, views in self._channels.items())
+
+    def _serve(self, channel: ShardChannel, views: _Views) -> bool:
+        """Answer the channel's request, if it has one; whether it had."""
+        if channel.closed:
+            return False
+        try:
+            nbytes = channel.poll()
+            if nbytes < 0:
+                return False
+            channel.reply(self._answer(channel, views, nbytes))
+        except Exception as error:  # one broken pair must not stop the others
+            logger.exception("lost router %s", channel.router_id)
+            self._count_error(f"router {channel.router_id}: {error}")
+            if isinstance(error, torch.AcceleratorError):
+                # The GPU's fault, not the pair's. After most GPU errors nothing works on it in this process, not
+                # even connecting a router, so no later request would show the fault.
+                self._fail(str(error), _FAILURES_IN_A_ROW)
+            channel.close()
+        return True
 
     def _answer(self, channel: ShardChannel, views: _Views, nbytes: int) -> int:
         """Write the reply into the channel's send buffer; returns its length in bytes."""
@@ -199,7 +240,7 @@ class ShardLoop:
         except Exception as error:
             if not isinstance(error, BadRequestError):
                 logger.exception("a request of router %s failed", channel.router_id)
-                self._failures, self._last_failure = self._failures + 1, f"{type(error).__name__}: {error}"
+                self._fail(f"{type(error).__name__}: {error}", 1)
             self._count_error(str(error))
             seq = int(header_of(channel.recv_buffer)[H_SEQ])
             text = f"{type(error).__name__}: {error}"
@@ -208,18 +249,12 @@ class ShardLoop:
             return error_reply(channel.send_buffer, seq, text)
         finally:
             self.slots.end_request()
-        self._failures = 0
         spent_ns = time.perf_counter_ns() - start_ns
         header = header_of(channel.send_buffer)
         header[H_MAGIC], header[H_SEQ], header[H_ROWS], header[H_STATUS] = (
             MAGIC, request.seq, request.num_rows, STATUS_OK,
         )  # fmt: skip
-        counters = self.counters
-        counters.requests += 1
-        counters.rows += request.num_rows
-        counters.pairs += len(request.slots_N)
-        counters.compute_ns += spent_ns
-        counters.last_epoch = request.epoch
+        self.counters.add(request, spent_ns)
         return length
 
     def _compute(self, request: Request, channel: ShardChannel, views: _Views) -> None:
@@ -237,6 +272,12 @@ class ShardLoop:
             torch.from_numpy(request.weights_N),
             out_MD,
         )
+
+    def _fail(self, text: str, count: int) -> None:
+        """Note failures that are not a router's fault."""
+        answered = self.counters.requests
+        self._failures = count + (self._failures if answered == self._answered_before else 0)
+        self._answered_before, self._last_failure = answered, text
 
     def _count_error(self, text: str) -> None:
         self.counters.errors += 1

@@ -43,7 +43,7 @@ class NoSlotError(BadRequestError):
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: views of the receive buffer, and the slots of this shard.
+    """A checked request: copies of what the receive buffer said, and the slots of this shard.
 
     row_offsets_M1, slots_N: int32. weights_N: float32. rows_at: byte offset of the rows in the receive buffer.
     """
@@ -102,8 +102,9 @@ def read_request(
     offsets_at, experts_at, weights_at, rows_at, expected = request_layout(num_rows, num_pairs, row_bytes)
     if expected != nbytes:
         raise BadRequestError(f"{num_rows} rows and {num_pairs} pairs need {expected} bytes, the message has {nbytes}")
-    offsets_M1 = buffer[offsets_at : offsets_at + 4 * (num_rows + 1)].view(np.int32)
-    experts_N = buffer[experts_at : experts_at + 4 * num_pairs].view(np.int32)
+    # The router can write to the buffer at any time: what is checked is a copy.
+    offsets_M1 = buffer[offsets_at : offsets_at + 4 * (num_rows + 1)].view(np.int32).copy()
+    experts_N = buffer[experts_at : experts_at + 4 * num_pairs].view(np.int32).copy()
     slots_N = np.empty(num_pairs, np.int32)
     verdict = _find_slots(offsets_M1, experts_N, slot_of_expert_LE[layer], slots_N)
     if verdict == -2:
@@ -123,7 +124,7 @@ def read_request(
         layer=layer,
         row_offsets_M1=offsets_M1,
         slots_N=slots_N,
-        weights_N=buffer[weights_at : weights_at + 4 * num_pairs].view(np.float32),
+        weights_N=buffer[weights_at : weights_at + 4 * num_pairs].view(np.float32).copy(),
         rows_at=rows_at,
         num_rows=num_rows,
     )

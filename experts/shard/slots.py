@@ -8,6 +8,7 @@ Legend: L MoE layers, E logical experts, s slots of this shard in a layer.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import threading
@@ -23,6 +24,8 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.weight_format import QuantizedExpert
 from experts.kernels import ExpertKernel
 from experts.model.spec import ExpertWeights
+from experts.native.library import data_plane
+from experts.native.structs import NativeSlotWords
 from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
@@ -45,30 +48,44 @@ class SlotTable:
         self.checkpoint = checkpoint
         self.kernel = kernel
         self.num_slots = num_slots
-        self.slot_of_expert_LE = np.full((spec.num_layers, spec.num_experts), -1, np.int32)
-        """int32, -1 where this shard does not hold the expert. Replaced, never written to, so readers see one state."""
+        self.words = NativeSlotWords()
+        """What the compute loop shares with this table; compiled code writes and reads it without the GIL."""
+        self._old_tables: list[tuple[int, np.ndarray]] = []  # requests that had ended when each was replaced
+        self._table_LE = np.empty((0, 0), np.int32)
+        self._replace_table(np.full((spec.num_layers, spec.num_experts), -1, np.int32))
         self._taken_Ls = np.zeros((spec.num_layers, num_slots), np.bool_)
         self._releases_Ls = np.zeros((spec.num_layers, num_slots), np.int64)
         self._released: dict[tuple[int, int], int] = {}  # by (layer, slot): requests ended when it left the table
         self._digests: dict[tuple[int, int], bytes] = {}
         self._dtype = dtype
         self._lock = threading.Lock()
-        self._in_request = False
-        self._requests_ended = 0
+
+    @property
+    def slot_of_expert_LE(self) -> np.ndarray:
+        """int32, -1 where this shard does not hold the expert. Replaced, never written to, so readers see one state."""
+        return self._table_LE
+
+    def _replace_table(self, table_LE: np.ndarray) -> None:
+        """Later requests use `table_LE`; one that is under way may use the old table. The caller has the lock."""
+        old_LE, self._table_LE = self._table_LE, table_LE
+        library = data_plane()
+        if library is not None:
+            library.data_plane_replace_table(ctypes.addressof(self.words), table_LE.ctypes.data)
+        self._old_tables.append((self.requests_ended, old_LE))  # read after the table is replaced, as in release()
 
     def begin_request(self) -> None:
         """The compute loop calls this before it looks up slots; their weights do not change until `end_request`."""
-        self._in_request = True
+        self.words.in_request = 1
 
     def end_request(self) -> None:
         """The compute loop calls this when it no longer uses the slots it looked up."""
-        self._in_request = False
-        self._requests_ended += 1
+        self.words.requests_ended += 1
+        self.words.in_request = 0
 
     @property
     def requests_ended(self) -> int:
         """Requests that the compute loop has answered."""
-        return self._requests_ended
+        return int(self.words.requests_ended)
 
     @property
     def num_loaded(self) -> int:
@@ -142,10 +159,11 @@ class SlotTable:
     def publish(self, layer: int, expert: int, slot: int, digest: bytes) -> None:
         """Enter an expert, that stands in its reserved slot, into the table. `digest` is what `install` gives."""
         with self._lock:
+            self._reclaim()
             self._digests[layer, expert] = digest
             table_LE = self.slot_of_expert_LE.copy()
             table_LE[layer, expert] = slot
-            self.slot_of_expert_LE = table_LE
+            self._replace_table(table_LE)
 
     def give_up(self, layer: int, slot: int) -> None:
         """A reserved slot was not filled: it is free again."""
@@ -170,20 +188,25 @@ class SlotTable:
                     del self._digests[layer, expert]
                     self._releases_Ls[layer, slot] += 1
                     places.append((layer, slot))
-            self.slot_of_expert_LE = table_LE
+            self._replace_table(table_LE)
             # Read after the table is replaced: a request that begins later cannot find these slots.
-            ended = self._requests_ended
+            ended = self.requests_ended
             self._released |= dict.fromkeys(places, ended)
             self._reclaim()
         return len(places)
 
     def _reclaim(self) -> None:
-        """Free the released slots that no request can still use. The caller has the lock."""
+        """Free the released slots and the old tables that no request can still use. The caller has the lock."""
+        self._old_tables = [old for old in self._old_tables if self._may_be_in_use(old[0])]
         for (layer, slot), ended in list(self._released.items()):
-            if not self._in_request or self._requests_ended != ended:
+            if not self._may_be_in_use(ended):
                 del self._released[layer, slot]
                 self.kernel.begin_write(layer, slot)
                 self._taken_Ls[layer, slot] = False
+
+    def _may_be_in_use(self, ended: int) -> bool:
+        """Whether the request of the moment when so many had ended may still run."""
+        return bool(self.words.in_request) and self.requests_ended == ended
 
     def lend(self, layer: int, expert: int) -> tuple[int, bytes, np.ndarray, int] | None:
         """For a copy of an expert: its slot, its digest, a counter, and what that says now. None if not held.

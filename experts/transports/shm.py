@@ -95,7 +95,7 @@ class ShmDoorbell(Doorbell):
         warm_up()
         self.region = SharedRegion.create(_CONTROL_BYTES, label)
         self._seen = 0
-        self._spin_ns = int(spin_us * 1000)
+        self.spin_ns = int(spin_us * 1000)
 
     def ring(self) -> None:
         atomics.ring(self.region.address, self.region.address + _LINE)
@@ -103,7 +103,7 @@ class ShmDoorbell(Doorbell):
     def wait(self, timeout_s: float) -> bool:
         address = self.region.address
         before = self._seen
-        self._seen = atomics.wait_while_equal(address, address + _LINE, before, self._spin_ns, int(timeout_s * 1e9))
+        self._seen = atomics.wait_while_equal(address, address + _LINE, before, self.spin_ns, int(timeout_s * 1e9))
         return self._seen != before
 
     def close(self) -> None:

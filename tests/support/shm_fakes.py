@@ -24,14 +24,19 @@ class _Pair:
     fake: FakeLink
 
 
-def _pair(fake: FakeLink, bell: ShmDoorbell) -> _Pair:
+def shm_pair(rank: int, bell: ShmDoorbell, request: int, reply: int) -> tuple[ShmRouterLink, ShmShardChannel]:
+    """Both ends of a pair in this process; `request` and `reply` are bytes of the buffers."""
     ours, theirs = socket.socketpair()
     mailbox = FdMailbox()
-    request, reply = len(fake.send_buffer), len(fake.recv_buffer)
-    channel = ShmShardChannel("router", mailbox.name, bell, request, reply, LifeLine(theirs))
+    channel = ShmShardChannel(f"router-{rank}", mailbox.name, bell, request, reply, LifeLine(theirs))
     descriptors = mailbox.receive(time.monotonic() + 30)
     mailbox.close()
-    link = ShmRouterLink.attach(fake.rank, (descriptors[0], descriptors[1]), request, reply, 0.0, LifeLine(ours))
+    link = ShmRouterLink.attach(rank, (descriptors[0], descriptors[1]), request, reply, 0.0, LifeLine(ours))
+    return link, channel
+
+
+def _pair(fake: FakeLink, bell: ShmDoorbell) -> _Pair:
+    link, channel = shm_pair(fake.rank, bell, len(fake.send_buffer), len(fake.recv_buffer))
     return _Pair(link, channel, fake)
 
 

@@ -89,6 +89,10 @@ class NativeKernel(ExpertKernel):
             self._packed.ctypes.data + (layer * shape.num_slots + slot) * self._slot_bytes,
         )
 
+    def compiled_forward(self) -> tuple[int, int] | None:
+        function = ctypes.cast(self._library.expert_mlp_forward_rows, ctypes.c_void_p)
+        return int(function.value or 0), int(self._handle.value or 0)
+
     def _packing(self) -> str:
         return f"native, {self._library.expert_mlp_lanes()} lanes"
 

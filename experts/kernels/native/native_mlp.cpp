@@ -41,6 +41,8 @@ struct Kernel {
     std::vector<uint32_t> x_blocks, h_blocks;
     std::vector<Block> blocks;
     std::vector<Group> groups;
+    std::vector<const void*> row_addresses;
+    std::vector<void*> out_addresses;
 };
 
 // What to prefetch during a multiplication: an address, and its step for each word of the reduction.
@@ -103,15 +105,14 @@ struct MultiplyTable {
 
 // Copy the rows of one slot into its blocks: [chunk][row][CHUNK words], so that rows are a constant distance apart.
 template <class Format>
-void gather(const Kernel& k, const Group& group, const void* rows_any, int64_t row_stride, uint32_t* x_blocks) {
+void gather(const Kernel& k, const Group& group, const void* const* rows, uint32_t* x_blocks) {
     typedef typename Format::Value Value;
-    const auto* rows = static_cast<const Value*>(rows_any);
     const Sizes& s = k.sizes;
     constexpr int64_t CHUNK_VALUES = CHUNK * Format::GROUP;
     for (int b = 0; b < group.num_blocks; b++) {
         const Block& block = k.blocks[group.first_block + b];
         for (int r = 0; r < block.rows; r++) {
-            const Value* source = rows + k.rows[block.first + r] * row_stride;
+            const auto* source = static_cast<const Value*>(rows[k.rows[block.first + r]]);
             const float weight = k.pair_weights[block.first + r];
             uint32_t* target = x_blocks + b * s.block_D + r * ROW_STRIDE;
             for (int64_t start = 0; start < s.D; start += CHUNK_VALUES, target += MAX_ROWS * ROW_STRIDE) {
@@ -185,11 +186,11 @@ void second_matrix(Kernel& k, const Group& group, const uint32_t* slot, int64_t 
 }
 
 template <class Format>
-void write_rows(const Kernel& k, int64_t begin, int64_t end, void* out_any, int64_t out_stride) {
+void write_rows(const Kernel& k, int64_t begin, int64_t end, void* const* out_rows) {
     typedef typename Format::Value Value;
     const int64_t y_stride = k.sizes.panels_D * PANEL, D = k.sizes.D;
     for (int64_t m = begin; m < end; m++) {
-        Value* out = static_cast<Value*>(out_any) + m * out_stride;
+        Value* out = static_cast<Value*>(out_rows[m]);
         const float* y = k.y.data() + m * y_stride;
         int64_t d = 0;
         for (; d + LANES <= D; d += LANES) Format::store_lanes(out + d, load<VecF>(y + d));
@@ -240,8 +241,7 @@ bool group_pairs(Kernel& k, int64_t layer, int64_t M, int64_t N, const int32_t* 
 }
 
 template <class Format>
-void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stride, void* out, int64_t out_stride,
-         int threads) {
+void run(Kernel& k, int64_t layer, int64_t M, const void* const* rows, void* const* out, int threads) {
     const Sizes& s = k.sizes;
     const uint32_t* layer_weights = k.weights + layer * k.num_slots * k.slot_words;
     k.y.assign(M * s.panels_D * PANEL, 0.0f);
@@ -252,11 +252,11 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stri
         k.h_blocks.resize(std::max<size_t>(k.h_blocks.size(), most * s.block_I));
         for (const Group& group : k.groups) {
             const uint32_t* slot = layer_weights + group.slot * k.slot_words;
-            gather<Format>(k, group, rows, row_stride, k.x_blocks.data());
+            gather<Format>(k, group, rows, k.x_blocks.data());
             first_matrix<Format>(k, group, slot, 0, s.panels_I, k.x_blocks.data(), k.h_blocks.data());
             second_matrix<Format>(k, group, slot, 0, s.panels_D, k.h_blocks.data());
         }
-        write_rows<Format>(k, 0, M, out, out_stride);
+        write_rows<Format>(k, 0, M, out);
         return;
     }
 #if defined(_OPENMP)
@@ -268,7 +268,7 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stri
     {
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < num_groups; g++)
-            gather<Format>(k, k.groups[g], rows, row_stride, k.x_blocks.data() + k.groups[g].first_block * s.block_D);
+            gather<Format>(k, k.groups[g], rows, k.x_blocks.data() + k.groups[g].first_block * s.block_D);
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < num_groups * strips; job++) {
             const Group& group = k.groups[job / strips];
@@ -282,7 +282,7 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* rows, int64_t row_stri
             second_matrix<Format>(k, group, layer_weights + group.slot * k.slot_words, s.panels_D * me / team,
                                   s.panels_D * (me + 1) / team, k.h_blocks.data() + group.first_block * s.block_I);
 #pragma omp barrier
-        write_rows<Format>(k, M * me / team, M * (me + 1) / team, out, out_stride);
+        write_rows<Format>(k, M * me / team, M * (me + 1) / team, out);
     }
 #endif
 }
@@ -320,7 +320,7 @@ void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t 
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
     return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
                                      alpha,    limit,    static_cast<const uint32_t*>(weights), sizes.slot_bytes() / 4,
-                                     loaded,   {}, {}, {}, {}, {}, {}, {}, {}};
+                                     loaded,   {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 }
 
 // Multiplies a block and a panel in the innermost cache, `repeats` times: the processor's ceiling for this kernel's inner
@@ -336,14 +336,33 @@ double expert_mlp_probe(int32_t is_bf16, int64_t repeats) {
 
 void expert_mlp_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
+// `rows` and `out` are the addresses of M rows, which may stand anywhere (native/shard.h, ForwardRows).
 // 0: done. 1: the pairs are invalid, nothing was computed. 2: not enough memory for scratch space.
-int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
-                   const int32_t* offsets, const int32_t* slots, const float* weights, void* out, int64_t out_stride,
-                   int32_t threads) try {
+int32_t expert_mlp_forward_rows(void* kernel, int64_t layer, int64_t M, int64_t N, const void* const* rows,
+                                const int32_t* offsets, const int32_t* slots, const float* weights, void* const* out,
+                                int32_t threads) try {
     Kernel& k = *static_cast<Kernel*>(kernel);
     if (layer < 0 || layer >= k.num_layers || !group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
-    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, row_stride, out, out_stride, expert_mlp_has_threads() ? threads : 1);
+    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1);
     return 0;
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+
+// The same for rows that stand a constant number of values apart.
+int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
+                           const int32_t* offsets, const int32_t* slots, const float* weights, void* out,
+                           int64_t out_stride, int32_t threads) try {
+    Kernel& k = *static_cast<Kernel*>(kernel);
+    const int64_t value_bytes = k.is_bf16 ? 2 : 4;
+    k.row_addresses.resize(M);
+    k.out_addresses.resize(M);
+    for (int64_t m = 0; m < M; m++) {
+        k.row_addresses[m] = static_cast<const char*>(rows) + m * row_stride * value_bytes;
+        k.out_addresses[m] = static_cast<char*>(out) + m * out_stride * value_bytes;
+    }
+    return expert_mlp_forward_rows(kernel, layer, M, N, k.row_addresses.data(), offsets, slots, weights,
+                                   k.out_addresses.data(), threads);
 } catch (const std::bad_alloc&) {
     return 2;
 }
