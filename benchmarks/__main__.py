@@ -12,6 +12,7 @@ from benchmarks.processes import run_tied
 MODULES = (
     "benchmarks.data_plane.router_overhead",
     "benchmarks.data_plane.round_trip",
+    "benchmarks.data_plane.many_routers",
     "benchmarks.data_plane.transport_pingpong",
     "benchmarks.data_plane.weight_copies",
     "benchmarks.data_plane.shard_kernel",

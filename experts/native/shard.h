@@ -202,6 +202,23 @@ inline int64_t serve(Shard& s, Channel** channels, int64_t count, int64_t timeou
     return s.next;  // Python says so, if it lacks memory too
 }
 
+// Answer every request with as many bytes, for up to `timeout_ns`: what a pair costs by itself, for benchmarks.
+inline int64_t echo(uint8_t* bell, Channel** channels, int64_t count, int64_t spin_ns, int64_t timeout_ns) {
+    uint32_t *rung = shm_word(bell, 0), *sleeping = shm_word(bell, 1);
+    const int64_t deadline_ns = now_ns() + timeout_ns;
+    while (now_ns() < deadline_ns) {
+        const uint32_t seen = load_acquire(rung);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t nbytes = channel_poll(*channels[i]);
+            if (nbytes >= 0) channel_reply(*channels[i], nbytes);
+        }
+        const int64_t spin_until_ns = now_ns() + spin_ns;
+        while (load_acquire(rung) == seen && now_ns() < spin_until_ns) sched_yield();
+        if (load_acquire(rung) == seen) sleep_while_equal(rung, sleeping, seen, deadline_ns);
+    }
+    return NOTHING;
+}
+
 // The cheapest kernel, for benchmarks: every row is its own answer. `kernel` points to the bytes of a row.
 inline int32_t copy_rows(void* kernel, int64_t, int64_t M, int64_t, const void* const* rows, const int32_t*,
                          const int32_t*, const float*, void* const* out, int32_t) {

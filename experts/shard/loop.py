@@ -84,6 +84,8 @@ class ShardLoop:
     bell: Doorbell
     dtype: torch.dtype
     num_threads: int
+    compiled: bool = True
+    """Use C++ for pairs and kernels that have it; False is for comparing the two."""
     counters: ShardCounters = field(default_factory=ShardCounters)
 
     def __post_init__(self) -> None:
@@ -95,9 +97,11 @@ class ShardLoop:
         self._failures = 0  # without an answered request between them
         self._answered_before = 0  # requests that were answered before the last failure
         self._last_failure = ""
-        self._compiled = compiled_loop(
-            self.slots, self.kernel, self.bell, self.dtype, self.num_threads, self.counters.native
-        )
+        self._compiled = None
+        if self.compiled:
+            self._compiled = compiled_loop(
+                self.slots, self.kernel, self.bell, self.dtype, self.num_threads, self.counters.native
+            )
 
     def warm_up(self) -> None:
         """Run one row through the checks and the kernel, so that no router's deadline pays for compilation."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, types
+from numba import carray, config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -296,10 +296,12 @@ def _as_float(typingctx: Any, bits: Any) -> Any:
 
 @functools.cache
 def warm_up() -> None:
-    """Load or compile both functions now: the first time on a machine takes seconds, which no request should pay."""
+    """Load or compile all functions now: the first time on a machine takes seconds, which no request should pay."""
     pairs_TK, weights_TK = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
     rank_R, size_R = np.zeros(1, np.int32), np.zeros(1, np.int64)
     slots_ER, header = np.zeros((1, 1), np.int32), request_header(0, torch.float32, 1)
     inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, header, True)
     plan_and_pack(*inputs, pairs_TK, pairs_TK, rank_R, rank_R, size_R)
     combine(pairs_TK, pairs_TK, np.zeros(1, np.bool_), size_R, FLOAT32, np.zeros(1, np.float32), 0, False)
+    if not config.DISABLE_JIT:
+        assert choose_ranks_callback.address

@@ -88,10 +88,8 @@ def shard_of(model: Path, dtype: torch.dtype, num_routers: int, compiled: bool =
     held = np.array([[0, 1, 2, 3, 4]] * NUM_LAYERS, np.int32)
     slots.load(Placement(1, 1, NUM_EXPERTS, held, partial=True), 0)
     bell = ShmDoorbell(0)
-    loop = ShardLoop(slots, kernel, bell, dtype, 1)
-    assert loop._compiled is not None
-    if not compiled:
-        loop._compiled = None
+    loop = ShardLoop(slots, kernel, bell, dtype, 1, compiled)
+    assert (loop._compiled is not None) == compiled
     row_bytes = HIDDEN * dtype.itemsize
     sizes = request_capacity(MAX_ROWS, TOP_K, row_bytes), reply_capacity(MAX_ROWS, row_bytes)
     pairs = [shm_pair(rank, bell, *sizes) for rank in range(num_routers)]
