@@ -95,7 +95,7 @@ class TransportSection(StrictModel):
 
     name: TransportName = Field(
         default=_router_default("transport"),
-        description="auto: NCCL between GPUs, shared memory within a host, gloo across hosts.",
+        description="auto: NCCL between GPUs, shared memory within a host, TCP across hosts.",
     )
     max_rows_per_dispatch: int = Field(
         default=_router_default("max_rows_per_dispatch"),

@@ -21,6 +21,8 @@ int64_t data_plane_sizes(int64_t* sizes) {
 
 int64_t data_plane_post(Link* link, int64_t nbytes) { return link_post(*link, nbytes); }
 
+int64_t data_plane_progress(Link* link) { return link_progress(*link); }
+
 // Length of the reply, LOST, or NOT_YET at `deadline_ns` on CLOCK_MONOTONIC.
 int64_t data_plane_wait(Link* link, int64_t deadline_ns) {
     int64_t nbytes = NOT_YET;
@@ -64,4 +66,69 @@ int64_t data_plane_echo(uint8_t* bell, Channel** channels, int64_t count, int64_
 }
 
 int64_t data_plane_copy_rows_address() { return reinterpret_cast<int64_t>(&shard::copy_rows); }
+
+// One end of a pair over the connected socket `fd`, which it owns from now on. Messages stand at `send` and `recv`, with
+// FRAME_HEAD_BYTES free in front of each, and outlive it. `bell` is a shard's, and outlives it too; null at a router. Returns
+// the TcpPair, or -errno.
+int64_t data_plane_tcp_make(int64_t fd, uint64_t key, uint8_t* send, uint8_t* recv, int64_t recv_capacity,
+                            SocketBell* bell) {
+    auto* pair = new TcpPair();
+    pair->fd = int(fd);
+    pair->key = key;
+    pair->send = send;
+    pair->recv = recv;
+    pair->recv_capacity = recv_capacity;
+    if (bell) {
+        pair->watch_id = bell_watch(*bell, pair->fd, &pair->readable);
+        if (!pair->watch_id) {
+            const int error = errno;
+            pair->fd = -1;
+            delete pair;
+            return -error;
+        }
+        pair->bell = bell;
+    }
+    return reinterpret_cast<int64_t>(pair);
+}
+
+// Why the pair ended, see tcp_pair.h; 0 while it lasts.
+int64_t data_plane_tcp_ended(TcpPair* pair) { return pair->ended.load(); }
+
+// No more news of this pair, from any thread. It is not freed.
+int64_t data_plane_tcp_quiet(TcpPair* pair) {
+    if (pair->bell) bell_unwatch(*pair->bell, pair->fd, pair->watch_id);
+    return 0;
+}
+
+int64_t data_plane_tcp_free(TcpPair* pair) {
+    delete pair;
+    return 0;
+}
+
+// A SocketBell over the word of a shard's doorbell, or -errno.
+int64_t data_plane_bell_make(uint32_t* word, uint32_t* sleeping) {
+    SocketBell* bell = bell_make(word, sleeping);
+    return bell ? reinterpret_cast<int64_t>(bell) : -errno;
+}
+
+int64_t data_plane_bell_ring(SocketBell* bell) {
+    bell_ring(*bell);
+    return 0;
+}
+
+// The word, plus SOCKET_NEWS if sockets have news.
+int64_t data_plane_bell_wait(SocketBell* bell, int64_t seen, int64_t spin_ns, int64_t timeout_ns) {
+    return bell_wait(*bell, uint32_t(seen), spin_ns, timeout_ns);
+}
+
+// How many routers ring the word from other processes.
+int64_t data_plane_bell_ringers(SocketBell* bell, int64_t count) {
+    bell->ringers.store(uint32_t(count));
+    return 0;
+}
+
+int64_t data_plane_bell_free(SocketBell* bell) {
+    delete bell;
+    return 0;
+}
 }

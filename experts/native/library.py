@@ -27,6 +27,7 @@ _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _FUNCTIONS = {
     "data_plane_sizes": [_pointer],
     "data_plane_post": [_pointer, _i64],
+    "data_plane_progress": [_pointer],
     "data_plane_wait": [_pointer, _i64],
     "data_plane_poll": [_pointer],
     "data_plane_reply": [_pointer, _i64],
@@ -37,6 +38,15 @@ _FUNCTIONS = {
     "data_plane_replace_table": [_pointer, _pointer],
     "data_plane_echo": [_pointer, _pointer, _i64, _i64, _i64],
     "data_plane_copy_rows_address": [],
+    "data_plane_tcp_make": [_i64, ctypes.c_uint64, _pointer, _pointer, _i64, _pointer],
+    "data_plane_tcp_ended": [_pointer],
+    "data_plane_tcp_quiet": [_pointer],
+    "data_plane_tcp_free": [_pointer],
+    "data_plane_bell_make": [_pointer, _pointer],
+    "data_plane_bell_ring": [_pointer],
+    "data_plane_bell_wait": [_pointer, _i64, _i64, _i64],
+    "data_plane_bell_ringers": [_pointer, _i64],
+    "data_plane_bell_free": [_pointer],
 }
 
 

@@ -14,7 +14,7 @@
 enum Kind : int64_t {
     KIND_PYTHON = 0,    // no compiled form: Python's methods are called
     KIND_SHM = 1,       // shared memory (shm_link.h)
-    KIND_TCP = 2,       // sockets
+    KIND_TCP = 2,       // a socket (tcp_pair.h)
     KIND_LOOPBACK = 3,  // answers itself, for benchmarks (dispatch/loopback.py)
 };
 
@@ -38,7 +38,7 @@ struct Link {
     // shared memory: the pair's words, and the shard's doorbell
     uint8_t* words;
     uint8_t* bell;
-    // sockets: connected and non-blocking; `own` points to whatever else the kind needs
+    // sockets: the connection, and what `own` points to (a TcpPair)
     int64_t descriptor;
     void* own;
 };

@@ -8,23 +8,26 @@
 #include "link.h"
 #include "shm_link.h"
 #include "loopback_link.h"
+#include "tcp_pair.h"
 
-// Send the first `nbytes` of the send buffer; 0, or LOST. Does not wait: what a socket does not take is sent by progress().
+// Send the first `nbytes` of the send buffer; 0, or LOST. Does not wait: what a socket does not take follows in the I/O thread.
 inline int64_t link_post(Link& link, int64_t nbytes) {
     if (link.closed || nbytes > link.send_capacity) return LOST;
     switch (link.kind) {
         case KIND_SHM: return shm_post(link, nbytes);
+        case KIND_TCP: return tcp_post(link, nbytes);
         case KIND_LOOPBACK: return loopback_post(link);
         default: return LOST;
     }
 }
 
 // Length of the reply to the last post once it is there (as often as one asks, until the next post), else NOT_YET, or LOST
-// also after a post that failed. Never blocks; sends and receives what it can.
+// also after a post that failed. Never blocks.
 inline int64_t link_progress(Link& link) {
     if (link.closed) return LOST;
     switch (link.kind) {
         case KIND_SHM: return shm_progress(link);
+        case KIND_TCP: return tcp_progress(link);
         case KIND_LOOPBACK: return loopback_progress(link);
         default: return LOST;
     }
@@ -54,6 +57,7 @@ inline int64_t channel_poll(Channel& channel) {
     if (channel.closed) return NOT_YET;
     switch (channel.kind) {
         case KIND_SHM: return shm_poll(channel);
+        case KIND_TCP: return tcp_poll(channel);
         default: return NOT_YET;
     }
 }
@@ -62,6 +66,7 @@ inline int64_t channel_poll(Channel& channel) {
 inline int64_t channel_reply(Channel& channel, int64_t nbytes) {
     switch (channel.kind) {
         case KIND_SHM: return shm_reply(channel, nbytes);
+        case KIND_TCP: return tcp_reply(channel, nbytes);
         default: return LOST;
     }
 }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "links.h"
+#include "socket_bell.h"
 #include "wire.h"
 
 // out[m] = the weighted sum of row m's experts; rows and out are addresses of rows. 0, or why nothing was computed.
@@ -45,6 +46,7 @@ struct Shard {
     int64_t spin_ns;
     int64_t next;       // the channel whose turn it is
     int64_t attention;  // set by Python, with a ring of the bell: it has something to do
+    SocketBell* sockets;  // over the words of `bell`; null while no channel is a socket
 };
 
 namespace shard {
@@ -191,6 +193,10 @@ inline int64_t serve(Shard& s, Channel** channels, int64_t count, int64_t timeou
         const int64_t result = count ? serve_batch(s, channels, count, batch) : int64_t(NOTHING);
         if (result >= 0 || timeout_ns == 0) return result;
         if (result == SERVED) continue;
+        if (s.sockets) {
+            if (bell_wait(*s.sockets, seen, s.spin_ns, deadline_ns - now_ns()) == int64_t(seen)) return NOTHING;
+            continue;
+        }
         const int64_t spin_until_ns = now_ns() + s.spin_ns;
         while (load_acquire(rung) == seen && now_ns() < spin_until_ns) sched_yield();
         if (load_acquire(rung) != seen) continue;

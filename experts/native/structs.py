@@ -114,10 +114,12 @@ class NativeShard(ctypes.Structure):
     """A shard's compute loop; see shard.h for the meaning of each field."""
 
     attention: int
+    sockets: int | None
     _fields_ = (
         *((name, _i64) for name in ("num_layers", "num_experts", "hidden", "dtype")),
         *((name, _pointer) for name in ("forward", "kernel")),
         *((name, _i64) for name in ("threads", "max_merged_rows")),
         *((name, _pointer) for name in ("slots", "counts", "bell")),
         *((name, _i64) for name in ("spin_ns", "next", "attention")),
+        ("sockets", _pointer),
     )

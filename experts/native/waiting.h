@@ -48,13 +48,19 @@ inline void sleep_for_any(Link** links, const int64_t* nbytes, int count, int64_
 inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadline_ns) {
     int left = look_at_all(links, nbytes, count);
     if (left == 0) return 0;
-    int64_t spin_ns = 0;
-    for (int i = 0; i < count; i++) spin_ns = std::max(spin_ns, links[i]->spin_ns);
-    const int64_t spin_until_ns = now_ns() + spin_ns;
-    while (now_ns() < spin_until_ns) {
+    int64_t spin_ns = 0, crowded_ns = INT64_MAX;
+    for (int i = 0; i < count; i++) {
+        spin_ns = std::max(spin_ns, links[i]->spin_ns);
+        if (link_has_descriptor(*links[i])) crowded_ns = CROWDED_NS;
+    }
+    int64_t time_ns = now_ns(), before_ns = time_ns;
+    const int64_t spin_until_ns = time_ns + spin_ns;
+    while (time_ns < spin_until_ns && time_ns - before_ns < crowded_ns) {
+        before_ns = time_ns;
         sched_yield();
         left = look_at_all(links, nbytes, count);
         if (left == 0) return 0;
+        time_ns = now_ns();
     }
     while (true) {
         const int64_t start_ns = now_ns();

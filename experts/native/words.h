@@ -21,6 +21,10 @@ inline int64_t now_ns() {
     return int64_t(spec.tv_sec) * 1000000000 + spec.tv_nsec;
 }
 
+// A yield that takes longer gave the core to somebody else. Who sleeps gets it back at once when the kernel has news for
+// it, who yields waits for its turn: so waits for sockets sleep then.
+enum : int64_t { CROWDED_NS = 10000 };
+
 inline uint32_t load_acquire(const uint32_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 
 inline void store_release(uint32_t* word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }

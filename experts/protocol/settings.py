@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-TransportName = Literal["auto", "shm", "gloo", "nccl"]
+
+def _refuse_gloo(name: object) -> object:
+    if name == "gloo":
+        raise ValueError('"gloo" is gone, pairs between hosts use TCP; write "tcp", or "auto" to have it chosen')
+    return name
+
+
+TransportName = Annotated[Literal["auto", "shm", "tcp", "nccl"], BeforeValidator(_refuse_gloo)]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -25,7 +32,7 @@ class RouterSettings(StrictModel):
     router_id: str = Field(default="", description="Name of this router in logs and at the shards; generated if empty.")
     transport: TransportName = Field(
         default="auto",
-        description="auto: NCCL between GPUs, shared memory within a host, gloo across hosts.",
+        description="auto: NCCL between GPUs, shared memory within a host, TCP across hosts.",
     )
     dispatch_timeout_ms: float = Field(
         default=5000.0,
@@ -48,7 +55,7 @@ class RouterSettings(StrictModel):
         "requests that need it, with an error that tells clients to try again; 0 computes nothing here.",
     )
     spin_us: float = Field(
-        default=50.0, ge=0, description="How long a wait on shared memory yields the core before it sleeps."
+        default=50.0, ge=0, description="How long a wait for a shard yields the core before it sleeps."
     )
     prefer_local_replicas: bool = Field(
         default=False,

@@ -26,11 +26,11 @@ Views = TypeVar("Views")
 class CompiledLoop:
     """What C++ needs of a shard. One thread calls `begin` and `serve`; any thread, `call`."""
 
-    def __init__(self, shard: NativeShard, keep: Iterable[object]) -> None:
-        """`keep` is what the addresses in `shard` point to."""
+    def __init__(self, shard: NativeShard, bell: ShmDoorbell, keep: Iterable[object]) -> None:
+        """`keep` is what the addresses in `shard` point to, besides `bell`."""
         library = data_plane()
         assert library is not None, "compiled_loop asks first"
-        self._serve, self._shard, self._keep = library.data_plane_serve, shard, tuple(keep)
+        self._serve, self._shard, self._bell, self._keep = library.data_plane_serve, shard, bell, tuple(keep)
         self._address = ctypes.addressof(shard)
         self._seen: Mapping[ShardChannel, object] | None = None
         self.channels: list[ShardChannel] = []
@@ -49,6 +49,7 @@ class CompiledLoop:
         """Serve these channels from now on (a mapping that is replaced, not changed); returns those left to Python."""
         if channels is not self._seen:
             self._seen = channels
+            self._shard.sockets = self._bell.native_sockets  # there since the first channel that is a socket was opened
             self.channels = [channel for channel in channels if channel.native is not None]
             self._table = (ctypes.c_void_p * len(self.channels))(
                 *(ctypes.addressof(channel.native) for channel in self.channels if channel.native is not None)
@@ -91,4 +92,4 @@ def compiled_loop(
         bell=bell.region.address,
         spin_ns=bell.spin_ns,
     )
-    return CompiledLoop(shard, (slots, kernel, bell, counts))
+    return CompiledLoop(shard, bell, (slots, kernel, counts))

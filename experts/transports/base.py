@@ -13,7 +13,8 @@ No collective spans two routers: each pair is independent, so a lost peer costs 
 To add a transport:
 
 1. In a file of its own, subclass `RouterLink` and `ShardChannel`. If the transport has its own way to wake the shard,
-   ring the `Doorbell` passed to `open_shard_channel` from a thread, as `torch_pair` does.
+   ring the `Doorbell` passed to `open_shard_channel` from a thread, as `torch_pair` does. Sockets are
+   heard without one (`tcp`).
    With C++ of its own, set `native` (experts/native/link.h says how).
 2. In `connect.py`, build the link in `connect` and the channel in `open_shard_channel`, and name the transport there.
 3. Add its name to `TransportName` (experts.protocol.settings), and to `control.choose_transport` if "auto" may pick it.

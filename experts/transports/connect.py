@@ -12,6 +12,7 @@ from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import Hello, LifeLine, choose_transport, open_control, shake_hands
 from experts.transports.shared_region import FdMailbox
 from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
+from experts.transports.tcp import connect_tcp, open_tcp_channel
 
 
 def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float) -> RouterLink:
@@ -27,6 +28,9 @@ def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, 
     try:
         if transport == "shm":
             return _connect_shm(endpoint, hello, line, connection, spin_us, deadline_s)
+        if transport == "tcp":
+            answer = shake_hands(connection, endpoint.rank, hello, deadline_s)
+            return connect_tcp(endpoint.rank, hello, line, answer, spin_us)
         from experts.transports.torch_pair import connect_torch
 
         return connect_torch(endpoint, hello, line, connection, device, deadline_s)
@@ -56,12 +60,16 @@ def open_shard_channel(
     """The shard's end of the pair that `hello` asks for, and the fields of the answer. ValueError to refuse it."""
     if hello.transport == "shm":
         if not isinstance(bell, ShmDoorbell):
-            raise ValueError("this shard has no shared memory; use transport gloo or nccl")
+            raise ValueError("this shard has no shared memory; use transport tcp or nccl")
         mailbox = str(hello.details.get("mailbox", ""))
         channel = ShmShardChannel(hello.router_id, mailbox, bell, hello.request_capacity, hello.reply_capacity, line)
         return channel, {}
-    if hello.transport in ("gloo", "nccl", "gloo_split"):
+    if hello.transport == "tcp":
+        if not isinstance(bell, ShmDoorbell):
+            raise ValueError("this shard hears no sockets; use transport shm or nccl")
+        return open_tcp_channel(hello, line, bell)
+    if hello.transport in ("nccl", "gloo_split"):
         from experts.transports.torch_pair import open_torch_channel
 
         return open_torch_channel(hello, line, bell, device, deadline_s)
-    raise ValueError(f"unknown transport {hello.transport!r}, expected shm, gloo or nccl")
+    raise ValueError(f"unknown transport {hello.transport!r}, expected shm, tcp or nccl")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import select
 import socket
 import threading
@@ -76,8 +77,10 @@ class Hello:
 class LifeLine:
     """A connected control socket on which only the closing matters."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, watched: bool = False) -> None:
+        """`watched`: a thread waits for the end of the connection and closes it then."""
         self._socket = connection
+        self._watched = watched
         self._lock = threading.Lock()
         self._gone: str | None = None
 
@@ -90,17 +93,17 @@ class LifeLine:
         """IP address of this end, as the peer can reach it."""
         return str(self._socket.getsockname()[0])
 
+    def duplicate(self) -> int:
+        """Another descriptor of the connection, for the caller to close. OSError if it is closed already."""
+        return os.dup(self._socket.fileno())
+
     def gone(self) -> str | None:
-        """Why the peer is gone, or None while it lives. Never blocks."""
+        """Why the peer is gone, or None while it lives. Never blocks, and reads nothing."""
         with self._lock:
             if self._gone is None:
                 try:
-                    poller = select.poll()
-                    poller.register(self._socket, select.POLLIN | select.POLLHUP | select.POLLERR)
-                    if poller.poll(0) and not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    if _await_end(self._socket, 0):
                         self._gone = "its process closed the connection"
-                except BlockingIOError:
-                    return None
                 except (OSError, ValueError) as error:
                     self._gone = f"its connection broke: {error}"
             return self._gone
@@ -113,7 +116,15 @@ class LifeLine:
                 self._socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 logger.debug("the control socket was closed already")
-            self._socket.close()
+            if not self._watched:
+                self._socket.close()
+
+
+def _await_end(connection: socket.socket, timeout_ms: int | None) -> bool:
+    """Whether the peer closes its end or dies within the time. What it sent stays to be read."""
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP)
+    return bool(poller.poll(timeout_ms))
 
 
 def _prepare(connection: socket.socket) -> None:
@@ -121,6 +132,9 @@ def _prepare(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    # While sent data is not acknowledged there are no probes, and TCP alone would go on for a quarter of an hour.
+    (_, idle_s), (_, interval_s), (_, probes) = KEEPALIVE
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (idle_s + interval_s * probes))
 
 
 def _send_line(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -156,12 +170,12 @@ def _receive_line(connection: socket.socket, deadline_s: float) -> dict[str, Any
 
 
 def choose_transport(requested: str, endpoint: ShardEndpoint, device: str) -> str:
-    """The transport for one pair. "auto": NCCL if the router is on a GPU, shared memory within a host, else gloo."""
+    """The transport for one pair. "auto": NCCL if the router is on a GPU, shared memory within a host, else TCP."""
     if requested != "auto":
         return requested
     if device.startswith("cuda"):
         return "nccl"
-    return "shm" if endpoint.host_id == host_id() else "gloo"
+    return "shm" if endpoint.host_id == host_id() else "tcp"
 
 
 def open_control(endpoint: ShardEndpoint, deadline_s: float) -> socket.socket:
@@ -249,7 +263,7 @@ class ControlListener:
             threading.Thread(target=self._serve, args=(connection,), name="shard-control", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        line = LifeLine(connection)
+        line = LifeLine(connection, watched=True)
         channel: ShardChannel | None = None
         try:
             _prepare(connection)
@@ -280,9 +294,7 @@ class ControlListener:
             try:
                 _send_line(connection, {"ok": True, **answer})
                 connection.settimeout(None)
-                # Nothing arrives on a lifeline; this returns when the router closes it or dies.
-                while connection.recv(64):
-                    continue
+                _await_end(connection, None)
             finally:
                 channel.close()
                 self._on_close(channel)
@@ -292,6 +304,7 @@ class ControlListener:
             with self._lock:
                 self._lines.discard(line)
             line.close()
+            connection.close()
 
     def _open_pair(self, message: dict[str, Any], line: LifeLine) -> tuple[ShardChannel, dict[str, Any]]:
         hello = Hello(**message)

@@ -18,6 +18,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 import time
 
 import numpy as np
@@ -30,6 +31,7 @@ from experts.transports import atomics
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import LifeLine
 from experts.transports.shared_region import FdMailbox, SharedRegion
+from experts.transports.socket_bell import SOCKET_NEWS, SocketBell, socket_bell
 from placement.compiled import compiled
 
 logger = logging.getLogger(__name__)
@@ -96,15 +98,44 @@ class ShmDoorbell(Doorbell):
         self.region = SharedRegion.create(_CONTROL_BYTES, label)
         self._seen = 0
         self.spin_ns = int(spin_us * 1000)
+        self._lock = threading.Lock()
+        self._sockets: SocketBell | None = None
+        self._ringers = 0
+
+    def hear_sockets(self) -> SocketBell:
+        """What watches sockets from now on, as `wait` does: whoever adds one rings once. OSError if there is none."""
+        with self._lock:
+            if self._sockets is None:
+                self._sockets = socket_bell(self.region.address, self.region.address + _LINE)
+                self._sockets.set_ringers(self._ringers)
+            return self._sockets
+
+    @property
+    def native_sockets(self) -> int | None:
+        """Address of the compiled SocketBell; None before `hear_sockets`, or without one."""
+        return getattr(self._sockets, "address", None)
+
+    def add_ringers(self, count: int) -> None:
+        """Count routers that ring from other processes, `count` of them more."""
+        with self._lock:
+            self._ringers += count
+            if self._sockets is not None:
+                self._sockets.set_ringers(self._ringers)
 
     def ring(self) -> None:
-        atomics.ring(self.region.address, self.region.address + _LINE)
+        if self._sockets is None:
+            atomics.ring(self.region.address, self.region.address + _LINE)
+        else:
+            self._sockets.ring()
 
     def wait(self, timeout_s: float) -> bool:
-        address = self.region.address
-        before = self._seen
-        self._seen = atomics.wait_while_equal(address, address + _LINE, before, self.spin_ns, int(timeout_s * 1e9))
-        return self._seen != before
+        address, before, timeout_ns = self.region.address, self._seen, int(timeout_s * 1e9)
+        if self._sockets is None:
+            value = atomics.wait_while_equal(address, address + _LINE, before, self.spin_ns, timeout_ns)
+        else:
+            value = self._sockets.wait(before, self.spin_ns, timeout_ns)
+        self._seen = value % SOCKET_NEWS
+        return value != before
 
     def close(self) -> None:
         """Stop handing it to routers. Idempotent."""
@@ -224,10 +255,15 @@ class ShmShardChannel(ShardChannel):
     ) -> None:
         self.router_id = router_id
         self._line = line
+        self._bell = bell
         size = _CONTROL_BYTES + request_capacity + reply_capacity
         self.region = SharedRegion.create(size, "pair")
+        bell.add_ringers(1)
         try:
             FdMailbox.send(mailbox, [bell.region.descriptor, self.region.descriptor], _MAILBOX_TIMEOUT_S)
+        except BaseException:
+            bell.add_ringers(-1)
+            raise
         finally:
             self.region.drop_descriptor()
         self.recv_buffer = self.region.bytes[_CONTROL_BYTES : _CONTROL_BYTES + request_capacity]
@@ -265,6 +301,8 @@ class ShmShardChannel(ShardChannel):
             _reply(self.region.address, native.current, nbytes)
 
     def close(self) -> None:
-        self.closed = True
-        self.native.closed = 1
+        if not self.closed:
+            self.closed = True
+            self.native.closed = 1
+            self._bell.add_ringers(-1)
         self._line.close()

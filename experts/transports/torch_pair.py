@@ -1,13 +1,12 @@
-"""Pairs over torch.distributed: gloo between hosts, NCCL between GPUs.
+"""Pairs over NCCL, between GPUs.
 
 One message each way:
 
     frame (over gloo): int64 host bytes | int64 device bytes | pad to 64 | host part
-    rows (over NCCL, only if activations are on GPUs): device part
+    rows (over NCCL): device part
 
-With gloo the whole message is the host part. With NCCL the rows, which end a message (`experts.protocol.wire`), travel
-as a CUDA tensor; the rest, which both hosts read anyway, travels over gloo. `send_buffer` and `recv_buffer` hold the
-host part, `send_tensor` and `recv_tensor` the rows.
+The rows, which end a message (`experts.protocol.wire`), travel as a CUDA tensor; the rest, which both hosts read
+anyway, travels over gloo. `send_buffer` and `recv_buffer` hold the host part, `send_tensor` and `recv_tensor` the rows.
 
 On the shard, one thread for each pair blocks in the receive and rings the doorbell. Transport "gloo_split" is for tests
 without a GPU: the protocol of NCCL pairs, with gloo in NCCL's place.
@@ -68,12 +67,9 @@ class _Pair:
     def __init__(self, hello: Hello, device: str, send_capacity: int, recv_capacity: int) -> None:
         self.out, self.into = _Frame(send_capacity), _Frame(recv_capacity)
         self._row_bytes = hello.hidden_size * getattr(torch, hello.dtype).itemsize
-        self.send_tensor: torch.Tensor | None = None
-        self.recv_tensor: torch.Tensor | None = None
-        if hello.transport != "gloo":
-            where = device if hello.transport == "nccl" else "cpu"
-            self.send_tensor = torch.zeros(send_capacity, dtype=torch.uint8, device=where)
-            self.recv_tensor = torch.zeros(recv_capacity, dtype=torch.uint8, device=where)
+        where = device if hello.transport == "nccl" else "cpu"
+        self.send_tensor = torch.zeros(send_capacity, dtype=torch.uint8, device=where)
+        self.recv_tensor = torch.zeros(recv_capacity, dtype=torch.uint8, device=where)
         self._frames: PairGroup | None = None
         self._rows: PairGroup | None = None
         self._arriving: Any = None
@@ -86,7 +82,7 @@ class _Pair:
         rows_store = PrefixStore("rows", store)
         if hello.transport == "nccl":
             self._rows = NcclGroup(rows_store, rank, device, seconds_left(deadline_s), line.gone)
-        elif hello.transport == "gloo_split":
+        else:
             self._rows = GlooGroup(rows_store, rank, address, seconds_left(deadline_s))
         self._frames = frames
 
@@ -100,19 +96,16 @@ class _Pair:
         if nbytes > len(self.out.buffer):
             raise ValueError(f"a message of {nbytes} bytes does not fit into {len(self.out.buffer)}")
         assert self._frames is not None
-        on_device = 0
-        if self._rows is not None:
-            on_device = int(header_of(self.out.buffer)[H_ROWS]) * self._row_bytes
-            if not 0 <= on_device <= nbytes:
-                raise ValueError(
-                    f"the header announces {on_device} bytes of rows, expected 0 to the message's {nbytes} bytes"
-                )
+        on_device = int(header_of(self.out.buffer)[H_ROWS]) * self._row_bytes
+        if not 0 <= on_device <= nbytes:
+            raise ValueError(
+                f"the header announces {on_device} bytes of rows, expected 0 to the message's {nbytes} bytes"
+            )
         self.expect()  # first: gloo sends immediately to a peer that already waits, and asks it otherwise
         # Keep the works until the next message: by then the peer has all of this one.
         self._sending = [self._frames.send(self.out.seal(nbytes - on_device, on_device))]
         if on_device:
             assert self._rows is not None
-            assert self.send_tensor is not None
             self._sending.append(self._rows.send(self.send_tensor[:on_device]))
 
     def receive(self, deadline_s: float | None, rows_timeout_s: float = 0.0) -> int:
@@ -123,21 +116,16 @@ class _Pair:
         assert self._frames is not None
         self._frames.wait(self._arriving, deadline_s)
         host_bytes, device_bytes = int(self.into.words[_HOST]), int(self.into.words[_DEVICE])
-        if not 0 <= host_bytes <= len(self.into.buffer) or not 0 <= device_bytes <= self._rows_capacity:
+        if not 0 <= host_bytes <= len(self.into.buffer) or not 0 <= device_bytes <= len(self.recv_tensor):
             raise ConnectionError(
                 f"the peer announced {host_bytes} bytes and {device_bytes} bytes of rows, expected at most "
-                f"{len(self.into.buffer)} and {self._rows_capacity}"
+                f"{len(self.into.buffer)} and {len(self.recv_tensor)}"
             )
         if device_bytes:
             assert self._rows is not None
-            assert self.recv_tensor is not None
             rows_deadline_s = time.monotonic() + rows_timeout_s if deadline_s is None else deadline_s
             self._rows.wait(self._rows.recv(self.recv_tensor[:device_bytes]), rows_deadline_s)
         return host_bytes + device_bytes
-
-    @property
-    def _rows_capacity(self) -> int:
-        return 0 if self.recv_tensor is None else len(self.recv_tensor)
 
     def abort(self) -> None:
         """Break the pair; waits on it fail now."""
@@ -147,7 +135,7 @@ class _Pair:
 
 
 class TorchRouterLink(RouterLink):
-    """The router's end. `send_tensor` and `recv_tensor` (uint8) hold the rows if they travel separately, else None."""
+    """The router's end. `send_tensor` and `recv_tensor` (uint8) hold the rows."""
 
     def __init__(self, rank: int, transport: str, pair: _Pair, line: LifeLine) -> None:
         self.rank = rank
@@ -249,7 +237,7 @@ class TorchShardChannel(ShardChannel):
 def connect_torch(
     endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, device: str, deadline_s: float
 ) -> RouterLink:
-    """The router's end of a gloo or NCCL pair, ready to post. Raises a ShardError."""
+    """The router's end of an NCCL pair, ready to post. Raises a ShardError."""
     rank = endpoint.rank
     try:
         _check_device(hello.transport, device)
@@ -271,7 +259,7 @@ def connect_torch(
 def open_torch_channel(
     hello: Hello, line: LifeLine, bell: Doorbell, device: str, deadline_s: float
 ) -> tuple[ShardChannel, dict[str, Any]]:
-    """The shard's end of a gloo or NCCL pair, with the fields of the answer. It finishes opening after the answer is
+    """The shard's end of an NCCL pair, with the fields of the answer. It finishes opening after the answer is
     sent. ValueError refuses the router."""
     _check_device(hello.transport, device)
     meeting = Meeting(line.local_address())
@@ -280,6 +268,6 @@ def open_torch_channel(
 
 def _check_device(transport: str, device: str) -> None:
     if transport == "nccl" and not device.startswith("cuda"):
-        raise ValueError(f"transport nccl joins GPUs, this end computes on {device!r}; use auto, shm or gloo")
+        raise ValueError(f"transport nccl joins GPUs, this end computes on {device!r}; use auto, shm or tcp")
     if transport == "nccl" and not torch.distributed.is_nccl_available():
-        raise ValueError("transport nccl: this build of torch has no NCCL; use gloo")
+        raise ValueError("transport nccl: this build of torch has no NCCL; use tcp")

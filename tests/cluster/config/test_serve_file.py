@@ -101,6 +101,7 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         ),
         ("applications.1.args.deadlines.dispatch_ms", -1, r"deadlines\.dispatch_ms: .*greater than 0, got -1"),
         ("applications.1.args.http.api_keys", ["  "], r"http\.api_keys: an API key is empty"),
+        ("applications.1.args.transport.name", "gloo", r'transport\.name: "gloo" is gone, .* write "tcp", or "auto"'),
         ("applications.1.args.transport.name", "rdma", r"transport\.name: .*'nccl', got 'rdma'"),
         (
             "applications.1.args.transport.name",

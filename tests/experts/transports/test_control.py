@@ -72,7 +72,7 @@ def line_of(**changes: Any) -> bytes:
     ("line", "reason"),
     [
         (line_of(version=1), "protocol version 1, this shard speaks 3"),
-        (line_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, gloo or nccl"),
+        (line_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, tcp or nccl"),
         (line_of(surprise=1), "unexpected keyword argument 'surprise'"),
         (b'{"router_id": "r"}\n', "missing"),
         (b"GET / HTTP/1.1\r\n", "expected a line of JSON on the control socket, got b'GET / HTTP"),
@@ -89,7 +89,7 @@ def line_of(**changes: Any) -> bytes:
         (line_of(details=[1]), "details is \\[1\\], expected an object"),
         (line_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
         (line_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
-        (line_of(dtype="int3", transport="gloo"), "unknown dtype 'int3'"),
+        (line_of(dtype="int3", transport="tcp"), "unknown dtype 'int3'"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -118,7 +118,7 @@ def test_routers_that_hang_up_or_say_nothing_cost_nothing(shard: EchoShard) -> N
     still_serves(shard)
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo", "gloo_split"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "gloo_split"])
 def test_a_router_that_dies_in_the_handshake_leaves_no_channel(transport: str) -> None:
     with echo_shard(handshake_timeout_s=1.0) as shard:
         connection = raw(shard)
@@ -131,7 +131,7 @@ def test_a_router_that_dies_in_the_handshake_leaves_no_channel(transport: str) -
         still_serves(shard)
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_killed_routers_leave_nothing_behind(transport: str) -> None:
     names_before = set(os.listdir("/dev/shm"))
     with echo_shard() as shard:
@@ -173,7 +173,7 @@ def test_nobody_listens() -> None:
         connect(endpoint, hello_for("shm"), "cpu", 20.0, deadline_in(LONG_S))
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo", "gloo_split"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "gloo_split"])
 def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
     with echo_shard() as shard:
         shard.stop()
@@ -195,16 +195,16 @@ def test_refusals_reach_the_router_with_the_reason(shard: EchoShard, monkeypatch
         connect(shard.endpoint, hello_for("nccl"), "cpu", 20.0, deadline_in(LONG_S))
 
 
-def test_auto_takes_shared_memory_within_a_host_gloo_across_and_nccl_between_gpus() -> None:
+def test_auto_takes_shared_memory_within_a_host_tcp_across_and_nccl_between_gpus() -> None:
     here = ShardEndpoint(0, "1", "127.0.0.1", 1, host_id(), 1)
     there = replace(here, host_id="elsewhere")
     assert choose_transport("auto", here, "cpu") == "shm"
-    assert choose_transport("auto", there, "cpu") == "gloo"
+    assert choose_transport("auto", there, "cpu") == "tcp"
     assert choose_transport("auto", there, "cuda:1") == "nccl"
-    assert choose_transport("gloo", here, "cpu") == "gloo"
+    assert choose_transport("tcp", here, "cpu") == "tcp"
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_shard_may_listen_on_another_address_of_the_host(transport: str) -> None:
     with echo_shard(bind_host="127.0.0.7") as shard:
         link = shard.connect(transport)

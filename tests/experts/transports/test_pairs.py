@@ -28,7 +28,7 @@ from tests.support.echo_shard import (
 )
 from tests.support.waiting import join
 
-TRANSPORTS = ["shm", "gloo", "gloo_split"]
+TRANSPORTS = ["shm", "tcp", "gloo_split"]
 LONG_S = 30.0
 
 
@@ -76,7 +76,7 @@ def test_bytes_come_back_over_a_hundred_messages_of_many_sizes(lasting_shard: Ec
 
 
 def test_a_message_of_no_bytes_is_a_message(lasting_shard: EchoShard) -> None:
-    link = lasting_shard.connect("gloo")
+    link = lasting_shard.connect("tcp")
     link.send_buffer[:] = 0
     link.post(HEADER_BYTES)
     assert link.wait(deadline()) == HEADER_BYTES
@@ -191,6 +191,31 @@ def test_many_routers_at_once_each_get_their_own_answers(transport: str) -> None
         settle(shard)
 
 
+def test_one_shard_serves_routers_of_all_transports_at_once() -> None:
+    """Busy and idle by turns, so that its loop also sleeps with each of them as the one that wakes it."""
+
+    def talk(number: int) -> None:
+        link = shard.connect(TRANSPORTS[number % len(TRANSPORTS)], f"router{number}")
+        for turn in range(60):
+            body = bytes([number, turn]) * (1 + 300 * number)
+            nbytes = post_body(link, body)
+            assert link.wait(deadline()) == nbytes
+            assert reply_body(link, nbytes) == counted_up(body)
+            if turn % 20 == 0:
+                meet.wait(LONG_S)  # those that are done wait for the others
+        link.close()
+
+    meet = threading.Barrier(6)
+    with echo_shard() as shard, ThreadPoolExecutor(6) as pool:
+        list(pool.map(talk, range(6)))
+        for transport in (*TRANSPORTS, *reversed(TRANSPORTS)):  # one at a time, the others silent
+            link = shard.connect(transport)
+            nbytes = post_body(link, b"abc")
+            assert link.wait(deadline()) == nbytes
+            link.close()
+        settle(shard)
+
+
 def test_a_router_that_never_reads_does_not_hold_up_the_others(transport: str) -> None:
     with echo_shard() as shard:
         # Too large for the reply to fit into socket buffers.
@@ -229,7 +254,7 @@ def test_pairs_leave_no_threads_and_no_descriptors_behind(lasting_shard: EchoSha
         assert reply_body(link, nbytes) == counted_up(b"abc")
         link.close()
 
-    open_and_close()  # makes what exists once, such as gloo's device
+    open_and_close()  # makes what exists once, such as gloo's device and the I/O thread
     settle(lasting_shard)
     gc.collect()
     before = resources(os.getpid()), resources(lasting_shard.endpoint.pid)

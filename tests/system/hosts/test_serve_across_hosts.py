@@ -254,7 +254,7 @@ def test_a_drained_node_hands_its_shard_on_to_another_node(mesh: Mesh) -> None:
     assert migration["unserved"] == 0
     [router] = status_of(mesh)["routers"]
     assert router["fallback_pairs"] == 0, "there was always a shard that had each expert"
-    assert set(router["transports"].values()) == {"gloo"}
+    assert set(router["transports"].values()) == {"tcp"}
     assert migration["failed_copies"] == 0
     assert complete(mesh, lambda: None) == undisturbed
 
@@ -262,7 +262,7 @@ def test_a_drained_node_hands_its_shard_on_to_another_node(mesh: Mesh) -> None:
 def test_a_host_cut_off_in_mid_stream_changes_no_token(mesh: Mesh) -> None:
     before = status_of(mesh)
     [router] = before["routers"]
-    assert set(router["transports"].values()) == {"gloo"}
+    assert set(router["transports"].values()) == {"tcp"}
     assert len(router["connected"]) == 2
     addresses = {address: shard["rank"] for address, shard in shards_by_address(mesh).items()}
     assert set(addresses) < {host.address for host in mesh.hosts[1:]}
