@@ -1,4 +1,4 @@
-"""For every test: no process that a test started outlives the suite."""
+"""For every test: a secret for its meshes, and no process that a test started outlives the suite."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from experts.protocol.secret import share_by_environment
+
+share_by_environment()
 
 # Children inherit it through any chain of parents, so that orphans are found too.
 _MARK_NAME = "EXPERTMESH_TEST_SESSION"

@@ -28,10 +28,11 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.native.library import data_plane
 from experts.native.structs import NativeSlotWords
 from experts.protocol.membership import Membership, ShardEndpoint, host_id
-from experts.protocol.wire import HEADER_BYTES, reply_capacity, request_capacity
+from experts.protocol.wire import HEADER_BYTES
 from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
-from experts.transports.control import ControlListener, Hello
+from experts.transports.control import Hello
+from experts.transports.control_port.listener import ControlListener
 from experts.transports.shm import ShmDoorbell
 from placement.placement import Placement
 
@@ -120,10 +121,7 @@ def measure(tokens: int, ranks: int, dtype: torch.dtype, spin_us: float, turns: 
     """One row: medians over all round trips of both sides, whose turns are interleaved."""
     shape = LayerShape(num_layers=1, num_experts=64, top_k=8, hidden_size=512, dtype=dtype)
     row_bytes = shape.row_bytes
-    hello = Hello(
-        "bench", "shm", "x", str(dtype).removeprefix("torch."), 512, 8, 1,
-        request_capacity(tokens, 8, row_bytes), reply_capacity(tokens, row_bytes),
-    )  # fmt: skip
+    hello = Hello("bench", "shm", "x", str(dtype).removeprefix("torch."), 512, 8, 1, tokens)
     placement = Placement.linear(1, 64, ranks)
     meshed, endpoints = _start(shape, ranks, spin_us, 0)
     dispatcher = Dispatcher(shape, tokens, 30.0, fallback=None)

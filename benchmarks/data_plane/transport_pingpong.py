@@ -35,7 +35,8 @@ from experts.native.library import data_plane
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
-from experts.transports.control import ControlListener, Hello
+from experts.transports.control import Hello
+from experts.transports.control_port.listener import ControlListener
 from experts.transports.shared_region import SharedRegion
 from experts.transports.shm import ShmDoorbell
 from placement.compiled import compiled
@@ -70,7 +71,7 @@ def _shm_turn(address: int, seq: int, spin_ns: int) -> None:
 
 
 def _hello(transport: str) -> Hello:
-    return Hello("bench", transport, "1", "float32", 16, 1, 1, CAPACITY, CAPACITY)
+    return Hello("bench", transport, "1", "float32", 16, 1, 1, CAPACITY // 64)
 
 
 def serve(mode: str, host: str, argument: int) -> None:

@@ -26,10 +26,10 @@ from benchmarks.gpu.common import wall_us
 from experts.dispatch.dispatcher import Dispatcher
 from experts.dispatch.layer_shape import LayerShape
 from experts.protocol.membership import Membership, ShardEndpoint, host_id
-from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
-from experts.transports.control import ControlListener, Hello
+from experts.transports.control import Hello
+from experts.transports.control_port.listener import ControlListener
 from experts.transports.nccl_sharing import SHARE_GPUS, spread
 from experts.transports.shm import ShmDoorbell
 from experts.transports.torch_groups import GlooGroup, NcclGroup, PairGroup
@@ -161,7 +161,7 @@ class Pool:
         hello = Hello(
             "bench", "gloo_split" if self.device == "cpu" else "nccl", "x",
             str(shape.dtype).removeprefix("torch."), shape.hidden_size, shape.top_k, shape.num_layers,
-            request_capacity(max_rows, shape.top_k, shape.row_bytes), reply_capacity(max_rows, shape.row_bytes),
+            max_rows,
         )  # fmt: skip
         links = {e.rank: connect(e, hello, self.device, 50.0, time.monotonic() + LIMIT_S) for e in self.endpoints}
         dispatcher = Dispatcher(shape, max_rows, LIMIT_S, None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from cluster.config.experts_sections import ControllerSection, ShardsSection
+from cluster.config.experts_sections import ControllerSection, MeshSection, ShardsSection
 from cluster.config.http_sections import ConsoleHttpSection, HttpSection
 from cluster.config.llm_sections import DeadlinesSection, RoutersSection, TransportSection
 from cluster.config.model_section import ModelSection
@@ -20,6 +20,7 @@ class ExpertsAppConfig(StrictModel):
     model: ModelSection = Field(description="The model; the same in both applications.")
     shards: ShardsSection = Field(default=ShardsSection(), description="The expert shards.")
     controller: ControllerSection = Field(default=ControllerSection(), description="The placement controller.")
+    mesh: MeshSection = Field(default=MeshSection(), description="Who may take part in the mesh.")
 
     def shard_settings(self, bind_host: str, num_slots: int) -> ShardSettings:
         """Settings of one shard with `num_slots` slots a layer; `bind_host` is where routers reach it."""
@@ -34,6 +35,9 @@ class ExpertsAppConfig(StrictModel):
             slots_per_rank=num_slots,
             spin_us=self.shards.spin_us,
             connect_timeout_s=self.shards.connect_s,
+            max_handshakes=self.shards.max_handshakes,
+            max_pairs=self.shards.max_pairs,
+            max_pairs_per_router=self.shards.max_pairs_per_router,
         )
 
 

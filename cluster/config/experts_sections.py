@@ -1,4 +1,4 @@
-"""The sections `shards` and `controller`: arguments of the application `experts`, which restart it."""
+"""The sections `shards`, `controller` and `mesh`: arguments of the application `experts`, which restart it."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ class ShardsSection(StrictModel):
         description="Time-out for connecting one router to a shard. Use the same value as the routers' "
         "deadlines.connect_s.",
     )
+    max_handshakes: int = Field(
+        default=_shard_default("max_handshakes"),
+        ge=1,
+        description="Connections to a shard that are not answered yet; newer ones push out strangers.",
+    )
+    max_pairs: int = Field(
+        default=_shard_default("max_pairs"),
+        ge=1,
+        description="Most pairs of a shard with routers at a time; each process of a router has one.",
+    )
+    max_pairs_per_router: int = Field(
+        default=_shard_default("max_pairs_per_router"), ge=1, description="Likewise, for one router."
+    )
     join_timeout_s: float = Field(
         default=600.0, gt=0, description="A shard without a rank after this long fails to start, and Serve restarts it."
     )
@@ -78,4 +91,15 @@ class ControllerSection(StrictModel):
 
     ray_actor_options: dict[str, Any] = Field(
         default_factory=lambda: {"num_cpus": 0}, description="Ray options of the controller's actor."
+    )
+
+
+class MeshSection(StrictModel):
+    """Who may take part in the mesh."""
+
+    secret_env: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Environment variable of the controller's process with the mesh's secret, at least 32 characters. "
+        "By default the controller makes a secret up, which lives as long as one shard or router that knows it.",
     )

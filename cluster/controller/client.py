@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +29,12 @@ from cluster.mesh.messages import (
 )
 from cluster.ray_joints import deployment_handle
 from experts.protocol.membership import Membership
+from experts.protocol.secret import MeshSecret
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
 
 ROUTER = "Router"
+ASK_AGAIN_S = 0.5  # a restarted controller that does not know the mesh yet
 
 logger = logging.getLogger("ray.serve")
 
@@ -92,6 +95,18 @@ class ControllerClient:
         kept = {} if known is None else {at: known}
         self._memberships = {**kept, (news.term, membership.epoch): membership}
         return MembershipAnswer(news.term, membership, news.waiting_for)
+
+    async def mesh_secret(self, held: MeshSecret | None, *, timeout_s: float) -> MeshSecret:
+        """What to prove oneself by, given what the caller did so far; asks again until the controller knows it."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(deadline_s - time.monotonic(), 0.1)
+            secret: MeshSecret | None = await self.call_with_retry("mesh_secret", held, timeout_s=left_s)
+            if secret is not None:
+                return secret
+            if time.monotonic() >= deadline_s:
+                raise ControllerLostError(f"the placement controller knew no secret of the mesh within {timeout_s} s")
+            await asyncio.sleep(ASK_AGAIN_S)
 
     async def deregister_router(self, router_id: str, *, timeout_s: float) -> None:
         await self.call("deregister_router", router_id, timeout_s=timeout_s)

@@ -47,9 +47,11 @@ from cluster.mesh.messages import (
 )
 from cluster.mesh.planning import ModelFacts
 from cluster.mesh.roster import Seat
+from cluster.mesh.secret_keeper import SecretKeeper
 from cluster.mesh.target import Target
 from cluster.priority import lower, threads_here
 from cluster.ray_joints import replica_identity
+from experts.protocol.secret import MeshSecret
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
 
@@ -65,8 +67,8 @@ class PlacementController:
 
     async def __init__(self, config: dict[str, Any], model: dict[str, int], shards: Any) -> None:  # type: ignore[misc]
         lower(threads_here())
-        self._config = parse(ExpertsAppConfig, config)
-        self._shards = shards
+        self._config, self._shards = parse(ExpertsAppConfig, config), shards
+        self._secrets = SecretKeeper(self._config.mesh.secret_env)
         self._live = LiveConfig()
         self._mesh = Mesh(ModelFacts(**model), self._live)
         self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance)
@@ -214,6 +216,10 @@ class PlacementController:
             await self._membership_news.next(rest_s)
             # It was heard of just now, however long ago its poll began: releases wait for it.
             mesh.routers.note(request.router_id, request.epoch, request.lost, time.monotonic())
+
+    async def mesh_secret(self, held: MeshSecret | None) -> MeshSecret | None:
+        """What routers and shards prove themselves by; they bring what they hold. None: ask again."""
+        return self._secrets.agree(held, self._mesh.settled)
 
     async def deregister_router(self, router_id: str) -> None:
         """A router stops; nobody waits any more for it to move to an epoch."""

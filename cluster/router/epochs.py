@@ -16,6 +16,7 @@ from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.mesh.messages import MembershipAnswer, MembershipRequest
 from cluster.router.worker_calls import WorkerCalls
 from experts.protocol.membership import AppliedMembership, Membership, Preparation
+from experts.protocol.secret import MeshSecret
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,6 +38,7 @@ class EpochFollower:
         self._incarnations: dict[int, str] = {}  # of the epoch's shards, by rank
         self._refused: set[int] = set()  # ranks whose shards refuse this router
         self._membership: Membership | None = None  # in use
+        self._secret: MeshSecret | None = None
         self.term, self.epoch = "", -1
         self.lost: dict[int, str] = {}  # why there is no link, by rank, as last heard from the worker
 
@@ -109,6 +111,8 @@ class EpochFollower:
 
         New shards may take `connect_s` to answer; None: deadlines.connect_s, as the worker knows it.
         """
+        if answer.term != self.term:
+            await self._agree_on_secret()
         answer = await self._prepare(answer, connect_s)
         assert answer.membership is not None, "what is prepared is a membership"
         applied = await self._worker.apply(answer.membership.epoch)
@@ -120,6 +124,13 @@ class EpochFollower:
         self.lost, self._refused = applied.lost, set(applied.refused)
         logger.info("epoch %d: connected to shards %s, without %s", self.epoch, applied.connected, applied.lost)
         return applied
+
+    async def _agree_on_secret(self) -> None:
+        """A restarted controller learns the mesh's secret from its routers, or has them take on another."""
+        secret = await self._controller.mesh_secret(self._secret, timeout_s=self._deadlines.connect_s)
+        if secret != self._secret:
+            await self._worker.use_secret(secret)
+            self._secret = secret
 
     async def _prepare(self, answer: MembershipAnswer, connect_s: float | None) -> MembershipAnswer:
         """The answer whose membership is ready. RuntimeError with the worker's reason if none will be."""

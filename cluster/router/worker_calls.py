@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from experts.protocol.membership import AppliedMembership, Preparation
+from experts.protocol.secret import MeshSecret
 from experts.protocol.status import RouterStatus
 
 
@@ -24,6 +25,10 @@ class WorkerCalls:
     def __init__(self, collective_rpc: Callable[..., Awaitable[list[Any]]], timeout_s: float) -> None:
         self._collective_rpc = collective_rpc
         self.timeout_s = timeout_s
+
+    async def use_secret(self, secret: MeshSecret) -> None:
+        """Prove by this secret to shards from now on. It travels so, since vLLM logs its settings."""
+        await self._call("expertmesh_use_secret", secret.reveal())
 
     async def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
         """Begin to prepare an epoch beside the steps: what `Membership.delta_from` or `to_bytes` gave.

@@ -51,7 +51,9 @@ class ExpertShard:
         assert answer.rank is not None
         assert answer.placement is not None
         self._rank, self._times = answer.rank, answer.times
-        self._server = server_class(self._config.shard_settings(node_address(), answer.num_slots))
+        settings = self._config.shard_settings(node_address(), answer.num_slots)
+        self._secret = await self._controller.mesh_secret(None, timeout_s=self._config.shards.join_timeout_s)
+        self._server = server_class(settings, self._secret)
         num_experts = answer.placement.num_experts
         self._orders = OrderFollower(self._identity.replica_id, num_experts, self._server, self._controller)
         self._tasks.append(asyncio.create_task(self._heartbeat_forever(), name="heartbeat"))
@@ -140,6 +142,7 @@ class ExpertShard:
         if endpoint is None:
             # The controller restarted while this shard starts, so it asks for the same rank again. `rejoin` settles it
             # if another shard has that by now.
+            await self._agree_on_secret(timeout_s)
             await self._controller.join(self._join_request(self._rank), timeout_s=timeout_s, retry=False)
             return
         if not await self._rejoin(endpoint, timeout_s):
@@ -161,8 +164,14 @@ class ExpertShard:
             held_LE=self._orders.held_LE(),
         )
 
+    async def _agree_on_secret(self, timeout_s: float) -> None:
+        """A restarted controller learns the mesh's secret from its shards, or has them take on another."""
+        self._secret = await self._controller.mesh_secret(self._secret, timeout_s=timeout_s)
+        self._server.use_secret(self._secret)
+
     async def _rejoin(self, endpoint: ShardEndpoint, timeout_s: float) -> bool:
         """Tell a controller that does not know this shard where it serves. False: it must restart."""
+        await self._agree_on_secret(timeout_s)
         request = RejoinRequest(self._holding(endpoint), self._epoch, self._orders.target, self._stopping, self._told)
         rank = await self._controller.rejoin(request, timeout_s=timeout_s)
         if rank is not None and rank != endpoint.rank:

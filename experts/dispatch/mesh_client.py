@@ -23,9 +23,10 @@ from experts.dispatch.pending import Pending
 from experts.dispatch.step_recorder import StepRecorder
 from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
+from experts.protocol.secret import MeshSecret
 from experts.protocol.settings import RouterSettings
 from experts.protocol.status import RouterStatus, StageHistograms
-from experts.protocol.wire import DTYPE_CODES, reply_capacity, request_capacity
+from experts.protocol.wire import DTYPE_CODES
 from experts.transports.base import RouterLink
 from experts.transports.connect import connect
 from experts.transports.control import Hello
@@ -36,7 +37,15 @@ logger = logging.getLogger(__name__)
 class MeshClient:
     """Everything of one router except vLLM itself. Only the worker's one thread calls it."""
 
-    def __init__(self, settings: RouterSettings, checkpoint: ExpertCheckpoint, shape: LayerShape, device: str) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        checkpoint: ExpertCheckpoint,
+        shape: LayerShape,
+        device: str,
+        secret: MeshSecret | None = None,
+    ) -> None:
+        """`secret` None: whoever drives this router tells it (`use_secret`), or the environment has it."""
         if shape.dtype not in DTYPE_CODES:
             raise UnsupportedModelError(f"dtype {shape.dtype} is not served, expected one of {list(DTYPE_CODES)}")
         spec = checkpoint.spec
@@ -63,6 +72,7 @@ class MeshClient:
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
         self._epochs = EpochPreparer(self.dispatcher, Connector(self._connect), settings.prefer_local_replicas)
         self._static = settings.membership
+        self._secret = secret
         self._facts = checkpoint.facts
         self._fingerprint = checkpoint.start_fingerprint()
 
@@ -80,6 +90,10 @@ class MeshClient:
             applied = self.apply_membership(Membership.from_dict(self._static))
             if applied.refusal is not None:
                 raise UnsupportedModelError(applied.refusal)
+
+    def use_secret(self, secret: MeshSecret) -> None:
+        """Prove by another secret from now on. Pairs that are open stay so."""
+        self._secret = secret
 
     def prepare(self, told: Membership | bytes, connect_s: float | None = None) -> Preparation:
         """Begin to prepare an epoch beside the engine's steps, in place of any other that is not applied yet.
@@ -123,13 +137,12 @@ class MeshClient:
             hidden_size=shape.hidden_size,
             top_k=shape.top_k,
             num_layers=shape.num_layers,
-            request_capacity=request_capacity(settings.max_rows_per_dispatch, shape.top_k, shape.row_bytes),
-            reply_capacity=reply_capacity(settings.max_rows_per_dispatch, shape.row_bytes),
+            max_rows=settings.max_rows_per_dispatch,
             facts=self._facts,
             weights=base64.b64encode(weights).decode(),
         )
         deadline_s = time.monotonic() + settings.connect_timeout_s
-        return connect(endpoint, hello, self.device, settings.spin_us, deadline_s)
+        return connect(endpoint, hello, self.device, settings.spin_us, deadline_s, self._secret)
 
     def begin(
         self,

@@ -89,3 +89,10 @@ class ShardSettings(StrictModel):
     )
     spin_us: float = Field(default=50.0, ge=0, description="How long the idle loop yields its core before it sleeps.")
     connect_timeout_s: float = Field(default=30.0, gt=0, description="Limit on one router's handshake.")
+    max_handshakes: int = Field(
+        default=64, ge=1, description="Connections that are not answered yet; newer ones push out strangers."
+    )
+    max_pairs: int = Field(
+        default=256, ge=1, description="Most pairs with routers at a time; each process of a router has one."
+    )
+    max_pairs_per_router: int = Field(default=16, ge=1, description="Likewise, for one router.")

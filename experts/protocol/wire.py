@@ -30,7 +30,8 @@ Words of the header (constants H_*). A dash means that the word is neither writt
 STATUS_NO_SLOT: the request is sound, but the shard does not hold all of its experts (any more, or yet). Nothing was
 computed. The header names one such expert, the text says how many there are. The shard still serves the others.
 
-To add a word, take the next free one, extend this table, and raise `PROTOCOL_VERSION` (experts.transports.control).
+To add a word, take the next free one, extend this table, and raise `PROTOCOL_VERSION` (in
+experts.transports.control_port.handshake).
 """
 
 from __future__ import annotations

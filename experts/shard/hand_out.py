@@ -14,7 +14,8 @@ import torch
 
 from experts.checkpoint.fingerprint import Fingerprint
 from experts.shard.slots import SlotTable
-from experts.transports.control import LifeLine, OtherIncarnationError
+from experts.transports.control import LifeLine
+from experts.transports.control_port.visitor import OtherIncarnationError
 from experts.transports.weights.frames import WeightsHello
 from experts.transports.weights.memory import MemoryLender
 from experts.transports.weights.source import Lent, WeightsSource, open_ring

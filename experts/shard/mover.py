@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from experts.protocol.errors import ShardError
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
+from experts.protocol.secret import MeshSecret
 from experts.shard.slots import SlotTable
 from experts.transports.weights.frames import WeightsHello
 from experts.transports.weights.pace import CopyCancelledError, Pace
@@ -61,11 +62,15 @@ class Mover:
     """One shard's copies. `copy` runs once at a time."""
 
     def __init__(
-        self, slots: SlotTable, hello: WeightsHello, transport: str = "auto", stall_s: float = STALL_S
+        self,
+        slots: SlotTable,
+        hello: WeightsHello,
+        stall_s: float = STALL_S,
+        secret: Callable[[], MeshSecret] = MeshSecret.from_environment,
     ) -> None:
         self._slots = slots
         self._hello = hello
-        self._transport = transport
+        self._secret = secret
         self._stall_s = stall_s
         self._readers: dict[ShardEndpoint, WeightsReader] = {}
         self._busy = threading.Lock()
@@ -110,7 +115,7 @@ class Mover:
                 return kept
             kept.close()
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
-        return WeightsReader.connect(source, self._hello, deadline_s, STALL_S)
+        return WeightsReader.connect(source, self._hello, deadline_s, STALL_S, self._secret())
 
     def keep_reader(self, source: ShardEndpoint, reader: WeightsReader) -> None:
         """Leave a connection for the next lane."""

@@ -29,16 +29,18 @@ from experts.checkpoint.fingerprint import Fingerprint
 from experts.kernels import KernelShape, keep_quantized, pick_kernel
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.protocol.orders import CopyOrder, CopyResult
+from experts.protocol.secret import MeshSecret
 from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
-from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.hand_out import HandOut
 from experts.shard.loop import ShardLoop
 from experts.shard.mover import Mover
 from experts.shard.slots import SlotTable, experts_of
 from experts.transports.base import ShardChannel
 from experts.transports.connect import open_shard_channel
-from experts.transports.control import ControlListener, Hello, LifeLine, OtherIncarnationError
+from experts.transports.control import Hello, LifeLine
+from experts.transports.control_port.listener import ControlListener
+from experts.transports.control_port.visitor import OtherIncarnationError, PortLimits
 from experts.transports.shm import ShmDoorbell
 from experts.transports.weights import reader
 from experts.transports.weights.frames import WeightsHello
@@ -47,14 +49,17 @@ from placement.placement import Placement, check_same_model
 logger = logging.getLogger(__name__)
 
 _LOADING_THREADS = 8  # more than cores: they wait for the disk in turn; see benchmarks.data_plane.expert_loading
+_HELLO_BYTES = 1 << 16  # of a hello, without the hashes of tensors
 _NAMED = 3  # tensors that a refusal names
 
 
 class ShardServer:
     """A shard's life: start, copy and release experts while it serves, stop."""
 
-    def __init__(self, settings: ShardSettings) -> None:
+    def __init__(self, settings: ShardSettings, secret: MeshSecret | None = None) -> None:
+        """`secret` None: the environment has it; MeshSecretError from `start` if not."""
         self.settings = settings
+        self._given_secret = secret
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.endpoint: ShardEndpoint | None = None
         self.epoch = -1
@@ -81,6 +86,7 @@ class ShardServer:
         if not 0 <= rank < placement.num_ranks:
             raise ValueError(f"rank is {rank}, expected one of the placement's ranks, 0 to {placement.num_ranks - 1}")
         settings = self.settings
+        self._secret()  # rather before loading than after
         torch.set_num_threads(settings.num_threads)
         checkpoint = ExpertCheckpoint.open(settings.model_path)
         check_same_model("the placement", placement, "the checkpoint", checkpoint.spec)
@@ -118,7 +124,7 @@ class ShardServer:
         self._incarnation = incarnation
         weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
         self._hand_out = HandOut(slots, self._fingerprint, incarnation)
-        self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights))
+        self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights), secret=self._secret)
         reader.warm_up()
 
     def listen(self, rank: int, epoch: int) -> ShardEndpoint:
@@ -135,6 +141,13 @@ class ShardServer:
             self._loop.remove,
             settings.connect_timeout_s,
             self._hand_out.open,
+            secret=self._secret,
+            limits=PortLimits(
+                settings.max_handshakes,
+                settings.max_pairs,
+                settings.max_pairs_per_router,
+                len(weights) + _HELLO_BYTES,
+            ),
         )
         self.endpoint = ShardEndpoint(
             rank, self._incarnation, settings.bind_host, self._listener.port, host_id(), os.getpid()
@@ -216,6 +229,13 @@ class ShardServer:
             handed_out_bytes=self._hand_out.bytes,
         )
 
+    def use_secret(self, secret: MeshSecret) -> None:
+        """Let in, and connect as, who knows another secret from now on. Pairs that are open stay so."""
+        self._given_secret = secret
+
+    def _secret(self) -> MeshSecret:
+        return self._given_secret or MeshSecret.from_environment()
+
     def stop(self) -> None:
         """Disconnect the routers and end the loop. Idempotent."""
         if self._listener is not None:
@@ -238,7 +258,6 @@ class ShardServer:
         loop, _ = self._running()
         spec = loop.slots.checkpoint.spec
         if hello.incarnation != self._incarnation:
-            # Only this mesh's routers know the incarnation, so do not reveal it to strangers.
             raise OtherIncarnationError(
                 f"this is another incarnation of the shard, the router wants {hello.incarnation}"
             )
@@ -247,18 +266,15 @@ class ShardServer:
             ("hidden size", hello.hidden_size, spec.hidden_size),
             ("number of MoE layers", hello.num_layers, spec.num_layers),
             *((name, hello.facts.get(name), ours) for name, ours in loop.slots.checkpoint.facts.items()),
+            ("top-k", hello.top_k, spec.top_k),
         ):
             if theirs != ours:
                 raise ValueError(f"router {hello.router_id} has {name} {theirs}, this shard has {ours}")
         self._check_weights(hello)
-        row_bytes = spec.hidden_size * self.dtype.itemsize
-        largest = request_capacity(self.settings.max_rows_per_dispatch, max(hello.top_k, 1), row_bytes)
-        if hello.request_capacity > largest or hello.reply_capacity > max(
-            largest, reply_capacity(self.settings.max_rows_per_dispatch, row_bytes)
-        ):
+        if hello.max_rows > self.settings.max_rows_per_dispatch:
             raise ValueError(
-                f"router {hello.router_id} wants messages of {hello.request_capacity} bytes, this shard takes up to "
-                f"{largest} (max_rows_per_dispatch {self.settings.max_rows_per_dispatch})"
+                f"router {hello.router_id} sends up to {hello.max_rows} rows in a message, this shard takes up to "
+                f"{self.settings.max_rows_per_dispatch} (max_rows_per_dispatch)"
             )
         assert self._bell is not None
         deadline_s = time.monotonic() + self.settings.connect_timeout_s

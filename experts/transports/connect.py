@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from typing import Any
 
 from experts.protocol.errors import ShardRejectedError
 from experts.protocol.membership import ShardEndpoint
+from experts.protocol.secret import MeshSecret
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
-from experts.transports.control import Hello, LifeLine, choose_transport, open_control, shake_hands
+from experts.transports.control import Control, Hello, LifeLine, choose_transport, open_control, shake_hands
 from experts.transports.shared_region import FdMailbox
 from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
 from experts.transports.tcp import connect_tcp, open_tcp_channel
 
 
-def connect(endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float) -> RouterLink:
+def connect(
+    endpoint: ShardEndpoint,
+    hello: Hello,
+    device: str,
+    spin_us: float,
+    deadline_s: float,
+    secret: MeshSecret | None = None,
+) -> RouterLink:
     """A link to the shard at `endpoint`, ready to post.
 
     `hello.transport` may be "auto". `device` holds the router's activations; `deadline_s` is an instant on
-    time.monotonic(). Raises a ShardError: lost, timed out, or rejected with the shard's reason.
+    time.monotonic(); `secret` None: the environment has it. Raises a ShardError: lost, timed out, or rejected with the
+    shard's reason.
     """
     transport = choose_transport(hello.transport, endpoint, device)
     hello = replace(hello, transport=transport, incarnation=endpoint.incarnation)
-    connection = open_control(endpoint, deadline_s)
-    line = LifeLine(connection)
+    control = open_control(endpoint, secret, deadline_s)
+    line = LifeLine(control.socket)
     try:
         if transport == "shm":
-            return _connect_shm(endpoint, hello, line, connection, spin_us, deadline_s)
+            return _connect_shm(endpoint, hello, line, control, spin_us, deadline_s)
         if transport == "tcp":
-            answer = shake_hands(connection, endpoint.rank, hello, deadline_s)
+            answer = shake_hands(control, endpoint.rank, hello, deadline_s)
             return connect_tcp(endpoint.rank, hello, line, answer, spin_us)
         from experts.transports.torch_pair import connect_torch
 
-        return connect_torch(endpoint, hello, line, connection, device, deadline_s)
+        return connect_torch(endpoint, hello, line, control, device, deadline_s)
     except BaseException:
         line.close()
         raise
 
 
 def _connect_shm(
-    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, spin_us: float, deadline_s: float
+    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, control: Control, spin_us: float, deadline_s: float
 ) -> RouterLink:
     rank = endpoint.rank
     mailbox = FdMailbox()
     try:
-        shake_hands(connection, rank, replace(hello, details={"mailbox": mailbox.name}), deadline_s)
+        shake_hands(control, rank, replace(hello, details={"mailbox": mailbox.name}), deadline_s)
         bell, pair = mailbox.receive(deadline_s)
         return ShmRouterLink.attach(rank, (bell, pair), hello.request_capacity, hello.reply_capacity, spin_us, line)
     except (OSError, ValueError) as error:

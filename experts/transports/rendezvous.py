@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import select
 import socket
 import struct
 import time
@@ -22,6 +23,7 @@ from torch.distributed import Store
 _LENGTHS = struct.Struct("!II")
 _MAX_BYTES = 1 << 20
 _TOKEN_BYTES = 32
+_MAX_STRANGERS = 16
 
 
 class PairStore(Store):
@@ -97,16 +99,54 @@ class Meeting:
         return {"meeting_port": self._listener.getsockname()[1], "meeting_token": self._token}
 
     def accept(self, deadline_s: float) -> PairStore:
-        """Wait for the router until `deadline_s` (time.monotonic()). TimeoutError, or OSError after `close`."""
-        while True:
-            self._listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
-            connection, _ = self._listener.accept()
-            store = PairStore(connection, deadline_s)
-            with contextlib.suppress(ConnectionError):
-                if secrets.compare_digest(store.receive(_TOKEN_BYTES), self._token.encode()):
-                    self.close()
-                    return store
-            store.close()
+        """Wait for the router until `deadline_s` (time.monotonic()). TimeoutError, or OSError after `close`.
+
+        Strangers are heard side by side, so none of them keeps the router out; the oldest make room for newer ones.
+        """
+        said: dict[socket.socket, bytearray] = {}  # oldest first
+        try:
+            while True:
+                poller = select.poll()
+                for waiting in (self._listener, *said):
+                    poller.register(waiting, select.POLLIN)
+                sockets = {waiting.fileno(): waiting for waiting in (self._listener, *said)}
+                ready = poller.poll(max(deadline_s - time.monotonic(), 0.0) * 1000)
+                if not ready and time.monotonic() >= deadline_s:
+                    raise TimeoutError("the router did not come to the meeting before the deadline")
+                for fd, _ in ready:
+                    if sockets[fd] is self._listener:
+                        self._listener.settimeout(0)
+                        with contextlib.suppress(BlockingIOError):
+                            said[self._listener.accept()[0]] = bytearray()
+                    elif self._knows_token(sockets[fd], said):
+                        return PairStore(sockets[fd], deadline_s)
+                while len(said) > _MAX_STRANGERS:
+                    oldest = next(iter(said))
+                    del said[oldest]
+                    oldest.close()
+        finally:
+            for stranger in said:
+                stranger.close()
+
+    def _knows_token(self, connection: socket.socket, said: dict[socket.socket, bytearray]) -> bool:
+        """Hear more of a token. Whoever says a wrong one, or leaves, is dropped; the router is taken out of `said`."""
+        heard = said[connection]
+        try:
+            connection.settimeout(0)
+            more = connection.recv(_TOKEN_BYTES - len(heard))
+        except BlockingIOError:
+            return False
+        except OSError:
+            more = b""
+        heard += more
+        if more and len(heard) < _TOKEN_BYTES:
+            return False
+        del said[connection]
+        if secrets.compare_digest(heard, self._token.encode()):
+            self.close()
+            return True
+        connection.close()
+        return False
 
     def close(self) -> None:
         """Stop waiting for the router, from any thread. Idempotent."""

@@ -8,6 +8,7 @@ object store) does not matter.
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -16,6 +17,8 @@ import struct
 import time
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -69,17 +72,20 @@ class FdMailbox:
     def receive(self, deadline_s: float, count: int = 2) -> list[int]:
         """The `count` descriptors from `send`, before `deadline_s` (time.monotonic()).
 
-        TimeoutError, ConnectionError for another number of them, PermissionError if another user sent them.
+        Other users' are turned away. TimeoutError, ConnectionError for another number of them.
         """
-        self._server.settimeout(max(deadline_s - time.monotonic(), 0.001))
-        connection, _ = self._server.accept()
-        with connection:
-            connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            peer_uid = struct.unpack("3i", credentials)[1]
-            if peer_uid not in (os.getuid(), 0):
-                raise PermissionError(f"user {peer_uid} offered shared memory, expected user {os.getuid()} or root")
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, count)
+        while True:
+            self._server.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            connection, _ = self._server.accept()
+            with connection:
+                try:
+                    _check_user(connection)
+                except PermissionError as error:  # it must not keep the shard out
+                    logger.warning("%s", error)
+                    continue
+                connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
+                _, descriptors, _, _ = socket.recv_fds(connection, 1, count)
+            break
         if len(descriptors) != count:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -93,6 +99,7 @@ class FdMailbox:
             connection.settimeout(timeout_s)
             try:
                 connection.connect("\0" + name)
+                _check_user(connection)
                 socket.send_fds(connection, [b"m"], descriptors)
             except OSError as error:
                 raise ValueError(f"shared memory cannot be handed over, is this another host? {error}") from error
@@ -100,3 +107,11 @@ class FdMailbox:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         self._server.close()
+
+
+def _check_user(connection: socket.socket) -> None:
+    """PermissionError unless the other end of a Unix socket is of this user, or root's."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    user = struct.unpack("3i", credentials)[1]
+    if user not in (os.getuid(), 0):
+        raise PermissionError(f"user {user} would share memory, expected user {os.getuid()} or root")

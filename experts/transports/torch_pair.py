@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from typing import Any
@@ -29,7 +28,7 @@ from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTim
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.wire import H_ROWS, header_of
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
-from experts.transports.control import Hello, LifeLine, shake_hands
+from experts.transports.control import Control, Hello, LifeLine, shake_hands
 from experts.transports.rendezvous import Meeting, connect_to_meeting
 from experts.transports.torch_groups import (
     ROUTER,
@@ -235,7 +234,7 @@ class TorchShardChannel(ShardChannel):
 
 
 def connect_torch(
-    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, connection: socket.socket, device: str, deadline_s: float
+    endpoint: ShardEndpoint, hello: Hello, line: LifeLine, control: Control, device: str, deadline_s: float
 ) -> RouterLink:
     """The router's end of an NCCL pair, ready to post. Raises a ShardError."""
     rank = endpoint.rank
@@ -243,7 +242,7 @@ def connect_torch(
         _check_device(hello.transport, device)
     except ValueError as error:
         raise ShardRejectedError(rank, str(error)) from error
-    answer = shake_hands(connection, rank, hello, deadline_s)
+    answer = shake_hands(control, rank, hello, deadline_s)
     pair = _Pair(hello, device, hello.request_capacity, hello.reply_capacity)
     try:
         with contextlib.closing(connect_to_meeting(endpoint.host, answer, deadline_s)) as store:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from experts.protocol.membership import Membership
+from experts.protocol.secret import MeshSecret
 from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
 from experts.vllm_plugin.parent_watch import end_with_parent
@@ -27,6 +28,10 @@ class ExpertMeshWorker:
     They take and return plain data, since vLLM's channel to its engine process carries no classes of ours. The other
     end is `cluster.router.worker_calls`.
     """
+
+    def expertmesh_use_secret(self, text: str) -> None:
+        """Prove by this secret to shards from now on; see `MeshClient.use_secret`."""
+        current_client().use_secret(MeshSecret(text))
 
     def expertmesh_prepare_membership(self, told: bytes, connect_s: float | None = None) -> dict[str, Any]:
         """Begin to prepare an epoch: bytes of a Membership in, a Preparation out; see `MeshClient.prepare`."""

@@ -28,7 +28,8 @@ from experts.protocol.wire import H_EPOCH, H_ROWS, HEADER_BYTES, header_of
 from experts.transports import atomics, control
 from experts.transports.base import RouterLink, ShardChannel
 from experts.transports.connect import connect, open_shard_channel
-from experts.transports.control import ControlListener, Hello, LifeLine
+from experts.transports.control import Hello, LifeLine
+from experts.transports.control_port.listener import ControlListener
 from experts.transports.shm import ShmDoorbell
 
 ECHO, HOLD, DROP = 0, 1, 2
@@ -48,7 +49,7 @@ atomics.warm_up()  # once in the fork server, not in every shard
 
 
 def hello_for(transport: str, router_id: str = "router", capacity: int = CAPACITY) -> Hello:
-    """The hello of a router in the tests."""
+    """The hello of a router in the tests, with buffers of at least `capacity` bytes."""
     return Hello(
         router_id=router_id,
         transport=transport,
@@ -57,8 +58,7 @@ def hello_for(transport: str, router_id: str = "router", capacity: int = CAPACIT
         hidden_size=ROW_BYTES // 4,
         top_k=1,
         num_layers=1,
-        request_capacity=capacity,
-        reply_capacity=capacity,
+        max_rows=capacity // ROW_BYTES,
     )
 
 

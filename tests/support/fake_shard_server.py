@@ -10,6 +10,7 @@ import numpy as np
 
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
+from experts.protocol.secret import MeshSecret
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
 from tests.support.serve.statuses import shard_status
@@ -21,7 +22,8 @@ class FakeShardServer:
 
     expert_bytes = 10
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Any, secret: MeshSecret | None = None) -> None:
+        self.secrets: list[MeshSecret | None] = [secret]  # in the order told
         self.num_slots = settings.slots_per_rank
         self.endpoint: ShardEndpoint | None = None
         self.loading, self.may_listen, self.may_copy = threading.Event(), threading.Event(), threading.Event()
@@ -47,6 +49,9 @@ class FakeShardServer:
     def listen(self, rank: int, epoch: int) -> ShardEndpoint:
         self.endpoint = ShardEndpoint(rank, "mine", "127.0.0.1", 1000, "host", 1)
         return self.endpoint
+
+    def use_secret(self, secret: MeshSecret) -> None:
+        self.secrets.append(secret)
 
     def held_Ls(self) -> np.ndarray:
         return self.slots_Ls

@@ -1,7 +1,8 @@
 """What the two ends of a weights connection say to each other.
 
-The reader connects to the control port of the shard that has the experts and sends one JSON line, `WeightsHello`; the
-shard answers with one line. Then, little-endian, for each expert that the reader asks for, in the order asked:
+The reader connects to the control port of the shard that has the experts, as a `READER` of the mesh, and says what it
+wants, `WeightsHello`; the shard answers. Then, little-endian, for each expert that the reader asks for, in the order
+asked:
 
     reader  ASK:   layer int32 | expert int32
     shard   HEAD:  layer int32 | expert int32 | status int32 | zero int32 | bytes of the payload int64
@@ -24,8 +25,6 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
-from experts.transports.control import PROTOCOL_VERSION
-
 ASK = struct.Struct("<ii")
 HEAD = struct.Struct("<iiiiq")
 TAIL = struct.Struct("<iiQQ32s")
@@ -37,7 +36,7 @@ MAX_ASKED = 64  # experts that a reader may ask for ahead: their frames fit any 
 
 @dataclass(frozen=True)
 class WeightsHello:
-    """A reader's first line: which shard it means, and what its own slots look like."""
+    """What a reader says first: which shard it means, and what its own slots look like."""
 
     incarnation: str
     layout: str
@@ -50,8 +49,6 @@ class WeightsHello:
     pid: int = 0
     """The reader's process, if it wants to read the shard's memory itself. The answer has a `MemoryOffer`, or none."""
     pid_namespace: int = 0
-    kind: str = "weights"
-    version: int = PROTOCOL_VERSION
 
     def __post_init__(self) -> None:
         """TypeError or ValueError for impossible values: the other end of a socket may be anything."""
@@ -63,5 +60,3 @@ class WeightsHello:
                 raise ValueError(f"weights hello: {name} is {getattr(self, name)!r}, expected a number")
         if not isinstance(self.facts, dict):
             raise TypeError(f"weights hello: facts is {self.facts!r}, expected an object")
-        if self.version != PROTOCOL_VERSION:
-            raise ValueError(f"protocol version {self.version}, this shard speaks {PROTOCOL_VERSION}")

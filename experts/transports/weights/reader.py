@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from experts.protocol.membership import ShardEndpoint, host_id
-from experts.transports.control import open_control, shake_hands
+from experts.protocol.secret import MeshSecret
+from experts.transports.control import Control, open_control, shake_hands
+from experts.transports.control_port.handshake import READER
 from experts.transports.shared_region import FdMailbox, SharedRegion
 from experts.transports.weights import memory, ring
 from experts.transports.weights.checksum import add_to_sums, new_sums
@@ -52,7 +54,14 @@ class WeightsReader:
         self._untold = b""
 
     @classmethod
-    def connect(cls, endpoint: ShardEndpoint, hello: WeightsHello, deadline_s: float, stall_s: float) -> WeightsReader:
+    def connect(
+        cls,
+        endpoint: ShardEndpoint,
+        hello: WeightsHello,
+        deadline_s: float,
+        stall_s: float,
+        secret: MeshSecret | None = None,
+    ) -> WeightsReader:
         """A connection to the shard at `endpoint`, before `deadline_s` (time.monotonic()).
 
         On one host "process", or "shm" if this process may not read the shard's; else "tcp". ShardError, OSError or
@@ -60,27 +69,28 @@ class WeightsReader:
         """
         warm_up()
         hello = replace(hello, incarnation=endpoint.incarnation)
+
+        def opened() -> contextlib.AbstractContextManager[Control]:
+            return _closed_on_error(open_control(endpoint, secret, deadline_s, READER))
+
         if endpoint.host_id != host_id():
-            with _closed_on_error(open_control(endpoint, deadline_s)) as connection:
-                shake_hands(connection, endpoint.rank, hello, deadline_s)
-                return cls(endpoint.rank, connection, None, stall_s)
-        with _closed_on_error(open_control(endpoint, deadline_s)) as connection:
+            with opened() as control:
+                shake_hands(control, endpoint.rank, hello, deadline_s)
+                return cls(endpoint.rank, control.socket, None, stall_s)
+        with opened() as control:
             asking = replace(hello, pid=os.getpid(), pid_namespace=pid_namespace())
-            offer = shake_hands(connection, endpoint.rank, asking, deadline_s).get("memory")
+            offer = shake_hands(control, endpoint.rank, asking, deadline_s).get("memory")
             # The PID is the one that the controller knows, not one that an answer says.
             peer = PeerMemory(endpoint.pid, MemoryOffer(**offer)) if offer else None
             if peer is not None and peer.proven():
-                return cls(endpoint.rank, connection, peer, stall_s)
-        connection.close()
+                return cls(endpoint.rank, control.socket, peer, stall_s)
+        control.socket.close()
         logger.info("shard %d's memory cannot be read from here, so its experts come through a ring", endpoint.rank)
-        with (
-            _closed_on_error(open_control(endpoint, deadline_s)) as connection,
-            contextlib.closing(FdMailbox()) as mailbox,
-        ):
-            shake_hands(connection, endpoint.rank, replace(hello, mailbox=mailbox.name), deadline_s)
+        with opened() as control, contextlib.closing(FdMailbox()) as mailbox:
+            shake_hands(control, endpoint.rank, replace(hello, mailbox=mailbox.name), deadline_s)
             region = SharedRegion(mailbox.receive(deadline_s, count=1)[0], RING_BYTES)
             region.drop_descriptor()
-            return cls(endpoint.rank, connection, RingEnd(region), stall_s)
+            return cls(endpoint.rank, control.socket, RingEnd(region), stall_s)
 
     def ask(self, layer: int, expert: int) -> None:
         """Have an expert sent; `receive` takes them in the order asked, and first tells the source what was asked."""
@@ -202,11 +212,11 @@ class WeightsReader:
 
 
 @contextlib.contextmanager
-def _closed_on_error(connection: socket.socket) -> Iterator[socket.socket]:
+def _closed_on_error(control: Control) -> Iterator[Control]:
     try:
-        yield connection
+        yield control
     except BaseException:
-        connection.close()
+        control.socket.close()
         raise
 
 

@@ -15,6 +15,7 @@ from cluster.router import epochs
 from cluster.router.epochs import EpochFollower
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
 from experts.protocol.membership_bytes import UnknownEpochError, epochs_in
+from experts.protocol.secret import MeshSecret
 from placement.placement import Placement
 from tests.support.waiting import run_async
 
@@ -39,6 +40,12 @@ class Controller:
         self.answers = list(answers)
         self.requests: list[MembershipRequest] = []
         self.done = asyncio.Event()
+        self.secret = MeshSecret.generate()
+        self.brought: list[MeshSecret | None] = []
+
+    async def mesh_secret(self, held: MeshSecret | None, *, timeout_s: float) -> MeshSecret:
+        self.brought.append(held)
+        return self.secret
 
     async def await_membership(self, request: MembershipRequest, timeout_s: float) -> MembershipAnswer:
         assert timeout_s > request.wait_s
@@ -68,6 +75,11 @@ class Worker:
         self.calls: list[tuple[Any, ...]] = []
         self.in_use: Membership | None = None
         self.told: Membership | None = None
+        self.secrets: list[MeshSecret] = []
+
+    async def use_secret(self, secret: MeshSecret) -> None:
+        assert self.told is None or self.told is self.in_use, "before it connects anywhere"
+        self.secrets.append(secret)
 
     async def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
         epoch, base = epochs_in(told)
@@ -279,3 +291,19 @@ def test_a_router_gives_up_its_start_and_names_the_ranks_that_are_missing(
 
     with pytest.raises(RuntimeError, match=f"no complete membership within 5.0 s; missing ranks: {named}$"):
         run(check())
+
+
+def test_the_secret_comes_before_the_first_epoch_and_from_each_life_of_the_controller() -> None:
+    controller, worker = Controller(news(2, 0), news(3, 0, term="t2"), news(4, 0, term="t2")), Worker()
+    one = follower(controller, worker)
+
+    async def whole() -> None:
+        await one.apply_first(await one.first_membership())
+        following = asyncio.create_task(one.follow())
+        await controller.done.wait()
+        following.cancel()
+
+    run(whole())
+    assert worker.secrets == [controller.secret]
+    assert controller.brought == [None, controller.secret], "a restarted controller may not know it"
+    assert one.epoch == 4

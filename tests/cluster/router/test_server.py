@@ -14,6 +14,7 @@ from cluster.mesh.messages import MembershipAnswer
 from cluster.router.messages import TraceSample
 from cluster.router.worker_calls import EngineSilentError
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
+from experts.protocol.secret import MeshSecret
 from placement.placement import Placement
 from tests.support.serve.statuses import router_status
 from tests.support.waiting import run_async
@@ -41,6 +42,9 @@ class Controller:
             await asyncio.Event().wait()
         return MembershipAnswer("t", MEMBERSHIP, [])
 
+    async def mesh_secret(self, held: MeshSecret | None, *, timeout_s: float) -> MeshSecret:
+        return held or MeshSecret.generate()
+
     async def deregister_router(self, router_id: str, timeout_s: float) -> None:
         self.deregistered.append(router_id)
 
@@ -58,7 +62,7 @@ class Server(router.ExpertMeshLLMServer):
         self.controller: Any = Controller()
         self._set_up(mesh, "r1", self.controller)
         self._metrics = SimpleNamespace(export=lambda _: None)
-        self.answers = answers
+        self.answers = {"expertmesh_use_secret": None, **answers}
         self.calls: list[tuple[Any, ...]] = []
 
     async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = (), kwargs: Any = None):
@@ -144,7 +148,8 @@ def test_a_router_that_no_shard_takes_does_not_start(connected: list[int], refus
         await server.start()
         await server.check_health()
         assert [task.get_name() for task in server._loops] == ["follow", "watch"]
-        assert server.calls[:2] == [
+        assert server.calls[0][0] == "expertmesh_use_secret"
+        assert server.calls[1:3] == [
             ("expertmesh_prepare_membership", MEMBERSHIP.to_bytes(), None),
             ("expertmesh_apply_membership", MEMBERSHIP.epoch),
         ]

@@ -11,11 +11,13 @@ import pytest
 
 from cluster.router.worker_calls import EngineSilentError, WorkerCalls
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
+from experts.protocol.secret import MeshSecret
 from placement.placement import Placement
 from tests.support.serve.statuses import router_status
 from tests.support.waiting import run_async
 
 ENDPOINT = ShardEndpoint(0, "a", "127.0.0.1", 1000, "host", 1)
+SECRET = MeshSecret.generate()
 MEMBERSHIP = Membership(3, Placement.linear(1, 2, 2), (ENDPOINT, None))
 PREPARATION = Preparation(3, False, [0], False, "")
 APPLIED = AppliedMembership(3, [0], {1: "no shard has this rank yet"}, [])
@@ -36,6 +38,9 @@ class Client:
         return PREPARATION
 
     attached = True
+
+    def use_secret(self, secret: MeshSecret) -> None:
+        self.calls.append(("secret", secret))
 
     def apply(self, epoch: int) -> AppliedMembership:
         self.calls.append(("apply", epoch))
@@ -70,11 +75,13 @@ def run(coroutine: Any) -> Any:
 
 def test_both_ends_agree_on_what_travels(mesh: tuple[WorkerCalls, Client]) -> None:
     calls, client = mesh
+    run(calls.use_secret(SECRET))
     assert run(calls.prepare(MEMBERSHIP.to_bytes(), None)) == PREPARATION
     assert run(calls.preparation()) == PREPARATION
     assert run(calls.apply(3)) == APPLIED
     run(calls.clear_trace())
     assert client.calls == [
+        ("secret", SECRET),
         ("prepare", MEMBERSHIP.to_bytes(), None),
         ("apply", 3),
         ("clear",),

@@ -11,6 +11,7 @@ import pytest
 from cluster.controller.client import ControllerLostError
 from cluster.mesh.messages import Told
 from cluster.shard.deployment import ExpertShard
+from experts.protocol.secret import MeshSecret
 from placement.placement import Placement
 from tests.support.controller_scene import EXPERTS, LAYERS, SLOTS, turns
 from tests.support.shard_scene import Cluster, PlayShard
@@ -158,6 +159,39 @@ def test_it_tells_a_restarted_controller_that_it_is_drained_and_all_is_paused(pl
         await cluster.restart_controller()
         await cluster.until(lambda: cluster.seats() == {2: "mine"})
         assert cluster.scene.mesh.told("mine") == Told(drained=True, paused=True)
+
+    play(act)
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_restarted_controller_learns_the_secret_from_its_shards(play: PlayShard, loading: bool) -> None:
+    async def act(cluster: Cluster) -> None:
+        if loading:
+            start = await cluster.loading()
+        else:
+            await cluster.serving()
+        [secret] = cluster.server.secrets
+        await cluster.restart_controller()
+        await cluster.until(lambda: cluster.seats() == {2: "mine"})
+        assert await cluster.scene.controller.mesh_secret(None) == secret
+        assert set(cluster.server.secrets) == {secret}
+        for told in (await cluster.scene.controller.status(), cluster.client.asked):
+            assert secret.reveal() not in repr(told)
+        if loading:
+            cluster.server.may_listen.set()
+            await start
+
+    play(act)
+
+
+def test_a_shard_that_was_away_takes_on_the_secret_that_the_others_have(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        cluster.client.deaf_to = {"heartbeat", "mesh_secret"}
+        await cluster.restart_controller()
+        theirs = await cluster.scene.controller.mesh_secret(MeshSecret.generate())
+        cluster.client.deaf_to = set()
+        await cluster.until(lambda: cluster.server.secrets[-1] == theirs)
 
     play(act)
 

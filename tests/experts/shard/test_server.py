@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -19,7 +19,8 @@ import torch
 
 from experts.checkpoint import CheckpointError
 from experts.protocol.errors import ShardLostError, ShardRejectedError
-from experts.protocol.membership import ShardEndpoint
+from experts.protocol.membership import Membership, ShardEndpoint
+from experts.protocol.secret import SECRET_ENV, MeshSecret, MeshSecretError
 from experts.protocol.settings import ShardSettings
 from experts.protocol.wire import (
     H_DTYPE,
@@ -38,6 +39,7 @@ from experts.protocol.wire import (
     STATUS_REJECTED,
     error_text,
     header_of,
+    request_layout,
 )
 from experts.shard.server import ShardServer
 from experts.transports.base import RouterLink
@@ -49,6 +51,7 @@ from tests.support.small_mesh import (
     Mesh,
     assert_matches,
     identity_of,
+    make_router,
     mesh_of,
     one_process,
     oracle,
@@ -85,8 +88,7 @@ def hello_with(model: Path, endpoint: ShardEndpoint, **changes: Any) -> Hello:
         "hidden_size": HIDDEN,
         "top_k": TOP_K,
         "num_layers": NUM_LAYERS,
-        "request_capacity": 1 << 16,
-        "reply_capacity": 1 << 14,
+        "max_rows": 100,
     }
     return Hello(**{**fields, **changes})
 
@@ -176,24 +178,15 @@ def test_an_expert_of_another_shard_is_named(mesh: Mesh, model: Path, link: Rout
     check_serves(link, model)
 
 
-def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path) -> None:
-    small = open_link(mesh.model, mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES)
-    check_serves(small, model)
-    tight = open_link(mesh.model, mesh.shards[0].endpoint, reply_capacity=HEADER_BYTES + ROW_BYTES - 4)
-    header = ask(tight, pack(tight.send_buffer, 1, [0]))
-    assert header[H_STATUS] == STATUS_REJECTED
-    assert error_text(tight.recv_buffer) == "BadRequestError: 1 rows do not fit the reply buffer"
-    small.close()
-    tight.close()
-
-
-def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, model: Path, link: RouterLink) -> None:
-    with contextlib.suppress(ShardRejectedError):  # being refused is fine too
-        tiny = open_link(mesh.model, mesh.shards[0].endpoint, request_capacity=8, reply_capacity=8)
-        tiny.post(8)
-        with pytest.raises(Exception, match="shard 0"):
-            tiny.wait(time.monotonic() + 30)
-        tiny.close()
+def test_rows_that_do_not_fit_the_reply_are_refused(mesh: Mesh, model: Path, link: RouterLink) -> None:
+    """Rows without experts need less of the request than rows with all of theirs, so more of them fit."""
+    nbytes = request_layout(120, 0, ROW_BYTES)[-1]
+    assert nbytes <= len(link.send_buffer)
+    pack(link.send_buffer, 1, [0])
+    link.send_buffer[HEADER_BYTES:] = 0
+    header_of(link.send_buffer)[[H_ROWS, H_PAIRS]] = 120, 0
+    assert ask(link, nbytes)[H_STATUS] == STATUS_REJECTED
+    assert error_text(link.recv_buffer) == "BadRequestError: 120 rows do not fit the reply buffer"
     check_serves(link, model)
 
 
@@ -203,13 +196,18 @@ def test_buffers_too_small_for_a_header_cost_their_own_router_alone(mesh: Mesh, 
         ({"dtype": "bfloat16"}, "router by-hand has dtype bfloat16, this shard has float32"),
         ({"hidden_size": 32}, "has hidden size 32, this shard has 24"),
         ({"num_layers": 3}, "has number of MoE layers 3, this shard has 2"),
-        ({"request_capacity": 1 << 30}, r"wants messages of 1073741824 bytes, this shard takes up to \d+"),
-        ({"reply_capacity": 1 << 30}, r"max_rows_per_dispatch 2048"),
+        ({"top_k": 20_000}, "has top-k 20000, this shard has 3"),
+        ({"top_k": 2}, "has top-k 2, this shard has 3"),
+        (
+            {"max_rows": 2049},
+            r"sends up to 2049 rows in a message, this shard takes up to 2048 \(max_rows",
+        ),
+        ({"weights": "A" * (1 << 17)}, "handshake failed"),
     ],
 )
 def test_a_router_that_does_not_fit_is_refused_at_the_door(mesh: Mesh, changes: dict[str, Any], text: str) -> None:
     endpoint = mesh.shards[0].endpoint
-    with pytest.raises(ShardRejectedError, match=text):
+    with pytest.raises((ShardRejectedError, ShardLostError), match=text):
         open_link(mesh.model, endpoint, **changes)
 
 
@@ -226,6 +224,7 @@ def test_status_tells_what_was_done(mesh: Mesh, model: Path) -> None:
     assert before.loaded_bytes == NUM_LAYERS * 3 * 4 * 3 * HIDDEN * 40
     assert before.pid == mesh.shards[1].process.pid
     assert before.weights_digest != mesh.shards[0].status().weights_digest
+    assert os.environ[SECRET_ENV] not in repr(before)
     router, batch = mesh.router(router_id="counted"), random_batch(9)
     run(router, 0, batch)
     after = mesh.shards[1].status()
@@ -292,6 +291,7 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
         assert process.returncode == 0
         assert b"12 of 12 experts loaded" in log
         assert b"router by-hand connected" in log
+        assert os.environ[SECRET_ENV].encode() not in log
         with pytest.raises(Exception, match="shard 0"):
             ask(link, pack(link.send_buffer, 1, [0]))
         link.close()
@@ -303,3 +303,30 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
 def test_an_unknown_setting_is_an_error_that_names_it(model: Path) -> None:
     with pytest.raises(ValueError, match=r"num_thread\b"):
         ShardSettings(model_path=str(model), dtype="float32", num_thread=2)  # type: ignore[call-arg]
+
+
+def test_a_shard_without_a_secret_does_not_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SECRET_ENV)
+    server = ShardServer(ShardSettings(model_path=str(model), dtype="float32", kernel="torch_loop"))
+    with pytest.raises(MeshSecretError, match=f"{SECRET_ENV} holds no secret of the mesh; make one with"):
+        server.start(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2), 0, 1)
+
+
+def test_another_secret_counts_for_who_comes_then(model: Path, mesh: Mesh) -> None:
+    ours, theirs = MeshSecret.from_environment(), MeshSecret.generate()
+    server = ShardServer(ShardSettings(model_path=str(model), dtype="float32", kernel="torch_loop"), ours)
+    placement = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1)
+    endpoint = server.start(placement, 0, 1)
+    try:
+        kept = open_link(model, endpoint)
+        server.use_secret(theirs)
+        check_serves(kept, model)
+        router = make_router(model)
+        applied = router.apply_membership(Membership(1, placement, (endpoint,)))
+        assert "holds another secret of the mesh" in str(applied.refusal)
+        router.use_secret(theirs)
+        assert router.apply_membership(Membership(2, placement, (endpoint,))).lost == {}
+        router.close()
+        kept.close()
+    finally:
+        server.stop()

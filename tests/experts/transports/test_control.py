@@ -1,8 +1,7 @@
-"""The handshake: bad hellos are refused with the reason, and the listener survives them all."""
+"""Hellos: bad ones are refused with the reason, and what a pair of two live or dead ends costs the other."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -15,7 +14,7 @@ import pytest
 from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.transports.connect import connect
-from experts.transports.control import choose_transport
+from experts.transports.control import Control, choose_transport, open_control, shake_hands
 from tests.support.echo_shard import (
     EchoShard,
     context,
@@ -36,24 +35,8 @@ def shard() -> Iterator[EchoShard]:
         yield shard
 
 
-def raw(shard: EchoShard) -> socket.socket:
-    connection = socket.create_connection((shard.endpoint.host, shard.endpoint.port), timeout=LONG_S)
-    connection.settimeout(LONG_S)
-    return connection
-
-
-def answer_to(shard: EchoShard, line: bytes) -> dict[str, Any]:
-    """The shard's answer to `line`; also checks that the shard still serves."""
-    with raw(shard) as connection:
-        connection.sendall(line)
-        data = b""
-        while not data.endswith(b"\n"):
-            more = connection.recv(4096)
-            assert more, f"the shard closed after {data!r}"
-            data += more
-        assert connection.recv(1) == b"", "a refused router keeps no connection"
-    still_serves(shard)
-    return json.loads(data)
+def control_of(shard: EchoShard) -> Control:
+    return open_control(shard.endpoint, None, deadline_in(LONG_S))
 
 
 def still_serves(shard: EchoShard) -> None:
@@ -64,68 +47,66 @@ def still_serves(shard: EchoShard) -> None:
     link.close()
 
 
-def line_of(**changes: Any) -> bytes:
-    return json.dumps({**asdict(hello_for("shm")), **changes}).encode() + b"\n"
+def hello_of(**changes: Any) -> dict[str, Any]:
+    return {**asdict(hello_for("shm")), **changes}
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("hello", "reason"),
     [
-        (line_of(version=1), "protocol version 1, this shard speaks 3"),
-        (line_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, tcp or nccl"),
-        (line_of(surprise=1), "unexpected keyword argument 'surprise'"),
-        (b'{"router_id": "r"}\n', "missing"),
-        (b"GET / HTTP/1.1\r\n", "expected a line of JSON on the control socket, got b'GET / HTTP"),
-        (b"\xff\xfe\x00\n", "expected a line of JSON"),
-        (b"[1, 2]\n", "expected a JSON object on the control socket, got list"),
-        (b"[" * 60_000 + b"\n", "recursion"),
-        (b"x" * ((16 << 20) + 1), "longer than 16777216 bytes"),
-        (line_of(request_capacity=-1), "request_capacity is -1, expected an integer of 1 to"),
-        (line_of(reply_capacity="many"), "reply_capacity is 'many', expected an integer"),
-        (line_of(hidden_size=1 << 60), "hidden_size is 1152921504606846976"),
-        (line_of(router_id=7), "router_id is 7, expected a string"),
-        (line_of(weights=7), "weights is 7, expected a string"),
-        (line_of(facts=[1]), "facts is \\[1\\], expected an object"),
-        (line_of(details=[1]), "details is \\[1\\], expected an object"),
-        (line_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
-        (line_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
-        (line_of(dtype="int3", transport="tcp"), "unknown dtype 'int3'"),
+        (hello_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, tcp or nccl"),
+        (hello_of(surprise=1), "unexpected keyword argument 'surprise'"),
+        ({"router_id": "r"}, "missing"),
+        (hello_of(max_rows=-1), "max_rows is -1, expected an integer of 1 to"),
+        (hello_of(top_k="many"), "top_k is 'many', expected an integer"),
+        (hello_of(top_k=True), "top_k is True, expected an integer"),
+        (hello_of(hidden_size=1 << 60), "hidden_size is 1152921504606846976"),
+        (hello_of(max_rows=1 << 20, hidden_size=1 << 20), "1048576 rows of 4194304 bytes and 1 experts in one message"),
+        (hello_of(max_rows=1 << 20, top_k=1 << 10), "1048576 rows of 64 bytes and 1024 experts in one message"),
+        (hello_of(router_id=7), "router_id is 7, expected a string"),
+        (hello_of(router_id="r" * 257), "router_id has 257 characters, expected up to 256"),
+        (hello_of(weights=7), "weights is 7, expected a string"),
+        (hello_of(facts=[1]), "facts is \\[1\\], expected an object"),
+        (hello_of(details=[1]), "details is \\[1\\], expected an object"),
+        (hello_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
+        (hello_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
+        (hello_of(dtype="int3", transport="tcp"), "unknown dtype 'int3'"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_what_no_router_would_say_is_refused_with_the_reason(shard: EchoShard, line: bytes, reason: str) -> None:
-    answer = answer_to(shard, line)
-    assert answer["ok"] is False
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(answer["error"])
-
-
-def test_half_a_line_is_refused_at_the_handshake_deadline() -> None:
-    with echo_shard(handshake_timeout_s=0.2) as shard, raw(shard) as connection:
-        connection.sendall(b'{"router_id": "r"')
-        still_serves(shard)
-        assert b"no complete line on the control socket" in connection.recv(4096)
-
-
-def test_routers_that_hang_up_or_say_nothing_cost_nothing(shard: EchoShard) -> None:
-    silent = [raw(shard) for _ in range(20)]
-    for connection in silent[:10]:
-        connection.sendall(b'{"router')
-        connection.close()
+def test_what_no_router_would_say_is_refused_with_the_reason(
+    shard: EchoShard, hello: dict[str, Any], reason: str
+) -> None:
+    control = control_of(shard)
+    control.socket.settimeout(LONG_S)
+    control.socket.sendall(control.handshake.seal(hello))
+    with pytest.raises(ShardRejectedError, match=reason):
+        read_answer(control)
+    assert control.socket.recv(1) == b"", "a refused router keeps no connection"
     still_serves(shard)
-    for connection in silent[10:]:
-        connection.close()
-    still_serves(shard)
+
+
+def read_answer(control: Control) -> dict[str, Any]:
+    """What `shake_hands` returns or raises, once the hello is sent."""
+
+    class Sent:
+        def seal(self, _: Any) -> bytes:
+            return b""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(control.handshake, name)
+
+    return shake_hands(Control(control.socket, Sent()), 0, hello_for("shm"), deadline_in(LONG_S))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp", "gloo_split"])
 def test_a_router_that_dies_in_the_handshake_leaves_no_channel(transport: str) -> None:
     with echo_shard(handshake_timeout_s=1.0) as shard:
-        connection = raw(shard)
-        connection.sendall(json.dumps(asdict(hello_for(transport, "dead"))).encode() + b"\n")
+        control = control_of(shard)
+        control.socket.sendall(control.handshake.seal(asdict(hello_for(transport, "dead"))))
         if transport != "shm":
-            assert json.loads(connection.makefile().readline())["ok"] is True
-        connection.close()
+            assert read_answer(control)["ok"] is True
+        control.socket.close()
         if transport != "shm":
             assert shard.event() == ("left", "dead")
         still_serves(shard)
@@ -187,8 +168,6 @@ def test_a_stopped_shard_costs_the_connect_deadline(transport: str) -> None:
 
 def test_refusals_reach_the_router_with_the_reason(shard: EchoShard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
-    with pytest.raises(ShardRejectedError, match="protocol version 9, this shard speaks 3"):
-        connect(shard.endpoint, replace(hello_for("shm"), version=9), "cpu", 20.0, deadline_in(LONG_S))
     with pytest.raises(ShardRejectedError, match="transport nccl: this build of torch has no NCCL"):
         connect(shard.endpoint, hello_for("nccl"), "cuda", 20.0, deadline_in(LONG_S))
     with pytest.raises(ShardRejectedError, match="transport nccl joins GPUs, this end computes on 'cpu'"):

@@ -83,3 +83,32 @@ def test_closing_a_meeting_ends_the_wait_for_the_router() -> None:
     meeting.close()
     join(accepting, "the wait to end with the meeting")
     assert len(errors) == 1
+
+
+def test_silent_strangers_do_not_keep_the_router_out() -> None:
+    meeting = Meeting("127.0.0.1")
+    details = meeting.details()
+    stores: list[Any] = []
+    accepting = threading.Thread(target=lambda: stores.append(meeting.accept(deadline_in(LONG_S))), daemon=True)
+    accepting.start()
+    silent = [socket.create_connection(("127.0.0.1", details["meeting_port"]), timeout=LONG_S) for _ in range(40)]
+    for connection in silent[::3]:
+        connection.sendall(b"half of a token")
+    router = connect_to_meeting("127.0.0.1", details, deadline_in(LONG_S))
+    router.set("a", b"1")
+    join(accepting, "the router's coming")
+    assert stores[0].get("a") == b"1"
+    for connection in silent:
+        assert connection.recv(1) == b"", "the meeting is over for them"
+
+
+def test_a_meeting_that_nobody_comes_to_ends() -> None:
+    meeting = Meeting("127.0.0.1")
+    with socket.create_connection(("127.0.0.1", meeting.details()["meeting_port"]), timeout=LONG_S) as silent:
+        with pytest.raises(TimeoutError, match="did not come to the meeting"):
+            meeting.accept(deadline_in(0.05))
+        assert silent.recv(1) == b""
+    closed = Meeting("127.0.0.1")
+    closed.close()
+    with pytest.raises((OSError, ValueError)):
+        closed.accept(deadline_in(LONG_S))
