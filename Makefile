@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 MUTANTS_ARGS ?=
+FUZZ_EXAMPLES ?= 100000
 CONFIG ?= configs/tiny-cpu.yaml
 LOCK := requirements/cpu.lock
 PYTHONS := 3.11 3.12 3.13
@@ -16,7 +17,7 @@ TRITON_COMPILES := tests/experts/kernels/test_compiles.py
 TRITON_TESTS := tests/experts/kernels tests/experts/dispatch
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton test-cluster mutants rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
+.PHONY: help serve test test-triton test-cluster fuzz mutants rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
 
 help: ## list what `make` can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -71,6 +72,9 @@ test-gpu: ## what needs a CUDA device, with GPU_PYTHON=python3 (which has torch 
 
 bench-gpu: ## every GPU benchmark, likewise; GPU_ARGS="--quick" or "--only kernels,router"
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
+
+fuzz: $(READY) ## 100,000 odd messages to a live shard, by strangers and by members; or FUZZ_EXAMPLES=1000
+	EXPERTMESH_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -q -s tests/experts/shard/test_fuzz.py
 
 mutants: $(READY) ## changes to the sources that no test notices; MUTANTS_ARGS="--only gate" or "--sample 1000 --seed 2"
 	@$(PY) -c "import cosmic_ray" 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check \

@@ -284,10 +284,9 @@ class ControlListener:
                 visitor.channel, answer = self._open_channel(hello, visitor.line)
             answer = {"ok": True, **answer}
         except Exception as error:
-            expected = isinstance(error, TypeError | ValueError | OSError | RuntimeError)
-            level = logging.WARNING if expected else logging.ERROR
-            cause = None if expected else error
-            logger.log(level, "refused a router or shard: %s (it is %s)", error, visitor.where, exc_info=cause)
+            self._complaints.add(f"refused a router or shard: {error} (it is {visitor.where})")
+            if not isinstance(error, TypeError | ValueError | OSError | RuntimeError):
+                logger.error("this is a fault of the shard", exc_info=error)
             restarted = isinstance(error, OtherIncarnationError)
             answer = {"ok": False, "restarted": restarted, "error": str(error)[:_MAX_REASON]}
         if not self._do(lambda: self._opened(visitor, answer, serve)):
