@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,10 +39,18 @@ class _Job:
 class EpochPreparer:
     """The newest epoch that a router was told of, and the links made for it. One thread calls its methods."""
 
-    def __init__(self, dispatcher: Dispatcher, connector: Connector, prefer_local: bool) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        connector: Connector,
+        prefer_local: bool,
+        check_first: Callable[[Membership], None] = lambda membership: None,
+    ) -> None:
+        """`check_first` raises ValueError if the router cannot serve with the first membership."""
         self._dispatcher = dispatcher
         self._connector = connector
         self._prefer_local = prefer_local
+        self._check_first = check_first
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="epochs")
         self._newest: _Job | None = None
         self._made: dict[str, RouterLink] = {}  # by incarnation: links that no epoch has taken over yet
@@ -116,6 +124,8 @@ class EpochPreparer:
         with _quick_switches():
             membership = told if isinstance(told, Membership) else Membership.from_bytes(told, current)
             dispatcher.shape.check_placement(membership.placement)
+            if current is None:
+                self._check_first(membership)
         links: dict[int, RouterLink] = {}
         lost: dict[int, str] = {}
         fresh: list[ShardEndpoint] = []

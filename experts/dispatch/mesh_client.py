@@ -26,12 +26,15 @@ from experts.protocol.membership import AppliedMembership, Membership, Preparati
 from experts.protocol.secret import MeshSecret
 from experts.protocol.settings import RouterSettings
 from experts.protocol.status import RouterStatus, StageHistograms
-from experts.protocol.wire import DTYPE_CODES
+from experts.protocol.wire import DTYPE_CODES, reply_capacity, request_capacity
 from experts.transports.base import RouterLink
 from experts.transports.connect import connect
 from experts.transports.control import Hello
+from experts.transports.memory_limit import PairRoom
 
 logger = logging.getLogger(__name__)
+
+TRIM_EVERY_S = 30.0  # a message that needs more afterwards pays some microseconds a page
 
 
 class MeshClient:
@@ -70,9 +73,12 @@ class MeshClient:
             ),
         )
         self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
-        self._epochs = EpochPreparer(self.dispatcher, Connector(self._connect), settings.prefer_local_replicas)
+        self._epochs = EpochPreparer(
+            self.dispatcher, Connector(self._connect), settings.prefer_local_replicas, self._check_room
+        )
         self._static = settings.membership
         self._secret = secret
+        self._trimmed_s = time.monotonic()
         self._facts = checkpoint.facts
         self._fingerprint = checkpoint.start_fingerprint()
 
@@ -123,6 +129,13 @@ class MeshClient:
         self._epochs.settle()
         return applied
 
+    def _check_room(self, membership: Membership) -> None:
+        """ValueError if pairs with these shards, filled to their ends, cannot fit into this process's memory."""
+        if self.device == "cpu":
+            rows, shape = self.settings.max_rows_per_dispatch, self.shape
+            nbytes = request_capacity(rows, shape.top_k, shape.row_bytes) + reply_capacity(rows, shape.row_bytes)
+            PairRoom().check(sum(endpoint is not None for endpoint in membership.endpoints), nbytes)
+
     def _connect(self, endpoint: ShardEndpoint) -> RouterLink:
         settings, shape = self.settings, self.shape
         try:
@@ -164,8 +177,12 @@ class MeshClient:
         return self.dispatcher.finish(pending)
 
     def status(self) -> RouterStatus:
-        """Counters and membership, for health checks and metrics."""
+        """Counters and membership, for health checks and metrics. Also gives back memory that links need no more."""
         dispatcher = self.dispatcher
+        if time.monotonic() > self._trimmed_s + TRIM_EVERY_S:
+            self._trimmed_s = time.monotonic()
+            for link in dispatcher.links.values():
+                link.trim()
         stats = dispatcher.stats
         membership = dispatcher.membership
         return RouterStatus(

@@ -32,6 +32,7 @@ from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.secret import MeshSecret
 from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
+from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.hand_out import HandOut
 from experts.shard.loop import ShardLoop
 from experts.shard.mover import Mover
@@ -41,6 +42,7 @@ from experts.transports.connect import open_shard_channel
 from experts.transports.control import Hello, LifeLine
 from experts.transports.control_port.listener import ControlListener
 from experts.transports.control_port.visitor import OtherIncarnationError, PortLimits
+from experts.transports.memory_limit import PairRoom
 from experts.transports.shm import ShmDoorbell
 from experts.transports.weights import reader
 from experts.transports.weights.frames import WeightsHello
@@ -67,6 +69,7 @@ class ShardServer:
         self._listener: ControlListener | None = None
         self._bell: ShmDoorbell | None = None
         self._fingerprint: Fingerprint | None = None
+        self._room: PairRoom | None = None
         self._mover: Mover | None = None
         self._hand_out: HandOut | None = None
 
@@ -120,6 +123,9 @@ class ShardServer:
         self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads)
         self._loop.warm_up()
         self._fingerprint = fingerprint.result()
+        self._room = PairRoom()
+        rows, row_bytes = settings.max_rows_per_dispatch, spec.hidden_size * self.dtype.itemsize
+        self._room.check(1, request_capacity(rows, spec.top_k, row_bytes) + reply_capacity(rows, row_bytes))
         incarnation = uuid.uuid4().hex
         self._incarnation = incarnation
         weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
@@ -138,7 +144,7 @@ class ShardServer:
             settings.bind_host,
             self._open_channel,
             self._loop.add,
-            self._loop.remove,
+            self._forget,
             settings.connect_timeout_s,
             self._hand_out.open,
             secret=self._secret,
@@ -277,8 +283,22 @@ class ShardServer:
                 f"{self.settings.max_rows_per_dispatch} (max_rows_per_dispatch)"
             )
         assert self._bell is not None
-        deadline_s = time.monotonic() + self.settings.connect_timeout_s
-        return open_shard_channel(hello, line, self._bell, self.settings.device, deadline_s)
+        assert self._room is not None
+        nbytes = hello.request_capacity + hello.reply_capacity
+        self._room.take(nbytes)
+        try:
+            deadline_s = time.monotonic() + self.settings.connect_timeout_s
+            return open_shard_channel(hello, line, self._bell, self.settings.device, deadline_s)
+        except BaseException:
+            self._room.give_back(nbytes)
+            raise
+
+    def _forget(self, channel: ShardChannel) -> None:
+        """A router has left."""
+        loop, _ = self._running()
+        loop.remove(channel)
+        assert self._room is not None
+        self._room.give_back(len(channel.recv_buffer) + len(channel.send_buffer))
 
     def _check_weights(self, hello: Hello) -> None:
         """ValueError names the tensors that the router has with other bytes: it would mix two models."""

@@ -60,6 +60,11 @@ class RouterLink(ABC):
         the next one.
         """
 
+    def trim(self) -> None:
+        """Give back memory that the last messages did not need, where a transport can. Call it seldom, and only while
+        no request is posted or packed; what the buffers hold is lost."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """End the pair and discard any late reply. Idempotent, never blocks."""

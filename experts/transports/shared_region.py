@@ -41,17 +41,27 @@ class SharedRegion:
         self.address = int(self.bytes.ctypes.data)
 
     @classmethod
-    def create(cls, size: int, label: str) -> SharedRegion:
-        """A new region of `size` zero bytes. OSError if there is not enough memory."""
+    def create(cls, size: int, label: str, reserved: int | None = None) -> SharedRegion:
+        """A new region of `size` zero bytes. OSError if there is not enough memory.
+
+        The first `reserved` bytes (None: all) are allocated now, the others page by page as they are first touched.
+        """
         descriptor = os.memfd_create(f"expertmesh-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # Allocate now and seal the size: no SIGBUS in the middle of a request, whatever the peer does.
-            os.posix_fallocate(descriptor, 0, size)
+            # Seal the size: no SIGBUS in the middle of a request, whatever the peer does.
+            os.ftruncate(descriptor, size)
+            os.posix_fallocate(descriptor, 0, size if reserved is None else reserved)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(descriptor)
             raise
         return cls(descriptor, size)
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Free the whole pages from byte `start` to `stop`, on both sides; they read as zeros until written again."""
+        first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < end:
+            self._map.madvise(mmap.MADV_REMOVE, first, end - first)
 
     def drop_descriptor(self) -> None:
         """Close the descriptor; the memory stays until the last mapping is gone. Idempotent."""

@@ -6,7 +6,8 @@ A shard's doorbell is one page that every router of the host maps. Each pair has
     request buffer | reply buffer
 
 A router adds 1 to REQUEST and rings the shard's doorbell; the shard sets REPLY to the same number. Waits yield the core
-for a moment, then sleep on a futex. `shared_region` makes the memory and hands it over.
+for a moment, then sleep on a futex. `shared_region` makes the memory and hands it over. The buffers are as large as the
+largest message, but take only the memory that messages needed since the router trimmed them.
 
 Both ends are compiled (native/shm_link.h); the Numba functions here serve where there is no C++ compiler. The `native`
 structs hold the state of the pair either way.
@@ -170,6 +171,7 @@ class ShmRouterLink(RouterLink):
         self._capacity = send_capacity
         self._bell = bell
         self._line = line
+        self._trimmed_seq = -1
 
     @classmethod
     def attach(
@@ -234,6 +236,17 @@ class ShmRouterLink(RouterLink):
             spin_ns = 0
         return LOST
 
+    def trim(self) -> None:
+        word = self.region.address
+        seq = atomics.load_word(word + _REQUEST * _LINE)
+        if self.native.closed or seq != atomics.load_word(word + _REPLY * _LINE):
+            return  # a late reply may still be written
+        idle, self._trimmed_seq = seq == self._trimmed_seq, seq
+        ends = 0, len(self.send_buffer), len(self.send_buffer) + len(self.recv_buffer)
+        for number, length in enumerate((_REQUEST_BYTES, _REPLY_BYTES)):
+            used = 0 if idle else 2 * int(atomics.load_word(word + length * _LINE))  # the next one may be larger
+            self.region.give_back(_CONTROL_BYTES + ends[number] + used, _CONTROL_BYTES + ends[number + 1])
+
     def close(self) -> None:
         self.native.closed, self.native.line = 1, -1
         self._line.close()
@@ -257,7 +270,7 @@ class ShmShardChannel(ShardChannel):
         self._line = line
         self._bell = bell
         size = _CONTROL_BYTES + request_capacity + reply_capacity
-        self.region = SharedRegion.create(size, "pair")
+        self.region = SharedRegion.create(size, "pair", reserved=_CONTROL_BYTES)
         bell.add_ringers(1)
         try:
             FdMailbox.send(mailbox, [bell.region.descriptor, self.region.descriptor], _MAILBOX_TIMEOUT_S)

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.dispatch import mesh_client
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.membership import AppliedMembership, Membership, ShardEndpoint
 from experts.protocol.settings import RouterSettings
 from experts.transports.base import RouterLink
+from experts.transports.shm import ShmRouterLink
 from placement.placement import Placement
 from placement.traces.trace import ActivationTrace
 from tests.support.small_mesh import (
@@ -96,6 +98,31 @@ def test_a_placement_of_another_model_is_refused_before_anyone_is_called(mesh: M
     with pytest.raises(ValueError, match="the placement is for 2 layers of 8 experts, the model for 2 of 6"):
         router.apply_membership(other)
     assert (router.status().epoch, router.dispatcher.links) == (1, links)
+    check(mesh, router)
+
+
+def test_shards_whose_pairs_cannot_fit_are_refused_before_anyone_is_called(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.transports.memory_limit.memory_limit", lambda: 1 << 20)
+    router = mesh.router(apply=False)
+    with pytest.raises(ValueError, match=r"2 pairs of 0\.\d MB might not fit: 0\.00 GB are left of the 0\.00 GB"):
+        router.apply_membership(mesh.membership())
+    assert not router.attached
+    monkeypatch.undo()
+    router.apply_membership(mesh.membership())
+    check(mesh, router)
+
+
+def test_a_router_that_idles_gives_memory_back_as_it_reports(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = mesh.router()
+    trimmed: list[int] = []
+    monkeypatch.setattr(ShmRouterLink, "trim", lambda link: trimmed.append(link.rank))
+    router.status()
+    assert trimmed == []
+    monkeypatch.setattr(mesh_client, "TRIM_EVERY_S", 0.0)
+    router.status()
+    assert sorted(trimmed) == [0, 1]
     check(mesh, router)
 
 

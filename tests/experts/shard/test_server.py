@@ -7,7 +7,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from experts.checkpoint import CheckpointError
 from experts.protocol.errors import ShardLostError, ShardRejectedError
-from experts.protocol.membership import Membership, ShardEndpoint
-from experts.protocol.secret import SECRET_ENV, MeshSecret, MeshSecretError
+from experts.protocol.membership import ShardEndpoint
+from experts.protocol.secret import SECRET_ENV
 from experts.protocol.settings import ShardSettings
 from experts.protocol.wire import (
     H_DTYPE,
@@ -35,7 +33,6 @@ from experts.protocol.wire import (
     H_STATUS,
     HEADER_BYTES,
     STATUS_NO_SLOT,
-    STATUS_OK,
     STATUS_REJECTED,
     error_text,
     header_of,
@@ -43,17 +40,13 @@ from experts.protocol.wire import (
 )
 from experts.shard.server import ShardServer
 from experts.transports.base import RouterLink
-from experts.transports.connect import connect
-from experts.transports.control import Hello
 from placement.placement import Placement
+from tests.support.by_hand import NUM_EXPERTS, NUM_LAYERS, ask, check_serves, open_link
 from tests.support.packed_request import HIDDEN, ROW_BYTES, pack
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
-    identity_of,
-    make_router,
     mesh_of,
-    one_process,
     oracle,
     random_batch,
     replicated,
@@ -62,7 +55,6 @@ from tests.support.small_mesh import (
 )
 from tests.support.waiting import await_true
 
-NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 6, 3
 ROOT = Path(__file__).parents[3]
 
 
@@ -78,47 +70,11 @@ def mesh(model: Path) -> Iterator[Mesh]:
         yield mesh
 
 
-def hello_with(model: Path, endpoint: ShardEndpoint, **changes: Any) -> Hello:
-    fields = {
-        **identity_of(model),
-        "router_id": "by-hand",
-        "transport": "shm",
-        "incarnation": endpoint.incarnation,
-        "dtype": "float32",
-        "hidden_size": HIDDEN,
-        "top_k": TOP_K,
-        "num_layers": NUM_LAYERS,
-        "max_rows": 100,
-    }
-    return Hello(**{**fields, **changes})
-
-
-def open_link(model: Path, endpoint: ShardEndpoint, **changes: Any) -> RouterLink:
-    return connect(endpoint, hello_with(model, endpoint, **changes), "cpu", 20.0, time.monotonic() + 30)
-
-
 @pytest.fixture
 def link(mesh: Mesh) -> Iterator[RouterLink]:
     link = open_link(mesh.model, mesh.shards[0].endpoint)
     yield link
     link.close()
-
-
-def ask(link: RouterLink, nbytes: int) -> np.ndarray:
-    """The header of the reply."""
-    link.post(nbytes)
-    link.wait(time.monotonic() + 30)
-    return header_of(link.recv_buffer)
-
-
-def check_serves(link: RouterLink, model: Path, seq: int = 1000) -> None:
-    """The next request is answered correctly."""
-    x_D = torch.linspace(-1, 1, HIDDEN)
-    header = ask(link, pack(link.send_buffer, seq, [0, 2], layer=1, x_D=x_D))
-    assert (header[H_SEQ], header[H_STATUS], header[H_ROWS]) == (seq, STATUS_OK, 1)
-    y_D = torch.from_numpy(link.recv_buffer[HEADER_BYTES : HEADER_BYTES + ROW_BYTES].view(np.float32))
-    expected = one_process(model).forward(1, x_D[None], torch.ones(1, 2), torch.tensor([[0, 2]]))
-    assert_matches(y_D[None], expected)
 
 
 def put(word: int, value: int) -> Any:
@@ -303,30 +259,3 @@ def test_the_command_line_prints_its_endpoint_and_ends_with_its_parent(model: Pa
 def test_an_unknown_setting_is_an_error_that_names_it(model: Path) -> None:
     with pytest.raises(ValueError, match=r"num_thread\b"):
         ShardSettings(model_path=str(model), dtype="float32", num_thread=2)  # type: ignore[call-arg]
-
-
-def test_a_shard_without_a_secret_does_not_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SECRET_ENV)
-    server = ShardServer(ShardSettings(model_path=str(model), dtype="float32", kernel="torch_loop"))
-    with pytest.raises(MeshSecretError, match=f"{SECRET_ENV} holds no secret of the mesh; make one with"):
-        server.start(Placement.linear(NUM_LAYERS, NUM_EXPERTS, 2), 0, 1)
-
-
-def test_another_secret_counts_for_who_comes_then(model: Path, mesh: Mesh) -> None:
-    ours, theirs = MeshSecret.from_environment(), MeshSecret.generate()
-    server = ShardServer(ShardSettings(model_path=str(model), dtype="float32", kernel="torch_loop"), ours)
-    placement = Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1)
-    endpoint = server.start(placement, 0, 1)
-    try:
-        kept = open_link(model, endpoint)
-        server.use_secret(theirs)
-        check_serves(kept, model)
-        router = make_router(model)
-        applied = router.apply_membership(Membership(1, placement, (endpoint,)))
-        assert "holds another secret of the mesh" in str(applied.refusal)
-        router.use_secret(theirs)
-        assert router.apply_membership(Membership(2, placement, (endpoint,))).lost == {}
-        router.close()
-        kept.close()
-    finally:
-        server.stop()
