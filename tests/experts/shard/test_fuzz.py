@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -294,6 +295,7 @@ def count_of(pid: int, what: str) -> int:
     return len(list(Path(f"/proc/{pid}/{what}").iterdir()))
 
 
+@pytest.mark.timeout(300 + EXAMPLES * 0.1)
 def test_whatever_is_sent_the_shard_serves_on_and_does_not_grow(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path)
     with mesh_of(model, Placement.linear(NUM_LAYERS, NUM_EXPERTS, 1)) as mesh:
@@ -313,6 +315,8 @@ def test_whatever_is_sent_the_shard_serves_on_and_does_not_grow(tmp_path: Path) 
             kind, *arguments = example
             getattr(attack, kind)(*arguments)
             attack.done[kind] += 1
+            if attack.done.total() % 10_000 == 0:
+                print(f"{attack.done.total()} sent", flush=True)
             assert not good.failure
 
         send()
