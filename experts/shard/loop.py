@@ -86,6 +86,7 @@ class ShardLoop:
     num_threads: int
     compiled: bool = True
     """Use C++ for pairs and kernels that have it; False is for comparing the two."""
+    top_k: int | None = None  # most experts of a row; None: not checked
     counters: ShardCounters = field(default_factory=ShardCounters)
 
     def __post_init__(self) -> None:
@@ -236,6 +237,7 @@ class ShardLoop:
                 self.slots.slot_of_expert_LE,
                 DTYPE_CODES[self.dtype],
                 self._hidden_size,
+                self.top_k,
             )
             length = HEADER_BYTES + request.num_rows * self._hidden_size * self.dtype.itemsize
             if length > len(channel.send_buffer):

@@ -77,7 +77,12 @@ def _find_slots(
 
 
 def read_request(
-    buffer: np.ndarray, nbytes: int, slot_of_expert_LE: np.ndarray, dtype_code: int, hidden_size: int
+    buffer: np.ndarray,
+    nbytes: int,
+    slot_of_expert_LE: np.ndarray,
+    dtype_code: int,
+    hidden_size: int,
+    top_k: int | None = None,
 ) -> Request:
     """Parse and check the request of `nbytes` in `buffer` (uint8); `slot_of_expert_LE` is -1 where there is no slot.
 
@@ -98,6 +103,8 @@ def read_request(
         )
     if num_rows < 0 or num_pairs < 0 or num_rows > nbytes or num_pairs > nbytes:
         raise BadRequestError(f"{num_rows} rows and {num_pairs} pairs in a message of {nbytes} bytes")
+    if top_k is not None and num_pairs > num_rows * top_k:
+        raise BadRequestError(f"{num_pairs} pairs in {num_rows} rows, this model has {top_k} experts for a row")
     row_bytes = hidden_size * (4 if dtype_code == 1 else 2)
     offsets_at, experts_at, weights_at, rows_at, expected = request_layout(num_rows, num_pairs, row_bytes)
     if expected != nbytes:

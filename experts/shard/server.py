@@ -120,7 +120,7 @@ class ShardServer:
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
         self._bell = ShmDoorbell(settings.spin_us)
-        self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads)
+        self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads, spec.top_k)
         self._loop.warm_up()
         self._fingerprint = fingerprint.result()
         self._room = PairRoom()

@@ -262,6 +262,8 @@ class ControlListener:
             channel.close()
             self._on_close(channel)
         self._release(visitor)
+        with contextlib.suppress(OSError, ValueError):  # closing is not enough: a transport may have a duplicate
+            self._epoll.unregister(fd)
         visitor.line.close()
         if not visitor.busy:  # else its thread still has the descriptor
             visitor.line.socket.close()

@@ -104,6 +104,7 @@ BAD_REQUESTS = {
     "hidden": (put(H_HIDDEN, 25), "hidden size 25"),
     "rows": (put(H_ROWS, 1 << 40), f"{1 << 40} rows"),
     "pairs": (put(H_PAIRS, -1), "-1 pairs"),
+    "many pairs": (put(H_PAIRS, 4), "4 pairs in 1 rows, this model has 3 experts for a row"),
     "truncated": (lambda link, nbytes: nbytes - 1, "bytes, the message has"),
     "no header": (lambda link, nbytes: 5, "a message of 5 bytes, expected 128"),
     "nothing": (lambda link, nbytes: 0, "a message of 0 bytes"),

@@ -129,6 +129,20 @@ def test_the_connection_is_the_routers_and_the_channels_after_the_answer(port: P
     assert channel.line.gone() is not None
 
 
+def test_a_duplicate_that_a_transport_keeps_costs_the_listener_nothing(port: Port) -> None:
+    control = port.join("a")
+    duplicate = port.channels[0].line.duplicate()
+    try:
+        assert port.channels[0].line.descriptor >= 0
+        port.channels[0].close()
+        await_true(lambda: not port.channels, "the pair's end")
+        port.join("b")
+        assert all_from(control.socket) == b""
+        assert port.listener._epoll.poll(0) == [], "it is no longer watched"
+    finally:
+        os.close(duplicate)
+
+
 def test_another_secret_is_refused_on_both_sides_with_what_to_do(
     port: Port, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
