@@ -46,7 +46,6 @@ from cluster.mesh.messages import (
     Times,
 )
 from cluster.mesh.planning import ModelFacts
-from cluster.mesh.roster import Seat
 from cluster.mesh.secret_keeper import SecretKeeper
 from cluster.mesh.target import Target
 from cluster.priority import lower, threads_here
@@ -175,7 +174,8 @@ class PlacementController:
         logger.info("rank %d: stopping; its experts are handed on", seat.rank)
         self._mesh.drain(seat, "stops", time.monotonic())
         self._announce()
-        while not self._handed_over(seat) and self._mesh.has_heirs and not self._mesh.keeper.problem:
+        mesh = self._mesh
+        while not mesh.left(seat.rank, time.monotonic()) and mesh.has_heirs and not mesh.keeper.problem:
             if time.monotonic() >= deadline_s:
                 break
             await self._order_news.next(min(0.2, deadline_s - time.monotonic()))
@@ -293,16 +293,11 @@ class PlacementController:
         found = (planner.refusal, mesh.keeper.problem, mesh.conductor.problem, self._refused_settings, planner.problem)
         return next(filter(None, found), "")
 
-    def _handed_over(self, seat: Seat) -> bool:
-        settings = self._live.membership
-        behind = self._mesh.routers.behind(self._mesh.roster.epoch, time.monotonic(), settings.lost_after_s)
-        return self._mesh.handed_over(seat.rank) and not behind
-
     async def _until_routers_moved(self, timeout_s: float) -> list[str]:
         """Wait until every router is at this epoch; returns those that are not after `timeout_s`."""
         epoch, deadline_s = self._mesh.roster.epoch, time.monotonic() + timeout_s
         while True:
-            behind = self._mesh.routers.behind(epoch, time.monotonic(), self._live.membership.lost_after_s)
+            behind = self._mesh.behind(epoch, time.monotonic())
             if not behind or time.monotonic() >= deadline_s:
                 return behind
             await asyncio.sleep(0.02)

@@ -146,6 +146,14 @@ class Mesh:
         holding = self.holdings.ranks.get(rank)
         return holding is None or not holding.published_LE.any()
 
+    def behind(self, epoch: int, now_s: float) -> list[str]:
+        """Routers that have not moved to an epoch yet."""
+        return self.routers.behind(epoch, now_s, self.live.membership.lost_after_s)
+
+    def left(self, rank: int, now_s: float) -> bool:
+        """Whether no router uses a rank any more."""
+        return self.handed_over(rank) and not self.behind(self.roster.epoch, now_s)
+
     @property
     def has_heirs(self) -> bool:
         """Whether there is a shard that could take over from one that drains."""

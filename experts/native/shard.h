@@ -46,6 +46,7 @@ struct Shard {
     int64_t spin_ns;
     int64_t next;       // the channel whose turn it is
     int64_t attention;  // set by Python, with a ring of the bell: it has something to do
+    int64_t top_k;      // most experts of a row, 0 if that is not checked
     SocketBell* sockets;  // over the words of `bell`; null while no channel is a socket
 };
 
@@ -86,7 +87,7 @@ inline Verdict take(const Shard& s, const int32_t* slot_of_expert_LE, int64_t in
     memcpy(header, channel.recv, HEADER_BYTES);
     const int64_t layer = header[H_LAYER], M = header[H_ROWS], N = header[H_PAIRS];
     if (header[H_MAGIC] != MAGIC || layer < 0 || layer >= s.num_layers || header[H_DTYPE] != s.dtype ||
-        header[H_HIDDEN] != s.hidden || M < 0 || N < 0 || M > nbytes || N > nbytes)
+        header[H_HIDDEN] != s.hidden || M < 0 || N < 0 || M > nbytes || N > nbytes || (s.top_k && N > M * s.top_k))
         return UNSOUND;
     if (!batch.parts.empty() &&
         (layer != batch.layer || int64_t(batch.rows.size()) + M > s.max_merged_rows))

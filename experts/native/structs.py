@@ -120,6 +120,6 @@ class NativeShard(ctypes.Structure):
         *((name, _pointer) for name in ("forward", "kernel")),
         *((name, _i64) for name in ("threads", "max_merged_rows")),
         *((name, _pointer) for name in ("slots", "counts", "bell")),
-        *((name, _i64) for name in ("spin_ns", "next", "attention")),
+        *((name, _i64) for name in ("spin_ns", "next", "attention", "top_k")),
         ("sockets", _pointer),
     )

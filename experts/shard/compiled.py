@@ -71,6 +71,7 @@ def compiled_loop(
     bell: Doorbell,
     dtype: torch.dtype,
     num_threads: int,
+    top_k: int | None,
     counts: NativeShardCounts,
 ) -> CompiledLoop | None:
     """The loop in C++, or None where the kernel, the doorbell or the machine has no compiled form."""
@@ -91,5 +92,6 @@ def compiled_loop(
         counts=ctypes.addressof(counts),
         bell=bell.region.address,
         spin_ns=bell.spin_ns,
+        top_k=top_k or 0,
     )
     return CompiledLoop(shard, bell, (slots, kernel, counts))

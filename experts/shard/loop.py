@@ -101,7 +101,7 @@ class ShardLoop:
         self._compiled = None
         if self.compiled:
             self._compiled = compiled_loop(
-                self.slots, self.kernel, self.bell, self.dtype, self.num_threads, self.counters.native
+                self.slots, self.kernel, self.bell, self.dtype, self.num_threads, self.top_k, self.counters.native
             )
 
     def warm_up(self) -> None:

@@ -120,7 +120,7 @@ class ShardServer:
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
         self._bell = ShmDoorbell(settings.spin_us)
-        self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads, spec.top_k)
+        self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads, top_k=spec.top_k)
         self._loop.warm_up()
         self._fingerprint = fingerprint.result()
         self._room = PairRoom()
@@ -129,6 +129,7 @@ class ShardServer:
         incarnation = uuid.uuid4().hex
         self._incarnation = incarnation
         weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
+        self._hello_bytes = len(weights) + _HELLO_BYTES
         self._hand_out = HandOut(slots, self._fingerprint, incarnation)
         self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights), secret=self._secret)
         reader.warm_up()
@@ -152,7 +153,7 @@ class ShardServer:
                 settings.max_handshakes,
                 settings.max_pairs,
                 settings.max_pairs_per_router,
-                len(weights) + _HELLO_BYTES,
+                self._hello_bytes,
             ),
         )
         self.endpoint = ShardEndpoint(

@@ -12,7 +12,7 @@ from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import Control, Hello, LifeLine, choose_transport, open_control, shake_hands
 from experts.transports.shared_region import FdMailbox
 from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
-from experts.transports.tcp import connect_tcp, open_tcp_channel
+from experts.transports.tcp.links import connect_tcp, open_tcp_channel
 
 
 def connect(

@@ -32,7 +32,7 @@ from experts.transports import atomics
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import LifeLine
 from experts.transports.shared_region import FdMailbox, SharedRegion
-from experts.transports.socket_bell import SOCKET_NEWS, SocketBell, socket_bell
+from experts.transports.tcp.bell import SOCKET_NEWS, SocketBell, socket_bell
 from placement.compiled import compiled
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Shards that compute in C++ and serve routers over shared memory and over gloo at the same time."""
+"""Shards that compute in C++ and serve routers over shared memory and over TCP at the same time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.support.small_mesh import assert_matches, mesh_of, oracle, random_bat
 pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
 
 
-def test_pairs_with_and_without_a_compiled_form_share_a_shard(tmp_path: Path) -> None:
+def test_pairs_of_both_kinds_share_a_shard(tmp_path: Path) -> None:
     with mesh_of(write_checkpoint(tmp_path / "model"), replicated(2, 6, 2, 1), kernel="native") as mesh:
-        routers = [mesh.router(transport=transport) for transport in ("shm", "gloo", "shm")]
+        routers = [mesh.router(transport=transport) for transport in ("shm", "tcp", "shm")]
         for seed, num_tokens in enumerate([0, 1, 5, 40]):
             for router in routers:
                 for layer in range(2):

@@ -58,7 +58,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 NAMES = (*Hello.__dataclass_fields__, "surprise")
-TRANSPORTS = st.sampled_from(["shm", "gloo", "gloo_split", "nccl", "auto", "pigeon", ""])
+TRANSPORTS = st.sampled_from(["shm", "tcp", "gloo_split", "nccl", "auto", "pigeon", ""])
 CHANGES = st.dictionaries(st.sampled_from(NAMES), JSON | EDGES, max_size=3) | st.fixed_dictionaries(
     {"transport": TRANSPORTS}, optional={"details": JSON, "max_rows": EDGES, "top_k": EDGES}
 )
@@ -162,9 +162,9 @@ class Attack:
         else:  # what no link of ours would do
             link.post(length)
             link.wait(deadline_in(LONG_S))
-            link._seq += 1
+            link.native.seq += 1
             region = link.region.bytes.view(np.uint32)
-            region[4 * 16], region[0] = post, link._seq
+            region[4 * 16], region[0] = post, link.native.seq
             atomics.ring(link._bell.address, link._bell.address + 64)
         if late:
             spoil()
@@ -302,6 +302,9 @@ def test_whatever_is_sent_the_shard_serves_on_and_does_not_grow(tmp_path: Path) 
         attack, good = Attack(mesh), GoodRouter(mesh)
         await_true(lambda: good.answers or good.failure, "the good router's first answer")
         pid = attack.endpoint.pid
+        over_tcp = mesh.router(transport="tcp", router_id="first")  # the first socket brings an epoll set that stays
+        over_tcp.close()
+        await_true(lambda: mesh.shards[0].status().routers == ["good"], "the end of the pair over TCP")
         before_bytes, threads, descriptors = rss_bytes(pid), count_of(pid, "task"), count_of(pid, "fd")
 
         @settings(

@@ -22,7 +22,7 @@ import numpy as np
 
 from experts.native.library import data_plane
 from experts.native.structs import KIND_TCP, LOST, NOT_YET, NativeChannel, NativeLink
-from experts.transports.socket_bell import NativeSocketBell, PythonSocketBell, SocketBell, checked
+from experts.transports.tcp.bell import NativeSocketBell, PythonSocketBell, SocketBell, checked
 
 _PAGE = mmap.PAGESIZE  # in front of a message, for the frame's head: so the message begins on a page
 _HEAD = struct.Struct("<QII48x")

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.native.structs import LOST, NOT_YET
-from experts.transports import socket_bell
-from experts.transports.socket_bell import SOCKET_NEWS, NativeSocketBell, PythonSocketBell, SocketBell
-from experts.transports.tcp_pair import NativeTcpPair, PythonTcpPair, TcpPair, frame_check
+from experts.transports.tcp import bell as bell_module
+from experts.transports.tcp import pair as pair_module
+from experts.transports.tcp.bell import SOCKET_NEWS, NativeSocketBell, PythonSocketBell, SocketBell
+from experts.transports.tcp.pair import NativeTcpPair, PythonTcpPair, TcpPair, frame_check
 from tests.support.waiting import AWAIT_S, await_true, join
 
 KEY = 0x1234_5678_9ABC_DEF0
@@ -321,15 +322,13 @@ def test_pairs_come_and_go_while_the_bell_is_waited_for(form: str) -> None:
 
 
 def test_without_a_compiler_pairs_are_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
-    from experts.transports import tcp_pair
-
-    for module in (socket_bell, tcp_pair):
+    for module in (bell_module, pair_module):
         monkeypatch.setattr(module, "data_plane", lambda: None)
     words = np.zeros(32, np.uint32)
-    bell = socket_bell.socket_bell(int(words.ctypes.data), int(words.ctypes.data) + 64)
+    bell = bell_module.socket_bell(int(words.ctypes.data), int(words.ctypes.data) + 64)
     assert isinstance(bell, PythonSocketBell)
     with connected() as (near, far):
-        made = tcp_pair.tcp_pair(os.dup(near.fileno()), KEY, 64, 64, bell=bell)
+        made = pair_module.tcp_pair(os.dup(near.fileno()), KEY, 64, 64, bell=bell)
         assert isinstance(made, PythonTcpPair)
-        assert isinstance(tcp_pair.tcp_pair(os.dup(far.fileno()), KEY, 64, 64), PythonTcpPair)
+        assert isinstance(pair_module.tcp_pair(os.dup(far.fileno()), KEY, 64, 64), PythonTcpPair)
         made.end()

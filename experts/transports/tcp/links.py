@@ -1,9 +1,9 @@
 """Pairs over TCP, for hosts without a faster way between them: the control connection itself, after the handshake.
 
 One socket a pair, which is its lifeline too, and no thread. A router looks at the socket for `spin_us`, then sleeps on
-it. A shard's compute thread hears all its sockets through the doorbell (`socket_bell`) and reads them itself. What does
+it. A shard's compute thread hears all its sockets through the doorbell (`bell`) and reads them itself. What does
 not fit into a socket's buffer leaves from the process's one I/O thread, so neither side waits for a slow reader.
-`tcp_pair` has the frames.
+`pair` has the frames.
 
 A killed peer closes the socket. A vanished host answers neither data nor keep-alive probes: routers notice it at their
 dispatch deadline, shards after half a minute.
@@ -20,7 +20,7 @@ from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTim
 from experts.transports.base import RouterLink, ShardChannel
 from experts.transports.control import Hello, LifeLine
 from experts.transports.shm import ShmDoorbell
-from experts.transports.tcp_pair import TcpPair, tcp_pair
+from experts.transports.tcp.pair import TcpPair, tcp_pair
 
 logger = logging.getLogger(__name__)
 
