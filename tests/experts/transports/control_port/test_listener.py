@@ -148,7 +148,8 @@ def test_another_secret_is_refused_on_both_sides_with_what_to_do(
 ) -> None:
     with pytest.raises(ShardRejectedError, match=f"holds another secret of the mesh.*{SECRET_ENV}") as caught:
         port.control(OTHER_SECRET)
-    assert "does not know the mesh's secret; is it of another mesh" in caplog.text
+    # The shard tells its log after it has told the stranger.
+    await_true(lambda: "does not know the mesh's secret; is it of another mesh" in caplog.text, "the line in the log")
     monkeypatch.setenv(SECRET_ENV, OTHER_SECRET.reveal())
     with pytest.raises(ShardRejectedError, match="holds another secret"):
         port.control(None)
