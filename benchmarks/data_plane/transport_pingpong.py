@@ -106,7 +106,8 @@ def _serve_links(host: str) -> None:
         native = [channel.native for channel in channels if channel.native is not None]
         if library is not None and native and len(native) == len(channels):
             table = (ctypes.c_void_p * len(native))(*map(ctypes.addressof, native))
-            library.data_plane_echo(bell.region.address, table, len(native), bell.spin_ns, 200_000_000)
+            where = bell.region.address, bell.native_sockets
+            library.data_plane_echo(*where, table, len(native), bell.spin_ns, 200_000_000)
             continue
         bell.wait(0.2)
         for channel in list(channels):

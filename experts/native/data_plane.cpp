@@ -61,8 +61,9 @@ int64_t data_plane_replace_table(SlotWords* words, const int32_t* slot_of_expert
     return 0;
 }
 
-int64_t data_plane_echo(uint8_t* bell, Channel** channels, int64_t count, int64_t spin_ns, int64_t timeout_ns) {
-    return shard::echo(bell, channels, count, spin_ns, timeout_ns);
+int64_t data_plane_echo(uint8_t* bell, SocketBell* sockets, Channel** channels, int64_t count, int64_t spin_ns,
+                        int64_t timeout_ns) {
+    return shard::echo(bell, sockets, channels, count, spin_ns, timeout_ns);
 }
 
 int64_t data_plane_copy_rows_address() { return reinterpret_cast<int64_t>(&shard::copy_rows); }

@@ -36,7 +36,7 @@ _FUNCTIONS = {
     "data_plane_combine": [_pointer, _i64, _pointer, _i64, _pointer],
     "data_plane_serve": [_pointer, _pointer, _i64, _i64],
     "data_plane_replace_table": [_pointer, _pointer],
-    "data_plane_echo": [_pointer, _pointer, _i64, _i64, _i64],
+    "data_plane_echo": [_pointer, _pointer, _pointer, _i64, _i64, _i64],
     "data_plane_copy_rows_address": [],
     "data_plane_tcp_make": [_i64, ctypes.c_uint64, _pointer, _pointer, _i64, _pointer],
     "data_plane_tcp_ended": [_pointer],

@@ -210,7 +210,8 @@ inline int64_t serve(Shard& s, Channel** channels, int64_t count, int64_t timeou
 }
 
 // Answer every request with as many bytes, for up to `timeout_ns`: what a pair costs by itself, for benchmarks.
-inline int64_t echo(uint8_t* bell, Channel** channels, int64_t count, int64_t spin_ns, int64_t timeout_ns) {
+inline int64_t echo(uint8_t* bell, SocketBell* sockets, Channel** channels, int64_t count, int64_t spin_ns,
+                    int64_t timeout_ns) {
     uint32_t *rung = shm_word(bell, 0), *sleeping = shm_word(bell, 1);
     const int64_t deadline_ns = now_ns() + timeout_ns;
     while (now_ns() < deadline_ns) {
@@ -218,6 +219,10 @@ inline int64_t echo(uint8_t* bell, Channel** channels, int64_t count, int64_t sp
         for (int64_t i = 0; i < count; i++) {
             const int64_t nbytes = channel_poll(*channels[i]);
             if (nbytes >= 0) channel_reply(*channels[i], nbytes);
+        }
+        if (sockets) {
+            bell_wait(*sockets, seen, spin_ns, deadline_ns - now_ns());
+            continue;
         }
         const int64_t spin_until_ns = now_ns() + spin_ns;
         while (load_acquire(rung) == seen && now_ns() < spin_until_ns) sched_yield();
