@@ -24,6 +24,7 @@ import hmac
 import json
 import secrets
 import struct
+from abc import ABC, abstractmethod
 from typing import Any
 
 from experts.protocol.secret import MeshSecret
@@ -58,7 +59,7 @@ class OtherSecretError(HandshakeError):
     """The two sides do not know the same secret."""
 
 
-class Handshake:
+class Handshake(ABC):
     """What both sides have in common. Feed it exactly `wanted` bytes at a time."""
 
     def __init__(self, secret: MeshSecret, role: int) -> None:
@@ -76,9 +77,9 @@ class Handshake:
         self.message: dict[str, Any] | None = None
         """What the other side's frame says, once it is there."""
 
+    @abstractmethod
     def feed(self, data: bytes) -> bytes:
         """Take the next `wanted` bytes; returns what to send. HandshakeError to end the connection."""
-        raise NotImplementedError
 
     def seal(self, message: dict[str, Any]) -> bytes:
         """This side's frame."""
