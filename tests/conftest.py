@@ -51,8 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _restore_log_handlers() -> Iterator[None]:
-    """A replica's code sends the log of `experts` where Serve's goes; later tests here would see it twice."""
+def _restore_logging() -> Iterator[None]:
+    """Undo what code under test does to logging for good, so that no test depends on those before it.
+
+    A replica's code sends the log of `experts` where Serve's goes. vLLM's HTTP app imports
+    model_hosting_container_standards, which lifts the root logger's level to ERROR on import.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
     ours = logging.getLogger("experts")
     level, handlers = ours.level, list(ours.handlers)
     yield
