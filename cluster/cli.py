@@ -144,7 +144,7 @@ def _refuse(config: MeshConfig, options: Options) -> None:
     from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
 
     keys = options.address is None  # a cluster elsewhere may have variables that are not set here
-    refuse_experts(config.experts, f"{options.config}: {config.experts_name}")
+    refuse_experts(config.experts, f"{options.config}: {config.experts_name}", keys=keys)
     refuse_llm(config.llm, f"{options.config}: {config.llm_name}", keys=keys)
     if config.console is not None:
         refuse_console(config.console, f"{options.config}: {config.console_name}", keys=keys)

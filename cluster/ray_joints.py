@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,38 @@ def agree(key: str, propose: Callable[[], str]) -> str:
         internal_kv._internal_kv_put(place, propose(), overwrite=False)
         answer = internal_kv._internal_kv_get(place)
     return str(answer, "utf-8")
+
+
+def cluster_at(address: str) -> str | None:
+    """HOST:PORT of the cluster that `ray.init` would connect to. None: Ray finds none, or would start one."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address(address)
+    except Exception:  # an address of another form, which ray.init judges
+        return None
+
+
+def wants_other_token(address: str, timeout_s: float) -> bool:
+    """Whether the cluster at HOST:PORT refuses this process's token, or its lack of one.
+
+    Ray's own client asks for half a minute before it says so. An older Ray, or one that is slow, refuses nothing.
+    """
+    import grpc
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    metadata = []
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token":
+        token = AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
+        if token:
+            metadata = [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=timeout_s, metadata=metadata)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def node_address() -> str:

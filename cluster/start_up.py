@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -11,10 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.config.deployments import CONTROLLER
 from cluster.config.serve_file import MeshConfig
 
 HEALTH_TIMEOUT_S = 3.0  # Serve's proxy holds requests back until there is a router
 POLL_PERIOD_S = 0.3
+STATUS_TIMEOUT_S = 3.0
+ASK_PERIOD_S = 1.0  # the controller
 FAILED = ("UNHEALTHY", "DEPLOY_FAILED")
 
 
@@ -30,13 +34,15 @@ class StartUp:
     progress: Callable[[str], None]
     _start_s: float = field(default_factory=time.monotonic)
     _shown: dict[str, str] = field(default_factory=dict)  # state by deployment
+    _asked_s: float = -math.inf
 
     def wait_until_ready(self, url: str, timeout_s: float) -> None:
-        """Return once /ready has seen a generated token. Raises ServeFailedError with Serve's reason."""
+        """Return once /ready has seen a generated token. Raises ServeFailedError with Serve's or a shard's reason."""
         end_s = time.monotonic() + timeout_s
         reason = "nothing answers yet"
         while time.monotonic() < end_s:
             self._show_states()
+            self._ask_controller()
             ready, answer = ask(url + self.config.llm_route_prefix.rstrip("/") + "/ready")
             if ready:
                 self._show_states()
@@ -51,6 +57,24 @@ class StartUp:
             if self._shown.get(name) != state:
                 self._shown[name] = state
                 self.progress(f"{name}: {state} ({time.monotonic() - self._start_s:.1f} s)")
+
+    def _ask_controller(self) -> None:
+        """ServeFailedError if shards cannot start; Serve would try again and again before it says so."""
+        controller = f"{self.config.experts_name}/{CONTROLLER}"
+        if "running" not in self._shown.get(controller, "") or time.monotonic() < self._asked_s + ASK_PERIOD_S:
+            return
+        from ray import serve
+
+        try:
+            handle = serve.get_app_handle(self.config.experts_name)
+            status = handle.status.remote().result(timeout_s=STATUS_TIMEOUT_S)
+        except Exception as error:
+            # Serve restarts it, or gives up on it and says so.
+            self.progress(f"{controller} does not answer ({type(error).__name__})")
+        else:
+            if status.refusal and not status.complete:
+                raise ServeFailedError(f"{self.config.experts_name}: {status.refusal}")
+        self._asked_s = time.monotonic()
 
     def _show_router(self, answer: Any) -> None:
         parts = answer.get("router", {}).get("start_s") if isinstance(answer, dict) else None

@@ -70,7 +70,7 @@ class PlacementController:
         self._secrets = SecretKeeper(self._config.mesh.secret_env)
         self._live = LiveConfig()
         self._mesh = Mesh(ModelFacts(**model), self._live)
-        self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance)
+        self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance, self._secrets.refusal)
         self._history = History()
         self._term = uuid.uuid4().hex[:12]
         self._looked_s = time.monotonic()
@@ -96,8 +96,7 @@ class PlacementController:
             logger.error("the new settings are refused: %s", error)
             self._refused_settings = str(error)
             return
-        self._refused_settings = ""
-        self._live = live
+        self._live, self._refused_settings = live, ""
         self._mesh.configure(live)
         self._advance()
         self._plan_if_changed()
@@ -230,7 +229,8 @@ class PlacementController:
 
     async def status(self) -> ControllerStatus:
         """Who is where."""
-        return views.status(self._mesh, self._term, self._shard_status, self._problem, time.monotonic())
+        why = self._problem, self._planner.refusal
+        return views.status(self._mesh, self._term, self._shard_status, *why, time.monotonic())
 
     async def placement(self) -> PlacementView:
         """What is published, the target, and the experts of each rank."""
@@ -289,8 +289,8 @@ class PlacementController:
 
     @property
     def _problem(self) -> str:
-        planner, mesh = self._planner, self._mesh
-        found = (planner.refusal, mesh.keeper.problem, mesh.conductor.problem, self._refused_settings, planner.problem)
+        plans, mesh = self._planner, self._mesh
+        found = (plans.refusal, mesh.keeper.problem, mesh.conductor.problem, self._refused_settings, plans.problem)
         return next(filter(None, found), "")
 
     async def _until_routers_moved(self, timeout_s: float) -> list[str]:

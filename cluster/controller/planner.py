@@ -20,12 +20,15 @@ Occasion = Literal["first", "config"]
 class Planner:
     """Plans in the background, one placement at a time, and gives the mesh its targets.
 
-    `slots_per_rank` is what the config asks for; `on_target` is called when a target was set.
+    `slots_per_rank` is what the config asks for; `on_target` is called when a target was set. `refusal`: what the
+    controller lacks for a cold start, empty if nothing.
     """
 
-    def __init__(self, mesh: Mesh, slots_per_rank: int | None, on_target: Callable[[], None]) -> None:
-        self.refusal = ""
-        """Why no placement can be made for a cold start, one line; empty if one can."""
+    def __init__(
+        self, mesh: Mesh, slots_per_rank: int | None, on_target: Callable[[], None], refusal: str = ""
+    ) -> None:
+        self.refusal = refusal
+        """Why no shard may join: no placement can be made for a cold start, or what was given. One line; or empty."""
         self.problem = ""
         """Why the settings of the policy are not followed, one line; empty if they are."""
         self._mesh = mesh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -29,10 +30,12 @@ def policy_digest(live: LiveConfig) -> str:
 
 
 def status(
-    mesh: Mesh, term: str, shard_status: Mapping[int, ShardStatus], problem: str, now_s: float
+    mesh: Mesh, term: str, shard_status: Mapping[int, ShardStatus], problem: str, refusal: str, now_s: float
 ) -> ControllerStatus:
-    """Who is where, and what moves."""
+    """Who is where, and what moves. `refusal`: why no shard may join."""
     count_LE = mesh.holdings.count_LE
+    wanted = math.inf if mesh.wanted is None else mesh.wanted
+    unfit = (f"shard {rank}: {why}" for rank, why in sorted(mesh.unfit.items()) if rank < wanted)
     return ControllerStatus(
         term=term,
         epoch=mesh.roster.epoch,
@@ -42,6 +45,7 @@ def status(
         migration=_migration(mesh, count_LE, problem),
         routers=mesh.routers.views(now_s),
         shards=[_seat(mesh, seat, shard_status.get(seat.rank), now_s) for seat in mesh.roster.seats],
+        refusal=refusal or next(unfit, ""),
     )
 
 

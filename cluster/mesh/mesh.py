@@ -50,6 +50,8 @@ class Mesh:
         """Whether routers get memberships: since every expert was served for the first time."""
         self.num_slots = 0
         """Slots of a layer that a new shard allocates; 0 before the first plan."""
+        self.unfit: dict[int, str] = {}
+        """Why shards with these Serve ranks ended before they served, until one serves."""
         self._memberships: deque[Membership] = deque(maxlen=REMEMBERED_EPOCHS)
         self._lost_since: dict[int, float] = {}
 
@@ -63,7 +65,11 @@ class Mesh:
     # Shards -----------------------------------------------------------------------------------------------------------
 
     def join(self, request: JoinRequest, now_s: float) -> SeatAnswer:
-        """Seat a shard that holds nothing yet, or say what it waits for."""
+        """Seat a shard that holds nothing yet, or say what it waits for. One with a problem is noted, not seated."""
+        if request.problem:
+            logger.error("shard %s cannot start: %s", request.shard_id, request.problem)
+            self.unfit[request.serve_rank] = request.problem
+            return SeatAnswer(None, request.problem)
         heartbeat_s = self.live.membership.heartbeat_s
         return self.seating.join(request, now_s, heartbeat_s=heartbeat_s, settled=self.settled, wanted=self.wanted)
 
@@ -86,6 +92,7 @@ class Mesh:
         seat = self.roster.seat_of(holding.shard_id)
         if seat is None or not self.roster.ready(holding.shard_id, holding.endpoint, holding.num_slots, now_s):
             return False
+        self.unfit.pop(holding.serve_rank, None)
         self._serves(seat, holding)
         self.advance(now_s)
         return True

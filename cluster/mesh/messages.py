@@ -24,6 +24,7 @@ class JoinRequest:
     node_id: str
     serve_rank: int  # the rank that Serve gave the replica
     loading: int | None = None  # the rank it already has, if the controller restarted meanwhile: that one or none
+    problem: str = ""  # why this shard ends, and why its successor would: what people have to change
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class ControllerStatus:
     migration: MigrationView
     routers: dict[str, RouterView]  # by router id
     shards: list[SeatView]  # by rank
+    refusal: str = ""  # why shards cannot start, for a reason that will not change; empty if they can
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys."""

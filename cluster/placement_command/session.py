@@ -77,14 +77,12 @@ def connected(address: str, app_name: str) -> Iterator[Session]:
     from ray import serve
 
     logging.disable(logging.INFO)
+    _show_token(address)
     try:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
-            raise CommandError(
-                f"no Ray cluster answers at {address}: {error} (--address names one; with tokens it wants "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN as it was started with)"
-            ) from error
+            raise CommandError(f"no Ray cluster answers at {address}: {error} (--address names one)") from error
         applications = serve.status().applications
         if app_name not in applications:
             there = ", ".join(sorted(applications)) or "none: Serve does not run there"
@@ -96,6 +94,19 @@ def connected(address: str, app_name: str) -> Iterator[Session]:
     finally:
         if ray.is_initialized():
             ray.shutdown()
+
+
+def _show_token(address: str) -> None:
+    """Raise CommandError at once if the cluster takes another token, or wants one."""
+    from cluster.ray_joints import cluster_at, wants_other_token
+
+    found = cluster_at(address)
+    if found is not None and wants_other_token(found, REACH_TIMEOUT_S):
+        raise CommandError(
+            f"the Ray cluster at {found} wants another token than this process has: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN as they were when it was started (serve_app makes up one that nobody else has, unless "
+            "both are set)"
+        )
 
 
 def _reach(address: str) -> None:

@@ -24,6 +24,7 @@ from cluster.refusals.serve_options import (
     deployment_problems,
     placement_group_problems,
 )
+from experts.protocol.secret import MeshSecret, MeshSecretError
 from experts.vllm_plugin.context_length import context_problem
 from experts.vllm_plugin.engine_options import did_you_mean, refused_by_vllm
 
@@ -43,7 +44,7 @@ def refuse_llm(
         where: what each line starts with, such as `args`.
         folder: the model's folder on this machine; by default model.path, if that is a folder.
         complete: whether the folder holds the whole checkpoint, and not config.json alone.
-        keys: whether the environment variable with API keys has to be set in this process.
+        keys: whether the environment variable with API keys, or the mesh's secret, has to be set in this process.
     """
     _raise(where, llm_problems(config, _folder(config, folder), complete, keys))
     for line in llm_warnings(config):
@@ -51,10 +52,14 @@ def refuse_llm(
 
 
 def refuse_experts(
-    config: ExpertsAppConfig, where: str = "args", folder: Path | None = None, complete: bool = True
+    config: ExpertsAppConfig,
+    where: str = "args",
+    folder: Path | None = None,
+    complete: bool = True,
+    keys: bool = True,
 ) -> None:
     """Raise ConfigError with every reason why the application `experts` would not come up. Arguments: `refuse_llm`."""
-    _raise(where, experts_problems(config, _folder(config, folder), complete))
+    _raise(where, experts_problems(config, _folder(config, folder), complete, keys))
 
 
 def refuse_console(config: ConsoleAppConfig, where: str = "args", keys: bool = True) -> None:
@@ -75,7 +80,7 @@ def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys
         yield from _model_problems(folder, complete, options, {**os.environ, **routers.env_vars}, own_tokenizer)
 
 
-def experts_problems(config: ExpertsAppConfig, folder: Path | None, complete: bool) -> Iterator[str]:
+def experts_problems(config: ExpertsAppConfig, folder: Path | None, complete: bool, keys: bool = True) -> Iterator[str]:
     """One line for each reason, starting with the section. `folder` is None where the model is not here yet."""
     shards = config.shards
     yield from actor_problems(shards.ray_actor_options, "shards.ray_actor_options")
@@ -83,6 +88,8 @@ def experts_problems(config: ExpertsAppConfig, folder: Path | None, complete: bo
     yield from actor_problems(config.controller.ray_actor_options, "controller.ray_actor_options")
     if shards.device == "cpu" and shards.ray_actor_options.get("num_gpus"):
         yield f"shards.ray_actor_options.num_gpus is {shards.ray_actor_options['num_gpus']}, but shards.device is cpu"
+    if keys:
+        yield from _secret_problems(config)
     if folder is not None:
         yield from _model_problems(folder, complete, {}, {}, own_tokenizer=False)
 
@@ -105,6 +112,18 @@ def _key_problems(http: KeysSection) -> Iterator[str]:
             if str(error) not in told:
                 told.add(str(error))
                 yield str(error)
+
+
+def _secret_problems(config: ExpertsAppConfig) -> Iterator[str]:
+    """What the controller will find, as far as its environment is this process's."""
+    name, options = config.mesh.secret_env, config.controller.ray_actor_options
+    of_its_own = (options.get("runtime_env") or {}).get("env_vars", {})
+    if name is None or options.get("resources") or options.get("label_selector"):  # on a node that may have it
+        return
+    try:
+        MeshSecret.from_environment(name, {**os.environ, **of_its_own})
+    except MeshSecretError as error:
+        yield f"mesh.secret_env: {error}"
 
 
 def _router_problems(routers: RoutersSection) -> Iterator[str]:

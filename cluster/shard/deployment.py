@@ -18,6 +18,7 @@ from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardH
 from cluster.priority import lower_all_but_one
 from cluster.ray_joints import node_address, replica_identity, show_data_plane_log
 from cluster.shard.orders import OrderFollower
+from experts.checkpoint.errors import UnreachableError
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
 
@@ -61,9 +62,14 @@ class ExpertShard:
             "rank %d: starting with %d experts of %s",
             self._rank, int((answer.placement.physical_to_logical_map >= 0).sum()), self._config.model.path,
         )  # fmt: skip
-        await asyncio.to_thread(self._server.load, answer.placement, self._rank)
-        loop = asyncio.get_running_loop()
-        endpoint = await loop.run_in_executor(serving, self._server.listen, self._rank, self._epoch)
+        try:
+            await asyncio.to_thread(self._server.load, answer.placement, self._rank)
+            loop = asyncio.get_running_loop()
+            endpoint = await loop.run_in_executor(serving, self._server.listen, self._rank, self._epoch)
+        except ValueError as error:
+            if not isinstance(error, UnreachableError):
+                await self._tell_problem(" ".join(str(error).split()))
+            raise
         serving.shutdown(wait=False)
         timeout_s = self._config.shards.join_timeout_s
         seated = await self._controller.ready(self._holding(endpoint), timeout_s=timeout_s)
@@ -103,6 +109,14 @@ class ExpertShard:
             self._orders.cancel()
         if hasattr(self, "_server"):
             self._server.stop()
+
+    async def _tell_problem(self, problem: str) -> None:
+        """The successor would end likewise: the controller's status says so, and who follows the start gives up."""
+        request = replace(self._join_request(), problem=problem)
+        try:
+            await self._controller.join(request, timeout_s=self._times.lost_after_s, retry=False)
+        except ControllerLostError as error:
+            logger.warning("%s; the reason of this shard's end is in its log alone", error)
 
     async def _join(self) -> JoinAnswer:
         join_timeout_s = self._config.shards.join_timeout_s

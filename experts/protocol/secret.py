@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 
 SECRET_ENV = "EXPERTMESH_SECRET"
 """Where a process that no controller tells the secret looks for it."""
@@ -36,9 +37,12 @@ class MeshSecret:
         return cls(secrets.token_hex(32))
 
     @classmethod
-    def from_environment(cls, name: str = SECRET_ENV) -> MeshSecret:
-        """What the environment variable `name` holds, without white space around it. MeshSecretError if it is unset."""
-        text = os.environ.get(name, "").strip()
+    def from_environment(cls, name: str = SECRET_ENV, environment: Mapping[str, str] | None = None) -> MeshSecret:
+        """What the variable `name` of this process's environment, or of another, holds, without white space around it.
+
+        MeshSecretError if it is unset.
+        """
+        text = (os.environ if environment is None else environment).get(name, "").strip()
         if not text:
             raise MeshSecretError(f"the environment variable {name} holds no secret of the mesh; {_REMEDY}")
         try:

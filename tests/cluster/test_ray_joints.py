@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import ray
 from ray import serve
+from ray._raylet import AuthenticationTokenLoader
 from ray.serve.context import ReplicaContext
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaRank
@@ -37,6 +41,47 @@ def test_a_config_can_be_handed_to_a_running_serve() -> None:
 
     assert callable(context._get_global_client)
     assert "_blocking" in inspect.signature(ServeControllerClient.deploy_apps).parameters
+
+
+@pytest.mark.parametrize("ours", ["", "b" * 32, "a" * 32])
+def test_a_cluster_with_another_token_says_so_at_once(monkeypatch: pytest.MonkeyPatch, ours: str) -> None:
+    class Gcs(grpc.GenericRpcHandler):
+        """Answers what Ray's own does, whose code is not Python."""
+
+        def service(self, call: Any) -> Any:
+            def answer(request: bytes, context: Any) -> bytes:
+                told = dict(context.invocation_metadata()).get("authorization")
+                if told != "Bearer " + "a" * 32:
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+                return b""
+
+            alive = call.method == "/ray.rpc.NodeInfoGcsService/CheckAlive"
+            return grpc.unary_unary_rpc_method_handler(answer) if alive else None
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", ours)
+    AuthenticationTokenLoader.instance().reset_cache()
+    server = grpc.server(ThreadPoolExecutor(1), handlers=(Gcs(),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        assert joints.wants_other_token(address, 10.0) == (ours != "a" * 32)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        assert joints.wants_other_token(address, 10.0), "Ray sends none then"
+    finally:
+        server.stop(0).wait()
+        monkeypatch.undo()
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def test_where_rays_gcs_can_be_asked() -> None:
+    from ray.core.generated import gcs_service_pb2
+
+    service = gcs_service_pb2.DESCRIPTOR.services_by_name["NodeInfoGcsService"]
+    assert "CheckAlive" in service.methods_by_name
+    assert joints.cluster_at("127.0.0.1:1").endswith(":1")
 
 
 def test_node_address_is_there() -> None:

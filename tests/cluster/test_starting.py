@@ -17,11 +17,12 @@ from ray import serve
 from ray.exceptions import RayActorError
 
 from cluster import cli as command
-from cluster import ray_joints
+from cluster import ray_joints, start_up
 from cluster.cli import Options
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
 from cluster.start_up import ServeFailedError, StartUp, ask, reason_of
+from tests.support.serve.statuses import controller_status
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 
@@ -127,6 +128,28 @@ def test_an_application_that_serve_gave_up_on_ends_the_wait(
     monkeypatch.setattr(serve, "status", lambda: status)
     with pytest.raises(ServeFailedError, match=expected):
         StartUp(config, print).wait_until_ready("http://127.0.0.1:1", timeout_s=5.0)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "complete", "expected"),
+    [
+        ("shard 1: slots_per_rank is 4", False, "^experts: shard 1: slots_per_rank is 4$"),
+        ("shard 1: slots_per_rank is 4", True, "no token after"),  # the others serve
+        ("", False, "no token after"),
+    ],
+)
+def test_shards_that_cannot_start_end_the_wait(
+    monkeypatch: pytest.MonkeyPatch, config: MeshConfig, refusal: str, complete: bool, expected: str
+) -> None:
+    controller = SimpleNamespace(status="HEALTHY", message="", replica_states={"RUNNING": 1})
+    experts = application("DEPLOYING", PlacementController=controller)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"experts": experts}))
+    status = controller_status(refusal=refusal, complete=complete)
+    answer = SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda timeout_s: status))
+    monkeypatch.setattr(serve, "get_app_handle", lambda name: SimpleNamespace(status=answer))
+    monkeypatch.setattr(start_up, "POLL_PERIOD_S", 0.01)
+    with pytest.raises(ServeFailedError, match=expected):
+        StartUp(config, print).wait_until_ready("http://127.0.0.1:1", timeout_s=5.0 if "shard" in expected else 0.05)
 
 
 @contextmanager

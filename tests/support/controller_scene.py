@@ -152,12 +152,15 @@ class Scene:
 
     # The controller ---------------------------------------------------------------------------------------------------
 
-    async def restart(self, live: dict[str, Any] | None = None, running: int = 0) -> None:
+    async def restart(
+        self, live: dict[str, Any] | None = None, running: int = 0, secret_env: str | None = None
+    ) -> None:
         """A first or a further life; Serve says how many shards run."""
         await self.end()
         self.counts = None if self.counts is None else ReplicaCounts(self.counts.wanted, running)
         config = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
         config["shards"]["slots_per_rank"] = SLOTS
+        config["mesh"] = {"secret_env": secret_env}
         self.controller = PlacementController.__new__(PlacementController)
         await self.controller.__init__(config, {"num_layers": LAYERS, "num_experts": EXPERTS}, None)
         self.controller._watch.cancel()  # the scene says when it looks

@@ -31,6 +31,7 @@ class FakeShardServer:
         self.facts: dict[str, Any] = {}
         self.done: list[tuple[Any, ...]] = []
         self.failing: Exception | None = None  # what the next copy raises
+        self.fails: Exception | None = None  # what loading raises
         self.stopped = False
         self.slots_Ls = np.empty((0, 0), np.int32)
 
@@ -41,6 +42,8 @@ class FakeShardServer:
     def load(self, placement: Placement, rank: int) -> None:
         self.loading.set()
         assert self.may_listen.wait(AWAIT_S)
+        if self.fails is not None:
+            raise self.fails
         row_Ls = placement.experts_of_rank(rank)
         self.slots_Ls = np.full((placement.num_layers, self.num_slots), -1, np.int32)
         self.slots_Ls[:, : row_Ls.shape[1]] = row_Ls

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.errors import CheckpointError, UnreachableError
 from experts.checkpoint.sources.base import CONFIG_NAME, ModelSource
 from experts.checkpoint.sources.progress import Progress
 
@@ -120,7 +120,8 @@ class HubSource(ModelSource):
         from huggingface_hub import constants, errors
 
         endpoint = constants.ENDPOINT
-        others: tuple[type[Exception], ...] = (errors.HFValidationError, OSError, *_transport_errors())
+        others: tuple[type[Exception], ...] = (OSError, *_transport_errors())
+        kind: type[CheckpointError] = CheckpointError
         try:
             yield
         except errors.GatedRepoError:
@@ -137,14 +138,19 @@ class HubSource(ModelSource):
                 reason = f"not in the cache of this node ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set"
             else:
                 cause = error.__cause__ or error
+                kind = UnreachableError
                 reason = f"{endpoint} does not answer, and the cache of this node lacks it: {_first_line(cause)}"
         except errors.HfHubHTTPError as error:
+            kind = UnreachableError
             reason = f"{endpoint} answers with an error: {_first_line(error)}"
+        except errors.HFValidationError as error:
+            reason = _first_line(error)
         except others as error:
+            kind = UnreachableError
             reason = _first_line(error)
         else:
             return
-        raise CheckpointError(f"{self}: {reason}")
+        raise kind(f"{self}: {reason}")
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

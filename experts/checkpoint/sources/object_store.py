@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.errors import CheckpointError, UnreachableError
 from experts.checkpoint.sources.base import ModelSource, is_used
 from experts.checkpoint.sources.progress import Progress, in_words
 
@@ -152,7 +152,7 @@ class ObjectStoreSource(ModelSource):
             except CheckpointError:
                 raise
             except Exception as error:
-                raise CheckpointError(f"{self._url}/{name}: cannot be fetched: {_one_line(error)}") from None
+                raise UnreachableError(f"{self._url}/{name}: cannot be fetched: {_one_line(error)}") from None
             finally:
                 part.unlink(missing_ok=True)
 
@@ -242,7 +242,7 @@ class ObjectStoreSource(ModelSource):
         except CheckpointError:
             raise
         except Exception as error:  # each store has errors of its own
-            raise CheckpointError(f"{self._url}: cannot be listed: {_one_line(error)}") from None
+            raise UnreachableError(f"{self._url}: cannot be listed: {_one_line(error)}") from None
         prefix = self.path + "/"
         files = {key.removeprefix(prefix): self._entry(info) for key, info in found.items() if key.startswith(prefix)}
         # A README that changes must not make each node fetch the weights again.

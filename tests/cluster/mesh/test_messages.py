@@ -50,6 +50,7 @@ def test_the_status_as_people_see_it() -> None:
         },
         "routers": {"r1": {"epoch": 4, "lost": {0: "b"}, "silent_s": 0.25}},
         "shards": [seat, {**shard_status(1).to_dict(), **seat, **of_the_other}],
+        "refusal": "",
     }
 
 

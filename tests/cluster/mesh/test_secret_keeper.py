@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.mesh.secret_keeper import SecretKeeper
-from experts.protocol.secret import MeshSecret, MeshSecretError
+from experts.protocol.secret import MeshSecret
 
 ONE, OTHER = MeshSecret.generate(), MeshSecret.generate()
 
@@ -30,5 +30,7 @@ def test_the_configs_secret_counts_whatever_the_others_hold(monkeypatch: pytest.
     monkeypatch.setenv("OURS", ONE.reveal())
     assert SecretKeeper("OURS").agree(OTHER, settled=False) == ONE
     monkeypatch.delenv("OURS")
-    with pytest.raises(MeshSecretError, match="the environment variable OURS holds no secret of the mesh; make one"):
-        SecretKeeper("OURS")
+    keeper = SecretKeeper("OURS")
+    assert keeper.refusal.startswith("mesh.secret_env: the environment variable OURS holds no secret of the mesh; make")
+    assert keeper.agree(None, settled=True) is None, "a new mesh is refused"
+    assert keeper.agree(OTHER, settled=True) == OTHER, "one that runs keeps what it has"

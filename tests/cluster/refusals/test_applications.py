@@ -53,6 +53,19 @@ def lines(args: dict[str, Any]) -> list[str]:
     return []
 
 
+def test_the_meshs_secret_has_to_be_where_the_controller_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OURS", raising=False)
+    args = experts() | {"mesh": {"secret_env": "OURS"}}
+    [line] = lines(args)
+    assert line.startswith("args.mesh.secret_env: the environment variable OURS holds no secret of the mesh; make one")
+    refuse_experts(parse(ExpertsAppConfig, args), keys=False)
+    of_its_own = {"num_cpus": 0, "runtime_env": {"env_vars": {"OURS": "x" * 32}}}
+    assert lines(args | {"controller": {"ray_actor_options": of_its_own}}) == []
+    assert lines(args | {"controller": {"ray_actor_options": {"resources": {"safe": 1}}}}) == [], "on another node"
+    monkeypatch.setenv("OURS", "short")
+    assert "5 characters, expected at least 32" in lines(args)[0]
+
+
 @pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])
 def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))

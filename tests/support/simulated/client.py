@@ -43,7 +43,7 @@ class SimulatedClient:
             raise ControllerLostError(f"the placement controller did not answer status in {timeout_s} s")
         self._history.note(self._mesh.keeper.target, self._mesh.conductor, self.mesh.now_s)
         problem = self._mesh.keeper.problem or self._mesh.conductor.problem
-        return views.status(self._mesh, f"life{self.mesh.lives}", {}, problem, self.mesh.now_s)
+        return views.status(self._mesh, f"life{self.mesh.lives}", {}, problem, "", self.mesh.now_s)
 
     async def placement(self, *, timeout_s: float) -> PlacementView:
         return views.placement(self._mesh)
