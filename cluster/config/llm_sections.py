@@ -95,7 +95,8 @@ class TransportSection(StrictModel):
 
     name: TransportName = Field(
         default=_router_default("transport"),
-        description="auto: NCCL between GPUs, shared memory within a host, TCP across hosts.",
+        description="auto: between GPUs CUDA IPC within a host where they map each other's memory, else NCCL; else "
+        "shared memory within a host, TCP across hosts.",
     )
     max_rows_per_dispatch: int = Field(
         default=_router_default("max_rows_per_dispatch"),

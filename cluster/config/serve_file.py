@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.deployments import DeploymentOverrides
+from cluster.config.devices import device_disagreements
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, parse, portable
@@ -130,8 +131,7 @@ class MeshConfig(StrictModel):
                 "placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not: the placement "
                 "would be planned for routers that prefer local replicas"
             )
-        if self.llm.transport.name == "nccl" and self.experts.shards.device != "cuda":
-            yield f"transport.name is nccl, but shards.device is {self.experts.shards.device!r}, expected cuda"
+        yield from device_disagreements(self.experts.shards, self.llm.routers, self.llm.transport)
 
     def _console_disagreements(self) -> Iterator[str]:
         if self.console is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.devices import router_device_problems
 from cluster.config.http_sections import ConsoleHttpSection, KeysSection
 from cluster.config.llm_sections import RoutersSection
 from cluster.config.parse import ConfigError
@@ -73,6 +74,7 @@ def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys
     routers, options = config.routers, config.routers.engine_kwargs
     yield from (f"routers.engine_kwargs.{line}" for line in refused_by_vllm(options))
     yield from _router_problems(routers)
+    yield from router_device_problems(routers, config.transport)
     if keys:
         yield from _key_problems(config.http)
     if folder is not None:

@@ -14,6 +14,8 @@ from experts.protocol import membership_bytes
 from experts.protocol.plain import exact_fields
 from placement.placement import Placement
 
+CPU = "cpu"  # as the device of a shard that computes on no GPU
+
 
 @functools.cache
 def host_id() -> str:
@@ -47,6 +49,8 @@ class ShardEndpoint:
     port: int
     host_id: str
     pid: int
+    device: str = CPU
+    """CPU, or the UUID of the GPU that it computes on."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShardEndpoint:

@@ -13,7 +13,7 @@ def _refuse_gloo(name: object) -> object:
     return name
 
 
-TransportName = Annotated[Literal["auto", "shm", "tcp", "nccl"], BeforeValidator(_refuse_gloo)]
+TransportName = Annotated[Literal["auto", "shm", "tcp", "cuda_ipc", "nccl"], BeforeValidator(_refuse_gloo)]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -32,7 +32,8 @@ class RouterSettings(StrictModel):
     router_id: str = Field(default="", description="Name of this router in logs and at the shards; generated if empty.")
     transport: TransportName = Field(
         default="auto",
-        description="auto: NCCL between GPUs, shared memory within a host, TCP across hosts.",
+        description="auto: between GPUs CUDA IPC within a host where they map each other's memory, else NCCL; else "
+        "shared memory within a host, TCP across hosts.",
     )
     dispatch_timeout_ms: float = Field(
         default=5000.0,

@@ -33,6 +33,7 @@ from experts.shard.compiled import SERVED, CompiledLoop, compiled_loop
 from experts.shard.request import BadRequestError, NoSlotError, Request, read_request, warm_up
 from experts.shard.slots import SlotTable
 from experts.transports.base import Doorbell, ShardChannel
+from experts.transports.devices import use_device
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class ShardLoop:
     compiled: bool = True
     """Use C++ for pairs and kernels that have it; False is for comparing the two."""
     top_k: int | None = None  # most experts of a row; None: not checked
+    device: str = "cpu"  # the kernel's
     counters: ShardCounters = field(default_factory=ShardCounters)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class ShardLoop:
         self._failures = 0  # without an answered request between them
         self._answered_before = 0  # requests that were answered before the last failure
         self._last_failure = ""
+        self._on_gpu = self.device.startswith("cuda")
         self._compiled = None
         if self.compiled:
             self._compiled = compiled_loop(
@@ -176,6 +179,7 @@ class ShardLoop:
         self.bell.ring()
 
     def _run(self) -> None:
+        use_device(self.device)
         torch.set_num_threads(self.num_threads)
         # The loop shares the interpreter with control threads and must get it back quickly.
         sys.setswitchinterval(0.0005)
@@ -270,14 +274,18 @@ class ShardLoop:
         nbytes = request.num_rows * self._hidden_size * self.dtype.itemsize
         rows_MD = recv[recv_at : recv_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
         out_MD = send[send_at : send_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
+        staged = self._on_gpu and not rows_MD.is_cuda  # the router has no GPU
+        sums_MD = torch.empty_like(out_MD, device=self.device) if staged else out_MD
         self.kernel.forward(
             request.layer,
-            rows_MD,
+            rows_MD.to(self.device) if staged else rows_MD,
             torch.from_numpy(request.row_offsets_M1),
             torch.from_numpy(request.slots_N),
             torch.from_numpy(request.weights_N),
-            out_MD,
+            sums_MD,
         )
+        if staged:
+            out_MD.copy_(sums_MD)
 
     def _fail(self, text: str, count: int) -> None:
         """Note failures that are not a router's fault."""

@@ -42,6 +42,7 @@ from experts.transports.connect import open_shard_channel
 from experts.transports.control import Hello, LifeLine
 from experts.transports.control_port.listener import ControlListener
 from experts.transports.control_port.visitor import OtherIncarnationError, PortLimits
+from experts.transports.devices import identity_of, use_device
 from experts.transports.memory_limit import PairRoom
 from experts.transports.shm import ShmDoorbell
 from experts.transports.weights import reader
@@ -91,6 +92,7 @@ class ShardServer:
         settings = self.settings
         self._secret()  # rather before loading than after
         torch.set_num_threads(settings.num_threads)
+        use_device(settings.device)
         checkpoint = ExpertCheckpoint.open(settings.model_path)
         check_same_model("the placement", placement, "the checkpoint", checkpoint.spec)
         checkpoint.fetch_experts(experts_of(placement, rank))
@@ -120,7 +122,9 @@ class ShardServer:
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
         self._bell = ShmDoorbell(settings.spin_us)
-        self._loop = ShardLoop(slots, kernel, self._bell, self.dtype, settings.num_threads, top_k=spec.top_k)
+        self._loop = ShardLoop(
+            slots, kernel, self._bell, self.dtype, settings.num_threads, top_k=spec.top_k, device=settings.device
+        )
         self._loop.warm_up()
         self._fingerprint = fingerprint.result()
         self._room = PairRoom()
@@ -150,15 +154,11 @@ class ShardServer:
             self._hand_out.open,
             secret=self._secret,
             limits=PortLimits(
-                settings.max_handshakes,
-                settings.max_pairs,
-                settings.max_pairs_per_router,
-                self._hello_bytes,
+                settings.max_handshakes, settings.max_pairs, settings.max_pairs_per_router, self._hello_bytes
             ),
         )
-        self.endpoint = ShardEndpoint(
-            rank, self._incarnation, settings.bind_host, self._listener.port, host_id(), os.getpid()
-        )
+        where = (settings.bind_host, self._listener.port, host_id(), os.getpid(), identity_of(settings.device))
+        self.endpoint = ShardEndpoint(rank, self._incarnation, *where)
         logger.info("rank %d: listening on %s:%d", rank, settings.bind_host, self._listener.port)
         return self.endpoint
 

@@ -43,7 +43,7 @@ class RouterLink(ABC):
     """uint8 [capacity], valid from wait() to the next post()."""
     send_tensor: torch.Tensor | None = None
     recv_tensor: torch.Tensor | None = None
-    """uint8, on the transport's device: the rows of a message where they travel separately (NCCL), else None. The rest
+    """uint8, on the transport's device: the rows of a message where they travel separately (GPUs), else None. The rest
     of the message is in the buffers as usual, and lengths count both."""
     native: NativeLink | None = None
     """This end for compiled code, which posts and waits without Python's methods then. None: those are called."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,13 @@ from experts.protocol.membership import ShardEndpoint
 from experts.protocol.secret import MeshSecret
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import Control, Hello, LifeLine, choose_transport, open_control, shake_hands
+from experts.transports.cuda_ipc.links import connect_cuda_ipc, open_cuda_ipc_channel
+from experts.transports.cuda_ipc.rows import CannotMapError
 from experts.transports.shared_region import FdMailbox
 from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
 from experts.transports.tcp.links import connect_tcp, open_tcp_channel
+
+logger = logging.getLogger(__name__)
 
 
 def connect(
@@ -30,10 +35,27 @@ def connect(
     shard's reason.
     """
     transport = choose_transport(hello.transport, endpoint, device)
-    hello = replace(hello, transport=transport, incarnation=endpoint.incarnation)
+    first = replace(hello, transport=transport, incarnation=endpoint.incarnation)
+    try:
+        return _connect(endpoint, first, device, spin_us, deadline_s, secret)
+    except CannotMapError as error:
+        if hello.transport != "auto":
+            reason = f"no {transport} pair, its memory cannot be mapped here: {error}; use nccl, or auto"
+            raise ShardRejectedError(endpoint.rank, reason) from error
+        logger.warning("shard %d: rows go over NCCL, since its memory cannot be mapped: %s", endpoint.rank, error)
+    return _connect(endpoint, replace(first, transport="nccl"), device, spin_us, deadline_s, secret)
+
+
+def _connect(
+    endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float, secret: MeshSecret | None
+) -> RouterLink:
+    """Over `hello.transport`. A ShardError, or CannotMapError."""
+    transport = hello.transport
     control = open_control(endpoint, secret, deadline_s)
     line = LifeLine(control.socket)
     try:
+        if transport in ("cuda_ipc", "shm_split"):
+            return connect_cuda_ipc(endpoint, hello, line, control, device, spin_us, deadline_s)
         if transport == "shm":
             return _connect_shm(endpoint, hello, line, control, spin_us, deadline_s)
         if transport == "tcp":
@@ -76,8 +98,10 @@ def open_shard_channel(
         if not isinstance(bell, ShmDoorbell):
             raise ValueError("this shard hears no sockets; use transport shm or nccl")
         return open_tcp_channel(hello, line, bell)
+    if hello.transport in ("cuda_ipc", "shm_split"):
+        return open_cuda_ipc_channel(hello, line, bell, device)
     if hello.transport in ("nccl", "gloo_split"):
         from experts.transports.torch_pair import open_torch_channel
 
         return open_torch_channel(hello, line, bell, device, deadline_s)
-    raise ValueError(f"unknown transport {hello.transport!r}, expected shm, tcp or nccl")
+    raise ValueError(f"unknown transport {hello.transport!r}, expected shm, tcp, cuda_ipc or nccl")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from experts.protocol.errors import ShardLostError, ShardRejectedError, ShardTimeoutError
-from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.membership import CPU, ShardEndpoint, host_id
 from experts.protocol.secret import SECRET_ENV, MeshSecret, MeshSecretError
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.transports.control_port.handshake import (
@@ -160,12 +160,14 @@ def prepare(connection: socket.socket) -> None:
 
 
 def choose_transport(requested: str, endpoint: ShardEndpoint, device: str) -> str:
-    """The transport for one pair. "auto": NCCL if the router is on a GPU, shared memory within a host, else TCP."""
+    """The transport to try for one pair. "auto": between GPUs CUDA IPC within a host, else NCCL; between processes of
+    which one has no GPU, shared memory within a host, else TCP."""
     if requested != "auto":
         return requested
-    if device.startswith("cuda"):
-        return "nccl"
-    return "shm" if endpoint.host_id == host_id() else "tcp"
+    here = endpoint.host_id == host_id()
+    if device.startswith("cuda") and endpoint.device != CPU:
+        return "cuda_ipc" if here else "nccl"
+    return "shm" if here else "tcp"
 
 
 @dataclass(frozen=True, eq=False)

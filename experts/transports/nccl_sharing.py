@@ -55,9 +55,14 @@ def how_ranks_share() -> str:
     return f"{library} has no {_SWITCH}: ranks that share a GPU talk over sockets, as separate hosts"
 
 
+def gpus_are_shared() -> bool:
+    """Whether this process was asked to let its ranks share GPUs with others."""
+    return os.environ.get(SHARE_GPUS) == "1"
+
+
 def share_gpus_if_asked() -> None:
     """Let this process's ranks share GPUs with other processes', if EXPERTMESH_SHARE_GPUS=1."""
-    if os.environ.get(SHARE_GPUS) == "1":
+    if gpus_are_shared():
         _share(os.getpid(), _library()[0])
 
 

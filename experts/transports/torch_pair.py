@@ -29,6 +29,8 @@ from experts.protocol.membership import ShardEndpoint
 from experts.protocol.wire import H_ROWS, header_of
 from experts.transports.base import Doorbell, RouterLink, ShardChannel
 from experts.transports.control import Control, Hello, LifeLine, shake_hands
+from experts.transports.devices import identity_of
+from experts.transports.nccl_sharing import gpus_are_shared
 from experts.transports.rendezvous import Meeting, connect_to_meeting
 from experts.transports.torch_groups import (
     ROUTER,
@@ -240,6 +242,7 @@ def connect_torch(
     rank = endpoint.rank
     try:
         _check_device(hello.transport, device)
+        _check_two_gpus(hello.transport, device, endpoint.device)
     except ValueError as error:
         raise ShardRejectedError(rank, str(error)) from error
     answer = shake_hands(control, rank, hello, deadline_s)
@@ -263,6 +266,15 @@ def open_torch_channel(
     _check_device(hello.transport, device)
     meeting = Meeting(line.local_address())
     return TorchShardChannel(hello, line, bell, device, meeting, deadline_s), meeting.details()
+
+
+def _check_two_gpus(transport: str, device: str, theirs: str) -> None:
+    """ValueError if both ends are on one GPU, where NCCL would fail with less to go by."""
+    if transport == "nccl" and not gpus_are_shared() and identity_of(device) == theirs:
+        raise ValueError(
+            f"transport nccl: router and shard are both on GPU {theirs}, and NCCL refuses two ranks on one GPU; use "
+            "cuda_ipc, or give each a GPU of its own"
+        )
 
 
 def _check_device(transport: str, device: str) -> None:

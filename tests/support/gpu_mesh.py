@@ -1,4 +1,5 @@
-"""Routers and shards whose rows travel apart from their messages: over NCCL between GPUs, or over gloo instead.
+"""Routers and shards whose rows travel apart from their messages: over NCCL or CUDA IPC between GPUs, or over their
+stand-ins without a GPU, gloo_split and shm_split.
 
 Several ranks share a GPU if there are not enough; see `experts.transports.nccl_sharing` for how.
 """
@@ -21,17 +22,18 @@ from placement.placement import Placement
 from tests.support.small_mesh import Batch, Mesh, start_shards
 
 NCCL = pytest.param("nccl", marks=pytest.mark.gpu)
-KINDS = [NCCL, "gloo_split"]
+CUDA_IPC = pytest.param("cuda_ipc", marks=pytest.mark.gpu)
+KINDS = [NCCL, CUDA_IPC, "gloo_split", "shm_split"]
 
 
 def places(kind: str, num_shards: int) -> tuple[str, list[str]]:
-    """(the router's device, each shard's device). Skips the test if NCCL has no GPU, and says what was left out."""
-    if kind != "nccl":
+    """(the router's device, each shard's device). Skips the test without a GPU for it, and says what was left out."""
+    if kind not in ("nccl", "cuda_ipc"):
         return "cpu", ["cpu"] * num_shards
     try:
         return spread(num_shards)
     except ValueError as error:
-        pytest.skip(f"1 router and {num_shards} shards over NCCL were left out: {error}")
+        pytest.skip(f"1 router and {num_shards} shards over {kind} were left out: {error}")
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def router_over(kind: str, mesh: Mesh, dtype: torch.dtype = torch.float32, **set
     spec = ExpertCheckpoint.open(mesh.model).spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, dtype)
     values = {"dispatch_timeout_ms": 60_000, "connect_timeout_s": 60.0, "trace_tokens": 0, **settings}
-    # The settings do not know "gloo_split": it exists for tests only.
+    # The settings do not know the stand-ins: they exist for tests only.
     chosen = RouterSettings(model_path=str(mesh.model), **values).model_copy(update={"transport": kind})
     router = MeshClient(chosen, mesh.checkpoint, shape, places(kind, mesh.placement.num_ranks)[0])
     mesh.routers.append(router)

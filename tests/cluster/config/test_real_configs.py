@@ -60,6 +60,8 @@ def test_config_is_valid_and_the_model_fits(name: str) -> None:
     engine_gb = GPU_GB[routers.accelerator_type or ""] * routers.engine_kwargs["gpu_memory_utilization"]
     assert engine_gb <= GPU_GB[routers.accelerator_type or ""] * router_gpus, "the engine keeps within its share"
     assert engine_gb > shape.dense_gb + 3, "room for the dense half and a cache of keys and values"
+    cache_gb = routers.engine_kwargs.get("kv_cache_memory_bytes", 0) / 1e9
+    assert shape.dense_gb + cache_gb + 2 < engine_gb, "activations beside both"
 
 
 @pytest.mark.usefixtures("checkpoints_are_elsewhere")

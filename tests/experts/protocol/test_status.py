@@ -30,7 +30,7 @@ def test_the_keys_that_people_see_stay() -> None:
     assert list(router["stage_us"]) == ["plan_pack", "wait", "combine"]
     assert set(router["stage_us"]["wait"]) == {"sum", "count", "buckets", "bounds"}
     assert list(shard) == SHARD_KEYS.split()
-    assert list(shard["endpoint"]) == ["rank", "incarnation", "host", "port", "host_id", "pid"]
+    assert list(shard["endpoint"]) == ["rank", "incarnation", "host", "port", "host_id", "pid", "device"]
 
 
 def test_a_router_status_survives_json() -> None:

@@ -54,7 +54,7 @@ def hello_of(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("hello", "reason"),
     [
-        (hello_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, tcp or nccl"),
+        (hello_of(transport="pigeon"), "unknown transport 'pigeon', expected shm, tcp, cuda_ipc or nccl"),
         (hello_of(surprise=1), "unexpected keyword argument 'surprise'"),
         ({"router_id": "r"}, "missing"),
         (hello_of(max_rows=-1), "max_rows is -1, expected an integer of 1 to"),
@@ -69,6 +69,7 @@ def hello_of(**changes: Any) -> dict[str, Any]:
         (hello_of(facts=[1]), "facts is \\[1\\], expected an object"),
         (hello_of(details=[1]), "details is \\[1\\], expected an object"),
         (hello_of(transport="nccl"), "transport nccl joins GPUs, this end computes on 'cpu'"),
+        (hello_of(transport="cuda_ipc"), "transport cuda_ipc joins GPUs, this end computes on 'cpu'"),
         (hello_of(details={"mailbox": "nobody"}), "shared memory cannot be handed over, is this another host"),
         (hello_of(dtype="int3", transport="tcp"), "unknown dtype 'int3'"),
     ],
@@ -174,12 +175,17 @@ def test_refusals_reach_the_router_with_the_reason(shard: EchoShard, monkeypatch
         connect(shard.endpoint, hello_for("nccl"), "cpu", 20.0, deadline_in(LONG_S))
 
 
-def test_auto_takes_shared_memory_within_a_host_tcp_across_and_nccl_between_gpus() -> None:
+def test_auto_follows_the_devices_of_both_ends() -> None:
     here = ShardEndpoint(0, "1", "127.0.0.1", 1, host_id(), 1)
     there = replace(here, host_id="elsewhere")
     assert choose_transport("auto", here, "cpu") == "shm"
     assert choose_transport("auto", there, "cpu") == "tcp"
-    assert choose_transport("auto", there, "cuda:1") == "nccl"
+    assert choose_transport("auto", here, "cuda:1") == "shm", "a shard without a GPU"
+    assert choose_transport("auto", there, "cuda") == "tcp"
+    on_gpu = replace(here, device="GPU-1")
+    assert choose_transport("auto", on_gpu, "cuda:1") == "cuda_ipc"
+    assert choose_transport("auto", replace(on_gpu, host_id="elsewhere"), "cuda:1") == "nccl"
+    assert choose_transport("auto", on_gpu, "cpu") == "shm", "a router without one"
     assert choose_transport("tcp", here, "cpu") == "tcp"
 
 

@@ -28,7 +28,7 @@ from tests.support.echo_shard import (
 )
 from tests.support.waiting import join
 
-TRANSPORTS = ["shm", "tcp", "gloo_split"]
+TRANSPORTS = ["shm", "tcp", "gloo_split", "shm_split"]
 LONG_S = 30.0
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from tests.support.fixed_steps import SHAPE, definition, placement, routing
-from tests.support.gpu_mesh import KINDS, NCCL, places
+from tests.support.gpu_mesh import NCCL, places
 
 pytestmark = pytest.mark.triton
 R = 3
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[NCCL, "gloo_split"])
 def kind(request: pytest.FixtureRequest, triton_device: torch.device) -> str:
     if (request.param == "nccl") != (triton_device.type == "cuda"):
         pytest.skip(f"rows travel over {request.param}, Triton's programs run on {triton_device} here")

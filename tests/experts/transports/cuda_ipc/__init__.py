@@ -1,0 +1,1 @@
+"""Tests of pairs between GPUs that map each other's memory."""
