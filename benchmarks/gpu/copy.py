@@ -71,7 +71,7 @@ def main() -> None:
             peers.order(RECEIVER, "pair", "between", SHARD)
             peers.answer(SENDER)
             peers.answer(RECEIVER)
-            dispatcher = peers.dispatcher(tokens)
+            dispatcher = peers.dispatcher(tokens, peers.transports[0])
             x_TD = torch.randn(tokens, shape.hidden_size).to(peers.device, shape.dtype)
             ids_TK = torch.rand(tokens, shape.num_experts).argsort(1)[:, : shape.top_k].int().to(peers.device)
             weights_TK = torch.rand(tokens, shape.top_k).to(peers.device)

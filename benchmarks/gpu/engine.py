@@ -94,7 +94,6 @@ def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
             settings = RouterSettings(
                 model_path=str(model),
                 membership=shards.membership.to_dict(),
-                transport="auto" if device == "cpu" else "nccl",
                 dispatch_timeout_ms=60_000,
                 connect_timeout_s=120,
             )

@@ -1,6 +1,6 @@
 """Shard processes on GPUs for the benchmarks of pairs: the real compute loop, a bare peer, and a pair between shards.
 
-They use NCCL; a rehearsal on the CPU uses gloo, with rows apart from messages as with NCCL.
+They use NCCL or CUDA IPC; a rehearsal on the CPU uses the stand-ins, gloo or host memory with rows apart from messages.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from experts.shard.loop import ShardLoop
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import Hello
 from experts.transports.control_port.listener import ControlListener
+from experts.transports.devices import identity_of
 from experts.transports.nccl_sharing import SHARE_GPUS, spread
 from experts.transports.shm import ShmDoorbell
 from experts.transports.torch_groups import GlooGroup, NcclGroup, PairGroup
@@ -112,7 +113,7 @@ def _shard(pipe: Connection, rank: int, device: str, shape: LayerShape, folder: 
         slot_of_expert_LE=np.arange(shape.num_experts, dtype=np.int32)[None].repeat(shape.num_layers, 0),
         checkpoint=SimpleNamespace(spec=SimpleNamespace(hidden_size=shape.hidden_size)),
     )
-    loop = ShardLoop(slots, CopyKernel(), bell, shape.dtype, 1)  # type: ignore[arg-type]
+    loop = ShardLoop(slots, CopyKernel(), bell, shape.dtype, 1, device=device)  # type: ignore[arg-type]
     loop.start()
     listener = ControlListener(
         "127.0.0.1",
@@ -121,7 +122,8 @@ def _shard(pipe: Connection, rank: int, device: str, shape: LayerShape, folder: 
         loop.remove,
         LIMIT_S,
     )
-    pipe.send(ShardEndpoint(rank, "x", "127.0.0.1", listener.port, host_id(), os.getpid()))
+    here = (host_id(), os.getpid(), identity_of(device))
+    pipe.send(ShardEndpoint(rank, "x", "127.0.0.1", listener.port, *here))
     peer = _Peer(device, folder)
     while (order := pipe.recv()) != "end":
         name, *values = order
@@ -155,11 +157,16 @@ class Pool:
             raise found
         return found
 
-    def dispatcher(self, max_rows: int) -> Dispatcher:
+    @property
+    def transports(self) -> tuple[str, str]:
+        """Over NCCL and over CUDA IPC, or what stands in for them."""
+        return ("gloo_split", "shm_split") if self.device == "cpu" else ("nccl", "cuda_ipc")
+
+    def dispatcher(self, max_rows: int, transport: str) -> Dispatcher:
         """A dispatcher connected to all shards, with a linear placement."""
         shape, num_ranks = self.shape, len(self.endpoints)
         hello = Hello(
-            "bench", "gloo_split" if self.device == "cpu" else "nccl", "x",
+            "bench", transport, "x",
             str(shape.dtype).removeprefix("torch."), shape.hidden_size, shape.top_k, shape.num_layers,
             max_rows,
         )  # fmt: skip

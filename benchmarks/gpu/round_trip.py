@@ -1,4 +1,5 @@
-"""Dispatch and combine between ranks on GPUs against a bare NCCL send and receive of the same bytes. Goal: 1.3 times.
+"""Dispatch and combine over NCCL and over CUDA IPC against a bare NCCL send and receive of the same bytes. Goal: 1.3
+times.
 
     python -m benchmarks.gpu.round_trip [--quick] [--device cpu]
 
@@ -73,10 +74,10 @@ class BareSide:
         del sent
 
 
-def measure(peers: Pool, num_tokens: int, turns: int, count: int) -> dict[str, Any]:
+def measure(peers: Pool, transport: str, num_tokens: int, turns: int, count: int) -> dict[str, Any]:
     """One row of the table."""
     shape = peers.shape
-    dispatcher = peers.dispatcher(num_tokens)
+    dispatcher = peers.dispatcher(num_tokens, transport)
     x_TD = torch.randn(num_tokens, shape.hidden_size).to(peers.device, shape.dtype)
     ids_TK = torch.rand(num_tokens, shape.num_experts).argsort(1)[:, : shape.top_k].int().to(peers.device)
     weights_TK = torch.rand(num_tokens, shape.top_k).to(peers.device)
@@ -88,7 +89,7 @@ def measure(peers: Pool, num_tokens: int, turns: int, count: int) -> dict[str, A
         pending = dispatcher.begin(0, x_TD, weights_TK, ids_TK)
         row_bytes = [int(rows) * shape.row_bytes for rows in pending.plan.rows_R]
         dispatcher.finish(pending)
-        bare_side = BareSide(peers, row_bytes, f"bare-{num_tokens}")
+        bare_side = BareSide(peers, row_bytes, f"bare-{transport}-{num_tokens}")
         mesh: list[float] = []
         bare: list[float] = []
         for turn in range(turns + 1):
@@ -101,6 +102,7 @@ def measure(peers: Pool, num_tokens: int, turns: int, count: int) -> dict[str, A
     finally:
         dispatcher.close()
     return {
+        "transport": transport,
         "tokens": num_tokens,
         "shards": len(row_bytes),
         "MB each way": sum(row_bytes) / 1e6,
@@ -124,7 +126,9 @@ def main() -> None:
     for num_shards in (2,) if on_cpu else (1, 2, 4):
         try:
             with pool(args.device, num_shards, shape) as peers:
-                rows += [measure(peers, tokens, turns, count) for tokens in ((1, 5) if on_cpu else (1, 64, 256))]
+                for transport in peers.transports:
+                    sizes = (1, 5) if on_cpu else (1, 64, 256)
+                    rows += [measure(peers, transport, tokens, turns, count) for tokens in sizes]
                 places = sorted({peers.device, *peers.shard_devices})
                 print(f"1 router and {num_shards} shards on {', '.join(places)}")
         except (ValueError, RuntimeError, OSError, TimeoutError) as error:

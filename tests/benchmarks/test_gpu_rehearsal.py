@@ -106,14 +106,14 @@ def test_replicas_stand_half_the_ranks_apart():
 
 def test_pairs_with_shards_as_processes():
     with gpu_peers.pool("cpu", 2, SHAPE) as peers:
-        row = gpu_round_trip.measure(peers, 5, turns=1, count=2)
+        row = gpu_round_trip.measure(peers, "shm_split", 5, turns=1, count=2)
         assert row["shards"] == 2
         assert row["ratio"] > 0
         peers.order(gpu_copy.SENDER, "pair", "between", gpu_copy.ROUTER)
         peers.order(gpu_copy.RECEIVER, "pair", "between", gpu_copy.SHARD)
         peers.answer(gpu_copy.SENDER)
         peers.answer(gpu_copy.RECEIVER)
-        dispatcher = peers.dispatcher(3)
+        dispatcher = peers.dispatcher(3, "gloo_split")
         step = gpu_router.step_of(SHAPE, 3, "cpu")
         rate, layers = gpu_copy.beside(peers, lambda: dispatcher.forward(0, *step), 4096, 1024, times=2)
         assert rate > 0
