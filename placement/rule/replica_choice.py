@@ -7,6 +7,8 @@ most of them; on a tie the rank with less load so far, then the lower index. Wit
 the one that holds most, on a tie one the token already visits, then the one whose least loaded rank has less load, then
 the lower index. Load is counted in (token, expert) pairs. This is greedy set cover: fan-out is within ln K + 1 of the
 least possible, and nearly always equal to it.
+
+Then, all choices of the batch being known, `even_out` takes pairs off the ranks that have most of them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from placement.compiled import compiled
+from placement.rule.even_out import even_out
 
 MAX_TOP_K = 63  # the experts a token still wants are bits of an int64
 
@@ -284,6 +287,9 @@ def choose_replicas(
     Raises ValueError if K is above 63. Single-threaded, releases the GIL, callable from other numba functions.
     """
     num_tokens, top_k = topk_ids_TK.shape
+    before_R = rank_load_R.copy()
+    choosing_T = np.empty(num_tokens, np.int32)
+    num_choosing = 0
     num_experts, num_ranks = slots_ER.shape
     if top_k > 63:
         raise ValueError("top-k above 63")
@@ -326,11 +332,24 @@ def choose_replicas(
             for i in range(num_wanted):
                 rank_load_R[chosen_E[wanted_K[i]]] += 1
         else:
+            choosing_T[num_choosing] = t
+            num_choosing += 1
             cover_token(wanted_K, num_wanted, holders, nodes, rank_load_R, chosen_E, scratch)
 
         for k in range(top_k):
             expert = topk_ids_TK[t, k]
             rank_TK[t, k] = chosen_E[expert] if 0 <= expert < num_experts else -1
+    if num_choosing:
+        even_out(
+            topk_ids_TK,
+            choosing_T[:num_choosing],
+            num_holders_E,
+            holders_ER,
+            node_of_rank_R,
+            before_R,
+            rank_load_R,
+            rank_TK,
+        )
 
 
 def check_top_k(top_k: int) -> None:

@@ -11,6 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from placement.rule import even_out
+
+SLACK_SHARE = tl.constexpr(even_out.SLACK_SHARE)
+SLACK_PAIRS = tl.constexpr(even_out.SLACK_PAIRS)
+
 
 @triton.jit
 def _argmin_among(candidates, values, index):
@@ -25,14 +30,16 @@ def choose_ranks(
     T, E, R, NUM_NODES: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The rule of `placement.rule.replica_choice`. One program goes token by token: each choice weighs those before.
+    """The rule of `placement.rule`. One program goes token by token: each choice weighs those before.
 
     `load_R` (int64) is halved first, as in `plan_and_pack`, and added to.
     """
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     node_R = tl.load(node_of_rank_R + r, mask=r < R, other=-1)
-    rank_load = tl.load(load_R + r, mask=r < R, other=0) >> 1
+    before = tl.load(load_R + r, mask=r < R, other=0) >> 1
+    rank_load = before
+    num_choosing = 0
     for t in range(T):
         ids = tl.load(ids_TK + t * K + k, mask=k < K, other=-1)
         known = (ids >= 0) & (ids < E)
@@ -43,6 +50,7 @@ def choose_ranks(
         repeats_KK = (ids[:, None] == ids[None, :]) & (k[None, :] < k[:, None])
         counts_K = (tl.max(repeats_KK.to(tl.int32), axis=1) == 0).to(tl.int32)
         left_K = tl.max(holds_KR, axis=1)
+        num_choosing += tl.max(tl.sum(holds_KR, axis=1)) // 2
         chosen_K = tl.full((BLOCK_K,), -1, tl.int32)
         if NUM_NODES > 1:
             n = tl.arange(0, BLOCK_N)
@@ -65,6 +73,39 @@ def choose_ranks(
             rank_load += tl.where(r == best, cover, 0).to(tl.int64)
             left_K -= taken_K
         tl.store(rank_TK + t * K + k, chosen_K, mask=k < K)
+    if num_choosing > 0:
+        tl.debug_barrier()  # other threads of this program wrote the choices
+        batch = rank_load - before
+        even = tl.sum(batch) // R
+        slack = even // SLACK_SHARE
+        for t in range(T):
+            ids = tl.load(ids_TK + t * K + k, mask=k < K, other=-1)
+            known = (ids >= 0) & (ids < E)
+            at = tl.where(known, ids, 0)
+            slots_KR = tl.load(
+                slots_ER + at[:, None] * R + r[None, :], mask=known[:, None] & (r < R)[None, :], other=-1
+            )
+            holds_KR = (slots_KR >= 0).to(tl.int32)
+            if tl.max(tl.sum(holds_KR, axis=1)) > 1:
+                chosen_K = tl.load(rank_TK + t * K + k, mask=k < K, other=-1)
+                for one in range(K):
+                    rank = tl.max(tl.where(k == one, chosen_K, -1))
+                    load = tl.max(tl.where(r == rank, batch, 0))
+                    if (rank >= 0) & (load > even):
+                        here_R = tl.sum((chosen_K[:, None] == r[None, :]).to(tl.int32), axis=0)
+                        here = tl.max(tl.where(r == rank, here_R, 0))
+                        holds_R = tl.sum(tl.where((k == one)[:, None], holds_KR, 0), axis=0) > 0
+                        free_R = (here_R > 0) | (here <= 1)
+                        near_R = (here_R > 0) | (node_R == tl.max(tl.where(r == rank, node_R, -1)))
+                        cost_R = batch + tl.where(free_R, 0, slack)
+                        allowed_R = holds_R & near_R & (free_R | (slack >= SLACK_PAIRS))
+                        best = _argmin_among(allowed_R, cost_R, r)
+                        if tl.max(tl.where(r == best, cost_R, 0)) + 1 < load:
+                            batch += (r == best).to(tl.int64) - (r == rank).to(tl.int64)
+                            expert = tl.max(tl.where(k == one, ids, -1))
+                            chosen_K = tl.where(ids == expert, best, chosen_K)
+                tl.store(rank_TK + t * K + k, chosen_K, mask=k < K)
+        rank_load = before + batch
     tl.store(load_R + r, rank_load, mask=r < R)
 
 

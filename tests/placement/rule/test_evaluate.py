@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from placement.placement import Placement
 from placement.rule.evaluate import dispatch_trace, evaluate, even_split_loads
 from placement.traces.trace import ActivationTrace
+from tests.support.plain_rule import plain_rule
 
 
 def plain_score(ids_TK, map_S, num_ranks, num_nodes):
@@ -28,27 +29,11 @@ def plain_score(ids_TK, map_S, num_ranks, num_nodes):
     for slot, expert in enumerate(map_S):
         if expert >= 0:
             even[slot // slots] += pairs[expert] / copies[expert]
-    load = np.zeros(num_ranks)
-    ranks_visited = nodes_visited = 0
-    for row in ids_TK:
-        wanted = np.unique(row[row >= 0])
-        nodes = set()
-        while wanted.size:
-            cover = holds[wanted].sum(0)
-            if num_nodes > 1:
-                of_node = holds[wanted].reshape(len(wanted), num_nodes, per_node).any(2).sum(0)
-                new = np.array([n not in nodes for n in range(num_nodes)])
-                node = int(np.lexsort((load.reshape(num_nodes, per_node).min(1), new, -of_node))[0])
-                nodes.add(node)
-                cover = np.where(np.arange(num_ranks) // per_node == node, cover, 0)
-            else:
-                nodes.add(0)
-            rank = np.lexsort((load, -cover))[0]
-            taken = holds[wanted, rank]
-            load[rank] += taken.sum()
-            wanted = wanted[~taken]
-            ranks_visited += 1
-        nodes_visited += len(nodes)
+    slots_ER = np.where(holds, 0, -1)
+    rank_TK, load = plain_rule(np.sort(ids_TK, axis=1), slots_ER, num_nodes, np.zeros(num_ranks, np.int64))
+    visited = [{rank for rank in row if rank >= 0} for row in rank_TK.tolist()]
+    ranks_visited = sum(map(len, visited))
+    nodes_visited = sum(len({rank // per_node for rank in row}) for row in visited)
     tokens = len(ids_TK)
     return ranks_visited / tokens, nodes_visited / tokens, load.mean() / load.max(), even.mean() / even.max()
 

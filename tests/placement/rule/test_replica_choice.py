@@ -9,33 +9,7 @@ from hypothesis import strategies as st
 
 from placement.placement import EMPTY, Placement
 from placement.rule.replica_choice import choose_replicas
-
-
-def plain_rule(ids_TK, slots_ER, num_nodes, load_R):
-    """The rule in plain numpy, as the field scores placements with it; returns ranks and the loads after."""
-    holds = slots_ER >= 0
-    num_ranks = slots_ER.shape[1]
-    per_node = num_ranks // num_nodes
-    load = load_R.copy()
-    rank_TK = np.full(ids_TK.shape, -1)
-    for t, row in enumerate(ids_TK):
-        wanted = np.unique(row[(row >= 0)])
-        wanted = wanted[holds[wanted].any(1)]
-        nodes_used: set[int] = set()
-        while wanted.size:
-            cover = holds[wanted].sum(0)
-            if num_nodes > 1:
-                node_holds = holds[wanted].reshape(len(wanted), num_nodes, per_node).any(2).sum(0)
-                new = np.array([n not in nodes_used for n in range(num_nodes)])
-                node = np.lexsort((load.reshape(num_nodes, per_node).min(1), new, -node_holds))[0]
-                cover = np.where(np.arange(num_ranks) // per_node == node, cover, 0)
-                nodes_used.add(int(node))
-            rank = np.lexsort((load, -cover))[0]
-            taken = holds[wanted, rank]
-            load[rank] += taken.sum()
-            rank_TK[t, np.isin(row, wanted[taken])] = rank
-            wanted = wanted[~taken]
-    return rank_TK, load
+from tests.support.plain_rule import plain_rule
 
 
 def choose(ids_TK, slots_ER, num_nodes, load_R):

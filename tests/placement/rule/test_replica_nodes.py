@@ -19,6 +19,7 @@ from placement.rule.replica_choice import (
     cover_scratch,
     cover_token,
 )
+from tests.support.plain_rule import plain_even_out
 
 
 def plain_cover(
@@ -75,6 +76,7 @@ def test_agrees_with_sets_wherever_ranks_stand(
     for row in ids_TK.tolist():
         chosen = plain_cover(row, holders, node_of_rank_R.tolist(), num_nodes, expected_load)
         expected_TK.append([chosen[expert] for expert in row])
+    plain_even_out(ids_TK.tolist(), holders, node_of_rank_R.tolist(), load_R.tolist(), expected_load, expected_TK)
     rank_TK = np.full(ids_TK.shape, -7, np.int32)
     slots_ER = np.where(holds_ER, 0, -1).astype(np.int32)
     choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, load_R, rank_TK)

@@ -19,6 +19,7 @@ POISON = -77
 # tokens, top-k, experts, ranks, nodes
 CASES = [(0, 2, 4, 2, 1), (1, 1, 3, 1, 1), (1, 4, 8, 3, 1), (9, 3, 7, 3, 1), (23, 8, 32, 8, 1), (40, 6, 16, 5, 1)]
 NODES = [(1, 4, 9, 4, 2), (17, 6, 20, 8, 2), (30, 8, 24, 9, 3)]
+LARGE = [(48, 8, 16, 2, 1)]  # so many pairs a rank that evening them may cost visits
 
 
 def power_of_2(value: int) -> int:
@@ -32,7 +33,7 @@ def poisoned(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("replicas", [False, True], ids=["single", "replicas"])
-@pytest.mark.parametrize("sizes", CASES + NODES, ids=str)
+@pytest.mark.parametrize("sizes", CASES + NODES + LARGE, ids=str)
 def test_choose_ranks_is_the_planners_rule(triton_device, sizes, replicas):
     from experts.dispatch.captured import triton_plan as programs
 
