@@ -6,6 +6,7 @@ L layers, E experts, S slots, M most replicas of an expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,4 +83,4 @@ def _filled(placement: Placement, fill_empty: bool) -> Placement:
         held = held[held >= 0]
         # A rank without experts takes any of the layer's.
         filled_LRs[layer, rank, local] = held[local % len(held)] if len(held) else slot % placement.num_experts
-    return Placement(placement.num_ranks, placement.num_nodes, placement.num_experts, filled_LRs.reshape(map_LS.shape))
+    return replace(placement, physical_to_logical_map=filled_LRs.reshape(map_LS.shape))

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-EMPTY = -1
+from placement.linear import EMPTY, linear_row
+from placement.speeds import check_speeds, work_of_speeds
 
 
 class ModelSize(Protocol):
@@ -40,7 +41,8 @@ class Placement:
     slot, an id is out of range, or slots, ranks and nodes do not divide evenly.
 
     `nodes` gives the node of each rank, 0 to num_nodes - 1, where nodes are no equal blocks of ranks. A `partial`
-    placement may lack experts: what shards hold while some are lost or still load.
+    placement may lack experts: what shards hold while some are lost or still load. `speeds` of ranks are relative to
+    each other; None: all equal. The rule weighs loads by them.
     """
 
     num_ranks: int
@@ -49,6 +51,7 @@ class Placement:
     physical_to_logical_map: np.ndarray
     nodes: tuple[int, ...] | None = None
     partial: bool = False
+    speeds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         given = np.asarray(self.physical_to_logical_map)
@@ -66,12 +69,16 @@ class Placement:
         object.__setattr__(self, "physical_to_logical_map", copy)
         if self.nodes is not None:
             object.__setattr__(self, "nodes", tuple(int(node) for node in self.nodes))
+        if self.speeds is not None:
+            check_speeds(self.speeds, self.num_ranks)
+            speeds = tuple(float(speed) for speed in self.speeds)
+            object.__setattr__(self, "speeds", speeds if len(set(speeds)) > 1 else None)
         self.check()
 
     def __reduce__(self) -> tuple[type[Placement], tuple[Any, ...]]:
         """Pickle the fields alone: the copy is checked and read-only again, and tables stay behind."""
         fields = (self.num_ranks, self.num_nodes, self.num_experts, self.physical_to_logical_map)
-        return Placement, (*fields, self.nodes, self.partial)
+        return Placement, (*fields, self.nodes, self.partial, self.speeds)
 
     def check(self) -> None:
         """Raise ValueError unless every expert has a slot in every layer and the shape is consistent."""
@@ -128,6 +135,16 @@ class Placement:
             return np.array(self.nodes, np.int32)
         return (np.arange(self.num_ranks) // (self.num_ranks // self.num_nodes)).astype(np.int32)
 
+    @property
+    def speed_R(self) -> np.ndarray:
+        """float64 [R]: relative speed of each rank."""
+        return np.array(self.speeds or (1.0,) * self.num_ranks)
+
+    @property
+    def work_R(self) -> np.ndarray:
+        """int64 [R]: what a (token, expert) pair counts on each rank in the rule for choosing replicas."""
+        return work_of_speeds(self.speeds, self.num_ranks)
+
     @cached_property
     def logical_replica_count(self) -> np.ndarray:
         """int32 [L, E]: the number of slots that hold each expert."""
@@ -172,7 +189,7 @@ class Placement:
                 raise ValueError(f"rank {rank} is out of range, expected 0 to {self.num_ranks - 1}")
             map_LRs[:, rank] = EMPTY
         map_LS = map_LRs.reshape(self.num_layers, -1)
-        left = Placement(self.num_ranks, self.num_nodes, self.num_experts, map_LS, self.nodes, partial=True)
+        left = replace(self, physical_to_logical_map=map_LS, partial=True)
         return left if (left.logical_replica_count == 0).any() else replace(left, partial=False)
 
     def experts_of_rank(self, rank: int) -> np.ndarray:
@@ -184,8 +201,8 @@ class Placement:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented
-        mine = (self.num_ranks, self.num_experts, self.node_of_rank_R.tolist())
-        theirs = (other.num_ranks, other.num_experts, other.node_of_rank_R.tolist())
+        mine = (self.num_ranks, self.num_experts, self.node_of_rank_R.tolist(), self.work_R.tolist())
+        theirs = (other.num_ranks, other.num_experts, other.node_of_rank_R.tolist(), other.work_R.tolist())
         return mine == theirs and np.array_equal(self.physical_to_logical_map, other.physical_to_logical_map)
 
     __hash__ = None  # type: ignore[assignment]
@@ -200,6 +217,8 @@ class Placement:
         }
         if self.nodes is not None:
             data["nodes"] = list(self.nodes)
+        if self.speeds is not None:
+            data["speeds"] = list(self.speeds)
         return {**data, "partial": True} if self.partial else data
 
     @classmethod
@@ -233,6 +252,9 @@ class Placement:
         nodes, partial = data.get("nodes"), data.get("partial", False)
         if nodes is not None and not (isinstance(nodes, list) and all(type(node) is int for node in nodes)):
             raise ValueError(f"nodes is {nodes!r}, expected a list of integers")
+        speeds = data.get("speeds")
+        if speeds is not None and not (isinstance(speeds, list) and all(type(one) in (int, float) for one in speeds)):
+            raise ValueError(f"speeds is {speeds!r}, expected a list of numbers")
         if not isinstance(partial, bool):
             raise ValueError(f"partial is {partial!r}, expected true or false")
         return cls(
@@ -240,6 +262,7 @@ class Placement:
             physical_to_logical_map=map_LS,
             nodes=None if nodes is None else tuple(nodes),
             partial=partial,
+            speeds=None if speeds is None else tuple(speeds),
         )
 
     def save(self, path: str | Path) -> None:
@@ -303,35 +326,8 @@ class Placement:
                 f"{num_layers} layers, {num_experts} experts, {num_ranks} ranks, {num_nodes} nodes, "
                 f"{min_replicas} replicas: each must be at least 1"
             )
-        check_replicas_fit(min_replicas, num_ranks, num_nodes)
-        if num_ranks % num_nodes:
-            raise ValueError(f"{num_ranks} ranks cannot be dealt evenly to {num_nodes} nodes")
-        blocks = np.array_split(np.arange(num_experts), num_ranks)
-        held: list[list[int]] = [block.tolist() for block in blocks]
-        per_node = num_ranks // num_nodes
-        for rank, block in enumerate(blocks):
-            node, local = divmod(rank, per_node)
-            for index, expert in enumerate(block.tolist()):
-                for copy in range(min_replicas - 1):
-                    # Rotations of the ranks: each gives every rank as many replicas as it gives away.
-                    turn = index * (min_replicas - 1) + copy
-                    if num_nodes > 1:
-                        other_node = (node + 1 + turn % (num_nodes - 1)) % num_nodes
-                        target = other_node * per_node + (local + turn // (num_nodes - 1)) % per_node
-                    else:
-                        target = (rank + 1 + turn % (num_ranks - 1)) % num_ranks
-                    held[target].append(expert)
-        slots_per_rank = max(len(experts) for experts in held)
-        row = [expert for experts in held for expert in experts + [EMPTY] * (slots_per_rank - len(experts))]
+        row = linear_row(num_experts, num_ranks, num_nodes, min_replicas)
         return cls(num_ranks, num_nodes, num_experts, np.tile(np.array(row, np.int32), (num_layers, 1)))
-
-
-def check_replicas_fit(min_replicas: int, num_ranks: int, num_nodes: int) -> None:
-    """Raise ValueError unless there are enough ranks, and nodes if there are several, for `min_replicas` replicas."""
-    if min_replicas > num_ranks:
-        raise ValueError(f"{min_replicas} replicas on different ranks need {min_replicas} ranks, there are {num_ranks}")
-    if num_nodes > 1 and min_replicas > num_nodes:
-        raise ValueError(f"{min_replicas} replicas on different nodes need {min_replicas} nodes, there are {num_nodes}")
 
 
 def check_same_model(name: str, one: ModelSize, other_name: str, other: ModelSize) -> None:

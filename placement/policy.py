@@ -67,7 +67,7 @@ def _linear_placement(model: ModelSize, request: PlanRequest) -> Placement:
     linear = Placement.linear(model.num_layers, model.num_experts, num_ranks, request.num_nodes, request.min_replicas)
     if slots < linear.slots_per_rank:
         raise ValueError(f"{slots} slots a rank are too few for a linear placement, it takes {linear.slots_per_rank}")
-    return pad_slots(linear, slots)
+    return pad_slots(replace(linear, speeds=request.speeds), slots)
 
 
 def pad_slots(placement: Placement, slots_per_rank: int) -> Placement:
@@ -75,9 +75,7 @@ def pad_slots(placement: Placement, slots_per_rank: int) -> Placement:
     old_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
     map_LRs = np.full((placement.num_layers, placement.num_ranks, slots_per_rank), EMPTY, np.int32)
     map_LRs[:, :, : placement.slots_per_rank] = old_LRs
-    return Placement(
-        placement.num_ranks, placement.num_nodes, placement.num_experts, map_LRs.reshape(placement.num_layers, -1)
-    )
+    return replace(placement, physical_to_logical_map=map_LRs.reshape(placement.num_layers, -1))
 
 
 def greedy_placement(trace: ActivationTrace, request: PlanRequest) -> Placement:
@@ -100,4 +98,4 @@ def _by_loads(load_LE: np.ndarray, order_LE: list[np.ndarray], filled_L: np.ndar
     for load_E, order_E, filled in zip(load_LE, order_LE, filled_L, strict=True):
         slots_Rs = greedy_slots(load_E[order_E], request, int(filled))
         rows.append(np.where(slots_Rs >= 0, order_E[np.maximum(slots_Rs, 0)], EMPTY).ravel())
-    return Placement(request.num_ranks, request.num_nodes, load_LE.shape[1], np.stack(rows))
+    return Placement(request.num_ranks, request.num_nodes, load_LE.shape[1], np.stack(rows), speeds=request.speeds)

@@ -18,7 +18,19 @@ ROOMS = ["placement", "experts", "cluster", "serve_app"]  # each may import thos
 # Inside a room a folder, or a file beside the folders, may import those before it.
 ORDER = {
     "placement": [
-        *("compiled", "xorshift", "progress", "placement", "topology", "traces", "rule", "search", "migration"),
+        *(
+            "compiled",
+            "xorshift",
+            "progress",
+            "speeds",
+            "linear",
+            "placement",
+            "topology",
+            "traces",
+            "rule",
+            "search",
+            "migration",
+        ),
         *("capacity", "report", "exports", "policy", "precompile", "cli", "__main__"),
     ],
     "experts": [

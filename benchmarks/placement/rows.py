@@ -95,7 +95,9 @@ def eplb_placement(
         request.num_ranks,
         old,
     )
-    return Placement(request.num_ranks, request.num_nodes, load_LE.shape[1], map_LS.numpy().astype(np.int32))
+    return Placement(
+        request.num_ranks, request.num_nodes, load_LE.shape[1], map_LS.numpy().astype(np.int32), speeds=request.speeds
+    )
 
 
 def scored(placement: Placement, trace: ActivationTrace) -> dict[str, float]:

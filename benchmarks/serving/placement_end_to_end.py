@@ -179,7 +179,9 @@ def predict(placement: Placement, trace: ActivationTrace, local_R: np.ndarray | 
         ids_TK = trace.ids_of_layer(layer)
         rank_TK = np.zeros_like(ids_TK)
         loads_R = np.zeros(NUM_SHARDS, np.int64)
-        choose_replicas(ids_TK, slots_LER[layer], placement.node_of_rank_R, placement.num_nodes, loads_R, rank_TK)
+        choose_replicas(
+            ids_TK, slots_LER[layer], placement.node_of_rank_R, placement.num_nodes, placement.work_R, loads_R, rank_TK
+        )
         rows_LR[layer] = [(rank_TK == rank).any(axis=1).sum() for rank in range(NUM_SHARDS)]
         pairs_LR[layer] = loads_R
     return rows_LR, pairs_LR

@@ -153,9 +153,11 @@ def on_ranks_at_hand(mesh: Mesh, planned: Placement) -> Placement:
     num_ranks, (num_layers, width) = mesh.num_ranks, (planned.num_layers, planned.slots_per_rank)
     map_LRs = np.full((num_layers, num_ranks, width), EMPTY, np.int32)
     kinds: list[tuple[object, ...]] = [("no shard", rank) for rank in range(num_ranks)]
+    speed_R = np.ones(num_ranks)
     given_LRs = planned.physical_to_logical_map.reshape(num_layers, planned.num_ranks, width)
     for index, seat in enumerate(seats):
         map_LRs[:, seat.rank] = given_LRs[:, index]
-        kinds[seat.rank] = (seat.num_slots, seat.node_id if planned.num_nodes > 1 else "")
-    target = Placement(num_ranks, 1, planned.num_experts, map_LRs.reshape(num_layers, -1))
+        speed_R[seat.rank] = planned.speed_R[index]
+        kinds[seat.rank] = (seat.num_slots, seat.node_id if planned.num_nodes > 1 else "", speed_R[seat.rank])
+    target = Placement(num_ranks, 1, planned.num_experts, map_LRs.reshape(num_layers, -1), speeds=tuple(speed_R))
     return relabel(mesh.holdings.held_placement(num_ranks), target, kinds)

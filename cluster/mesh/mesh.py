@@ -230,7 +230,7 @@ class Mesh:
         epoch = self.roster.epoch
         if not self._memberships or self._memberships[-1].epoch != epoch:
             num_ranks = self.num_ranks
-            placement = self.holdings.placement(num_ranks)
+            placement = replace(self.holdings.placement(num_ranks), speeds=self.keeper.speeds(num_ranks))
             self._memberships.append(Membership(epoch, placement, self.roster.endpoints(num_ranks)))
         return self._memberships[-1]
 

@@ -184,6 +184,7 @@ def with_protected(
         spare_slots=section.spare_slots,
         nodes=tuple(placement.node_of_rank_R.tolist()),
         num_nodes=placement.num_nodes,
+        speed_R=placement.speed_R.tolist(),
         protect_LE=protect_LE,
         tolerance=LEAVE_LOADS_ALONE,
         fewer_replicas=True,

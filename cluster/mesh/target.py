@@ -124,6 +124,13 @@ class TargetKeeper:
         logger.info("target %d: %s", self.target.version, self.target.origin)
         return True
 
+    def speeds(self, num_ranks: int) -> tuple[float, ...] | None:
+        """The speeds of the target's ranks, 1 for ranks that it lacks; None if all are equal."""
+        if self.target is None or self.target.placement.speeds is None:
+            return None
+        known = self.target.placement.speeds[:num_ranks]
+        return (*known, *(1.0,) * (num_ranks - len(known)))
+
     def _fits(self, slots: Mapping[int, int]) -> bool:
         """Whether each rank has the slots that the target's row needs."""
         assert self.target is not None
@@ -149,6 +156,7 @@ class TargetKeeper:
             num_nodes=num_nodes,
             successor_of=successor_of,
             protect_LE=protected_experts(current, self.target.load_LE, self.limits.protect),
+            speed_R=self.speeds(num_ranks),
         )
         return without_last_ranks(placement, max(slots) + 1)
 
@@ -163,6 +171,7 @@ def without_last_ranks(placement: Placement, num_ranks: int) -> Placement:
         placement.num_experts,
         map_LRs[:, :num_ranks].reshape(placement.num_layers, -1),
         nodes=nodes,
+        speeds=None if placement.speeds is None else placement.speeds[:num_ranks],
     )
 
 

@@ -18,13 +18,15 @@
 
 // The router's and the planner's one rule (placement/rule): halves load_R, writes rank_TK and adds to load_R.
 typedef void (*ChooseRanks)(const int32_t* ids_TK, int64_t T, int64_t K, const int32_t* slots_ER, int64_t E, int64_t R,
-                            const int32_t* node_of_rank_R, int64_t num_nodes, int64_t* load_R, int32_t* rank_TK);
+                            const int32_t* node_of_rank_R, int64_t num_nodes, const int64_t* work_R, int64_t* load_R,
+                            int32_t* rank_TK);
 
 // A router in one epoch. Python (rows/native_mover.py) makes it and owns all memory that it points to.
 struct Router {
     int64_t num_ranks, top_k, num_experts, hidden, dtype, num_nodes;
     ChooseRanks choose_ranks;
     const int32_t* node_of_rank_R;
+    const int64_t* work_R;  // what a pair counts on each rank
     int64_t* load_LR;
     const int64_t* header;   // words that the headers of all requests share
     uint8_t** send_R;        // send buffers; null where there is no link (any more)
@@ -154,7 +156,7 @@ inline int64_t begin(Router& r, int64_t layer, int64_t seq, int64_t T, const voi
                      const float* weights_TK, const int32_t* slots_ER, int64_t post) {
     const int64_t start_ns = now_ns();
     r.choose_ranks(ids_TK, T, r.top_k, slots_ER, r.num_experts, r.num_ranks, r.node_of_rank_R, r.num_nodes,
-                   r.load_LR + layer * r.num_ranks, r.rank_TK);
+                   r.work_R, r.load_LR + layer * r.num_ranks, r.rank_TK);
     const int64_t unserved = count_rows(r, T, ids_TK);
     pack(r, layer, seq, T, static_cast<const uint8_t*>(x), ids_TK, weights_TK);
     if (post == PACK_ONLY) return unserved;

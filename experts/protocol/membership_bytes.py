@@ -5,7 +5,7 @@
 Legend: L MoE layers, S slots, R ranks, N changed slots.
 
     header  magic, version, bytes of the JSON, epoch, the epoch it builds on (-1: none), CRC-32 of the map
-    JSON    sizes, nodes, whether the placement is partial, endpoints: all of them, or those that changed by rank
+    JSON    sizes, nodes, speeds, whether the placement is partial, endpoints: all, or those that changed by rank
     map     whole:  int16 [L, S], or int32 where there are more experts than int16 counts
             change: int32 [N] places in the flat map | int16 or int32 [N] the experts there now
 
@@ -72,14 +72,15 @@ def read(data: bytes, known_epoch: int, known: Placement | None) -> tuple[int, P
     body = memoryview(data)[_HEADER.size + told_bytes :]
     if base < 0:
         nodes = None if told["nodes"] is None else tuple(told["nodes"])
+        speeds = None if told.get("speeds") is None else tuple(told["speeds"])  # older controllers tell none
         sizes = (told["num_ranks"], told["num_nodes"], told["num_experts"])
-        placement = Placement(*sizes, _whole_map(told, body), nodes, told["partial"])
+        placement = Placement(*sizes, _whole_map(told, body), nodes, told["partial"], speeds)
         endpoints = dict(enumerate(told["endpoints"]))
     else:
         if known is None or known_epoch != base:
             raise UnknownEpochError(f"epoch {epoch} is told as a difference from epoch {base}, here is {known_epoch}")
         sizes = (known.num_ranks, known.num_nodes, known.num_experts)
-        placement = Placement(*sizes, _changed_map(known, body), known.nodes, told["partial"])
+        placement = Placement(*sizes, _changed_map(known, body), known.nodes, told["partial"], known.speeds)
         endpoints = {int(rank): endpoint for rank, endpoint in told["endpoints"].items()}
     if _crc(placement) != crc:
         if base < 0:
@@ -113,6 +114,7 @@ def _shape(placement: Placement) -> dict[str, Any]:
         "num_nodes": placement.num_nodes,
         "num_experts": placement.num_experts,
         "nodes": None if placement.nodes is None else list(placement.nodes),
+        "speeds": None if placement.speeds is None else list(placement.speeds),
         "partial": placement.partial,
     }
 

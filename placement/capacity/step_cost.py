@@ -199,7 +199,9 @@ def _dispatch(
         rank_TK = np.empty(mine_TK.shape, np.int32)
         load_R = np.zeros(num_ranks, np.int64)
         slots_ER = keep_local(placement.slots_LER[layer : layer + 1], local_IR[router])[0]
-        choose_replicas(mine_TK, slots_ER, placement.node_of_rank_R, placement.num_nodes, load_R, rank_TK)
+        choose_replicas(
+            mine_TK, slots_ER, placement.node_of_rank_R, placement.num_nodes, placement.work_R, load_R, rank_TK
+        )
         visits_TR = np.zeros((len(mine_TK), num_ranks + 1), bool)
         np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 goes into the last column
         visits_TR = visits_TR[:, :num_ranks]

@@ -283,7 +283,9 @@ def plan_migration(current: Placement, target: Placement, **arguments: Any) -> M
     migration = Migration(current, target, **arguments)
     rounds = tuple(iter(migration.next_round, None))
     frame = migration.frame
-    return MigrationPlan(frame.num_nodes, frame.nodes, migration.num_experts, frame.start_LRs, rounds)
+    num_ranks = frame.start_LRs.shape[1]
+    speeds = None if target.speeds is None else (*target.speeds, *(1.0,) * (num_ranks - target.num_ranks))
+    return MigrationPlan(frame.num_nodes, frame.nodes, migration.num_experts, frame.start_LRs, rounds, speeds)
 
 
 __all__ = ["Copy", "Migration", "MigrationError", "MigrationPlan", "Round", "plan_migration"]

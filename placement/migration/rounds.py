@@ -51,7 +51,7 @@ class MigrationPlan:
     """The rounds, and the maps before, during and after each of them.
 
     `start_LRs` int32 [L, R, s]: what is live before the first round, with lost ranks empty. It has as many ranks and
-    slots as the larger of the two placements, or as the shards have room for.
+    slots as the larger of the two placements, or as the shards have room for. `speeds` are the target's.
     """
 
     num_nodes: int
@@ -59,6 +59,7 @@ class MigrationPlan:
     num_experts: int
     start_LRs: np.ndarray
     rounds: tuple[Round, ...]
+    speeds: tuple[float, ...] | None = None
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
@@ -109,7 +110,7 @@ class MigrationPlan:
         layer, slot = np.nonzero(map_LS != EMPTY)
         held_LE[layer, map_LS[layer, slot]] = True
         num_ranks, partial = self.start_LRs.shape[1], not bool(held_LE.all())
-        return Placement(num_ranks, self.num_nodes, self.num_experts, map_LS, nodes=self.nodes, partial=partial)
+        return Placement(num_ranks, self.num_nodes, self.num_experts, map_LS, self.nodes, partial, self.speeds)
 
     @property
     def final(self) -> Placement:

@@ -48,10 +48,14 @@ class Evaluation:
         }
 
 
-def balancedness_of(load_LR: np.ndarray) -> np.ndarray:
-    """float64 [L]: mean over max of the rank loads; 1 for a layer without load."""
-    most_L = load_LR.max(1)
-    return np.where(most_L > 0, load_LR.mean(1) / np.where(most_L > 0, most_L, 1.0), 1.0)
+def balancedness_of(load_LR: np.ndarray, speed_R: np.ndarray | None = None) -> np.ndarray:
+    """float64 [L]: mean over max of the rank loads; 1 for a layer without load.
+
+    With speeds: the time of the slowest rank if loads were in proportion to speeds, over its time as they are.
+    """
+    speed_R = np.ones(load_LR.shape[1]) if speed_R is None else speed_R
+    most_L = (load_LR / speed_R).max(1)
+    return np.where(most_L > 0, load_LR.sum(1) / speed_R.sum() / np.where(most_L > 0, most_L, 1.0), 1.0)
 
 
 def even_split_loads(placement: Placement, load_LE: np.ndarray) -> np.ndarray:
@@ -73,10 +77,14 @@ def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray, prefer_local_
         ids_TK = np.ascontiguousarray(topk_ids_TLK[:, layer], dtype=np.int32)
         slots_ER = placement.slots_LER[layer]
         if prefer_local_replicas:
-            rank_LTK[layer] = choose_local_first(ids_TK, slots_ER, node_of_rank_R, placement.num_nodes)
+            rank_LTK[layer] = choose_local_first(
+                ids_TK, slots_ER, node_of_rank_R, placement.num_nodes, placement.work_R
+            )
         else:
             loads_R = np.zeros(placement.num_ranks, np.int64)
-            choose_replicas(ids_TK, slots_ER, node_of_rank_R, placement.num_nodes, loads_R, rank_LTK[layer])
+            choose_replicas(
+                ids_TK, slots_ER, node_of_rank_R, placement.num_nodes, placement.work_R, loads_R, rank_LTK[layer]
+            )
     return rank_LTK
 
 
@@ -88,7 +96,7 @@ def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas
     check_same_model("the placement", placement, "the trace", trace)
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     even_LR = even_split_loads(placement, trace.load("sets" if trace.has_sets else "counts"))
-    even_balance = balancedness_of(even_LR)
+    even_balance = balancedness_of(even_LR, placement.speed_R)
     top_k = trace.topk_ids.shape[2]
     if not trace.has_sets:
         unknown = np.full(num_layers, np.nan)
@@ -114,7 +122,7 @@ def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas
         node_TK = np.where(rank_TK >= 0, placement.node_of_rank_R[rank_TK], -1)
         node_fan_out[layer] = count_visits(node_TK) / len(rank_TK)
         far_fan_out[layer] = count_visits(np.where(node_TK != home_T[:, None], rank_TK, -1)) / len(rank_TK)
-    balance = balancedness_of(load_LR)
+    balance = balancedness_of(load_LR, placement.speed_R)
     return Evaluation(
         fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens
     )

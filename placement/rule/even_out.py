@@ -29,6 +29,7 @@ def even_out(
     num_holders_E: np.ndarray,
     holders_ER: np.ndarray,
     node_of_rank_R: np.ndarray,
+    work_R: np.ndarray,
     before_R: np.ndarray,
     rank_load_R: np.ndarray,
     rank_TK: np.ndarray,
@@ -40,7 +41,8 @@ def even_out(
         choosing_J: int32, the tokens with an expert that has several holders, in order.
         num_holders_E, holders_ER: int32, the ranks that hold each expert of those tokens: the first so many of its row.
         node_of_rank_R: int32. No token visits a node that it did not visit before.
-        before_R: int64, pairs of each rank before the batch.
+        work_R: int64, what a pair counts on each rank.
+        before_R: int64, the work of each rank before the batch.
         rank_load_R: int64, with it; changed.
         rank_TK: int32, the rank of each pair, -1 for none; changed.
     """
@@ -58,23 +60,23 @@ def even_out(
             if rank < 0 or load_R[rank] <= even:
                 continue
             expert = topk_ids_TK[t, k]
-            best, best_load = rank, load_R[rank] - 1
+            best, best_load = rank, load_R[rank]
             for j in range(num_holders_E[expert]):
                 r = holders_ER[expert, j]
-                load = load_R[r]
+                load = load_R[r] + work_R[r]
                 if here_R[r] == 0:
                     if node_of_rank_R[r] != node_of_rank_R[rank]:
                         continue
                     if here_R[rank] > 1:
-                        if slack < SLACK_PAIRS:
+                        if slack < SLACK_PAIRS * work_R[rank]:
                             continue
                         load += slack
                 if load < best_load or (load == best_load and best != rank and r < best):
                     best, best_load = r, load
             if best == rank:
                 continue
-            load_R[rank] -= 1
-            load_R[best] += 1
+            load_R[rank] -= work_R[rank]
+            load_R[best] += work_R[best]
             for other in range(top_k):  # it may occur twice
                 if topk_ids_TK[t, other] == expert:
                     rank_TK[t, other] = best

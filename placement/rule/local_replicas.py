@@ -28,7 +28,7 @@ def keep_local(slots_LER: np.ndarray, local_R: np.ndarray) -> np.ndarray:
 
 
 def choose_local_first(
-    topk_ids_TK: np.ndarray, slots_ER: np.ndarray, node_of_rank_R: np.ndarray, num_nodes: int
+    topk_ids_TK: np.ndarray, slots_ER: np.ndarray, node_of_rank_R: np.ndarray, num_nodes: int, work_R: np.ndarray
 ) -> np.ndarray:
     """int32 [T, K]: the rank of each expert, chosen by a router on every node that takes local replicas first.
 
@@ -41,6 +41,6 @@ def choose_local_first(
         loads_R = np.zeros(len(node_of_rank_R), np.int64)
         mine_TK = np.ascontiguousarray(topk_ids_TK[node::num_nodes], dtype=np.int32)
         chosen_TK = np.empty(mine_TK.shape, np.int32)
-        choose_replicas(mine_TK, local_ER, node_of_rank_R, num_nodes, loads_R, chosen_TK)
+        choose_replicas(mine_TK, local_ER, node_of_rank_R, num_nodes, work_R, loads_R, chosen_TK)
         rank_TK[node::num_nodes] = chosen_TK
     return rank_TK

@@ -5,52 +5,36 @@ T tokens, K experts of a token, E logical experts, R ranks, N nodes, J a few of 
 Tokens are taken in order. Among the ranks that hold experts the token still wants, the rule takes the rank that holds
 most of them; on a tie the rank with less load so far, then the lower index. With several nodes it picks the node first:
 the one that holds most, on a tie one the token already visits, then the one whose least loaded rank has less load, then
-the lower index. Load is counted in (token, expert) pairs. This is greedy set cover: fan-out is within ln K + 1 of the
-least possible, and nearly always equal to it.
+the lower index. Load is counted in work: a (token, expert) pair is `work_R[r]` on rank r, 1 where all ranks
+are equally fast, more on slower ones. This is greedy set cover: fan-out is within ln K + 1 of the least possible, and
+nearly always equal to it.
 
 Then, all choices of the batch being known, `even_out` takes pairs off the ranks that have most of them.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from placement.compiled import compiled
+from placement.rule.bits import lowest_bit, popcount
 from placement.rule.even_out import even_out
 
 MAX_TOP_K = 63  # the experts a token still wants are bits of an int64
 
 
-@intrinsic
-def popcount(typing_context: Any, bits: Any) -> Any:
-    """Number of set bits of an int64, as one machine instruction."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def lowest_bit(typing_context: Any, bits: Any) -> Any:
-    """Index of the lowest set bit of an int64 that is not 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], context.get_constant(types.boolean, True))
-
-    return types.int64(types.int64), generate
-
-
 class Nodes(NamedTuple):
-    """The node of each rank: int32 [R], 0 to `num` - 1. `block` is what `block_of_nodes` returns."""
+    """The node of each rank: int32 [R], 0 to `num` - 1. `block` is what `block_of_nodes` returns.
+
+    `work_R` int64: what a pair counts on each rank, see `placement.speeds.work_of_speeds`.
+    """
 
     of_rank_R: np.ndarray
     num: int
     block: int
+    work_R: np.ndarray
 
 
 class Holders(NamedTuple):
@@ -168,7 +152,7 @@ def cover_token(
     `rank_load_R`, int64.
     """
     num_holders_E, holders_ER = holders.count_E, holders.rank_ER
-    node_of_rank_R, num_nodes, per_node = nodes.of_rank_R, nodes.num, nodes.block
+    node_of_rank_R, num_nodes, per_node, work_R = nodes.of_rank_R, nodes.num, nodes.block, nodes.work_R
     held_R, held_N, visited_N = scratch.held_R, scratch.held_N, scratch.visited_N
     touched_R, touched_N = scratch.touched_R, scratch.touched_N
     # Bit i of held_R[r]: rank r holds the token's i-th wanted expert.
@@ -213,7 +197,7 @@ def cover_token(
                     nodes_visited += 1 - visited_N[node]
                     visited_N[node] = 1
                     chosen_E[expert] = best
-                    rank_load_R[best] += 1
+                    rank_load_R[best] += work_R[best]
                     ranks_visited += 1
                 break
             node = _best_node(held_N, touched_N[:num_touched_nodes], left, visited_N, nodes, rank_load_R)
@@ -246,12 +230,12 @@ def cover_token(
                     if load < rank_load_R[best] or (load == rank_load_R[best] and r < best):
                         best = r
                 chosen_E[expert] = best
-                rank_load_R[best] += 1
+                rank_load_R[best] += work_R[best]
                 ranks_visited += 1
             break
         taken = held_R[best] & left
         left &= ~taken
-        rank_load_R[best] += best_cover
+        rank_load_R[best] += best_cover * work_R[best]
         ranks_visited += 1
         while taken:
             chosen_E[wanted_K[lowest_bit(taken)]] = best
@@ -270,6 +254,7 @@ def choose_replicas(
     slots_ER: np.ndarray,
     node_of_rank_R: np.ndarray,
     num_nodes: int,
+    work_R: np.ndarray,
     rank_load_R: np.ndarray,
     rank_TK: np.ndarray,
 ) -> None:
@@ -281,18 +266,19 @@ def choose_replicas(
         slots_ER: int32 [E, R], slot of each expert on each rank, -1 where it has no live slot.
         node_of_rank_R: int32 [R], 0 to num_nodes - 1.
         num_nodes: nodes; 1 leaves them out of the choice.
-        rank_load_R: int64 [R], pairs each rank has received so far; added to.
+        work_R: int64 [R], what a pair counts on each rank.
+        rank_load_R: int64 [R], the work that each rank has received so far; added to.
         rank_TK: int32 [T, K], written: the chosen rank, -1 where the id is no expert or has no live slot.
 
     Raises ValueError if K is above 63. Single-threaded, releases the GIL, callable from other numba functions.
     """
     num_tokens, top_k = topk_ids_TK.shape
-    before_R = rank_load_R.copy()
-    choosing_T = np.empty(num_tokens, np.int32)
-    num_choosing = 0
     num_experts, num_ranks = slots_ER.shape
     if top_k > 63:
         raise ValueError("top-k above 63")
+    before_R = rank_load_R.copy()
+    choosing_T = np.empty(num_tokens, np.int32)
+    num_choosing = 0
     # Holders are looked up when an expert is first met: -1 not yet, else their number.
     num_holders_E = np.full(num_experts, -1, np.int32)
     holders_ER = np.empty((num_experts, num_ranks), np.int32)
@@ -300,7 +286,7 @@ def choose_replicas(
     chosen_E = np.empty(num_experts, np.int32)
     wanted_K = np.empty(top_k, np.int32)
     holders = Holders(num_holders_E, holders_ER)
-    nodes = Nodes(node_of_rank_R, num_nodes, block_of_nodes(node_of_rank_R, num_nodes))
+    nodes = Nodes(node_of_rank_R, num_nodes, block_of_nodes(node_of_rank_R, num_nodes), work_R)
     scratch = cover_scratch(num_ranks, num_nodes)
 
     for t in range(num_tokens):
@@ -330,7 +316,7 @@ def choose_replicas(
 
         if not several:
             for i in range(num_wanted):
-                rank_load_R[chosen_E[wanted_K[i]]] += 1
+                rank_load_R[chosen_E[wanted_K[i]]] += work_R[chosen_E[wanted_K[i]]]
         else:
             choosing_T[num_choosing] = t
             num_choosing += 1
@@ -346,6 +332,7 @@ def choose_replicas(
             num_holders_E,
             holders_ER,
             node_of_rank_R,
+            work_R,
             before_R,
             rank_load_R,
             rank_TK,

@@ -192,6 +192,7 @@ def node_problem(problem: LayerProblem) -> LayerProblem:
         target=target_N,
         allowed=allowed_N,
         load_cap=problem.load_cap,
+        speeds=None if problem.speeds is None else tuple(target_N.tolist()),
     )
 
 

@@ -87,6 +87,7 @@ def build_problem(
         load_cap=request.load_cap,
         arrival=np.argsort(order_T),
         prefer_local_replicas=request.prefer_local_replicas,
+        speeds=request.speeds,
     )
     greedy_Rs = greedy_slots(load_E, request, max_filled)
     balanced_Rs, _ = best_balance(problem.balance, greedy_Rs, iterations, request.seed)
@@ -174,7 +175,9 @@ def optimize(
         figures.append(figure)
         if progress is not None:
             progress(layer + 1, trace.num_layers)
-    placement = Placement(request.num_ranks, request.num_nodes, trace.num_experts, np.stack(rows))
+    placement = Placement(
+        request.num_ranks, request.num_nodes, trace.num_experts, np.stack(rows), speeds=request.speeds
+    )
     if clock.cut:
         notes.append(
             "the search was cut short: another machine, or this one when busier, may find another placement; "

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placement.placement import check_replicas_fit
+from placement.linear import check_replicas_fit
 from placement.rule.replica_choice import Nodes, block_of_nodes
 from placement.search.balance import greedy_balance
 from placement.search.balance_search import BalanceProblem
+from placement.speeds import check_speeds, work_of_speeds
 
 EXCESS_WEIGHT = 40.0  # cost of a rank's load above what is planned for: visits a token, for each mean load
 
@@ -81,10 +82,8 @@ class PlanRequest:
             raise ValueError(f"prefer_local_replicas is set on {self.num_nodes} node, expected at least 2 nodes")
         if not self.node_weight >= 0:
             raise ValueError(f"node_weight is {self.node_weight}, expected 0 or more")
-        if self.speeds is not None and (
-            len(self.speeds) != self.num_ranks or not all(0 < speed < math.inf for speed in self.speeds)
-        ):
-            raise ValueError(f"speeds must be {self.num_ranks} numbers above 0, got {self.speeds}")
+        if self.speeds is not None:
+            check_speeds(self.speeds, self.num_ranks)
         if self.max_moves is not None and self.max_moves < 0:
             raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more")
         if self.seed < 0:
@@ -172,6 +171,7 @@ class LayerProblem:
     load_cap: float
     arrival: np.ndarray | None = None
     prefer_local_replicas: bool = False
+    speeds: tuple[float, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -186,9 +186,15 @@ class LayerProblem:
         return len(self.open_slots)
 
     @property
+    def work(self) -> np.ndarray:
+        """int64 [R]: what a pair counts on each rank, in the rule."""
+        return work_of_speeds(self.speeds, self.num_ranks)
+
+    @property
     def nodes(self) -> Nodes:
         """The nodes as compiled code takes them."""
-        return Nodes(self.node_of_rank, self.num_nodes, int(block_of_nodes(self.node_of_rank, self.num_nodes)))
+        block = int(block_of_nodes(self.node_of_rank, self.num_nodes))
+        return Nodes(self.node_of_rank, self.num_nodes, block, self.work)
 
     @property
     def balance(self) -> BalanceProblem:

@@ -8,6 +8,8 @@ T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, L la
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from placement.compiled import compiled
@@ -76,7 +78,7 @@ def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
         rank_TK = np.empty(problem.ids.shape, np.int32)
         table_ER = slot_table(slots_Rs, problem.num_experts)
         load_R = np.zeros(problem.num_ranks, np.int64)
-        choose_replicas(problem.ids, table_ER, problem.node_of_rank, problem.num_nodes, load_R, rank_TK)
+        choose_replicas(problem.ids, table_ER, problem.node_of_rank, problem.num_nodes, problem.work, load_R, rank_TK)
         bits_IW = assigned_token_bits(problem.ids, rank_TK, table_ER, slots_Rs.size)
     if single:
         load_I[held] = problem.load[flat_I[held]]
@@ -137,6 +139,7 @@ def refresh(
     empty in all layers stay empty. Raises ValueError if the window is of another model.
     """
     check_same_model("the window", window, "the placement", placement)
+    speeds = placement.speeds if speeds is None else speeds
     load_LE = window.load()
     ids_LTK = np.ascontiguousarray(window.topk_ids[:WINDOW_TOKENS].transpose(1, 0, 2), dtype=np.int32)
     map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
@@ -163,7 +166,8 @@ def refresh(
             target=target_R,
             allowed=target_R * cap,
             load_cap=load_cap,
+            speeds=speeds,
         )
         slots_Rs = _refresh_slots(problem, given_Rs, max_moves, proposals, random_1, annealing)
         rows.append(np.where(slots_Rs >= 0, slots_Rs, -1).ravel())
-    return Placement(placement.num_ranks, placement.num_nodes, placement.num_experts, np.stack(rows))
+    return replace(placement, physical_to_logical_map=np.stack(rows), speeds=speeds)

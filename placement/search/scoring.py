@@ -72,11 +72,11 @@ def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
     ids_TK = problem.ids if in_order else np.ascontiguousarray(problem.ids[problem.arrival])
     table_ER = slot_table(experts_Rs, problem.num_experts)
     if problem.prefer_local_replicas:
-        rank_TK = choose_local_first(ids_TK, table_ER, problem.node_of_rank, problem.num_nodes)
+        rank_TK = choose_local_first(ids_TK, table_ER, problem.node_of_rank, problem.num_nodes, problem.work)
     else:
         rank_TK = np.empty(ids_TK.shape, np.int32)
         loads_R = np.zeros(problem.num_ranks, np.int64)
-        choose_replicas(ids_TK, table_ER, problem.node_of_rank, problem.num_nodes, loads_R, rank_TK)
+        choose_replicas(ids_TK, table_ER, problem.node_of_rank, problem.num_nodes, problem.work, loads_R, rank_TK)
     if in_order:
         return rank_TK
     shuffled_TK = np.empty_like(rank_TK)

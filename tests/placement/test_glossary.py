@@ -107,7 +107,8 @@ def test_the_rule_makes_of_the_example_token_what_the_glossary_says() -> None:
     found = evaluate(PLAIN, trace)
     assert (found.fan_out[0], found.node_fan_out[0], found.far_fan_out[0]) == (4, 3, 2)
     redundant = with_redundant_experts()
-    assert "rank 0 serves 0, 1, 2 and 64, and rank 8 only 65; a token that does without 65 visits 3 ranks" in TEXT
-    assert dispatch_trace(redundant, trace.topk_ids)[0, 0].tolist() == [0, 0, 0, 1, 1, 0, 8, 31]
+    assert "cover gives 0, 1, 2 and 64 to rank 0, and only 65 to rank 8; then rank 8 takes 64." in TEXT
+    assert "A token that does without 65 visits 3 ranks" in TEXT
+    assert dispatch_trace(redundant, trace.topk_ids)[0, 0].tolist() == [0, 0, 0, 1, 1, 8, 8, 31]
     without_65 = ActivationTrace(np.where(trace.topk_ids == 65, -1, trace.topk_ids), EXPERTS)
     assert evaluate(redundant, without_65).fan_out[0] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,23 @@ def test_nodes_may_be_uneven():
     for nodes in ((0, 1), (0, 1, 2), (0, -1, 1)):
         with pytest.raises(ValueError, match="expected one of 0 to 1 for each of 3 ranks"):
             Placement(3, 2, 3, np.array([[0, 1, 2]]), nodes=nodes)
+
+
+def test_speeds_travel_and_tell_what_a_pair_counts():
+    plain = Placement.linear(1, 4, 4)
+    assert plain.work_R.tolist() == [1, 1, 1, 1]
+    assert replace(plain, speeds=(3.0,) * 4) == plain  # equal speeds are none
+    unlike = replace(plain, speeds=(1, 2, 0.5, 2))
+    assert unlike.work_R.tolist() == [2048, 1024, 4096, 1024]
+    assert unlike != plain
+    copies = (Placement.from_json(unlike.to_json()), pickle.loads(pickle.dumps(unlike)), unlike.without_ranks([]))
+    assert all(copy == unlike and copy.speeds == (1, 2, 0.5, 2) for copy in copies)
+    assert replace(plain, speeds=(1, 1e-300, 1, 1)).work_R.tolist() == [1024, 1024 * 10**6, 1024, 1024]
+    for speeds in ((1.0, 2.0), (1.0, 0.0, 1.0, 1.0), (1.0, float("nan"), 1.0, 1.0)):
+        with pytest.raises(ValueError, match="speeds must be 4 numbers above 0"):
+            replace(plain, speeds=speeds)
+    with pytest.raises(ValueError, match="speeds is 'fast', expected a list of numbers"):
+        Placement.from_json({**plain.to_json(), "speeds": "fast"})
 
 
 def test_a_partial_placement_may_lack_experts():

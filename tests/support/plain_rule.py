@@ -8,7 +8,7 @@ import numpy as np
 
 
 def plain_rule(
-    ids_TK: np.ndarray, slots_ER: np.ndarray, num_nodes: int, load_R: np.ndarray
+    ids_TK: np.ndarray, slots_ER: np.ndarray, num_nodes: int, load_R: np.ndarray, work_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ranks [T, K] that a batch's pairs go to, and the loads [R] after it. Nodes are equal blocks of ranks."""
     holds = slots_ER >= 0
@@ -30,13 +30,13 @@ def plain_rule(
                 nodes_used.add(int(node))
             rank = np.lexsort((load, -cover))[0]
             taken = holds[wanted, rank]
-            load[rank] += taken.sum()
+            load[rank] += taken.sum() * work_R[rank]
             rank_TK[t, np.isin(row, wanted[taken])] = rank
             wanted = wanted[~taken]
     holders = {e: np.flatnonzero(holds[e]).tolist() for e in range(len(holds))}
     ranks, loads = rank_TK.tolist(), load.tolist()
     nodes = (np.arange(num_ranks) // per_node).tolist()
-    plain_even_out(ids_TK.tolist(), holders, nodes, load_R.tolist(), loads, ranks)
+    plain_even_out(ids_TK.tolist(), holders, nodes, work_R.tolist(), load_R.tolist(), loads, ranks)
     return np.array(ranks).reshape(rank_TK.shape), np.array(loads)
 
 
@@ -44,6 +44,7 @@ def plain_even_out(
     ids_TK: Sequence[Sequence[int]],
     holders: dict[int, list[int]],
     node_of_rank: Sequence[int],
+    work: Sequence[int],
     before: Sequence[int],
     load: list[int],
     rank_TK: list[list[int]],
@@ -62,15 +63,15 @@ def plain_even_out(
             costs = {}
             for r in holders[expert]:
                 if r in visits:
-                    costs[r] = batch[r]
+                    costs[r] = batch[r] + work[r]
                 elif node_of_rank[r] == node_of_rank[rank]:
                     if chosen.count(rank) == 1:
-                        costs[r] = batch[r]
-                    elif slack >= 16:
-                        costs[r] = batch[r] + slack
+                        costs[r] = batch[r] + work[r]
+                    elif slack >= 16 * work[rank]:
+                        costs[r] = batch[r] + work[r] + slack
             best = min(costs, key=lambda r: (costs[r], r))
-            if costs[best] + 1 < batch[rank]:
-                batch[rank] -= 1
-                batch[best] += 1
+            if costs[best] < batch[rank]:
+                batch[rank] -= work[rank]
+                batch[best] += work[best]
                 chosen[:] = [best if ids[j] == expert else chosen[j] for j in range(len(chosen))]
     load[:] = [before[r] + batch[r] for r in ranks]

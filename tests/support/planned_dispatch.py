@@ -65,6 +65,7 @@ def run_plan(
         slots_ER,
         (np.arange(num_ranks) * num_nodes // num_ranks).astype(np.int32),
         num_nodes,
+        np.ones(num_ranks, np.int64),
         planned.load_R,
         np.array([buffer.ctypes.data for buffer in buffers], np.int64),
         plan.request_header(7, torch.float32, 0) if header is None else header,

@@ -101,6 +101,7 @@ class FixedDispatch:
         self._rank_TK, self._row_TK = torch.full(pairs, -1, **ints), torch.full(pairs, -1, **ints)
         self._slots_LER = torch.full((shape.num_layers, shape.num_experts, num_ranks), -1, **ints)
         self._home_LE = torch.full((shape.num_layers, shape.num_experts), -1, **ints)
+        self._work_R = torch.ones(num_ranks, dtype=torch.int64, device=device)
         self._load_LR = torch.zeros(shape.num_layers, num_ranks, dtype=torch.int64, device=device)
         node_of_rank_R = np.arange(num_ranks) * num_nodes // num_ranks
         self._node_of_rank_R = torch.from_numpy(node_of_rank_R.astype(np.int32)).to(device)
@@ -115,11 +116,12 @@ class FixedDispatch:
                 f"{num_tokens} rows of {shape.row_bytes} bytes are no multiple of 16 bytes, which replies have to be"
             )
 
-    def set_placement(self, slots_LER: np.ndarray) -> None:
+    def set_placement(self, slots_LER: np.ndarray, work_R: np.ndarray | None = None) -> None:
         """Use another epoch from the next step on, also in graphs that were captured before.
 
-        `slots_LER`: int32, -1 where a rank has no slot for an expert or is lost. ValueError for another shape, or for
-        replicas if this dispatch was made without: graphs in use would not see them.
+        `slots_LER`: int32, -1 where a rank has no slot for an expert or is lost; `work_R`: int64 (`Placement.work_R`),
+        None for ranks of equal speed. ValueError for another shape, or for replicas if this dispatch was made without:
+        graphs in use would not see them.
         """
         if slots_LER.shape != tuple(self._slots_LER.shape):
             raise ValueError(f"slots are {list(slots_LER.shape)}, expected {list(self._slots_LER.shape)}")
@@ -129,6 +131,7 @@ class FixedDispatch:
         home_LE = np.where(held_LER.any(2), held_LER.argmax(2), -1).astype(np.int32)
         self._slots_LER.copy_(torch.from_numpy(np.ascontiguousarray(slots_LER, np.int32)))
         self._home_LE.copy_(torch.from_numpy(home_LE))
+        self._work_R.copy_(torch.ones_like(self._work_R) if work_R is None else torch.from_numpy(work_R))
 
     def pack(self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> None:
         """Write every rank's message. Ids are int32, weights float32, all contiguous and on the device."""
@@ -145,8 +148,8 @@ class FixedDispatch:
         T, K, D = layout.num_tokens, shape.top_k, shape.hidden_size
         if self.replicas:
             triton_plan.choose_ranks[(1,)](
-                topk_ids_TK, self._slots_LER[layer], self._node_of_rank_R, self._load_LR[layer], self._rank_TK,
-                T, shape.num_experts, self.num_ranks, NUM_NODES=self.num_nodes, K=K,
+                topk_ids_TK, self._slots_LER[layer], self._node_of_rank_R, self._work_R, self._load_LR[layer],
+                self._rank_TK, T, shape.num_experts, self.num_ranks, NUM_NODES=self.num_nodes, K=K,
                 BLOCK_K=power_of_2(K), BLOCK_R=power_of_2(self.num_ranks), BLOCK_N=power_of_2(self.num_nodes),
                 num_warps=1,  # the tiles are small, and reductions within a warp need no barrier
             )  # fmt: skip

@@ -26,17 +26,18 @@ def _argmin_among(candidates, values, index):
 
 @triton.jit
 def choose_ranks(
-    ids_TK, slots_ER, node_of_rank_R, load_R, rank_TK,
+    ids_TK, slots_ER, node_of_rank_R, work_R, load_R, rank_TK,
     T, E, R, NUM_NODES: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The rule of `placement.rule`. One program goes token by token: each choice weighs those before.
 
-    `load_R` (int64) is halved first, as in `plan_and_pack`, and added to.
+    `load_R` (int64, as `work_R`) is halved first, as in `plan_and_pack`, and added to.
     """
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     node_R = tl.load(node_of_rank_R + r, mask=r < R, other=-1)
+    work = tl.load(work_R + r, mask=r < R, other=0)
     before = tl.load(load_R + r, mask=r < R, other=0) >> 1
     rank_load = before
     num_choosing = 0
@@ -70,7 +71,7 @@ def choose_ranks(
             best = _argmin_among(cover_R == cover, rank_load, r)
             taken_K = left_K * tl.sum(tl.where((r == best)[None, :], holds_KR, 0), axis=1)
             chosen_K = tl.where(taken_K > 0, best, chosen_K)
-            rank_load += tl.where(r == best, cover, 0).to(tl.int64)
+            rank_load += tl.where(r == best, cover * work, 0)
             left_K -= taken_K
         tl.store(rank_TK + t * K + k, chosen_K, mask=k < K)
     if num_choosing > 0:
@@ -97,11 +98,13 @@ def choose_ranks(
                         holds_R = tl.sum(tl.where((k == one)[:, None], holds_KR, 0), axis=0) > 0
                         free_R = (here_R > 0) | (here <= 1)
                         near_R = (here_R > 0) | (node_R == tl.max(tl.where(r == rank, node_R, -1)))
-                        cost_R = batch + tl.where(free_R, 0, slack)
-                        allowed_R = holds_R & near_R & (free_R | (slack >= SLACK_PAIRS))
+                        cost_R = batch + work + tl.where(free_R, 0, slack)
+                        allowed_R = (
+                            holds_R & near_R & (free_R | (slack >= SLACK_PAIRS * tl.max(tl.where(r == rank, work, 0))))
+                        )
                         best = _argmin_among(allowed_R, cost_R, r)
-                        if tl.max(tl.where(r == best, cost_R, 0)) + 1 < load:
-                            batch += (r == best).to(tl.int64) - (r == rank).to(tl.int64)
+                        if tl.max(tl.where(r == best, cost_R, 0)) < load:
+                            batch += tl.where(r == best, work, 0) - tl.where(r == rank, work, 0)
                             expert = tl.max(tl.where(k == one, ids, -1))
                             chosen_K = tl.where(ids == expert, best, chosen_K)
                 tl.store(rank_TK + t * K + k, chosen_K, mask=k < K)

@@ -35,6 +35,7 @@ class HostRowMover(RowMover):
         self._dtype_code = DTYPE_CODES[shape.dtype]
         self._header = request_header(membership.epoch, shape.dtype, shape.hidden_size)
         self._num_nodes, self._node_of_rank_R = placement.num_nodes, placement.node_of_rank_R
+        self._work_R = placement.work_R
         self._load_LR = np.zeros((shape.num_layers, num_ranks), np.int64)
         self._rows_in_messages = all(link.send_tensor is None for link in links.values())
         self._send_address_R = np.zeros(num_ranks, np.int64)
@@ -87,6 +88,7 @@ class HostRowMover(RowMover):
             slots_ER,
             self._node_of_rank_R,
             self._num_nodes,
+            self._work_R,
             self._load_LR[batch.layer],
             self._send_address_R,
             header,

@@ -74,13 +74,14 @@ def choose_ranks(
     slots_ER: np.ndarray,
     node_of_rank_R: np.ndarray,
     num_nodes: int,
+    work_R: np.ndarray,
     rank_load_R: np.ndarray,
     rank_TK: np.ndarray,
 ) -> None:
     """The rule with a router's memory: recent loads count half as much with each batch. Arguments: `plan_and_pack`."""
     for rank in range(len(rank_load_R)):
         rank_load_R[rank] >>= 1
-    choose_replicas(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, rank_load_R, rank_TK)
+    choose_replicas(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, work_R, rank_load_R, rank_TK)
 
 
 _i64, _i32_pointer, _i64_pointer = types.int64, types.CPointer(types.int32), types.CPointer(types.int64)
@@ -88,12 +89,13 @@ _i64, _i32_pointer, _i64_pointer = types.int64, types.CPointer(types.int32), typ
 
 @compiled_callback(
     types.void(
-        _i32_pointer, _i64, _i64, _i32_pointer, _i64, _i64, _i32_pointer, _i64, _i64_pointer, _i32_pointer
+        _i32_pointer, _i64, _i64, _i32_pointer, _i64, _i64, _i32_pointer, _i64, _i64_pointer, _i64_pointer,
+        _i32_pointer,
     )
 )  # fmt: skip
 def choose_ranks_callback(
-    ids: Any, tokens: int, top_k: int, slots: Any, experts: int, ranks: int, nodes: Any, num_nodes: int, load: Any,
-    chosen: Any,
+    ids: Any, tokens: int, top_k: int, slots: Any, experts: int, ranks: int, nodes: Any, num_nodes: int, work: Any,
+    load: Any, chosen: Any,
 ) -> None:  # fmt: skip
     """`choose_ranks` for C++ (router.h); its `address` is what to call."""
     choose_ranks(
@@ -101,6 +103,7 @@ def choose_ranks_callback(
         carray(slots, (experts, ranks)),
         carray(nodes, ranks),
         num_nodes,
+        carray(work, ranks),
         carray(load, ranks),
         carray(chosen, (tokens, top_k)),
     )
@@ -115,6 +118,7 @@ def plan_and_pack(
     slots_ER: np.ndarray,
     node_of_rank_R: np.ndarray,
     num_nodes: int,
+    work_R: np.ndarray,
     rank_load_R: np.ndarray,
     send_address_R: np.ndarray,
     common_header: np.ndarray,
@@ -133,7 +137,8 @@ def plan_and_pack(
         topk_weights_TK: float32.
         slots_ER: int32, the slot of expert e on rank r, -1 where it has none or the rank is lost.
         node_of_rank_R, num_nodes: int32 and a count, for the replica choice.
-        rank_load_R: int64, pairs that each rank got recently; halved here and added to, breaks ties.
+        work_R: int64, what a pair counts on each rank, for the same.
+        rank_load_R: int64, the work that each rank got recently; halved here and added to, breaks ties.
         send_address_R: int64, address of each rank's send buffer; big enough for T rows with K pairs each. 0 where
             there is no link: such a rank's message has a length, and is not written.
         common_header: int64 [16], what the headers of all messages have in common; see `request_header`.
@@ -149,7 +154,7 @@ def plan_and_pack(
         rows_R[rank] = 0
         pairs_R[rank] = 0
         nbytes_R[rank] = 0
-    choose_ranks(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, rank_load_R, rank_TK)
+    choose_ranks(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, work_R, rank_load_R, rank_TK)
 
     unserved = 0
     for token in range(num_tokens):
@@ -300,7 +305,7 @@ def warm_up() -> None:
     pairs_TK, weights_TK = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
     rank_R, size_R = np.zeros(1, np.int32), np.zeros(1, np.int64)
     slots_ER, header = np.zeros((1, 1), np.int32), request_header(0, torch.float32, 1)
-    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, header, True)
+    inputs = (0, 0, pairs_TK, weights_TK, slots_ER, rank_R, 1, size_R, size_R, size_R, header, True)
     plan_and_pack(*inputs, pairs_TK, pairs_TK, rank_R, rank_R, size_R)
     combine(pairs_TK, pairs_TK, np.zeros(1, np.bool_), size_R, FLOAT32, np.zeros(1, np.float32), 0, False)
     if not config.DISABLE_JIT:

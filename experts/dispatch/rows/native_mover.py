@@ -57,6 +57,7 @@ class NativeRowMover(HostRowMover):
             num_nodes=self._num_nodes,
             choose_ranks=choose_ranks_callback.address,
             node_of_rank_R=self._node_of_rank_R.ctypes.data,
+            work_R=self._work_R.ctypes.data,
             load_LR=self._load_LR.ctypes.data,
             header=self._header.ctypes.data,
             send_R=self._send_address_R.ctypes.data,

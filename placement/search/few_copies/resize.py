@@ -97,7 +97,7 @@ def resize(
     frame = replace(frame, kept_LE=_kept(frame, tolerance))
     map_LRW = restore_spare(frame, place_hot(frame, map_LRW))
     map_LRW = even_out(frame, map_LRW, tolerance)
-    return Placement(num_ranks, num_nodes, shape[1], map_LRW.reshape(shape[0], -1), nodes=nodes)
+    return Placement(num_ranks, num_nodes, shape[1], map_LRW.reshape(shape[0], -1), nodes=nodes, speeds=tuple(speed))
 
 
 def copies_between(held: Placement, target: Placement) -> int:

@@ -50,7 +50,7 @@ class Limits(NamedTuple):
 class Covering(NamedTuple):
     """What the rule makes of the slots as they stand.
 
-    `pairs_QR` int64, pairs that each router sent to each rank; `load_R` and `load_ER` float64; `rank_TK` int16, the
+    `pairs_QR` int64, the work that each router sent to each rank; `load_R` and `load_ER` float64; `rank_TK` int16, the
     rank chosen for each expert of a token; `visits_T` float64, weighted visits.
     """
 
@@ -214,13 +214,14 @@ def cover_rows(
     ids_TK, width_T, router_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.router_T, tokens.pair_weight_E
     rank_TK, visits_T = covering.rank_TK, covering.visits_T
     pairs_QR, load_R, token_T = trial.pairs_QR, trial.load_R, trial.token_T
+    work_R = limits.nodes.work_R
     new_rank_TK, new_visits_T = trial.rank_TK, trial.visits_T
     for row in range(first, end):
         t = token_T[row]
         width, router = width_T[t], router_T[t]
         for k in range(width):
             rank = rank_TK[t, k]
-            pairs_QR[router, rank] -= 1
+            pairs_QR[router, rank] -= work_R[rank]
             load_R[rank] -= pair_weight_E[ids_TK[t, k]]
         of_token = cover(ids_TK, t, width, router, routers, limits, pairs_QR, chosen_E, scratch) - visits_T[t]
         for k in range(width):

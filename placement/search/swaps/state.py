@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from placement.compiled import compiled
-from placement.rule.replica_choice import popcount
+from placement.rule.bits import popcount
 from placement.search.annealing import excess_of
 from placement.search.replicas.holders import CLOSED
 

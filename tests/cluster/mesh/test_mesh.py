@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,17 @@ def test_a_cold_start_loads_each_row_and_then_opens():
     assert sorted(sim.mesh.holdings.ranks) == [0, 1, 2]
     assert sim.mesh.conductor.counters.copies == 0
     assert all(sim.unserved_by(router) == 0 for router in sim.routers)
+
+
+def test_routers_are_told_the_speeds_of_the_target():
+    sim = started()
+    target = sim.mesh.keeper.target
+    speeds = (1.0, 2.0, 0.5)
+    sim.mesh.keeper.target = replace(target, placement=replace(target.placement, speeds=speeds))
+    sim.start_shard()  # whatever raises the epoch
+    sim.run_until_still()
+    assert sim.mesh.membership.placement.speeds[:3] == speeds
+    assert all(router.membership.placement.speeds[:3] == speeds for router in sim.routers)
 
 
 def test_growing_and_shrinking_keeps_every_expert_served():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,6 +155,18 @@ def test_a_target_travels_as_json() -> None:
         assert again.placement == target.placement
         assert (again.load_LE is None) == (load_LE is None)
         assert load_LE is None or np.array_equal(again.load_LE, load_LE)  # type: ignore[arg-type]
+
+
+def test_speeds_stay_with_their_ranks_as_shards_come_and_go() -> None:
+    found = TargetKeeper()
+    assert found.speeds(2) is None
+    found.set(Target(1, "first", replace(Placement.linear(1, 6, 3), speeds=(1.0, 0.5, 2.0)), "p"), {0: 4, 1: 4, 2: 4})
+    assert found.speeds(4) == (1.0, 0.5, 2.0, 1.0)
+    assert follow(found, [0, 1, 3])
+    assert found.target is not None
+    assert found.target.placement.speeds == (1.0, 0.5, 2.0, 1.0)  # rank 2 is a hole
+    assert follow(found, [0, 1])
+    assert found.target.placement.speeds == (1.0, 0.5)
 
 
 def test_replicas_are_kept_where_slots_suffice_and_given_up_before_an_expert_is() -> None:

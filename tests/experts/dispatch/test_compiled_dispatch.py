@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from experts.dispatch.rows.host_mover import HostRowMover
 from experts.dispatch.rows.native_mover import NativeRowMover
 from experts.native.library import data_plane
 from experts.protocol.membership import Membership
+from placement.placement import Placement
 from tests.support.fake_links import WAIT_FAULTS, FakeLink, FakeMesh, fake_mesh, unhurried
 from tests.support.shm_fakes import behind_shared_memory
 from tests.support.small_mesh import Batch, assert_matches, one_process, random_batch, replicated, write_checkpoint
@@ -35,10 +37,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
+def unlike(replicas: int) -> Placement:
+    """With two replicas on ranks of unlike speeds, else on ranks that are alike."""
+    return replace(replicated(2, 6, NUM_RANKS, replicas), speeds=(1.0, 0.3, 2.0) if replicas == 2 else None)
+
+
 @contextmanager
 def compiled_mesh(model: Path, replicas: int, dtype: torch.dtype, timeout_s: float = 20.0) -> Iterator[FakeMesh]:
     """Fakes behind shared memory, and a dispatcher that knows only that."""
-    placement = replicated(2, 6, NUM_RANKS, replicas)
+    placement = unlike(replicas)
     mesh = fake_mesh(model, placement, max_rows=MAX_ROWS, dtype=dtype)
     dispatcher = Dispatcher(mesh.dispatcher.shape, MAX_ROWS, timeout_s, unhurried(model, dtype))
     with behind_shared_memory(mesh.links) as links:
@@ -51,7 +58,7 @@ def compiled_mesh(model: Path, replicas: int, dtype: torch.dtype, timeout_s: flo
 def python_mesh(model: Path, replicas: int, dtype: torch.dtype) -> Iterator[FakeMesh]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pick, "data_plane", lambda: None)
-        mesh = fake_mesh(model, replicated(2, 6, NUM_RANKS, replicas), max_rows=MAX_ROWS, dtype=dtype)
+        mesh = fake_mesh(model, unlike(replicas), max_rows=MAX_ROWS, dtype=dtype)
     assert type(mesh.dispatcher._mover) is HostRowMover
     yield mesh
 

@@ -28,8 +28,15 @@ def memberships(draw: st.DrawFn, epoch: int = 1, layers: int | None = None) -> M
     expert = st.integers(-1, EXPERTS - 1)
     map_LS = draw(st.lists(st.lists(expert, min_size=slots, max_size=slots), min_size=layers, max_size=layers))
     nodes = draw(st.none() | st.lists(st.integers(0, 1), min_size=ranks, max_size=ranks))
+    speeds = draw(st.none() | st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=ranks, max_size=ranks))
     placement = Placement(
-        ranks, 1 if nodes is None else 2, EXPERTS, np.array(map_LS), None if nodes is None else tuple(nodes), True
+        ranks,
+        1 if nodes is None else 2,
+        EXPERTS,
+        np.array(map_LS),
+        None if nodes is None else tuple(nodes),
+        True,
+        None if speeds is None else tuple(speeds),
     )
     names = draw(st.lists(st.none() | st.sampled_from("abc"), min_size=ranks, max_size=ranks))
     return Membership(
@@ -39,8 +46,8 @@ def memberships(draw: st.DrawFn, epoch: int = 1, layers: int | None = None) -> M
 
 def same(one: Membership, other: Membership) -> bool:
     mine, theirs = one.placement, other.placement
-    fields = (mine.nodes, mine.num_nodes, mine.partial) == (theirs.nodes, theirs.num_nodes, theirs.partial)
-    return one == other and fields
+    left, right = ((each.nodes, each.num_nodes, each.partial, each.speeds) for each in (mine, theirs))
+    return one == other and left == right
 
 
 @settings(deadline=None)

@@ -30,7 +30,8 @@ def plain_score(ids_TK, map_S, num_ranks, num_nodes):
         if expert >= 0:
             even[slot // slots] += pairs[expert] / copies[expert]
     slots_ER = np.where(holds, 0, -1)
-    rank_TK, load = plain_rule(np.sort(ids_TK, axis=1), slots_ER, num_nodes, np.zeros(num_ranks, np.int64))
+    idle_R, one_R = np.zeros(num_ranks, np.int64), np.ones(num_ranks, np.int64)
+    rank_TK, load = plain_rule(np.sort(ids_TK, axis=1), slots_ER, num_nodes, idle_R, one_R)
     visited = [{rank for rank in row if rank >= 0} for row in rank_TK.tolist()]
     ranks_visited = sum(map(len, visited))
     nodes_visited = sum(len({rank // per_node for rank in row}) for row in visited)

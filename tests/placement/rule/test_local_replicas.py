@@ -38,12 +38,13 @@ def test_every_router_chooses_by_the_rule_from_what_is_near_to_it(
     slots_ER[np.arange(num_experts), rng.integers(num_ranks, size=num_experts)] = 0
     node_R = (np.arange(num_ranks) // ranks_per_node).astype(np.int32)
     ids_TK = np.array([rng.permutation(num_experts)[:3] for _ in range(tokens)], np.int32).reshape(tokens, 3)
-    found_TK = choose_local_first(ids_TK, slots_ER, node_R, num_nodes)
+    work_R = rng.integers(1, 4, num_ranks)
+    found_TK = choose_local_first(ids_TK, slots_ER, node_R, num_nodes, work_R)
     for home in range(num_nodes):
         near_ER = keep_local(slots_ER[None], node_R == home)[0]
         mine_TK = np.ascontiguousarray(ids_TK[home::num_nodes])
         alone_TK = np.empty(mine_TK.shape, np.int32)
-        choose_replicas(mine_TK, near_ER, node_R, num_nodes, np.zeros(num_ranks, np.int64), alone_TK)
+        choose_replicas(mine_TK, near_ER, node_R, num_nodes, work_R, np.zeros(num_ranks, np.int64), alone_TK)
         assert found_TK[home::num_nodes].tolist() == alone_TK.tolist()
 
 

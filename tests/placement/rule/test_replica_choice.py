@@ -12,12 +12,13 @@ from placement.rule.replica_choice import choose_replicas
 from tests.support.plain_rule import plain_rule
 
 
-def choose(ids_TK, slots_ER, num_nodes, load_R):
+def choose(ids_TK, slots_ER, num_nodes, load_R, work_R=None):
     num_ranks = slots_ER.shape[1]
+    work_R = np.ones(num_ranks, np.int64) if work_R is None else work_R
     node_of_rank_R = (np.arange(num_ranks) // (num_ranks // num_nodes)).astype(np.int32)
     rank_TK = np.full(ids_TK.shape, -7, np.int32)
     load_R = load_R.copy()
-    choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, load_R, rank_TK)
+    choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, work_R, load_R, rank_TK)
     return rank_TK, load_R
 
 
@@ -30,8 +31,9 @@ def choose(ids_TK, slots_ER, num_nodes, load_R):
     top_k=st.integers(1, 10),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     repeats=st.booleans(),
+    unequal=st.booleans(),
 )
-def test_agrees_with_the_plain_rule(seed, num_nodes, ranks_per_node, num_experts, top_k, density, repeats):
+def test_agrees_with_the_plain_rule(seed, num_nodes, ranks_per_node, num_experts, top_k, density, repeats, unequal):
     rng = np.random.default_rng(seed)
     num_ranks = num_nodes * ranks_per_node
     holds_ER = rng.random((num_experts, num_ranks)) < density
@@ -47,8 +49,9 @@ def test_agrees_with_the_plain_rule(seed, num_nodes, ranks_per_node, num_experts
         ).astype(np.int32)
         ids_TK[ids_TK >= num_experts] = -1
     load_R = rng.integers(0, 5, num_ranks)
-    rank_TK, after_R = choose(ids_TK, slots_ER, num_nodes, load_R)
-    expected_TK, expected_R = plain_rule(ids_TK, slots_ER, num_nodes, load_R)
+    work_R = rng.integers(1, 4, num_ranks) if unequal else np.ones(num_ranks, np.int64)
+    rank_TK, after_R = choose(ids_TK, slots_ER, num_nodes, load_R, work_R)
+    expected_TK, expected_R = plain_rule(ids_TK, slots_ER, num_nodes, load_R, work_R)
     np.testing.assert_array_equal(rank_TK, expected_TK)
     np.testing.assert_array_equal(after_R, expected_R)
 
@@ -60,9 +63,20 @@ def test_many_nodes_and_the_widest_top_k():
     load_R = np.zeros(140, np.int64)
     for num_nodes in (1, 70, 140):
         rank_TK, after_R = choose(ids_TK, slots_ER, num_nodes, load_R)
-        expected_TK, expected_R = plain_rule(ids_TK, slots_ER, num_nodes, load_R)
+        expected_TK, expected_R = plain_rule(ids_TK, slots_ER, num_nodes, load_R, np.ones(140, np.int64))
         np.testing.assert_array_equal(rank_TK, expected_TK)
         np.testing.assert_array_equal(after_R, expected_R)
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 1.0, 1.0, 0.25), (1.0, 2.0, 4.0, 1.0)], ids=str)
+def test_loads_follow_speeds_where_every_rank_holds_everything(speeds):
+    """Each rank gets its share of 512 pairs to a few, as tokens of one expert are free to go anywhere."""
+    placement = Placement(4, 1, 4, np.tile(np.arange(4), (1, 4)), speeds=speeds)
+    ids_TK = np.random.default_rng(0).integers(0, 4, (512, 1)).astype(np.int32)
+    rank_TK, work_R = choose(ids_TK, placement.slots_LER[0], 1, np.zeros(4, np.int64), placement.work_R)
+    pairs_R = np.bincount(rank_TK.ravel(), minlength=4)
+    assert np.abs(pairs_R - 512 * placement.speed_R / placement.speed_R.sum()).max() <= 2
+    assert work_R.tolist() == (pairs_R * placement.work_R).tolist()
 
 
 def test_top_k_above_the_limit_is_refused():

@@ -23,7 +23,12 @@ from tests.support.plain_rule import plain_even_out
 
 
 def plain_cover(
-    wanted: list[int], holders: dict[int, list[int]], node_of_rank: list[int], num_nodes: int, load: list[int]
+    wanted: list[int],
+    holders: dict[int, list[int]],
+    node_of_rank: list[int],
+    num_nodes: int,
+    load: list[int],
+    work: list[int],
 ) -> dict[int, int]:
     """The rule for one token in plain Python, on sets; adds to `load`."""
     chosen: dict[int, int] = {}
@@ -47,7 +52,7 @@ def plain_cover(
         rank = min(ranks, key=lambda r: (-len(covered({r})), load[r], r))
         for expert in covered({rank}):
             chosen[expert] = rank
-            load[rank] += 1
+            load[rank] += work[rank]
         left -= set(chosen)
     return chosen
 
@@ -70,16 +75,18 @@ def test_agrees_with_sets_wherever_ranks_stand(
     holders = {e: np.flatnonzero(holds_ER[e]).tolist() for e in range(num_experts)}
     top_k = int(rng.integers(1, min(num_experts, 6) + 1))
     ids_TK = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(8)]).astype(np.int32)
-    load_R = rng.integers(0, 4, num_ranks)
+    load_R, work_R = rng.integers(0, 4, num_ranks), rng.integers(1, 4, num_ranks)
     expected_load = load_R.tolist()
     expected_TK = []
     for row in ids_TK.tolist():
-        chosen = plain_cover(row, holders, node_of_rank_R.tolist(), num_nodes, expected_load)
+        chosen = plain_cover(row, holders, node_of_rank_R.tolist(), num_nodes, expected_load, work_R.tolist())
         expected_TK.append([chosen[expert] for expert in row])
-    plain_even_out(ids_TK.tolist(), holders, node_of_rank_R.tolist(), load_R.tolist(), expected_load, expected_TK)
+    plain_even_out(
+        ids_TK.tolist(), holders, node_of_rank_R.tolist(), work_R.tolist(), load_R.tolist(), expected_load, expected_TK
+    )
     rank_TK = np.full(ids_TK.shape, -7, np.int32)
     slots_ER = np.where(holds_ER, 0, -1).astype(np.int32)
-    choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, load_R, rank_TK)
+    choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, work_R, load_R, rank_TK)
     assert rank_TK.tolist() == expected_TK
     assert load_R.tolist() == expected_load
 
@@ -100,7 +107,8 @@ def test_a_token_is_told_how_many_ranks_and_nodes_it_visits_and_leaves_no_trace(
     rank_ER = np.full((num_experts, num_ranks), -1, np.int32)
     for expert in range(num_experts):
         rank_ER[expert, : count_E[expert]] = rng.permutation(np.flatnonzero(holds_ER[expert]))  # in any order
-    nodes = Nodes(node_of_rank_R, num_nodes, int(block_of_nodes(node_of_rank_R, num_nodes)))
+    work_R = rng.integers(1, 4, num_ranks)
+    nodes = Nodes(node_of_rank_R, num_nodes, int(block_of_nodes(node_of_rank_R, num_nodes)), work_R)
     scratch = cover_scratch(num_ranks, num_nodes)
     load_R, chosen_E = np.zeros(num_ranks, np.int64), np.full(num_experts, -1, np.int32)
     expected_load = [0] * num_ranks
@@ -108,7 +116,9 @@ def test_a_token_is_told_how_many_ranks_and_nodes_it_visits_and_leaves_no_trace(
         wanted = rng.permutation(num_experts)[: rng.integers(1, num_experts + 1)].astype(np.int32)
         found = cover_token(wanted, len(wanted), Holders(count_E, rank_ER), nodes, load_R, chosen_E, scratch)
         holders = {e: rank_ER[e, : count_E[e]].tolist() for e in range(num_experts)}
-        expected = plain_cover(wanted.tolist(), holders, node_of_rank_R.tolist(), num_nodes, expected_load)
+        expected = plain_cover(
+            wanted.tolist(), holders, node_of_rank_R.tolist(), num_nodes, expected_load, work_R.tolist()
+        )
         assert {e: int(chosen_E[e]) for e in wanted.tolist()} == expected
         ranks = set(expected.values())
         assert tuple(map(int, found)) == (len(ranks), len({int(node_of_rank_R[r]) for r in ranks}))
@@ -148,7 +158,7 @@ def test_what_decides_hand_worked() -> None:
         ([2, 2], [0, 0, 0, 0], [0, 0]),
     ):
         rank_TK, load_R = np.empty((1, 2), np.int32), np.array(load, np.int64)
-        choose_replicas(np.array([ids], np.int32), slots_ER, node_of_rank_R, 2, load_R, rank_TK)
+        choose_replicas(np.array([ids], np.int32), slots_ER, node_of_rank_R, 2, np.ones(4, np.int64), load_R, rank_TK)
         assert rank_TK.tolist() == [expected]
         pairs = set(zip(ids, expected, strict=True))
         assert (load_R - load).tolist() == [sum(rank == r for _, rank in pairs) for r in range(4)]
@@ -166,6 +176,7 @@ def test_the_widest_token_that_the_rule_takes() -> None:
         slots_ER = np.where(np.eye(63, 64, dtype=bool), 0, -1).astype(np.int32)
         slots_ER[:, 63] = 0
         rank_TK, load_R = np.empty((1, 63), np.int32), np.zeros(64, np.int64)
-        choose_replicas(np.arange(63, dtype=np.int32)[None], slots_ER, node_of_rank_R, num_nodes, load_R, rank_TK)
+        ids_TK, work_R = np.arange(63, dtype=np.int32)[None], np.ones(64, np.int64)
+        choose_replicas(ids_TK, slots_ER, node_of_rank_R, num_nodes, work_R, load_R, rank_TK)
         assert (rank_TK == 63).all()
         assert load_R.tolist() == [0] * 63 + [63]

@@ -43,7 +43,8 @@ def test_steps_in_the_same_memory(triton_device, num_tokens, num_ranks, num_node
     load_LR = np.zeros((shape.num_layers, num_ranks), np.int64)
     for step in range(3):
         slots_LER = placement(num_ranks, replicas, seed=step)
-        dispatch.set_placement(slots_LER)
+        work_R = np.arange(num_ranks) + 2 if step else np.ones(num_ranks, np.int64)
+        dispatch.set_placement(slots_LER, work_R if step else None)
         for layer in range(shape.num_layers):
             x_TD, weights_TK, ids_TK = routing(num_tokens, 10 * step + layer, dtype)
             dispatch.send_RB.fill_(0xA5)
@@ -57,7 +58,9 @@ def test_steps_in_the_same_memory(triton_device, num_tokens, num_ranks, num_node
             torch.testing.assert_close(y_TD.cpu().double(), expected_TD, rtol=8 * eps, atol=1e3 * eps)
             load_LR[layer] >>= 1
             rank_TK = np.zeros(ids_TK.shape, np.int32)
-            choose_replicas(ids_TK.numpy(), slots_LER[layer], node_of_rank_R, num_nodes, load_LR[layer], rank_TK)
+            choose_replicas(
+                ids_TK.numpy(), slots_LER[layer], node_of_rank_R, num_nodes, work_R, load_LR[layer], rank_TK
+            )
             np.testing.assert_array_equal(dispatch._rank_TK.cpu().numpy(), rank_TK)
     assert dispatch.unserved.item() == 0
 

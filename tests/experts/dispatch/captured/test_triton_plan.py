@@ -40,11 +40,12 @@ def test_choose_ranks_is_the_planners_rule(triton_device, sizes, replicas):
     case = make_case(sizes, replicas, seed=sum(sizes))
     T, K, E, R, N = sizes
     load_R = np.random.default_rng(1).integers(0, 30, R)
+    work_R = np.random.default_rng(2).integers(1, 5, R) if N > 1 or K % 2 else np.ones(R, np.int64)
     expected_TK, expected_load_R = np.full((T, K), POISON, np.int32), load_R >> 1
-    choose_replicas(case.ids_TK, case.slots_ER, case.node_of_rank_R, N, expected_load_R, expected_TK)
+    choose_replicas(case.ids_TK, case.slots_ER, case.node_of_rank_R, N, work_R, expected_load_R, expected_TK)
     device_load_R = torch.from_numpy(load_R).to(triton_device)
     rank_TK = poisoned((T, K), triton_device)
-    on = [torch.from_numpy(a).to(triton_device) for a in (case.ids_TK, case.slots_ER, case.node_of_rank_R)]
+    on = [torch.from_numpy(a).to(triton_device) for a in (case.ids_TK, case.slots_ER, case.node_of_rank_R, work_R)]
     programs.choose_ranks[(1,)](
         *on, device_load_R, rank_TK, T, E, R,
         NUM_NODES=N, K=K, BLOCK_K=power_of_2(K), BLOCK_R=power_of_2(R), BLOCK_N=power_of_2(N),
@@ -61,7 +62,9 @@ def test_place_pairs(triton_device, sizes, has_ranks):
     T, K, E, R, _ = sizes
     case = make_case(sizes, replicas=has_ranks, seed=7 + sum(sizes))
     rank_TK = np.full((T, K), POISON, np.int32)
-    choose_replicas(case.ids_TK, case.slots_ER, case.node_of_rank_R, 1, np.zeros(R, np.int64), rank_TK)
+    choose_replicas(
+        case.ids_TK, case.slots_ER, case.node_of_rank_R, 1, np.ones(R, np.int64), np.zeros(R, np.int64), rank_TK
+    )
     row_TK, messages, unserved = brute_messages(case, rank_TK)
     home_E = np.where((case.slots_ER >= 0).any(1), (case.slots_ER >= 0).argmax(1), -1).astype(np.int32)
     offsets_at, experts_at, weights_at = 4, 4 + T + 1, 4 + T + 1 + T * K
