@@ -15,6 +15,7 @@ MODULES = (
     "benchmarks.data_plane.many_routers",
     "benchmarks.data_plane.transport_pingpong",
     "benchmarks.data_plane.pair_memory",
+    "benchmarks.data_plane.soak",
     "benchmarks.data_plane.weight_copies",
     "benchmarks.data_plane.shard_kernel",
     "benchmarks.data_plane.expert_loading",
