@@ -38,6 +38,7 @@ class ExpertsAppConfig(StrictModel):
             max_handshakes=self.shards.max_handshakes,
             max_pairs=self.shards.max_pairs,
             max_pairs_per_router=self.shards.max_pairs_per_router,
+            tls=self.mesh.tls,
         )
 
 
@@ -68,6 +69,7 @@ class LLMAppConfig(StrictModel):
             trace_tokens=self.routers.trace_tokens,
             fallback_cache_bytes=self.routers.fallback.cache_bytes,
             fallback_max_ms_per_step=self.routers.fallback.max_ms_per_step,
+            tls=self.transport.tls,
             membership_by_rpc=True,
         )
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from experts.protocol.settings import ShardSettings, StrictModel
+from experts.protocol.settings import ShardSettings, StrictModel, TlsFiles
 
 NUMBER_OF_SHARDS = "deployments: [{name: ExpertShard, num_replicas: N}] beside args"
 
@@ -102,4 +102,9 @@ class MeshSection(StrictModel):
         min_length=1,
         description="Environment variable of the controller's process with the mesh's secret, at least 32 characters. "
         "By default the controller makes a secret up, which lives as long as one shard or router that knows it.",
+    )
+    tls: TlsFiles | None = Field(
+        default=None,
+        description="TLS for every connection to a shard, also of shards that copy experts; transport.tls is the "
+        "routers' side.",
     )

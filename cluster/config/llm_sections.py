@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from experts.protocol.settings import RouterSettings, StrictModel, TransportName
+from experts.protocol.settings import RouterSettings, StrictModel, TlsFiles, TransportName
 from experts.vllm_plugin.engine_options import refused_by_project
 
 
@@ -111,6 +111,17 @@ class TransportSection(StrictModel):
         description="Use replicas on the router's own host first, whatever their load. For hosts that each have a "
         "router and an equal share of the requests.",
     )
+    tls: TlsFiles | None = Field(
+        default=None,
+        description="TLS for everything that routers and shards say to each other over the network; mesh.tls is the "
+        "shards' side. Rows in shared memory do not leave the host. By default rows are not encrypted.",
+    )
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> TransportSection:
+        if self.tls is not None and self.name == "nccl":
+            raise ValueError("name is nccl, which does not encrypt: with tls, name is tcp, shm or auto")
+        return self
 
 
 class DeadlinesSection(StrictModel):

@@ -131,6 +131,10 @@ class MeshConfig(StrictModel):
                 "placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not: the placement "
                 "would be planned for routers that prefer local replicas"
             )
+        ours, theirs = self.experts.mesh.tls is not None, self.llm.transport.tls is not None
+        if ours != theirs:
+            missing, there = ("transport.tls", "mesh.tls") if ours else ("mesh.tls", "transport.tls")
+            yield f"{there} is set and {missing} is not: set both or neither"
         yield from device_disagreements(self.experts.shards, self.llm.routers, self.llm.transport)
 
     def _console_disagreements(self) -> Iterator[str]:

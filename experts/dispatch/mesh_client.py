@@ -31,6 +31,7 @@ from experts.transports.base import RouterLink
 from experts.transports.connect import connect
 from experts.transports.control import Hello
 from experts.transports.memory_limit import PairRoom
+from experts.transports.tls.identity import TlsIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class MeshClient:
         )
         self._static = settings.membership
         self._secret = secret
+        self._tls = None if settings.tls is None else TlsIdentity(settings.tls)
         self._trimmed_s = time.monotonic()
         self._facts = checkpoint.facts
         self._fingerprint = checkpoint.start_fingerprint()
@@ -155,7 +157,7 @@ class MeshClient:
             weights=base64.b64encode(weights).decode(),
         )
         deadline_s = time.monotonic() + settings.connect_timeout_s
-        return connect(endpoint, hello, self.device, settings.spin_us, deadline_s, self._secret)
+        return connect(endpoint, hello, self.device, settings.spin_us, deadline_s, self._secret, self._tls)
 
     def begin(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 
 def _refuse_gloo(name: object) -> object:
@@ -21,6 +22,23 @@ class StrictModel(BaseModel):
     """Base of every settings class of the project."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TlsFiles(StrictModel):
+    """Mutual TLS 1.3 for the connections between routers and shards. Each file is PEM, on every node, read at start."""
+
+    cert_file: str = Field(description="Certificate of this process, with the chain up to the authority.")
+    key_file: str = Field(description="Its key, without a password.")
+    ca_file: str = Field(
+        description="The authority whose certificates routers and shards accept; names in them do not matter."
+    )
+
+    @field_validator("cert_file", "key_file", "ca_file")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if not os.path.isabs(value):
+            raise ValueError(f"{value!r} is no absolute path, and every node reads its own file")
+        return value
 
 
 class RouterSettings(StrictModel):
@@ -66,6 +84,7 @@ class RouterSettings(StrictModel):
     trace_tokens: int = Field(
         default=20_000, ge=0, description="Size of the reservoir of sampled top-k sets; 0 turns sampling off."
     )
+    tls: TlsFiles | None = Field(default=None, description="TLS; the shards have to have it too. By default none.")
     membership: dict[str, Any] | None = Field(
         default=None, description="A fixed membership, for engines that run without the controller."
     )
@@ -97,3 +116,4 @@ class ShardSettings(StrictModel):
         default=256, ge=1, description="Most pairs with routers at a time; each process of a router has one."
     )
     max_pairs_per_router: int = Field(default=16, ge=1, description="Likewise, for one router.")
+    tls: TlsFiles | None = Field(default=None, description="TLS; the routers have to have it too. By default none.")

@@ -18,6 +18,7 @@ from experts.protocol.membership import ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.secret import MeshSecret
 from experts.shard.slots import SlotTable
+from experts.transports.tls.identity import TlsIdentity
 from experts.transports.weights.frames import WeightsHello
 from experts.transports.weights.pace import CopyCancelledError, Pace
 from experts.transports.weights.reader import NotCopiedError, SourceLostError, WeightsReader
@@ -67,10 +68,11 @@ class Mover:
         hello: WeightsHello,
         stall_s: float = STALL_S,
         secret: Callable[[], MeshSecret] = MeshSecret.from_environment,
+        tls: TlsIdentity | None = None,
     ) -> None:
         self._slots = slots
         self._hello = hello
-        self._secret = secret
+        self._secret, self._tls = secret, tls
         self._stall_s = stall_s
         self._readers: dict[ShardEndpoint, WeightsReader] = {}
         self._busy = threading.Lock()
@@ -115,7 +117,7 @@ class Mover:
                 return kept
             kept.close()
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
-        return WeightsReader.connect(source, self._hello, deadline_s, STALL_S, self._secret())
+        return WeightsReader.connect(source, self._hello, deadline_s, STALL_S, self._secret(), self._tls)
 
     def keep_reader(self, source: ShardEndpoint, reader: WeightsReader) -> None:
         """Leave a connection for the next lane."""

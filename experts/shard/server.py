@@ -45,6 +45,7 @@ from experts.transports.control_port.visitor import OtherIncarnationError, PortL
 from experts.transports.devices import identity_of, use_device
 from experts.transports.memory_limit import PairRoom
 from experts.transports.shm import ShmDoorbell
+from experts.transports.tls.identity import TlsIdentity
 from experts.transports.weights import reader
 from experts.transports.weights.frames import WeightsHello
 from placement.placement import Placement, check_same_model
@@ -63,6 +64,7 @@ class ShardServer:
         """`secret` None: the environment has it; MeshSecretError from `start` if not."""
         self.settings = settings
         self._given_secret = secret
+        self._tls: TlsIdentity | None = None
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.endpoint: ShardEndpoint | None = None
         self.epoch = -1
@@ -91,6 +93,7 @@ class ShardServer:
             raise ValueError(f"rank is {rank}, expected one of the placement's ranks, 0 to {placement.num_ranks - 1}")
         settings = self.settings
         self._secret()  # rather before loading than after
+        self._tls = None if settings.tls is None else TlsIdentity(settings.tls)
         torch.set_num_threads(settings.num_threads)
         use_device(settings.device)
         checkpoint = ExpertCheckpoint.open(settings.model_path)
@@ -130,12 +133,12 @@ class ShardServer:
         self._room = PairRoom()
         rows, row_bytes = settings.max_rows_per_dispatch, spec.hidden_size * self.dtype.itemsize
         self._room.check(1, request_capacity(rows, spec.top_k, row_bytes) + reply_capacity(rows, row_bytes))
-        incarnation = uuid.uuid4().hex
-        self._incarnation = incarnation
+        self._incarnation = uuid.uuid4().hex
         weights = base64.b64encode(self._fingerprint.to_bytes()).decode()
         self._hello_bytes = len(weights) + _HELLO_BYTES
-        self._hand_out = HandOut(slots, self._fingerprint, incarnation)
-        self._mover = Mover(slots, WeightsHello("", kernel.layout, checkpoint.facts, weights), secret=self._secret)
+        self._hand_out = HandOut(slots, self._fingerprint, self._incarnation)
+        reads = WeightsHello("", kernel.layout, checkpoint.facts, weights)
+        self._mover = Mover(slots, reads, secret=self._secret, tls=self._tls)
         reader.warm_up()
 
     def listen(self, rank: int, epoch: int) -> ShardEndpoint:
@@ -153,6 +156,7 @@ class ShardServer:
             settings.connect_timeout_s,
             self._hand_out.open,
             secret=self._secret,
+            tls=self._tls,
             limits=PortLimits(
                 settings.max_handshakes, settings.max_pairs, settings.max_pairs_per_router, self._hello_bytes
             ),

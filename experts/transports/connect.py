@@ -16,6 +16,7 @@ from experts.transports.cuda_ipc.rows import CannotMapError
 from experts.transports.shared_region import FdMailbox
 from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
 from experts.transports.tcp.links import connect_tcp, open_tcp_channel
+from experts.transports.tls.identity import TlsIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def connect(
     spin_us: float,
     deadline_s: float,
     secret: MeshSecret | None = None,
+    tls: TlsIdentity | None = None,
 ) -> RouterLink:
     """A link to the shard at `endpoint`, ready to post.
 
@@ -35,23 +37,33 @@ def connect(
     shard's reason.
     """
     transport = choose_transport(hello.transport, endpoint, device)
+    if tls is not None and transport == "nccl":
+        raise ShardRejectedError(
+            endpoint.rank, "nccl does not encrypt rows: with transport.tls, run the shards on CPUs, or encrypt below"
+        )
     first = replace(hello, transport=transport, incarnation=endpoint.incarnation)
     try:
-        return _connect(endpoint, first, device, spin_us, deadline_s, secret)
+        return _connect(endpoint, first, device, spin_us, deadline_s, secret, tls)
     except CannotMapError as error:
-        if hello.transport != "auto":
+        if hello.transport != "auto" or tls is not None:
             reason = f"no {transport} pair, its memory cannot be mapped here: {error}; use nccl, or auto"
             raise ShardRejectedError(endpoint.rank, reason) from error
         logger.warning("shard %d: rows go over NCCL, since its memory cannot be mapped: %s", endpoint.rank, error)
-    return _connect(endpoint, replace(first, transport="nccl"), device, spin_us, deadline_s, secret)
+    return _connect(endpoint, replace(first, transport="nccl"), device, spin_us, deadline_s, secret, tls)
 
 
 def _connect(
-    endpoint: ShardEndpoint, hello: Hello, device: str, spin_us: float, deadline_s: float, secret: MeshSecret | None
+    endpoint: ShardEndpoint,
+    hello: Hello,
+    device: str,
+    spin_us: float,
+    deadline_s: float,
+    secret: MeshSecret | None,
+    tls: TlsIdentity | None,
 ) -> RouterLink:
     """Over `hello.transport`. A ShardError, or CannotMapError."""
     transport = hello.transport
-    control = open_control(endpoint, secret, deadline_s)
+    control = open_control(endpoint, secret, deadline_s, tls=tls)
     line = LifeLine(control.socket)
     try:
         if transport in ("cuda_ipc", "shm_split"):

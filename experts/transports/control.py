@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ from experts.transports.control_port.handshake import (
     OtherSecretError,
     OtherVersionError,
 )
+from experts.transports.tls.identity import TlsIdentity, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +180,17 @@ class Control:
     handshake: AskingHandshake = field(repr=False)
 
 
-def open_control(endpoint: ShardEndpoint, secret: MeshSecret | None, deadline_s: float, role: int = ROUTER) -> Control:
+def open_control(
+    endpoint: ShardEndpoint,
+    secret: MeshSecret | None,
+    deadline_s: float,
+    role: int = ROUTER,
+    tls: TlsIdentity | None = None,
+) -> Control:
     """Connect to a shard's control port and have both sides prove themselves, before `deadline_s` (time.monotonic()).
 
     `secret` None: this process's environment has it. ShardLostError, ShardTimeoutError, or ShardRejectedError if the
-    two sides do not know the same secret, or this side none.
+    two sides do not know the same secret, or this side none, or TLS fails.
     """
     rank, where = endpoint.rank, f"{endpoint.host}:{endpoint.port}"
     try:
@@ -196,8 +204,11 @@ def open_control(endpoint: ShardEndpoint, secret: MeshSecret | None, deadline_s:
         raise ShardTimeoutError(rank, f"no connection to {where} before the connect deadline") from error
     except OSError as error:
         raise ShardLostError(rank, f"cannot connect to {where}: {error}") from error
+    tunnel = None
     try:
         prepare(connection)
+        if tls is not None:
+            connection, tunnel = tls.connect(connection, deadline_s)
         connection.sendall(handshake.greeting)
         while not handshake.proven:
             connection.sendall(handshake.feed(_receive(connection, handshake.wanted, deadline_s)))
@@ -212,6 +223,9 @@ def open_control(endpoint: ShardEndpoint, secret: MeshSecret | None, deadline_s:
             ) from error
         if isinstance(error, OtherVersionError):
             raise ShardRejectedError(rank, f"{where}: {error}") from error
+        refusal = tunnel.problem if tunnel is not None else error if isinstance(error, ssl.SSLError) else None
+        if refusal is not None:
+            raise ShardRejectedError(rank, f"{where}: {problem_of(refusal)}") from error
         if isinstance(error, OSError):
             raise _as_shard_error(rank, error) from error
         raise

@@ -35,6 +35,11 @@ ROUTER, READER, SHARD = 1, 2, 3
 
 _GREETING = struct.Struct("!8sHBx32s")
 _MAGIC = b"expmesh\0"
+_TLS_MAGIC = b"expmTLS\0"
+TLS_BEGINS = b"\x16"
+"""First byte of whoever speaks TLS."""
+WANTS_TLS = _GREETING.pack(_TLS_MAGIC, PROTOCOL_VERSION, SHARD, bytes(32))
+"""What a shard with TLS answers to a greeting without."""
 _NONCE_BYTES = _TAG_BYTES = 32
 _WELCOME, _UNKNOWN = b"\1", b"\0"
 _LENGTH = struct.Struct("!I")
@@ -53,6 +58,13 @@ class HandshakeError(ConnectionError):
 
 class OtherVersionError(HandshakeError):
     """The other side speaks another version of the protocol."""
+
+
+class TlsMismatchError(OtherVersionError):
+    """One of the two sides speaks TLS."""
+
+    def __init__(self, who: str, parting: bytes = b"") -> None:
+        super().__init__(f"{who}: set mesh.tls for the shards and transport.tls for the routers, or neither", parting)
 
 
 class OtherSecretError(HandshakeError):
@@ -89,6 +101,10 @@ class Handshake(ABC):
 
     def _read_greeting(self, data: bytes) -> None:
         magic, version, role, _ = _GREETING.unpack(data)
+        if magic == _TLS_MAGIC:
+            raise TlsMismatchError("it wants TLS, and this side has none")
+        if data[:1] == TLS_BEGINS:
+            raise TlsMismatchError("it speaks TLS, and this side does not", self._greeting)
         if magic != _MAGIC:
             raise HandshakeError("it does not speak expertmesh's protocol")
         if version != PROTOCOL_VERSION:

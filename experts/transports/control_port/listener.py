@@ -31,6 +31,7 @@ from experts.transports.control_port.visitor import (
     Visitor,
     WeightsOpener,
 )
+from experts.transports.tls.identity import TlsIdentity, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,18 @@ class ControlListener:
         *,
         secret: Callable[[], MeshSecret] = MeshSecret.from_environment,
         limits: PortLimits | None = None,
+        tls: TlsIdentity | None = None,
     ) -> None:
-        """`secret`: the one to know at that moment. `handshake_timeout_s`: from the first byte to the last of a hello.
+        """`secret`: the one to know at that moment. `tls`: every connection has to have it.
 
-        `on_open` and `on_close` are called by the thread that watches, so they must not take long.
+        `handshake_timeout_s`: from the first byte to the last of a hello. `on_open` and `on_close` are called by the
+        thread that watches, so they must not take long.
         """
         self._open_channel, self._open_weights = open_channel, open_weights
         self._on_open, self._on_close = on_open, on_close
         self._handshake_timeout_s = handshake_timeout_s
         self._secret = secret
+        self._tls = tls
         self._limits = limits or PortLimits()
         self._server = socket.create_server((bind_host, 0), backlog=_BACKLOG)
         self._server.setblocking(False)
@@ -155,13 +159,16 @@ class ControlListener:
             self._epoll.unregister(self._server.fileno())
             self._accept_at_s = time.monotonic() + _PAUSE_S
             return
+        tunnel = None
         try:
-            connection.setblocking(False)
             prepare(connection)
+            if self._tls is not None:
+                connection, tunnel = self._tls.serve(connection)
+            connection.setblocking(False)
             handshake = ServingHandshake(self._secret(), self._limits.hello_bytes)
             deadline_s = time.monotonic() + min(PROVE_TIMEOUT_S, self._handshake_timeout_s)
             where = f"{address[0]}:{address[1]}"
-            visitor = Visitor(LifeLine(connection, watched=True), handshake, where, deadline_s)
+            visitor = Visitor(LifeLine(connection, watched=True), handshake, where, deadline_s, tunnel=tunnel)
             if not self._make_room():
                 raise ConnectionError(f"{self._limits.handshakes} handshakes are under way")
             self._epoll.register(connection.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
@@ -199,6 +206,9 @@ class ControlListener:
             self._complaints.add(f"turned {visitor.where} away: {error}{remedy}")
             self._drop(visitor)
         except OSError as error:
+            problem = None if visitor.tunnel is None else visitor.tunnel.problem
+            if problem is not None and not visitor.handshake.proven:
+                self._complaints.add(f"turned {visitor.where} away: {problem_of(problem)}")
             logger.info("the control socket of %s broke: %s", visitor.where, error)
             self._drop(visitor)
         except Exception:  # one visitor must not cost the others theirs

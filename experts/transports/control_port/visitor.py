@@ -13,6 +13,7 @@ from typing import Any
 from experts.transports.base import ShardChannel
 from experts.transports.control import Hello, LifeLine
 from experts.transports.control_port.handshake import ServingHandshake
+from experts.transports.tls.tunnel import Tunnel
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Visitor:
     channel: ShardChannel | None = None
     busy: bool = False  # another thread opens its pair, or sends it weights
     left: bool = False
+    tunnel: Tunnel | None = None  # with TLS, what `line` is the local end of
 
     @property
     def fd(self) -> int:

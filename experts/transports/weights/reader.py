@@ -20,6 +20,7 @@ from experts.protocol.secret import MeshSecret
 from experts.transports.control import Control, open_control, shake_hands
 from experts.transports.control_port.handshake import READER
 from experts.transports.shared_region import FdMailbox, SharedRegion
+from experts.transports.tls.identity import TlsIdentity
 from experts.transports.weights import memory, ring
 from experts.transports.weights.checksum import add_to_sums, new_sums
 from experts.transports.weights.frames import ASK, HEAD, LOAN, PLACE, SENT, TAIL, WeightsHello
@@ -61,6 +62,7 @@ class WeightsReader:
         deadline_s: float,
         stall_s: float,
         secret: MeshSecret | None = None,
+        tls: TlsIdentity | None = None,
     ) -> WeightsReader:
         """A connection to the shard at `endpoint`, before `deadline_s` (time.monotonic()).
 
@@ -71,7 +73,7 @@ class WeightsReader:
         hello = replace(hello, incarnation=endpoint.incarnation)
 
         def opened() -> contextlib.AbstractContextManager[Control]:
-            return _closed_on_error(open_control(endpoint, secret, deadline_s, READER))
+            return _closed_on_error(open_control(endpoint, secret, deadline_s, READER, tls))
 
         if endpoint.host_id != host_id():
             with opened() as control:

@@ -15,6 +15,7 @@ from cluster.config.serve_file import MeshConfig
 from experts.protocol.settings import ShardSettings
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
+TLS = {"cert_file": "/a.pem", "key_file": "/a.key", "ca_file": "/ca.pem"}
 
 
 def tiny() -> dict[str, Any]:
@@ -103,6 +104,9 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         ("applications.1.args.http.api_keys", ["  "], r"http\.api_keys: an API key is empty"),
         ("applications.1.args.transport.name", "gloo", r'transport\.name: "gloo" is gone, .* write "tcp", or "auto"'),
         ("applications.1.args.transport.name", "rdma", r"transport\.name: .*'nccl', got 'rdma'"),
+        ("applications.1.args.transport.tls", TLS, r"transport\.tls is set and mesh\.tls is not: set both or neither"),
+        ("applications.0.args.mesh", {"tls": TLS}, r"mesh\.tls is set and transport\.tls is not: set both or neither"),
+        ("applications.1.args.transport", {"name": "nccl", "tls": TLS}, r"name is nccl, which does not encrypt"),
         (
             "applications.1.args.transport.name",
             "nccl",
