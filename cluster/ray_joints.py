@@ -17,6 +17,8 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.autoscaling.measure import EngineMeasure
+
 FIND_REPLICAS_S = 3.0  # Serve pushes the list of replicas; a handle that is new waits for it
 
 
@@ -186,6 +188,44 @@ async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> 
 def unfinished_requests(llm_server: Any) -> int:
     """Requests that the engine of an LLMServer replica holds, running or waiting."""
     return int(llm_server.engine._engine_client.output_processor.get_num_unfinished_requests())
+
+
+def follow_engine(llm_server: Any, measure: EngineMeasure) -> bool:
+    """Have vLLM tell `measure` what each step brought. False: the engine counts nothing (`disable_log_stats`)."""
+    engine = llm_server.engine._engine_client
+    measure.max_requests = int(engine.vllm_config.scheduler_config.max_num_seqs)
+    if engine.logger_manager is None:
+        return False
+    engine.logger_manager.stat_loggers.append(_StepListener(measure))
+    return True
+
+
+class _StepListener:
+    """One of vLLM's stat loggers, which has to bear all of their methods."""
+
+    def __init__(self, measure: EngineMeasure) -> None:
+        self._measure = measure
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is not None:
+            waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self._measure.record(scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage)
+        if iteration_stats is not None:
+            self._measure.add(
+                between_s=iteration_stats.inter_token_latencies_iter,
+                first_s=iteration_stats.time_to_first_tokens_iter,
+                queue_s=[request.queued_time for request in iteration_stats.finished_requests],
+            )
+
+    def log(self) -> None: ...
+
+    def log_engine_initialized(self) -> None: ...
+
+    def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None: ...
+
+    def record_admission_rejection(self, reason: str) -> None: ...
 
 
 def vllm_engine_cls(in_process: bool) -> type:

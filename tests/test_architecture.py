@@ -40,6 +40,7 @@ ORDER = {
     "cluster": [
         *(
             "config",
+            "autoscaling",
             "priority",
             "serve_environment",
             "ray_joints",

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import ConfigError, parse, portable
+from cluster.config.replicas import shard_count
 
 CONTROLLER = "PlacementController"
 SHARD = "ExpertShard"
@@ -22,13 +23,14 @@ class DeploymentOverrides:
     num_shards: int = 1
     live: LiveConfig = field(default_factory=LiveConfig)
     listed: list[dict[str, Any]] = field(default_factory=list)
+    scaling: dict[str, Any] | None = None  # autoscaling_config of the shards
 
     @classmethod
     def of(cls, data: Any, where: str, folder: Path | None) -> DeploymentOverrides:
         """Check a list of deployments. Raises ConfigError that starts with `where`."""
         if not isinstance(data, list) or not all(isinstance(each, dict) for each in data):
             raise ConfigError(f"{where}: expected a list of deployments, each with a name")
-        num_shards, live = 1, LiveConfig()
+        num_shards, live, scaling = 1, LiveConfig(), None
         listed: list[dict[str, Any]] = []
         for index, each in enumerate(data):
             place = f"{where}[{index}]"
@@ -38,36 +40,13 @@ class DeploymentOverrides:
             if name in [other["name"] for other in listed]:
                 raise ConfigError(f"{place}.name: {name} is listed twice")
             if name == SHARD:
-                num_shards = _num_shards(each, place)
+                if each.get("user_config") is not None:
+                    raise ConfigError(f"{place}.user_config: a shard has none; the sections belong to {CONTROLLER}")
+                num_shards, scaling = shard_count(each, place), each.get("autoscaling_config")
             elif "num_replicas" in each or "autoscaling_config" in each:
                 raise ConfigError(f"{place}: there is one {CONTROLLER}: remove num_replicas and autoscaling_config")
             elif each.get("user_config") is not None:
                 live = parse(LiveConfig, each["user_config"], f"{place}.user_config", folder)
                 each = {**each, "user_config": portable(each["user_config"], live)}
             listed.append(each)
-        return cls(num_shards, live, listed)
-
-
-def _num_shards(deployment: dict[str, Any], where: str) -> int:
-    """How many shards Serve starts."""
-    if deployment.get("user_config") is not None:
-        raise ConfigError(f"{where}.user_config: a shard has none; the sections belong to {CONTROLLER}")
-    scaling, count = deployment.get("autoscaling_config"), deployment.get("num_replicas", 1)
-    if scaling is None:
-        return _at_least_one(count, f"{where}.num_replicas")
-    if not isinstance(scaling, dict):
-        raise ConfigError(f"{where}.autoscaling_config is {scaling!r}, expected a mapping")
-    if deployment.get("num_replicas") not in (None, "auto"):
-        raise ConfigError(f"{where}: num_replicas and autoscaling_config exclude each other: remove one")
-    bounds = {
-        key: _at_least_one(scaling[key], f"{where}.autoscaling_config.{key}")
-        for key in ("min_replicas", "initial_replicas")
-        if scaling.get(key) is not None
-    }
-    return bounds.get("initial_replicas", bounds.get("min_replicas", 1))
-
-
-def _at_least_one(count: Any, where: str) -> int:
-    if type(count) is not int or count < 1:
-        raise ConfigError(f"{where} is {count!r}, expected a number of shards of 1 or more")
-    return count
+        return cls(num_shards, live, listed, scaling)

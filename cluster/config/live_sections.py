@@ -1,4 +1,4 @@
-"""The sections `placement`, `migration` and `membership`: user_config of the controller, which a running one takes on.
+"""What a running controller takes on: `placement`, `migration`, `membership` and `scaling`, its user_config.
 
 They are no arguments of the application, since Serve replaces every replica of an application whose arguments change:
 
@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cluster.config.scaling_section import ScalingSection
 from experts.protocol.settings import StrictModel
 
 PlacementPolicy = Literal["linear", "greedy", "optimized"]
@@ -148,3 +149,4 @@ class LiveConfig(StrictModel):
     placement: PlacementSection = Field(default=PlacementSection(), description="Which expert each slot holds.")
     migration: MigrationSection = Field(default=MigrationSection(), description="How experts move.")
     membership: MembershipSection = Field(default=MembershipSection(), description="How shards are tracked.")
+    scaling: ScalingSection = Field(default=ScalingSection(), description="How many shards and routers there are.")

@@ -27,6 +27,7 @@ from cluster.config.devices import device_disagreements
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, parse, portable
+from cluster.config.replicas import router_scaling, scaling_problems
 from experts.protocol.settings import StrictModel
 
 EXPERTS_BUILDER = "serve_app:build_experts"
@@ -41,7 +42,9 @@ class MeshConfig(StrictModel):
     experts: ExpertsAppConfig = Field(description="Arguments of the application that holds the shards.")
     live: LiveConfig = Field(default=LiveConfig(), description="What a running controller takes on.")
     num_shards: int = Field(default=1, description="Shards that Serve starts.")
+    shard_scaling: dict[str, Any] | None = Field(default=None, description="autoscaling_config of the shards.")
     llm: LLMAppConfig = Field(description="Arguments of the application that holds the routers.")
+    router_scaling: dict[str, Any] | None = Field(default=None, description="autoscaling_config of the routers.")
     console: ConsoleAppConfig | None = Field(default=None, description="Arguments of the console, if there is one.")
     experts_name: str = Field(default="experts", description="Name of the application that holds the shards.")
     llm_name: str = Field(default="llm", description="Name of the application that holds the routers.")
@@ -90,11 +93,15 @@ class MeshConfig(StrictModel):
         )
         if deployments.listed:
             serve["applications"][experts]["deployments"] = deployments.listed
+        checked_llm: LLMAppConfig = checked(llm, LLMAppConfig)
+        routers = router_scaling(applications[llm], checked_llm.routers, f"{source}: applications[{llm}]")
         mesh = cls(
             experts=checked_experts,
             live=deployments.live,
             num_shards=deployments.num_shards,
-            llm=checked(llm, LLMAppConfig),
+            shard_scaling=deployments.scaling,
+            llm=checked_llm,
+            router_scaling=routers,
             experts_name=applications[experts].get("name", UNNAMED),
             llm_name=applications[llm].get("name", UNNAMED),
             llm_route_prefix=applications[llm].get("route_prefix") or "/",
@@ -126,6 +133,7 @@ class MeshConfig(StrictModel):
         if self.llm_name == self.experts_name:
             yield f"both applications are named {self.llm_name!r}"
         yield from self._console_disagreements()
+        yield from scaling_problems(self.live, self.shard_scaling, self.router_scaling)
         if self.live.placement.prefer_local_replicas and not self.llm.transport.prefer_local_replicas:
             yield (
                 "placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not: the placement "

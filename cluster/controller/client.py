@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from cluster.autoscaling.told import Pace, ScalingFacts
 from cluster.config.deployments import CONTROLLER
 from cluster.config.parse import ConfigError
 from cluster.mesh.messages import (
@@ -107,6 +108,9 @@ class ControllerClient:
             if time.monotonic() >= deadline_s:
                 raise ControllerLostError(f"the placement controller knew no secret of the mesh within {timeout_s} s")
             await asyncio.sleep(ASK_AGAIN_S)
+
+    async def report_pace(self, router_id: str, pace: Pace, *, timeout_s: float) -> ScalingFacts:
+        return await self.call("report_pace", router_id, pace, timeout_s=timeout_s)
 
     async def deregister_router(self, router_id: str, *, timeout_s: float) -> None:
         await self.call("deregister_router", router_id, timeout_s=timeout_s)

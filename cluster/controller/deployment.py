@@ -26,6 +26,7 @@ from cluster.controller import views
 from cluster.controller.history import History
 from cluster.controller.news import News
 from cluster.controller.planner import Planner
+from cluster.controller.scaling import ScalingDesk
 from cluster.controller.serve_watch import ServeWatch
 from cluster.mesh.mesh import Mesh
 from cluster.mesh.messages import (
@@ -57,7 +58,7 @@ from placement.placement import Placement
 logger = logging.getLogger("ray.serve")
 
 
-class PlacementController:
+class PlacementController(ScalingDesk):
     """Serve deployment of the application `experts`.
 
     Bound with the shards' handle, which it never calls: the handle makes them part of the application. `reconfigure`
@@ -72,8 +73,7 @@ class PlacementController:
         self._mesh = Mesh(ModelFacts(**model), self._live)
         self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance, self._secrets.refusal)
         self._history = History()
-        self._term = uuid.uuid4().hex[:12]
-        self._looked_s = time.monotonic()
+        self._term, self._looked_s = uuid.uuid4().hex[:12], time.monotonic()
         self._serve = ServeWatch(self._mesh, replica_identity().app_name, self._looked_s, self._look_again)
         self._refused_settings = ""  # why the last user_config was not taken on
         self._membership_news, self._order_news = News(), News()
@@ -135,7 +135,7 @@ class PlacementController:
         known = self._mesh.roster.heartbeat(shard_id, time.monotonic())
         if known and status is not None:
             self._shard_status[status.rank] = status
-        return HeartbeatAnswer(known, self._mesh.roster.epoch, self._times, self._mesh.told(shard_id))
+        return HeartbeatAnswer(known, self._mesh.roster.epoch, self._times, self._mesh.told(shard_id), self.facts)
 
     async def await_order(self, request: OrderRequest) -> OrderAnswer:
         """Long poll of a shard for its next order. Returns within `request.wait_s`."""

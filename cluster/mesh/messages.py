@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.autoscaling.told import ScalingFacts
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.status import ShardStatus
@@ -89,6 +90,7 @@ class HeartbeatAnswer:
     epoch: int
     times: Times
     told: Told = Told()
+    scaling: ScalingFacts | None = None
 
 
 @dataclass(frozen=True, eq=False)

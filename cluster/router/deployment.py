@@ -55,6 +55,10 @@ class Router:
             raise AttributeError(name)
         return getattr(self._server, name)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler hands to the policy `cluster.autoscaling.policies:routers`."""
+        return self._server.scaling.stats()
+
     async def check_health(self) -> None:
         """Raises when the engine or one of the router's loops has ended."""
         await self._server.check_health()

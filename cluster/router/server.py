@@ -26,6 +26,7 @@ from cluster.http.health import GenerationHealth
 from cluster.observability.metrics import RouterMetrics
 from cluster.ray_joints import (
     deployment_handle,
+    follow_engine,
     no_download_callback,
     replica_identity,
     unfinished_requests,
@@ -36,12 +37,18 @@ from cluster.router.epochs import EpochFollower
 from cluster.router.health import RouterHealth
 from cluster.router.messages import TraceSample
 from cluster.router.options import runtime_env_of
+from cluster.router.scaling import RouterScaling
 from cluster.router.worker_calls import WorkerCalls
 from cluster.serve_environment import HAPROXY_SWITCH, NO_HAPROXY
 from experts.protocol.status import RouterStatus
 from experts.vllm_plugin.early_engine import EarlyEngine
 
 logger = logging.getLogger("ray.serve")
+
+NO_STATISTICS = (
+    "engine_kwargs.disable_log_stats is true, so the autoscaler learns nothing of this router's requests, KV cache and "
+    "times"
+)
 
 
 def llm_config_of(config: LLMAppConfig, folder: str | None = None) -> LLMConfig:
@@ -89,6 +96,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._worker = WorkerCalls(self.collective_rpc, mesh.deadlines.apply_s)
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
         self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
+        self.scaling = RouterScaling(router_id, controller, self._health.shared_reading)
         self._loops: list[asyncio.Task[None]] = []
         self._start_s: dict[str, float] = {}  # seconds of each part of the start
 
@@ -104,11 +112,14 @@ class ExpertMeshLLMServer(LLMServer):
             first.cancel()
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._start_s.items())
         logger.info("router %s started: %s", self._router_id, parts)
+        if not follow_engine(self, self.scaling.measure):
+            logger.warning(NO_STATISTICS)
         if os.environ.get(HAPROXY_SWITCH) != "1":
             logger.warning(NO_HAPROXY)
         self._loops = [
             asyncio.create_task(self._epochs.follow(), name="follow"),
             asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
+            asyncio.create_task(self.scaling.follow(), name="scaling"),
         ]
 
     async def __serve_build_asgi_app__(self) -> Any:

@@ -11,6 +11,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.autoscaling.measure import ShardMeasure
+from cluster.autoscaling.told import ScalingFacts
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
@@ -44,6 +46,9 @@ class ExpertShard:
         self._fault: str | None = None
         self._stopping = False
         self._told = Told()
+        self._scaling: ScalingFacts | None = None
+        self._scaling_s = 0.0  # when they were told, on the clock that replicas share
+        self._measure = ShardMeasure()
         self._tasks: list[asyncio.Task[None]] = []
         show_data_plane_log()
         serving = lower_all_but_one()  # only what `listen` starts computes; imports and copies can wait
@@ -81,6 +86,11 @@ class ExpertShard:
     async def status(self) -> ShardStatus:
         """See `ShardServer.status`."""
         return self._server.status()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler hands to the policy `cluster.autoscaling.policies:shards`."""
+        now_s = time.monotonic()
+        return self._measure.stats(self._server.status(), self._scaling, now_s, self._scaling_s)
 
     async def check_health(self) -> None:
         """Raises when this shard can no longer serve; Serve then restarts it, and the successor takes the rank."""
@@ -152,6 +162,7 @@ class ExpertShard:
         if answer.known:
             self._epoch = max(self._epoch, answer.epoch)
             self._told = answer.told
+            self._scaling, self._scaling_s = answer.scaling, time.time()
             return
         if endpoint is None:
             # The controller restarted while this shard starts, so it asks for the same rank again. `rejoin` settles it

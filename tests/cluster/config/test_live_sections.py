@@ -12,6 +12,7 @@ import yaml
 from cluster.config.deployments import DeploymentOverrides
 from cluster.config.live_sections import LiveConfig, MembershipSection, MigrationSection, PlacementSection
 from cluster.config.parse import MOVED, ConfigError, parse, portable
+from cluster.config.replicas import SHARD_POLICY
 from cluster.config.serve_file import MeshConfig
 from placement.placement import Placement
 
@@ -19,6 +20,7 @@ TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
 TRACE = "examples/tiny-moe/trace.npz"
 SHARD, CONTROLLER = 0, 1  # positions in `deployments`
 HERE = "config: applications[0]"
+POLICY = {"policy": {"policy_function": SHARD_POLICY}}
 
 
 def tiny() -> dict[str, Any]:
@@ -63,9 +65,9 @@ def test_without_deployments_there_is_one_shard_and_every_default() -> None:
     [
         ({}, 1),
         ({"num_replicas": 7}, 7),
-        ({"autoscaling_config": {"min_replicas": 2, "max_replicas": 9}}, 2),
-        ({"autoscaling_config": {"min_replicas": 2, "initial_replicas": 4, "max_replicas": 9}}, 4),
-        ({"autoscaling_config": {"max_replicas": 9}}, 1),
+        ({"autoscaling_config": {**POLICY, "min_replicas": 2, "max_replicas": 9}}, 2),
+        ({"autoscaling_config": {**POLICY, "min_replicas": 2, "initial_replicas": 4, "max_replicas": 9}}, 4),
+        ({"autoscaling_config": {**POLICY, "max_replicas": 9}}, 1),
     ],
 )
 def test_serve_says_how_many_shards_there_are(deployment: dict[str, Any], shards: int) -> None:

@@ -83,6 +83,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router.LLMServer, "start", nothing)
     monkeypatch.setattr(router.LLMServer, "check_health", nothing)
     monkeypatch.setattr(router, "unfinished_requests", lambda server: 5)
+    monkeypatch.setattr(router, "follow_engine", lambda server, measure: True)
 
 
 def run(coroutine: Any) -> Any:
@@ -147,7 +148,7 @@ def test_a_router_that_no_shard_takes_does_not_start(connected: list[int], refus
     async def start() -> None:
         await server.start()
         await server.check_health()
-        assert [task.get_name() for task in server._loops] == ["follow", "watch"]
+        assert [task.get_name() for task in server._loops] == ["follow", "watch", "scaling"]
         assert server.calls[0][0] == "expertmesh_use_secret"
         assert server.calls[1:3] == [
             ("expertmesh_prepare_membership", MEMBERSHIP.to_bytes(), None),
