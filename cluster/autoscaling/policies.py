@@ -18,7 +18,7 @@ from typing import Any
 
 logger = logging.getLogger("ray.serve")
 
-HEADROOM = 1.25  # a replica goes only if the others could take this much of today's load: no going to and fro
+HEADROOM = 1.25  # a replica goes only if the others could take this much of today's load, lest the number swing
 FULL = 0.9  # share of the time that shards may compute while one of them is lost
 OWN_SHARE = 0.1  # of the SLO, for shards at least, if all else takes longer than the SLO
 LEAST_BALANCE = 0.5  # of shards, for what is asked of more of them: a worse one is for the placement to mend

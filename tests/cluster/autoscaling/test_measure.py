@@ -12,7 +12,7 @@ from cluster.autoscaling.told import SILENT_AFTER_S, Pace, Paces, ScalingFacts, 
 from cluster.config.scaling_section import ScalingSection
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
-from tests.cluster.autoscaling.test_policies import ROUTER, SHARD
+from tests.support.scaling_stats import ROUTER, SHARD
 from tests.support.serve.statuses import router_status
 
 SETTINGS = ScalingSection.model_validate(
