@@ -52,15 +52,15 @@ $(TRITON_READY): $(READY)
 serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; prints the URL and a curl line when ready
 	@$(PY) -m serve_app $(CONFIG)
 
-test: $(READY) ## the whole test suite but for Triton's programs
-	$(PY) -m pytest -m "not triton"
+test: $(READY) ## the whole test suite but for Triton's programs and Ray's node autoscaler
+	$(PY) -m pytest -m "not triton and not autoscaling"
 
 test-triton: $(TRITON_READY) ## Triton's programs in its interpreter and through its compiler, without a GPU (fetches 190 MB)
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest -m triton $(TRITON_TESTS) --deselect $(TRITON_COMPILES)
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(PY) -m pytest $(TRITON_COMPILES)
 
-test-cluster: $(READY) ## a real Ray cluster of three hosts in network namespaces (needs root)
-	$(PY) -m pytest -m cluster
+test-cluster: $(READY) ## real Ray clusters: three hosts in network namespaces (needs root), nodes that come and go
+	$(PY) -m pytest -m "cluster or autoscaling"
 
 rehearse-gpu: test-triton ## all GPU code that runs without a GPU: test-triton, pairs over gloo, the benchmarks with tiny sizes
 	$(PY) -m pytest tests/experts/transports tests/benchmarks

@@ -84,6 +84,31 @@ def replicas_of(app_name: str, deployment: str) -> ReplicaCounts | None:
         return None
 
 
+def in_serve_proxy() -> bool:
+    """Whether this process is one of Serve's proxies. Replicas that serve HTTP call its callback, too."""
+    from ray.serve._private.constants import SERVE_PROXY_NAME
+
+    return ray.is_initialized() and SERVE_PROXY_NAME in (ray.get_runtime_context().get_actor_name() or "")
+
+
+def any_replica_serves(path: str) -> bool | None:
+    """Whether the application that takes requests for `path` has a replica that runs; None if Serve does not say.
+
+    Blocks for a moment.
+    """
+    from ray.serve.context import _get_global_client
+
+    try:
+        applications = _get_global_client().get_serve_details()["applications"].values()
+        prefixes = {app["route_prefix"]: app for app in applications if app.get("route_prefix")}
+        fitting = [prefix for prefix in prefixes if f"{path}/".startswith(f"{prefix.rstrip('/')}/")]
+        deployments = prefixes[max(fitting, key=len)]["deployments"].values()
+        return any(replica["state"] == "RUNNING" for each in deployments for replica in each["replicas"])
+    except Exception as error:
+        logging.getLogger("ray.serve").info("Serve does not say what serves %s: %r", path, error)
+        return None
+
+
 def show_data_plane_log() -> None:
     """Send what `experts` logs, downloads and loading among it, where Serve's own log of this process goes."""
     serve_log, ours = logging.getLogger("ray.serve"), logging.getLogger("experts")

@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # Serve kills a proxy that is not up within 5 s, three times; a busy machine needs longer.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # Where routers may go down to none, the first request waits in Serve's own proxy, and is told if that takes long.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.http.waking:middlewares",
 }
 
 # In routers: one event loop for Serve and vLLM, so that a chunk changes threads as rarely as in vLLM's own server.

@@ -158,6 +158,47 @@ def test_serve_reads_the_variables_that_are_set(name: str) -> None:
     assert f'"{name}"' in inspect.getsource(constants)
 
 
+def test_serve_has_proxies_whose_name_says_so_and_a_callback_for_them() -> None:
+    from ray.serve._private import http_util, proxy, proxy_state
+
+    assert "format_actor_name(SERVE_PROXY_NAME" in inspect.getsource(proxy_state.ProxyStateManager._generate_actor_name)
+    assert "configure_http_middlewares" in inspect.getsource(proxy)
+    assert callable(http_util.validate_http_proxy_callback_return)
+    assert joints.in_serve_proxy() is False
+
+
+@pytest.mark.usefixtures("llm")
+def test_vllm_tells_a_stat_logger_what_each_step_brought() -> None:
+    from types import SimpleNamespace
+
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
+
+    from cluster.autoscaling.measure import EngineMeasure
+
+    manager = StatLoggerManager.__new__(StatLoggerManager)
+    manager.stat_loggers = []
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=7))
+    engine = SimpleNamespace(vllm_config=config, logger_manager=manager)
+    measure = EngineMeasure()
+    server = SimpleNamespace(engine=SimpleNamespace(_engine_client=engine))
+    assert joints.follow_engine(server, measure)
+    measure.stats(None, 0.0, 0.0)
+    step = IterationStats()
+    step.inter_token_latencies_iter, step.time_to_first_tokens_iter = [0.02], [0.3]
+    step.finished_requests = [FinishedRequestStats("stop", queued_time=0.1)]
+    manager.record(SchedulerStats(num_running_reqs=3, num_waiting_reqs=2, kv_cache_usage=0.5), step)
+    manager.record(None, None)
+    for call in (manager.log, manager.log_engine_initialized, manager.record_sleep_state):
+        call()
+    manager.record_admission_rejection("full")
+    stats = measure.stats(None, 1.0, 0.0)
+    assert (measure.max_requests, stats["running"], stats["waiting"], stats["kv_cache"]) == (7, 3.0, 2.0, 0.5)
+    assert (stats["token_ms"], stats["first_token_ms"], stats["queue_ms"]) == pytest.approx((20.0, 300.0, 100.0))
+    engine.logger_manager = None
+    assert not joints.follow_engine(server, measure), "disable_log_stats"
+
+
 def test_haproxy_is_in_the_package_that_serve_looks_into() -> None:
     from ray.serve._private import haproxy
 

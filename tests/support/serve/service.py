@@ -26,6 +26,8 @@ import openai
 import yaml
 
 from cluster.serve_environment import environment_of_a_local_cluster
+from tests.support.serve.node_autoscaler import ENVIRONMENT as AUTOSCALER_ENVIRONMENT
+from tests.support.serve.node_autoscaler import write_config
 from tests.support.waiting import free_ports, wait_for
 
 REPOSITORY = Path(__file__).parents[3]
@@ -150,8 +152,13 @@ class Head:
 
 
 @contextlib.contextmanager
-def ray_head(code: Path | None = None, **more_env: str) -> Iterator[Head]:
-    """`ray start --head` in a folder with the code, by default this repository; everything ends on the way out."""
+def ray_head(
+    code: Path | None = None, node: dict[str, float] | None = None, most_nodes: int = 0, **more_env: str
+) -> Iterator[Head]:
+    """`ray start --head` in a folder with the code, by default this repository; everything ends on the way out.
+
+    `node`: resources of the nodes, up to `most_nodes`, that Ray's autoscaler adds as they are needed.
+    """
     # Short: the paths of Unix sockets below it may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="em-", dir="/tmp"))
     gcs, dashboard, agent, client_port = free_ports(4)
@@ -168,11 +175,16 @@ def ray_head(code: Path | None = None, **more_env: str) -> Iterator[Head]:
         **more_env,
     }
     env.pop("PYTEST_CURRENT_TEST", None)
+    more = []
+    if node is not None:
+        path = write_config(folder / "nodes.json", f"127.0.0.1:{gcs}", {"CPU": 4}, node, most_nodes)
+        env, more = {**env, **AUTOSCALER_ENVIRONMENT}, [f"--autoscaling-config={path}"]
     command = [
         str(Path(sys.executable).parent / "ray"),
         *("start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client_port}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"),
+        *more,
     ]
     with open(folder / "ray.log", "w") as log:
         process = subprocess.Popen(command, cwd=code, env=env, stdout=log, stderr=log, start_new_session=True)
