@@ -84,11 +84,15 @@ def replicas_of(app_name: str, deployment: str) -> ReplicaCounts | None:
         return None
 
 
-def in_serve_proxy() -> bool:
-    """Whether this process is one of Serve's proxies. Replicas that serve HTTP call its callback, too."""
-    from ray.serve._private.constants import SERVE_PROXY_NAME
+def in_replica() -> bool:
+    """Whether this process is a Serve replica. Those that serve HTTP also call what is meant for Serve's proxies."""
+    from ray.serve.exceptions import RayServeException
 
-    return ray.is_initialized() and SERVE_PROXY_NAME in (ray.get_runtime_context().get_actor_name() or "")
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
 
 
 def any_replica_serves(path: str) -> bool | None:

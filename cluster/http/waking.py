@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.http.errors import error_response
-from cluster.ray_joints import any_replica_serves, in_serve_proxy
+from cluster.ray_joints import any_replica_serves, in_replica
 from cluster.serve_environment import HAPROXY_SWITCH
 
 logger = logging.getLogger("ray.serve")
@@ -30,7 +30,7 @@ WAITED, STARTING = b"x-expertmesh-waited-s", "x-expertmesh-router-starting"
 
 def middlewares() -> list[Middleware]:
     """What Serve puts before its own proxy: nothing where that one takes all requests, and nothing before routers."""
-    return [Middleware(Waking)] if os.environ.get(HAPROXY_SWITCH) == "1" and in_serve_proxy() else []
+    return [Middleware(Waking)] if os.environ.get(HAPROXY_SWITCH) == "1" and not in_replica() else []
 
 
 class Waking:

@@ -158,13 +158,12 @@ def test_serve_reads_the_variables_that_are_set(name: str) -> None:
     assert f'"{name}"' in inspect.getsource(constants)
 
 
-def test_serve_has_proxies_whose_name_says_so_and_a_callback_for_them() -> None:
-    from ray.serve._private import http_util, proxy, proxy_state
+def test_serve_calls_what_is_meant_for_its_proxies_in_replicas_too() -> None:
+    from ray.serve._private import proxy, replica
 
-    assert "format_actor_name(SERVE_PROXY_NAME" in inspect.getsource(proxy_state.ProxyStateManager._generate_actor_name)
-    assert "configure_http_middlewares" in inspect.getsource(proxy)
-    assert callable(http_util.validate_http_proxy_callback_return)
-    assert joints.in_serve_proxy() is False
+    for module in (proxy, replica):
+        assert "configure_http_middlewares" in inspect.getsource(module)
+    assert joints.in_replica() is False
 
 
 @pytest.mark.usefixtures("llm")

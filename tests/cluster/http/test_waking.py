@@ -102,14 +102,14 @@ def test_a_failure_of_the_proxy_stays_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("switch", "proxy", "count"), [("1", True, 1), ("1", False, 0), ("0", True, 0), (None, True, 0)]
+    ("switch", "replica", "count"), [("1", False, 1), ("1", True, 0), ("0", False, 0), (None, False, 0)]
 )
 def test_only_in_the_proxy_behind_haproxy(
-    monkeypatch: pytest.MonkeyPatch, switch: str | None, proxy: bool, count: int
+    monkeypatch: pytest.MonkeyPatch, switch: str | None, replica: bool, count: int
 ) -> None:
     """Elsewhere Serve's proxy takes all requests, and what takes long there is an answer."""
     monkeypatch.delenv(HAPROXY_SWITCH, raising=False)
-    monkeypatch.setattr(waking, "in_serve_proxy", lambda: proxy)
+    monkeypatch.setattr(waking, "in_replica", lambda: replica)
     if switch is not None:
         monkeypatch.setenv(HAPROXY_SWITCH, switch)
     assert [middleware.cls for middleware in waking.middlewares()] == [Waking] * count
