@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -64,6 +66,14 @@ class Constants:
             )
         if min(self.call_s, self.router_s, self.router_token_s) < 0:
             raise ValueError("call_s, router_s and router_token_s must not be negative")
+
+
+def busy_seconds(
+    activated_R: np.ndarray, pairs_R: np.ndarray, model: ModelShape, constants: Constants, speed_R: np.ndarray
+) -> np.ndarray:
+    """float64 [..., R]: reading the weights of activated experts, or computing pairs if that takes longer."""
+    weights_R = activated_R * model.expert_bytes / constants.memory_bytes_per_s
+    return np.maximum(weights_R, pairs_R * model.pair_flops / constants.flops_per_s) / speed_R
 
 
 # Nominal: four fifths of the 3.35 TB/s that an H100 SXM reads, three fifths of its 989 Tflop/s (dense, bf16). The fixed

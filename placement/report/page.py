@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 from placement.placement import Placement
 from placement.report.plots import check_matplotlib, draw_coactivation, draw_fan_out, draw_load, draw_moves
 from placement.rule.evaluate import Evaluation, evaluate
+from placement.rule.steps import StepFigures
 from placement.traces.trace import ActivationTrace
 
 STYLE = """
@@ -111,6 +113,12 @@ def _page(
     for layer in range(trace.num_layers):
         cells = [_pair(old, new, key, layer) for key in ("fan_out", "node_fan_out", "balancedness")]
         rows.append(_row(f"layer {trace.layers[layer]}", cells))
+    for was, now in zip(old.steps, new.steps, strict=True):
+        cells = [
+            _pair(was, now, "fan_out", slice(None)), (math.nan, math.nan, False),
+            _pair(was, now, "balancedness", slice(None)),
+        ]  # fmt: skip
+        rows.append(_row(f"steps of {now.tokens} tokens ({now.phase})", cells))
     head = "".join(f"<th>{title}</th>" for title in ("", f"fan-out, {name}", "now", f"node fan-out, {name}", "now",
                                                       f"balancedness, {name}", "now"))  # fmt: skip
     figures = "".join(
@@ -125,7 +133,9 @@ def _page(
     )
 
 
-def _pair(old: Evaluation, new: Evaluation, key: str, layer: int | slice) -> tuple[float, float, bool]:
+def _pair(
+    old: Evaluation | StepFigures, new: Evaluation | StepFigures, key: str, layer: int | slice
+) -> tuple[float, float, bool]:
     was, now = (float(np.mean(getattr(evaluation, key)[layer])) for evaluation in (old, new))
     return was, now, (now > was) == (key == "balancedness")
 

@@ -5,6 +5,7 @@ T tokens, L layers, K experts of one token, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from placement.placement import Placement, check_same_model
 from placement.rule.local_replicas import choose_local_first
 from placement.rule.replica_choice import check_top_k, choose_replicas
+from placement.rule.steps import STEP_TOKENS, StepFigures, evaluate_steps
 from placement.traces.trace import ActivationTrace
 
 
@@ -22,7 +24,8 @@ class Evaluation:
     `far_fan_out`: ranks visited on other nodes than the token's router, with a router on every node and tokens shared
     evenly. `fan_out_histogram` int64 [L, K + 1]: how many tokens visit each number of ranks. `rows_LR` int64: rows sent
     to each rank; a token's row goes there once, however many of its experts the rank holds. Without sampled sets,
-    fan-outs are NaN, rows and histogram 0, and loads those of an even split.
+    fan-outs are NaN, rows and histogram 0, and loads those of an even split. `steps`: what single steps see,
+    which is less even than the whole trace.
     """
 
     fan_out: np.ndarray
@@ -34,9 +37,14 @@ class Evaluation:
     rows_LR: np.ndarray
     fan_out_histogram: np.ndarray
     tokens: int
+    steps: tuple[StepFigures, ...] = ()
 
     def summary(self) -> dict[str, float]:
-        """Means over layers, and the worst layer's balancedness."""
+        """Means over layers, the worst layer's balancedness, and for steps of each size balancedness and fan-out."""
+        of_steps = {}
+        for step in self.steps:
+            of_steps[f"balancedness_{step.tokens}"] = float(step.balancedness.mean())
+            of_steps[f"fan_out_{step.tokens}"] = float(step.fan_out.mean())
         return {
             "fan_out": float(self.fan_out.mean()),
             "node_fan_out": float(self.node_fan_out.mean()),
@@ -45,6 +53,7 @@ class Evaluation:
             "balancedness_even_split": float(self.balancedness_even_split.mean()),
             "worst_balancedness": float(self.balancedness.min()),
             "tokens": self.tokens,
+            **of_steps,
         }
 
 
@@ -88,10 +97,16 @@ def dispatch_trace(placement: Placement, topk_ids_TLK: np.ndarray, prefer_local_
     return rank_LTK
 
 
-def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas: bool = False) -> Evaluation:
+def evaluate(
+    placement: Placement,
+    trace: ActivationTrace,
+    prefer_local_replicas: bool = False,
+    step_tokens: Sequence[int] = STEP_TOKENS,
+) -> Evaluation:
     """Apply the dispatch rule to every token of the trace; `prefer_local_replicas` as set for the routers.
 
-    A token that wants an expert twice counts it once. Raises ValueError if the trace is of another model.
+    A token that wants an expert twice counts it once. `step_tokens`: sizes of the steps that `evaluate_steps` looks at.
+    Raises ValueError if the trace is of another model.
     """
     check_same_model("the placement", placement, "the trace", trace)
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
@@ -124,8 +139,9 @@ def evaluate(placement: Placement, trace: ActivationTrace, prefer_local_replicas
         far_fan_out[layer] = count_visits(np.where(node_TK != home_T[:, None], rank_TK, -1)) / len(rank_TK)
     balance = balancedness_of(load_LR, placement.speed_R)
     return Evaluation(
-        fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens
-    )
+        fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens,
+        evaluate_steps(placement, trace, step_tokens, prefer_local_replicas),
+    )  # fmt: skip
 
 
 def count_visits(group_TK: np.ndarray) -> int:

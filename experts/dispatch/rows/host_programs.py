@@ -2,7 +2,7 @@
 
 Legend: T tokens, K top-k, E logical experts, R ranks, D hidden size; M rows and N (row, expert) pairs of one message.
 
-`plan_and_pack` picks one replica for each pair by the rule that the planner evaluates with (`choose_replicas`), and
+`plan_and_pack` picks one replica for each pair by the rule that the planner evaluates with (`choose_ranks`), and
 writes each rank's message straight into the buffer that travels. A row goes to a rank once, however many of its experts
 are there. `combine` adds the partial rows that come back, in float32. Both take addresses, so one call serves every
 link; both run without the GIL and allocate nothing.
@@ -33,7 +33,7 @@ from experts.protocol.wire import (
     request_layout,
 )
 from placement.compiled import compiled, compiled_callback
-from placement.rule.replica_choice import choose_replicas
+from placement.rule.recent_loads import choose_ranks
 
 FLOAT32, BFLOAT16 = 1, 2  # wire.DTYPE_CODES, as compile-time constants of the kernels below
 
@@ -66,22 +66,6 @@ def request_header(epoch: int, dtype: torch.dtype, hidden_size: int) -> np.ndarr
     header[H_MAGIC], header[H_EPOCH] = MAGIC, epoch
     header[H_DTYPE], header[H_HIDDEN] = DTYPE_CODES[dtype], hidden_size
     return header
-
-
-@compiled()
-def choose_ranks(
-    topk_ids_TK: np.ndarray,
-    slots_ER: np.ndarray,
-    node_of_rank_R: np.ndarray,
-    num_nodes: int,
-    work_R: np.ndarray,
-    rank_load_R: np.ndarray,
-    rank_TK: np.ndarray,
-) -> None:
-    """The rule with a router's memory: recent loads count half as much with each batch. Arguments: `plan_and_pack`."""
-    for rank in range(len(rank_load_R)):
-        rank_load_R[rank] >>= 1
-    choose_replicas(topk_ids_TK, slots_ER, node_of_rank_R, num_nodes, work_R, rank_load_R, rank_TK)
 
 
 _i64, _i32_pointer, _i64_pointer = types.int64, types.CPointer(types.int32), types.CPointer(types.int64)
