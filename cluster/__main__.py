@@ -1,11 +1,12 @@
-"""`python -m cluster placement ...`: commands for a running service."""
+"""`python -m cluster COMMAND`: `size` before there is a service, `placement` for a running one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from cluster.placement_command.options import add_placement, run
+from cluster.placement_command.options import add_placement
+from cluster.sizing_command.options import add_size
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,7 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_placement(commands)
-    return run(parser.parse_args(argv))
+    add_size(commands)
+    options = parser.parse_args(argv)
+    return int(options.run(options))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ ORDER = {
             "search",
             "migration",
         ),
-        *("capacity", "report", "exports", "policy", "precompile", "cli", "__main__"),
+        *("capacity", "sizing", "report", "exports", "policy", "precompile", "cli", "__main__"),
     ],
     "experts": [
         *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin"),
@@ -52,7 +52,7 @@ ORDER = {
             "router",
             "console",
         ),
-        *("refusals", "build", "start_up", "haproxy_guard", "cli", "placement_command", "__main__"),
+        *("refusals", "build", "start_up", "haproxy_guard", "cli", "placement_command", "sizing_command", "__main__"),
     ],
 }
 

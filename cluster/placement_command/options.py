@@ -24,6 +24,7 @@ def add_placement(commands: Any) -> None:
         description="Show and change where the experts of a running service are. Exit status: 0 done, 1 refused or "
         "failed, 2 wrong usage, 130 interrupted.",
     )
+    placement.set_defaults(run=run)
     every = argparse.ArgumentParser(add_help=False)
     every.add_argument(
         "--address",

@@ -22,15 +22,26 @@ class ModelConfig:
     """config.json, with the values of `text_config` on top: multimodal models nest their language model there."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "config.json"
+        path = folder / "config.json"
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; expected a downloaded Hugging Face checkpoint")
         try:
-            whole = json.loads(self.path.read_text())
+            whole = json.loads(path.read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"{self.path}: the file is missing") from None
+            raise CheckpointError(f"{path}: the file is missing") from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read as JSON: {error}") from error
+            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        self._take(whole, path)
+
+    @classmethod
+    def of_values(cls, whole: Any, path: Path) -> ModelConfig:
+        """The configuration from values that were read already; `path` is what errors name."""
+        config = cls.__new__(cls)
+        config._take(whole, path)
+        return config
+
+    def _take(self, whole: Any, path: Path) -> None:
+        self.path = path
         if not isinstance(whole, dict):
             raise CheckpointError(f"{self.path}: expected a JSON object, found {type(whole).__name__}")
         nested = whole.get("text_config")

@@ -1,0 +1,122 @@
+"""From config.json to the tensors of a model, by architecture family.
+
+D hidden size, I expert width, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.families import after_dense_layers, family_of
+from experts.checkpoint.hf_config import ModelConfig
+from experts.checkpoint.layout import Family
+from experts.checkpoint.sizes.attention import absorbed_values, attention_groups, attention_tensors, hidden_size
+from placement.sizing.model import ModelFacts, Stored, Tensors
+
+FLOAT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+# Has the names of DeepSeek-V2 without latent attention; no loader here reads it.
+_SIZED_ONLY = {"deepseek": Family(("deepseek",), (), after_dense_layers)}
+_CORRECTED = (
+    "deepseek_v3",
+    "deepseek_v32",
+    "kimi_k2",
+    "kimi_k25",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "minimax_m2",
+)
+
+
+def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> ModelFacts:
+    """The model that a configuration describes.
+
+    CheckpointError names a key that is missing, a family that is not known, or attention that cannot be sized.
+    """
+    kind = config.model_type
+    family = _SIZED_ONLY.get(kind) or family_of(config)
+    moe = list(family.moe_layers(config))
+    if not moe:
+        raise CheckpointError(f"{config.path}: no layer of this {kind} has routed experts")
+    layers = config.int_of("num_hidden_layers", "n_layers")
+    D, V = hidden_size(config), config.int_of("vocab_size")
+    E, I = config.int_of(*family.num_experts), config.int_of(*family.intermediate_size)
+    tied = bool(config.get("tie_word_embeddings", False))
+    tensors = [
+        Tensors("embedding", "router", V, D),
+        *([] if tied else [Tensors("output head", "router", V, D)]),
+        *attention_tensors(config, layers),
+        Tensors("norms", "router", D, 1, 2 * layers + 1),
+        Tensors("gate", "router", E, D, len(moe)),
+        *_gate_extras(config, E, D, len(moe)),
+        *_shared(config, D, I, len(moe)),
+        *_dense(config, D, layers - len(moe)),
+        Tensors("routed experts", "experts", I, D, 2 * E * len(moe), "expert"),
+        Tensors("routed experts", "experts", D, I, E * len(moe), "expert"),
+    ]
+    if kind == "gpt_oss":
+        tensors += [
+            Tensors("routed experts", "experts", 2 * I, 1, E * len(moe)),
+            Tensors("routed experts", "experts", D, 1, E * len(moe)),
+        ]
+    unserved = None
+    if kind in _SIZED_ONLY:
+        unserved = f"this project has no loader for model type {kind}; the sizes hold, the config would be refused"
+    return ModelFacts(
+        name=name,
+        model_type=kind,
+        num_layers=layers,
+        moe_layers=len(moe),
+        num_experts=E,
+        top_k=config.int_of(*family.top_k),
+        hidden_size=D,
+        expert_width=I,
+        vocab_size=V,
+        tensors=tuple(tensors),
+        stored=_stored(config),
+        attention=attention_groups(config, layers),
+        max_positions=config.get("max_position_embeddings") or config.get("max_seq_len"),
+        absorbed_values=absorbed_values(config, layers),
+        unserved=unserved,
+        notes=notes,
+    )
+
+
+def _stored(config: ModelConfig) -> Stored:
+    form = config.weight_format()
+    dtype: Any = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    float_bytes = FLOAT_BYTES.get(str(dtype))
+    if float_bytes is None:
+        raise CheckpointError(f"{config.path}: dtype is {dtype!r}, expected one of {', '.join(FLOAT_BYTES)}")
+    return Stored(None, float_bytes=float_bytes) if form is None else Stored(form.name, form.group, float_bytes)
+
+
+def _gate_extras(config: ModelConfig, E: int, D: int, moe: int) -> list[Tensors]:
+    kind = config.model_type
+    if kind in _CORRECTED or kind == "gpt_oss":  # a correction, or a bias
+        return [Tensors("gate", "router", E, 1, moe)]
+    if kind == "qwen2_moe":
+        return [Tensors("shared experts", "router", 1, D, moe)]  # their gate
+    return []
+
+
+def _shared(config: ModelConfig, D: int, I: int, moe: int) -> list[Tensors]:
+    width = config.get("shared_expert_intermediate_size") or I * int(config.get("n_shared_experts", 0))
+    if config.model_type in ("llama4", "llama4_text"):
+        width = I
+    return _mlp("shared experts", D, int(width), moe)
+
+
+def _dense(config: ModelConfig, D: int, layers: int) -> list[Tensors]:
+    width = config.get("intermediate_size_mlp") or config.get("intermediate_size") or 0
+    return _mlp("dense MLP", D, int(width), layers)
+
+
+def _mlp(part: str, D: int, width: int, layers: int) -> list[Tensors]:
+    if not width or not layers:
+        return []
+    return [
+        Tensors(part, "router", width, D, 2 * layers, "linear"),
+        Tensors(part, "router", D, width, layers, "linear"),
+    ]

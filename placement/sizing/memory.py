@@ -1,0 +1,123 @@
+"""Bytes on a router's and on a shard's GPU, line by line.
+
+D hidden size, K experts of a token, I expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from placement.sizing.gpus import Gpu
+from placement.sizing.model import SERVED_BYTES, Basis, ModelFacts
+
+# A CUDA context with cuBLAS and NCCL workspaces: 0.5 GB of context on an H100, 0.3 to 0.6 GB beside torch's pool.
+CONTEXT_BYTES = 1_000_000_000
+GRAPH_BYTES = 500_000_000  # of vLLM's CUDA graphs, at their default sizes
+DTYPE_BYTES = SERVED_BYTES  # activations travel and are computed in these too
+PAIR_ROW_BYTES = 16  # header of a row: its number of experts, its place
+PAIR_ENTRY_BYTES = 8  # an expert of a row: its id and its weight
+ROWS_PER_DISPATCH = 2048
+
+
+@dataclass(frozen=True)
+class Line:
+    """One use of a GPU's memory."""
+
+    what: str
+    nbytes: float
+    basis: Basis
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """All uses of one GPU of a kind."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def nbytes(self) -> float:
+        return sum(line.nbytes for line in self.lines)
+
+    def free_share(self, gpu: Gpu) -> float:
+        """Share of the GPU's memory that nothing takes; negative if it does not fit."""
+        return 1 - self.nbytes / gpu.memory_bytes
+
+
+def pair_bytes(facts: ModelFacts, rows: int = ROWS_PER_DISPATCH) -> int:
+    """Bytes of a pair's two buffers, filled: a request and a reply of `rows` rows (`experts.protocol.wire`)."""
+    row = facts.hidden_size * DTYPE_BYTES
+    return rows * (2 * row + PAIR_ROW_BYTES + facts.top_k * PAIR_ENTRY_BYTES)
+
+
+def router_memory(
+    facts: ModelFacts, kv_value_bytes: float, *, chunk: int, sequences: int, context: int, shards: int
+) -> MemoryUse:
+    """One router: `sequences` of `context` tokens, steps of up to `chunk` tokens, a pair with each of `shards`."""
+    sequence = facts.kv_sequence_bytes(context, kv_value_bytes, in_flight=chunk)
+    return MemoryUse(
+        (
+            Line("dense weights", facts.held_bytes("router"), facts.basis, "all but routed experts"),
+            *_absorbed(facts),
+            Line("KV cache", sequences * sequence, "config", f"{sequences} sequences of {context} tokens"),
+            Line("activations", _router_activations(facts, chunk, sequences), "estimated", f"steps of {chunk} tokens"),
+            Line("pairs", shards * pair_bytes(facts), "config", f"{shards} of {ROWS_PER_DISPATCH} rows, filled"),
+            Line("CUDA context, graphs", CONTEXT_BYTES + GRAPH_BYTES, "estimated"),
+        )
+    )
+
+
+def shard_memory(facts: ModelFacts, *, slots: int, routers: int) -> MemoryUse:
+    """One shard with `slots` slots in each MoE layer, and a pair with each of `routers`."""
+    rows = ROWS_PER_DISPATCH
+    return MemoryUse(
+        (
+            Line(
+                "expert slots", slots * facts.moe_layers * facts.expert_bytes, facts.basis,
+                f"{slots} slots x {facts.moe_layers} layers",
+            ),
+            Line("activations", _expert_activations(facts, rows), "estimated", f"messages of {rows} rows"),
+            Line("pairs", routers * pair_bytes(facts), "config", f"{routers} of {rows} rows, filled"),
+            Line("CUDA context", CONTEXT_BYTES, "estimated"),
+        )
+    )  # fmt: skip
+
+
+def engine_memory(
+    facts: ModelFacts, kv_value_bytes: float, *, gpus: int, chunk: int, sequences: int, context: int
+) -> MemoryUse:
+    """One of `gpus` GPUs of plain expert parallelism: dense weights and attention on each, experts divided."""
+    experts = math.ceil(facts.num_experts / gpus)
+    sequence = facts.kv_sequence_bytes(context, kv_value_bytes, in_flight=chunk)
+    activations = max(_router_activations(facts, chunk, sequences), _expert_activations(facts, chunk))
+    return MemoryUse(
+        (
+            Line("dense weights", facts.held_bytes("router"), facts.basis),
+            Line("experts", experts * facts.moe_layers * facts.expert_bytes, facts.basis, f"{experts} of each layer"),
+            *_absorbed(facts),
+            Line("KV cache", sequences * sequence, "config", f"{sequences} sequences of {context} tokens"),
+            Line("activations", activations, "estimated"),
+            Line("all-to-all buffers", 2 * pair_bytes(facts, chunk), "estimated"),
+            Line("CUDA context, graphs", CONTEXT_BYTES + GRAPH_BYTES, "estimated"),
+        )
+    )
+
+
+def _absorbed(facts: ModelFacts) -> list[Line]:
+    if not facts.absorbed_values:
+        return []
+    return [Line("absorbed MLA projections", facts.absorbed_values * DTYPE_BYTES, "config", "vLLM's copies")]
+
+
+def _router_activations(facts: ModelFacts, chunk: int, sequences: int) -> float:
+    """The widest moment of a step: residual, hidden states, projections and a gated MLP, or the logits in float32."""
+    widest = max((t.rows for t in facts.tensors if t.side == "router" and t.kind == "linear"), default=0)
+    tokens = chunk * DTYPE_BYTES * (6 * facts.hidden_size + 3 * widest)
+    logits = min(sequences, 1024) * facts.vocab_size * (DTYPE_BYTES + 2 * 4)
+    return tokens + logits
+
+
+def _expert_activations(facts: ModelFacts, rows: int) -> float:
+    """Every row at its K experts: gate and up, their product, and the sums in float32."""
+    return rows * facts.top_k * (3 * facts.expert_width * DTYPE_BYTES + facts.hidden_size * 4)
