@@ -21,8 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import ROOT, TINY_MODEL, bench_model, median, percentile, print_table, save
 from benchmarks.processes import tied
+from experts.kernels.emulation import advice
 
 ENGINE_SIDE = (sys.executable, "-m", "benchmarks.serving.engine_side")
 SIDES = ("vllm", "tp2", "mesh")
@@ -109,6 +112,7 @@ def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens:
                 rows.append(
                     {
                         "model": model.name,
+                        "dtype": dtype,
                         "batch": batch,
                         "side": NAMES[name],
                         "tokens_per_s": speed[name],
@@ -130,6 +134,10 @@ def main() -> None:
     parser.add_argument("--model", choices=["bench", "tiny", "both"], default="both")
     parser.add_argument("--batches", default="1,16,64,256")
     parser.add_argument("--turns", type=int)
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+        help="of the bench model; auto: bfloat16, or float32 where bfloat16 is emulated and slower",
+    )  # fmt: skip
     parser.add_argument("--sides", default=",".join(SIDES))
     args = parser.parse_args()
     turns = args.turns or (1 if args.quick else 5)
@@ -137,7 +145,11 @@ def main() -> None:
     batches = [int(b) for b in args.batches.split(",")]
     rows = []
     if args.model in ("bench", "both"):
-        rows += compare(bench_model(), "bfloat16", batches, turns, new_tokens, args.sides.split(","))
+        emulated = advice(torch.bfloat16, "cpu")
+        if args.dtype == "auto" and emulated is not None:
+            print(f"bench model in float32: {emulated}")
+        dtype = args.dtype if args.dtype != "auto" else "bfloat16" if emulated is None else "float32"
+        rows += compare(bench_model(), dtype, batches, turns, new_tokens, args.sides.split(","))
     if args.model in ("tiny", "both"):
         rows += compare(TINY_MODEL, "float32", batches, turns, new_tokens, args.sides.split(","))
     print_table(f"Decode, {new_tokens} new tokens, prompts of 32", list(rows[0]), [list(r.values()) for r in rows])

@@ -75,6 +75,8 @@ def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
     key = (shape, torch.get_num_threads())
     if key not in _verdicts:
         _verdicts[key] = _measure(shape)
+        if shape.device_type == "cuda":
+            torch.cuda.empty_cache()  # what the trial took, which a router on the same GPU may need
     return known[_verdicts[key]](shape)
 
 

@@ -24,6 +24,7 @@ from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.dispatch.pending import Pending
+from experts.kernels.emulation import log_advice
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
 from experts.vllm_plugin.joints import (
@@ -138,6 +139,7 @@ class MeshExpertsMixin:
                 hidden_size=moe_config.hidden_dim,
                 dtype=moe_config.in_dtype,
             )
+            log_advice(shape.dtype, device)
             client = _engine.client = MeshClient(settings, checkpoint, shape, device)
             report_refused(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
         return NoLocalWeights(moe_config)
