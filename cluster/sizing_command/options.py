@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.parse import ConfigError
 from experts.checkpoint.errors import CheckpointError
@@ -16,7 +16,9 @@ from experts.checkpoint.sizes.known_models import known_models
 from placement.sizing.demand import Demand
 from placement.sizing.errors import NoLayoutError, SizingError
 from placement.sizing.gpus import gpu_named, gpus
-from placement.sizing.sizing import Sizing, size
+
+if TYPE_CHECKING:
+    from placement.sizing.sizing import Sizing
 
 KV_VALUE_BYTES = {"auto": 2.0, "fp8": 1.0}
 
@@ -88,6 +90,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _size(options: argparse.Namespace) -> tuple[Sizing, str]:
     """The answer, and `model.path` of a config."""
+    from placement.sizing.sizing import size  # imports numba, which other commands do without
+
     if options.alternatives < 0:
         raise SizingError(f"alternatives is {options.alternatives}, expected at least 0")
     gpu = gpu_named(options.gpu)

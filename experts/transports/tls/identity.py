@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 import ssl
 import time
+from typing import TYPE_CHECKING
 
-from experts.protocol.settings import TlsFiles
 from experts.transports.control_port.handshake import TlsMismatchError
 from experts.transports.tls.tunnel import Tunnel, open_tunnel
+
+if TYPE_CHECKING:
+    from experts.protocol.settings import TlsFiles  # needs pydantic
 
 _REMEDY = "tls.ca_file has to be the authority of tls.cert_file, for servers and clients alike"
 
