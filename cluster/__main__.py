@@ -1,10 +1,11 @@
-"""`python -m cluster COMMAND`: `size` before there is a service, `placement` for a running one."""
+"""`python -m cluster COMMAND`: `size` before there is a service, `placement` for one, `keys` for its users."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from cluster.keys.command import add_keys
 from cluster.placement_command.options import add_placement
 from cluster.sizing_command.options import add_size
 
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_placement(commands)
     add_size(commands)
+    add_keys(commands)
     options = parser.parse_args(argv)
     return int(options.run(options))
 

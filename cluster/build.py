@@ -13,6 +13,7 @@ from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import ROUTER
 from cluster.controller.deployment import PlacementController
 from cluster.controller.pinned_model import with_pinned_model
+from cluster.keys.deployment import KEY_LEDGER, KeyLedger
 from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
 from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import Router
@@ -36,6 +37,15 @@ SHARD_OPTIONS = {
     "max_ongoing_requests": 100,
     "health_check_period_s": 5,
     "health_check_timeout_s": 30,
+    "graceful_shutdown_wait_loop_s": 0.1,
+}
+LEDGER_OPTIONS: dict[str, Any] = {
+    "logging_config": QUIET,
+    "num_replicas": 1,  # whose memory is the state; routers tell a new one what they have used
+    "max_ongoing_requests": 10_000,
+    "ray_actor_options": {"num_cpus": 0},
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
 SLOW_BYTES_PER_S, LONGEST_STOP_S = 100e6, 3600
@@ -91,7 +101,10 @@ def llm_application(config: LLMAppConfig) -> Application:
     folder, complete = folder_here(config.model.path)
     refuse_llm(config, folder=folder, complete=complete)
     args = config.model_dump(exclude_unset=True)
-    return serve.deployment(Router, name=ROUTER, **router_options(config.routers)).bind(args)
+    router = serve.deployment(Router, name=ROUTER, **router_options(config.routers))
+    if not config.http.names_keys:
+        return router.bind(args)
+    return router.bind(args, serve.deployment(KeyLedger, name=KEY_LEDGER, **LEDGER_OPTIONS).bind())
 
 
 def console_application(config: ConsoleAppConfig) -> Application:

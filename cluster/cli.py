@@ -228,7 +228,7 @@ def _one_line(error: Exception) -> str:
 
 def _welcome(config: MeshConfig, url: str) -> None:
     base = url + config.llm_route_prefix.rstrip("/")
-    key = '-H "Authorization: Bearer $API_KEY" ' if config.llm.http.api_keys or config.llm.http.api_keys_env else ""
+    key = '-H "Authorization: Bearer $API_KEY" ' if config.llm.http.asks_for_keys else ""
     body = {
         "model": config.llm.model.id,
         "messages": [{"role": "user", "content": "def read_lines(path):"}],

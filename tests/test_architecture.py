@@ -44,6 +44,7 @@ ORDER = {
             "priority",
             "serve_environment",
             "ray_joints",
+            "keys",
             "mesh",
             "controller",
             "observability",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath
 
 from pydantic import Field, field_validator
 
@@ -12,13 +13,36 @@ from experts.protocol.settings import StrictModel
 class KeysSection(StrictModel):
     """Who may call."""
 
+    keys_file: str | None = Field(
+        default=None,
+        description="Absolute path of a list of keys by their SHA-256 hashes, with names, roles and limits, as "
+        "`python -m cluster keys new` prints them. A change takes effect within seconds; a file that breaks leaves the "
+        "last good keys in use.",
+    )
+    keys_env: str | None = Field(
+        default=None, description="Environment variable with such a list. It must be set if named here."
+    )
     api_keys: list[str] = Field(
-        default_factory=list, description="Accepted API keys; without any, requests need no key. Prefer api_keys_env."
+        default_factory=list,
+        description="Further API keys, as they are, without names and limits; without any key at all, requests need "
+        "none. Prefer keys_file.",
     )
     api_keys_env: str | None = Field(
         default=None, description="Environment variable with more keys, comma-separated. It must be set if named here."
     )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="Origins whose pages may read answers in a browser, such as https://chat.example.org, or '*' for "
+        "all; none by default.",
+    )
     retry_after_s: int = Field(default=1, ge=0, description="Retry-After header of a 503, in seconds.")
+
+    @field_validator("keys_file")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        if value is not None and not PurePosixPath(value).is_absolute():
+            raise ValueError(f"{value!r} is no absolute path, and replicas run in folders of their own")
+        return value
 
     @field_validator("api_keys")
     @classmethod
@@ -27,8 +51,18 @@ class KeysSection(StrictModel):
             raise ValueError("an API key is empty")
         return value
 
+    @property
+    def names_keys(self) -> bool:
+        """Whether keys have names and limits."""
+        return self.keys_file is not None or self.keys_env is not None
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests need a key."""
+        return self.names_keys or bool(self.api_keys) or self.api_keys_env is not None
+
     def keys(self) -> frozenset[str]:
-        """All accepted keys; none means that requests need no key. Raises ValueError if api_keys_env is not set."""
+        """The keys without names. Raises ValueError if api_keys_env is not set."""
         return _with_env("api_keys_env", self.api_keys, self.api_keys_env)
 
 
@@ -37,8 +71,8 @@ class ConsoleHttpSection(KeysSection):
 
     admin_keys: list[str] = Field(
         default_factory=list,
-        description="Keys that may change the placement, drain shards and clear traces, and read as API keys do. "
-        "Without any, nothing can be changed over HTTP. Prefer admin_keys_env.",
+        description="Keys, as they are, that may see and change the service, as keys of the role admin in keys_file. "
+        "Without any, nothing can be changed over HTTP. Prefer keys_file.",
     )
     admin_keys_env: str | None = Field(
         default=None,
@@ -51,6 +85,11 @@ class ConsoleHttpSection(KeysSection):
         if any(not key.strip() for key in value):
             raise ValueError("an admin key is empty")
         return value
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests need a key."""
+        return super().asks_for_keys or bool(self.admin_keys) or self.admin_keys_env is not None
 
     def admins(self) -> frozenset[str]:
         """All admin keys; none means that nobody may change anything.

@@ -159,8 +159,7 @@ class MeshConfig(StrictModel):
             yield f"two applications are named {self.console_name!r}"
         if self.console_route_prefix == self.llm_route_prefix:
             yield f"the console and the OpenAI API have the same route prefix {self.llm_route_prefix!r}"
-        keys = self.llm.http.api_keys or self.llm.http.api_keys_env
-        if keys and not (self.console.http.api_keys or self.console.http.api_keys_env):
+        if self.llm.http.asks_for_keys and not self.console.http.asks_for_keys:
             yield "the OpenAI API has API keys and the console has none, so anyone could read the status: set its http"
 
 

@@ -1,46 +1,61 @@
-"""Who may change the service over HTTP: holders of an admin key, and nobody while there is none."""
+"""Who may see and change the service over HTTP: holders of an admin key. Without any, all who come in see it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.http.errors import error_response
-from cluster.http.gate import carries_key, digests_of
+from cluster.http.gate import OPEN_PATHS, key_in
+from cluster.keys.keyring import Keyring
 
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
-# Open to those who may read, unless there are admin keys: what it drops is sampled again.
+# Goes with reading: what it drops is sampled again.
 HARMLESS = frozenset({("DELETE", "/trace")})
+# A key of any role may read these; everything else shows hosts.
+FOR_CLIENTS = frozenset({*OPEN_PATHS, "/usage"})
 
 NO_ADMIN = (
-    "nobody may change the service over HTTP, since the console has no admin keys: let http.admin_keys_env of the "
-    "application with serve_app:build_console name an environment variable that holds one, or use `python -m cluster "
-    "placement` where the cluster runs"
+    "nobody may change the service over HTTP, since the console has no admin keys: let http.keys_file of the "
+    "application with serve_app:build_console name a file with a line of `python -m cluster keys new --name NAME "
+    "--role admin`, or use `python -m cluster placement` where the cluster runs"
 )
 
 
 class AdminGate:
-    """ASGI middleware inside `Gate`: every request that does not just read needs an admin key."""
+    """ASGI middleware inside `Gate`: every request but those for FOR_CLIENTS needs an admin key.
 
-    def __init__(self, app: ASGIApp, admin_keys: Collection[str], api_keys: Collection[str]) -> None:
+    If keys have no roles (not `named`) and none is an admin key, whoever `Gate` lets in may read.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Callable[[], Keyring], named: bool) -> None:
         self._app = app
-        self._admins, self._readers = digests_of(admin_keys), digests_of(api_keys)
+        self._keys = keys
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection; anything but HTTP passes through."""
-        if scope["type"] != "http" or scope["method"] in READING or carries_key(scope, self._admins):
+        """Handle one connection; what is no request passes through if no key is asked for."""
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        what = (scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
-        if not self._admins:
-            if what in HARMLESS:
-                await self._app(scope, receive, send)
-                return
+        keys, key = self._keys(), key_in(scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        method = scope.get("method", "GET")  # of a WebSocket
+        all_read = not self._named and not keys.has_role("admin")
+        if (
+            (key is not None and key.role == "admin")
+            or method == "OPTIONS"
+            or (method in READING and (all_read or path in FOR_CLIENTS))
+            or (all_read and (method, path) in HARMLESS)
+        ):
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if not keys.has_role("admin"):
             response = error_response(403, NO_ADMIN, code="no_admin_keys")
-        elif carries_key(scope, self._readers):
-            response = error_response(403, "an API key may not change the service: send an admin key")
         else:
-            response = error_response(401, "no valid admin key: send one as 'Authorization: Bearer KEY'")
-            response.headers["WWW-Authenticate"] = "Bearer"
+            response = error_response(403, "an API key may not see or change the service: send an admin key")
         await response(scope, receive, send)

@@ -21,8 +21,10 @@ class ConsoleServer:
         # Here, so that Serve's build task does without FastAPI.
         from cluster.console.endpoints import Console, console_app
         from cluster.controller.client import ROUTER, ControllerClient
+        from cluster.keys.deployment import KEY_LEDGER
         from cluster.ray_joints import deployment_handle
         from cluster.router.client import RouterClient
 
         routers = [RouterClient(deployment_handle(ROUTER, app)) for app in self._config.llm_apps]
-        return console_app(Console(self._config, ControllerClient(self._config.experts_app), routers))
+        ledgers = [deployment_handle(KEY_LEDGER, app) for app in self._config.llm_apps]
+        return console_app(Console(self._config, ControllerClient(self._config.experts_app), routers, ledgers))

@@ -8,16 +8,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from cluster.config.apps import ConsoleAppConfig
 from cluster.console.admin import AdminGate
 from cluster.console.operations import OPERATIONS, Operations
+from cluster.console.usage import USAGE, Usage
 from cluster.controller.client import ControllerClient, ControllerLostError
+from cluster.http.connections import open_to_origins
 from cluster.http.errors import OpenAIApp, add_error_handlers, error_response
 from cluster.http.gate import Gate
+from cluster.keys.sources import source_of
 from cluster.mesh.messages import ControllerStatus
 from cluster.observability.metrics import render
 from cluster.router.client import RouterClient
@@ -37,39 +39,45 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
 
 
 def console_app(console: Console) -> FastAPI:
-    """The FastAPI app of one replica. Raises ValueError if http names a variable that holds no key."""
+    """The FastAPI app of one replica. Raises ValueError if http names a file or a variable that holds no key."""
     http = console.config.http
-    readers, admins = http.keys(), http.admins()
+    source = source_of(http)
     app = OpenAIApp(title="expertmesh console")
     add_error_handlers(app, http.retry_after_s)
-    app.add_middleware(AdminGate, admin_keys=admins, api_keys=readers)
-    # Without API keys everyone may read.
-    app.add_middleware(
-        Gate, keys=readers | admins if readers else readers, max_pending=0, retry_after_s=http.retry_after_s
-    )
-    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(AdminGate, keys=source.ring, named=http.names_keys)
+    app.add_middleware(Gate, keys=source.ring, max_pending=0, retry_after_s=http.retry_after_s)
+    app.user_middleware[:0] = open_to_origins(http.cors_origins)
     for name, route in ENDPOINTS.items():
         route(app)(getattr(console, name))
     for name, route in OPERATIONS.items():
         route(app)(getattr(console.operations, name))
+    for name, route in USAGE.items():
+        route(app)(getattr(console.usage, name))
     return app
 
 
 class Console:
-    """The handlers of ENDPOINTS."""
+    """The handlers of ENDPOINTS. `ledgers`: handles of the ledgers of keys, one for each of `routers`."""
 
-    def __init__(self, config: ConsoleAppConfig, controller: ControllerClient, routers: Sequence[RouterClient]) -> None:
+    def __init__(
+        self,
+        config: ConsoleAppConfig,
+        controller: ControllerClient,
+        routers: Sequence[RouterClient],
+        ledgers: Sequence[Any] = (),
+    ) -> None:
         self.config = config
         self.operations = Operations(controller)
+        self.usage = Usage(routers, ledgers)
         self._controller = controller
         self._routers = routers
 
-    async def metrics(self) -> Response:
-        """Counters of the shards and of all routers that answer, as Prometheus text."""
-        routers, controller, errors = await self._ask_all()
+    async def metrics(self, request: Request) -> Response:
+        """Counters of the shards and of all routers that answer, as Prometheus text; of keys for an admin."""
+        (routers, controller, errors), keys = await asyncio.gather(self._ask_all(), self.usage.view(request))
         for error in errors:
             logger.warning("counters are missing: %s", error)
-        return Response(render(routers, controller), media_type="text/plain; version=0.0.4")
+        return Response(render(routers, controller, keys), media_type="text/plain; version=0.0.4")
 
     async def status(self) -> JSONResponse:
         """What the controller and each router know (epochs, shards, lost ranks, counters), and who did not answer."""

@@ -13,11 +13,15 @@ from starlette.middleware import Middleware
 
 from cluster.config.http_sections import HttpSection
 from cluster.http import vllm_joints
-from cluster.http.connections import close_where_haproxy_is
+from cluster.http.connections import close_where_haproxy_is, open_to_origins
 from cluster.http.gate import Gate
 from cluster.http.health import HealthSource, add_health_routes
+from cluster.http.metering import count_tokens
+from cluster.http.quota import Quota
 from cluster.http.requests import BodyCheck
 from cluster.http.responses import OneErrorFormat, answer_exception
+from cluster.keys.leases import Leases
+from cluster.keys.sources import source_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,12 +32,18 @@ HANDLED: tuple[type[Exception], ...] = (
 )
 
 
-def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource) -> FastAPI:
-    """Keys, queue limit, OpenAI's error format and health routes on vLLM's app, in place.
+def front_door(
+    app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource, leases: Leases | None = None
+) -> FastAPI:
+    """Keys, limits, OpenAI's error format and health routes on vLLM's app, in place.
 
-    Call it once the app's state is set. Raises ValueError if http.api_keys_env names a variable that holds no key,
-    RuntimeError if vLLM's routes are not found.
+    Call it once the app's state is set; `app.state.expertmesh_keys` is the source of keys afterwards. Raises ValueError
+    if http names a file or a variable that holds no key, RuntimeError if vLLM's routes are not found. Usage
+    counts where keys have names; without `leases` no limit holds.
     """
+    source = source_of(http, vllm_joints.take_keys(app))
+    app.state.expertmesh_keys = source
+    vllm_joints.take_cors(app)
     gone = vllm_joints.take_off(app)
     logger.info("these paths of vLLM's app are not served: %s", ", ".join(gone))
     add_health_routes(app, health, http.retry_after_s)
@@ -48,15 +58,15 @@ def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: Health
 
     app.exception_handlers = dict.fromkeys((*HANDLED, *vllm_joints.error_classes()), handle)
     vllm_joints.guard_engine(app.state.engine_client, http.max_prompt_logprobs)
+    paths, max_model_len = vllm_joints.generation_paths(app), app.state.engine_client.model_config.max_model_len
     # From the outside in: errors first, so that they come in one format from every layer; then vLLM's own middleware
-    # (CORS, metrics); then, next to the routes, what may refuse a request, so that refusals are counted too.
+    # (metrics); then, next to the routes, what may refuse a request, so that refusals are counted too.
     refusals: list[tuple[Any, dict[str, Any]]] = [
         (
             Gate,
             {
-                "keys": http.keys(),
-                "more_digests": vllm_joints.take_keys(app),
-                "limited_paths": vllm_joints.generation_paths(app),
+                "keys": source.ring,
+                "limited_paths": paths,
                 "max_pending": http.max_pending_requests,
                 "retry_after_s": http.retry_after_s,
             },
@@ -66,13 +76,24 @@ def front_door(app: FastAPI, *, http: HttpSection, model_id: str, health: Health
             {
                 "max_body_bytes": http.max_body_bytes,
                 "max_sequences": http.max_sequences_per_request,
-                "max_model_len": app.state.engine_client.model_config.max_model_len,
+                "max_model_len": max_model_len,
+                "estimate": http.names_keys,
             },
         ),
     ]
+    if http.names_keys:
+        count_tokens(app.state.engine_client)
+        quota = {
+            "leases": leases or Leases("", None),
+            "model_id": model_id,
+            "max_model_len": max_model_len,
+            "generation_paths": paths,
+        }
+        refusals.append((Quota, quota))
     app.user_middleware[:] = [
         *close_where_haproxy_is(),
         Middleware(OneErrorFormat, retry_after_s=http.retry_after_s),
+        *open_to_origins(http.cors_origins),
         *app.user_middleware,
         *(Middleware(cls, **options) for cls, options in refusals),
     ]

@@ -1,18 +1,33 @@
-"""Connections between HAProxy and a router, of which none must be kept when the router stops."""
+"""Connections between HAProxy and a router, of which none must be kept when the router stops; and browsers."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.http.quota import HEADERS
 from cluster.serve_environment import HAPROXY_SWITCH
 
 
 def close_where_haproxy_is() -> list[Middleware]:
     """`CloseAfterResponse` if HAProxy stands before this process, else nothing."""
     return [Middleware(CloseAfterResponse)] if os.environ.get(HAPROXY_SWITCH) == "1" else []
+
+
+def open_to_origins(origins: Collection[str]) -> list[Middleware]:
+    """What lets pages of these origins read answers; nothing without any, as browsers forbid it then."""
+    if not origins:
+        return []
+    told = ["Retry-After", *HEADERS]
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"], expose_headers=told
+        )
+    ]
 
 
 class CloseAfterResponse:

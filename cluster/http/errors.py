@@ -57,20 +57,29 @@ class RefusedError(ValueError):
         self.message, self.param, self.code, self.status = message, param, code, status
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of one error. `type` and, if it is None, `code` follow from the status."""
-    kind = "invalid_request_error" if status < 500 else "overloaded_error" if status == 503 else "server_error"
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None, kind: str | None = None
+) -> dict[str, Any]:
+    """The body of one error. `type` (`kind`) and `code` follow from the status if they are None."""
+    kind = kind or (
+        "invalid_request_error" if status < 500 else "overloaded_error" if status == 503 else "server_error"
+    )
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "..."
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
 
 
 def error_response(
-    status: int, message: str, param: str | None = None, code: str | None = None, retry_after_s: int | None = None
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_s: int | None = None,
+    kind: str | None = None,
 ) -> JSONResponse:
     """One error as a response; `retry_after_s` becomes the Retry-After header."""
     headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return JSONResponse(error_body(status, message, param, code), status_code=status, headers=headers)
+    return JSONResponse(error_body(status, message, param, code, kind), status_code=status, headers=headers)
 
 
 def response_for(error: BaseException, retry_after_s: int) -> JSONResponse:

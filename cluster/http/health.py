@@ -31,6 +31,7 @@ class GenerationHealth:
     epoch: int | None = None
     connected: list[int] | None = None  # ranks
     lost: dict[int, str] | None = None  # why there is no link, by rank
+    keys: str | None = None  # why the list of keys in use is not that of the file
     start_s: dict[str, float] | None = None  # how long each part of the router's start took
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.http.asked import ASKED, asked_of
 from cluster.http.errors import RefusedError, response_for
 from cluster.http.shape import Found, check, parse
 
@@ -18,13 +19,19 @@ INT_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank")
 
 
 class BodyCheck:
-    """ASGI middleware. The app gets the body as one message, and the scope what `Found` says of it."""
+    """ASGI middleware. The app gets the body as one message, and the scope what `Found` says of it.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_sequences: int, max_model_len: int) -> None:
+    With `estimate` the scope also gets what the body asks for (`Asked`).
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, max_sequences: int, max_model_len: int, estimate: bool = False
+    ) -> None:
         self._app = app
         self._max_model_len = max_model_len
         self._max_body_bytes = max_body_bytes
         self._max_sequences = max_sequences
+        self._estimate = estimate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; anything but a request with a body passes through."""
@@ -46,7 +53,11 @@ class BodyCheck:
                     code="context_length_exceeded",
                 )
             if body and headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json":
-                scope[FOUND] = check(parse(body), self._max_sequences)
+                parsed = parse(body)
+                scope[FOUND] = check(parsed, self._max_sequences)
+                if self._estimate:
+                    scope[ASKED] = asked_of(parsed)
+                del parsed  # vLLM parses it again
         except RefusedError as error:
             await response_for(error, 0)(scope, receive, send)
             return

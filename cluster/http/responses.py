@@ -179,7 +179,7 @@ class _Answer:
         if status is None:
             status = 500 if "internal" in str(error.get("type")).lower() else 400
         elif isinstance(code, str):  # ours
-            return {"status": status, "message": message, "param": param, "code": code}
+            return {"status": status, "message": message, "param": param, "code": code, "kind": error.get("type")}
         return self._judge(code if isinstance(code, int) else status, message, param)
 
     def _judge(self, status: int, message: str, param: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from cluster.http.errors import RefusedError
@@ -81,6 +82,11 @@ def take_keys(app: FastAPI) -> frozenset[bytes]:
         digests |= set(AuthenticationMiddleware(app, **middleware.kwargs).api_tokens)  # type: ignore[arg-type]
         app.user_middleware.remove(middleware)
     return frozenset(digests)
+
+
+def take_cors(app: FastAPI) -> None:
+    """Remove vLLM's answer to browsers, which lets the pages of every origin in."""
+    app.user_middleware[:] = [one for one in app.user_middleware if one.cls is not CORSMiddleware]
 
 
 def forget_http_metrics() -> None:

@@ -16,6 +16,7 @@ from ray.util import metrics as ray_metrics
 
 from cluster.mesh.messages import ControllerStatus
 from cluster.observability.controller_metrics import controller_families
+from cluster.observability.key_metrics import KeysView, key_families
 from experts.protocol.status import RouterStatus, StageHistogram
 
 PREFIX = "expertmesh_"
@@ -69,16 +70,16 @@ SHARD_COUNTERS: tuple[Series[list[int]], ...] = (
 )
 
 
-def render(routers: Iterable[RouterStatus], controller: ControllerStatus | None) -> bytes:
-    """Prometheus text of all routers and of the controller (None if it does not answer)."""
+def render(routers: Iterable[RouterStatus], controller: ControllerStatus | None, keys: KeysView | None = None) -> bytes:
+    """Prometheus text of all routers, of the controller (None if it does not answer) and of keys, if there are any."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(list(routers), controller))  # type: ignore[arg-type]
+    registry.register(_Snapshot(list(routers), controller, keys))  # type: ignore[arg-type]
     return generate_latest(registry)
 
 
 class _Snapshot:
-    def __init__(self, routers: list[RouterStatus], controller: ControllerStatus | None) -> None:
-        self._routers, self._controller = routers, controller
+    def __init__(self, routers: list[RouterStatus], controller: ControllerStatus | None, keys: KeysView | None) -> None:
+        self._routers, self._controller, self._keys = routers, controller, keys
 
     def collect(self) -> Iterator[Any]:
         yield from self._router_families(CounterMetricFamily, ROUTER_COUNTERS)
@@ -91,6 +92,8 @@ class _Snapshot:
             yield family
         yield from self._engine_families()
         yield from self._controller_families()
+        if self._keys is not None:
+            yield from key_families(PREFIX, self._keys)
 
     def _router_families(self, kind: type, table: Iterable[Series[Any]]) -> Iterator[Any]:
         for series in table:

@@ -32,6 +32,7 @@ def add_placement(commands: Any) -> None:
         help="Ray cluster of the service (RAY_ADDRESS, or the one on this machine)",
     )
     every.add_argument("--app", default="experts", help="application that holds the shards (%(default)s)")
+    placement.set_defaults(run=run)
     actions = placement.add_subparsers(required=True, metavar="ACTION")
 
     def action(name: str, call: Any, told: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from cluster.config.devices import router_device_problems
 from cluster.config.http_sections import ConsoleHttpSection, KeysSection
 from cluster.config.llm_sections import RoutersSection
 from cluster.config.parse import ConfigError
+from cluster.keys.sources import source_of
 from cluster.refusals.model_files import missing_tokenizer, missing_weights, read_config
 from cluster.refusals.serve_options import (
     accelerator_types,
@@ -107,13 +108,13 @@ def llm_warnings(config: LLMAppConfig) -> Iterator[str]:
 
 def _key_problems(http: KeysSection) -> Iterator[str]:
     told = set()
-    for read in (http.keys, *([http.admins] if isinstance(http, ConsoleHttpSection) else [])):
+    for read in (http.keys, *([http.admins] if isinstance(http, ConsoleHttpSection) else []), lambda: source_of(http)):
         try:
             read()
         except ValueError as error:
             if str(error) not in told:
                 told.add(str(error))
-                yield str(error)
+                yield from str(error).splitlines()
 
 
 def _secret_problems(config: ExpertsAppConfig) -> Iterator[str]:

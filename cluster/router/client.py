@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.http.errors import UnavailableError
 from cluster.http.health import GenerationHealth
+from cluster.keys.leases import RouterKeys
 from cluster.ray_joints import NoReplicaError, broadcast
 from cluster.router.messages import TraceSample
 from experts.protocol.status import RouterStatus
@@ -31,6 +32,10 @@ class RouterClient:
     async def generation_health(self, *, timeout_s: float) -> tuple[list[GenerationHealth], list[str]]:
         """(healths, one line for each router without one)."""
         return await self.ask_each("generation_health", timeout_s)
+
+    async def keys(self, *, timeout_s: float) -> tuple[list[RouterKeys], list[str]]:
+        """(what routers know of the usage of keys, one line for each router without an answer)."""
+        return await self.ask_each("mesh_keys", timeout_s)
 
     async def traces(self, *, timeout_s: float) -> list[TraceSample]:
         """What all routers sampled. Raises RouterLostError."""

@@ -27,7 +27,7 @@ class Router:
 
     _server: Any = None
 
-    async def __init__(self, mesh: dict[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(self, mesh: dict[str, Any], ledger: Any = None) -> None:  # type: ignore[misc]
         config = parse(LLMAppConfig, mesh)
         early_engine = EarlyEngine()  # it imports vllm while this process does
         importing_s = time.monotonic()
@@ -42,7 +42,7 @@ class Router:
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
         await server.__init__(  # type: ignore[misc]
-            llm_config_of(config, str(folder)), mesh=config, early_engine=early_engine, started=started
+            llm_config_of(config, str(folder)), mesh=config, early_engine=early_engine, started=started, ledger=ledger
         )
         self._server = server
 

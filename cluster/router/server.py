@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
@@ -23,7 +24,11 @@ from cluster.config.apps import LLMAppConfig
 from cluster.controller.client import ROUTER, ControllerClient, ControllerLostError
 from cluster.http.app import front_door
 from cluster.http.health import GenerationHealth
-from cluster.observability.metrics import RouterMetrics
+from cluster.keys.deployment import settle_of
+from cluster.keys.leases import Leases, RouterKeys
+from cluster.keys.sources import KeySource
+from cluster.observability.key_metrics import KeyMetrics
+from cluster.observability.metrics import PREFIX, RouterMetrics
 from cluster.ray_joints import (
     deployment_handle,
     follow_engine,
@@ -74,12 +79,19 @@ class ExpertMeshLLMServer(LLMServer):
     """`server_cls` of the project's LLMConfig."""
 
     async def __init__(  # type: ignore[misc]
-        self, llm_config: LLMConfig, *, mesh: LLMAppConfig, early_engine: EarlyEngine, started: dict[str, float]
+        self,
+        llm_config: LLMConfig,
+        *,
+        mesh: LLMAppConfig,
+        early_engine: EarlyEngine,
+        started: dict[str, float],
+        ledger: DeploymentHandle | None = None,
     ) -> None:
         replica = replica_identity()
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
         self._start_s.update(started)
+        self._leases = Leases(self._router_id, None if ledger is None else settle_of(ledger))
         self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
@@ -99,6 +111,9 @@ class ExpertMeshLLMServer(LLMServer):
         self.scaling = RouterScaling(router_id, controller, self._health.shared_reading)
         self._loops: list[asyncio.Task[None]] = []
         self._start_s: dict[str, float] = {}  # seconds of each part of the start
+        self._leases = Leases(router_id, None)
+        self._keys: KeySource | None = None  # once the HTTP side is built
+        self._key_metrics = KeyMetrics(PREFIX, router_id)
 
     async def start(self) -> None:
         """Start the engine and meanwhile wait for the shards; not healthy before the first epoch is applied."""
@@ -118,14 +133,18 @@ class ExpertMeshLLMServer(LLMServer):
             logger.warning(NO_HAPROXY)
         self._loops = [
             asyncio.create_task(self._epochs.follow(), name="follow"),
-            asyncio.create_task(self._health.watch(self._metrics.export), name="watch"),
+            asyncio.create_task(self._health.watch(self._export), name="watch"),
             asyncio.create_task(self.scaling.follow(), name="scaling"),
         ]
 
     async def __serve_build_asgi_app__(self) -> Any:
         """vLLM's FastAPI app behind the project's keys, limits, error format and health."""
         app = await super().__serve_build_asgi_app__()
-        return front_door(app, http=self._mesh.http, model_id=self._mesh.model.id, health=self)
+        http, model_id = self._mesh.http, self._mesh.model.id
+        front = front_door(app, http=http, model_id=model_id, health=self, leases=self._leases)
+        self._keys = front.state.expertmesh_keys
+        self._leases.start()
+        return front
 
     async def check_health(self) -> None:
         """Raises when the engine or one of the loops has ended or is stuck; Serve then restarts this router."""
@@ -156,9 +175,14 @@ class ExpertMeshLLMServer(LLMServer):
         await self._worker.clear_trace()
         return True
 
+    async def mesh_keys(self) -> RouterKeys:
+        """What this router knows of the usage of keys."""
+        return RouterKeys(self._router_id, dict(self._leases.usage), self._leases.limits_by, self._key_problem())
+
     async def generation_health(self) -> GenerationHealth:
         """Whether tokens come out of this router with their experts on shards."""
-        return await self._health.generation_health(self._mesh.http.healthy_within_s, self._mesh.deadlines.probe_s)
+        health = await self._health.generation_health(self._mesh.http.healthy_within_s, self._mesh.deadlines.probe_s)
+        return replace(health, keys=self._key_problem() or None)
 
     async def all_routers(self) -> tuple[list[GenerationHealth], list[str]]:
         """(healths of all routers of this application, one line for each that did not answer)."""
@@ -177,6 +201,7 @@ class ExpertMeshLLMServer(LLMServer):
             await self._controller.deregister_router(self._router_id, timeout_s=1.0)
         except ControllerLostError as error:
             logger.info("stopping without deregistering first: %s", error)
+        await self._leases.close()
         await self.engine.shutdown()
 
     @contextlib.contextmanager
@@ -185,6 +210,18 @@ class ExpertMeshLLMServer(LLMServer):
         begin_s = time.monotonic()
         yield
         self._start_s[part] = time.monotonic() - begin_s
+
+    def _key_problem(self) -> str:
+        """Why the keys in use are not those of the file; empty if they are."""
+        if self._keys is None:
+            return ""
+        self._keys.ring()  # looks at the file
+        return self._keys.problem
+
+    def _export(self, status: RouterStatus) -> None:
+        """Hand all counters to Ray's metrics agent."""
+        self._metrics.export(status)
+        self._key_metrics.export(self._leases.usage, not self._key_problem())
 
     def _note_lost(self, status: RouterStatus) -> None:
         """The next poll tells the controller which shards this router gave up."""

@@ -47,6 +47,7 @@ JUDGES = {
     "cluster/http/errors.py": _tests("cluster/http/test_error_statuses.py", _GATE),
     "cluster/http/shape.py": _tests("cluster/http/test_shape.py", "cluster/http/test_requests.py"),
     "cluster/observability/metrics.py": _tests("cluster/observability/test_metrics*.py"),
+    "cluster/keys/keyring.py": _tests("cluster/keys/test_keyring.py", _GATE),
     "cluster/mesh/roster.py": _tests("cluster/mesh/test_roster_edges.py", "cluster/mesh/test_roster.py"),
     "cluster/mesh/holdings.py": _tests("cluster/mesh/test_holdings.py"),
     "cluster/mesh/conductor.py": _tests("cluster/mesh/test_conductor*.py"),

@@ -23,18 +23,23 @@ class Replica:
 
 
 class RouterHandle:
-    """Serve's handle of a made-up router deployment; `replicas` holds an answer for each, or why there are none."""
+    """Serve's handle of a made-up router deployment; `replicas` holds an answer for each, or why there are none.
 
-    def __init__(self, replicas: list[Any] | Exception) -> None:
+    `by_method` has those of methods that are answered otherwise.
+    """
+
+    def __init__(self, replicas: list[Any] | Exception, by_method: dict[str, list[Any] | Exception] | None = None):
         self.replicas = replicas
+        self.by_method = by_method or {}
         self.asked: list[str] = []
 
     def broadcast(self, method: str) -> DeploymentBroadcastResponse:
         self.asked.append(method)
 
         async def replicas() -> list[Any]:
-            if isinstance(self.replicas, Exception):
-                raise self.replicas
-            return [Replica(answer) for answer in self.replicas]
+            answers = self.by_method.get(method, self.replicas)
+            if isinstance(answers, Exception):
+                raise answers
+            return [Replica(answer) for answer in answers]
 
         return DeploymentBroadcastResponse(replicas(), None)

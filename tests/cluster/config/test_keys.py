@@ -37,6 +37,24 @@ def test_an_api_key_is_no_admin_key(monkeypatch: pytest.MonkeyPatch) -> None:
         section.admins()
 
 
+def test_which_sections_ask_for_keys() -> None:
+    assert not HttpSection().asks_for_keys
+    assert not ConsoleHttpSection().asks_for_keys
+    for field, value in (("keys_file", "/k"), ("keys_env", "K"), ("api_keys", ["k"]), ("api_keys_env", "K")):
+        named = field in ("keys_file", "keys_env")
+        section = HttpSection(**{field: value})
+        assert (section.asks_for_keys, section.names_keys) == (True, named)
+        assert ConsoleHttpSection(**{field: value}).asks_for_keys
+    for field, value in (("admin_keys", ["k"]), ("admin_keys_env", "K")):
+        section = ConsoleHttpSection(**{field: value})
+        assert (section.asks_for_keys, section.names_keys) == (True, False)
+
+
+def test_a_file_of_keys_is_named_by_its_absolute_path() -> None:
+    with pytest.raises(ValueError, match=r"'keys.yaml' is no absolute path"):
+        HttpSection(keys_file="keys.yaml")
+
+
 @pytest.mark.parametrize("name", ["api_keys", "admin_keys"])
 def test_an_empty_key_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="key is empty"):

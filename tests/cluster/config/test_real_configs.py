@@ -99,16 +99,20 @@ def test_files_give_numbers_that_their_comments_claim(name: str) -> None:
     assert any(f"{shard_gb:.{digits}f} GB" in text for digits in (0, 1)), f"{shard_gb:.1f} GB"
 
 
-def test_kuberay_gives_each_pod_one_gpu_and_the_keys() -> None:
+def test_kuberay_gives_each_pod_one_gpu_and_every_pod_the_keys() -> None:
     manifest = yaml.safe_load((CONFIGS / "kuberay/qwen3-30b-a3b.yaml").read_text())
     cluster = manifest["spec"]["rayClusterConfig"]
     [group] = cluster["workerGroupSpecs"]
     [worker] = group["template"]["spec"]["containers"]
     assert group["replicas"] == 4
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    named = [variable["name"] for variable in worker["env"]]
-    llm = serve_config("kuberay/qwen3-30b-a3b.yaml")["applications"][1]["args"]
-    assert llm["http"]["api_keys_env"] in named
+    files = {app["args"]["http"]["keys_file"] for app in serve_config("kuberay/qwen3-30b-a3b.yaml")["applications"][1:]}
+    assert len(files) == 1
+    for pod in (group["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]):
+        [folder] = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "keys"]
+        assert {str(Path(file).parent) for file in files} == {folder["mountPath"]}
+        assert "subPath" not in folder, "a change of the Secret would not reach it"
+        assert any(volume["name"] == "keys" and volume["secret"] for volume in pod["volumes"])
 
 
 def test_kuberay_sends_requests_to_a_pod_after_the_first_token() -> None:

@@ -55,9 +55,12 @@ def get(
     controller_lost: bool = False,
     keys: tuple[str, ...] = (),
     key: str = "",
+    origins: tuple[str, ...] = (),
 ) -> httpx.Response:
     """One request to the app of a console replica, below the route prefix that Serve gives it."""
-    config = ConsoleAppConfig(http=ConsoleHttpSection(retry_after_s=3, api_keys=list(keys)))
+    config = ConsoleAppConfig(
+        http=ConsoleHttpSection(retry_after_s=3, admin_keys=list(keys), cors_origins=list(origins))
+    )
     controller: Any = Controller(controller_lost)
     handle: Any = RouterHandle(replicas)
     app = console_app(Console(config, controller, [RouterClient(handle)]))
@@ -82,8 +85,17 @@ def test_every_endpoint_but_the_metrics_needs_the_key() -> None:
     for path in ("/expertmesh/status", "/expertmesh/placement", "/expertmesh/trace"):
         assert get(path, replicas, keys=("secret",)).status_code == 401
         assert get(path, replicas, keys=("secret",), key="secret").status_code != 401
-    metrics = get("/expertmesh/metrics", replicas, keys=("secret",))
-    assert (metrics.status_code, metrics.headers["access-control-allow-origin"]) == (200, "*")
+    assert get("/expertmesh/metrics", replicas, keys=("secret",)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origins", "allowed"), [((), None), (("http://elsewhere",), "http://elsewhere"), (("*",), "*")]
+)
+def test_pages_of_other_origins_read_nothing_unless_they_are_named(
+    origins: tuple[str, ...], allowed: str | None
+) -> None:
+    metrics = get("/expertmesh/metrics", [router_status("a")], origins=origins)
+    assert metrics.headers.get("access-control-allow-origin") == allowed
 
 
 @pytest.mark.parametrize(

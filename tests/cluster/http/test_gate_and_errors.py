@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.http.errors import OpenAIApp, UnavailableError, add_error_handlers, error_body, response_for
 from cluster.http.gate import Gate
+from cluster.keys.keyring import Keyring, digest_of
 from tests.support.waiting import run_async, within
 
 
@@ -29,7 +30,10 @@ def make_app(keys: frozenset[str] = frozenset(), max_pending: int = 2) -> tuple[
     app = OpenAIApp()
     events = {"entered": asyncio.Event(), "go_on": asyncio.Event()}
     add_error_handlers(app, retry_after_s=7)
-    app.add_middleware(Gate, keys=keys, max_pending=max_pending, retry_after_s=7, limited_paths=["/v1/completions"])
+    ring = Keyring().with_unnamed("unnamed", "client", map(digest_of, keys))
+    app.add_middleware(
+        Gate, keys=lambda: ring, max_pending=max_pending, retry_after_s=7, limited_paths=["/v1/completions"]
+    )
 
     @app.post("/v1/completions")
     async def completions(body: Body) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.http.gate import Gate
+from cluster.keys.keyring import Keyring, digest_of
 
 KEYS = frozenset({"sk-team-0123456789", "sk-team-9876543210"})
 GENERATION = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -53,7 +54,8 @@ class Door:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             self.seen.append(scope)
 
-        self.gate = Gate(app, keys, max_pending, retry_after_s=9, limited_paths=GENERATION, more_digests=more)
+        ring = Keyring().with_unnamed("unnamed", "client", [*map(digest_of, keys), *more])
+        self.gate = Gate(app, lambda: ring, max_pending, retry_after_s=9, limited_paths=GENERATION)
 
     def ask(self, path: str = "/v1/models", headers: list[tuple[bytes, bytes]] | None = None, **more: Any) -> Asked:
         scope = {"type": "http", "method": "GET", "path": path, "headers": headers or [], **more}
@@ -171,7 +173,7 @@ def test_the_limit_counts_requests_that_run_and_nothing_else() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        gate = Gate(app, frozenset(), 2, 9, limited_paths=GENERATION)
+        gate = Gate(app, Keyring, 2, 9, limited_paths=GENERATION)
 
         def begin(path: str, fails: bool = False) -> asyncio.Task[None]:
             scope = {"type": "http", "method": "POST", "path": path, "headers": [], "fails": fails}

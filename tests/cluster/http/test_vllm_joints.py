@@ -68,6 +68,9 @@ def test_the_engine_client_has_the_methods_that_are_wrapped() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient
 
     assert list(inspect.signature(AsyncLLM.add_request).parameters)[1:4] == ["request_id", "prompt", "params"]
+    for method in (AsyncLLM.generate, AsyncLLM.encode):
+        assert inspect.isasyncgenfunction(method), "`count_tokens` takes its place as one"
+    assert list(inspect.signature(AsyncLLM.generate).parameters)[1:3] == ["prompt", "sampling_params"]
     assert "self.add_request(" in inspect.getsource(AsyncLLM.generate)
     assert list(inspect.signature(AsyncMPClient.add_request_async).parameters) == ["self", "request"]
     assert {"internal"} <= set(inspect.signature(AsyncLLM.abort).parameters)

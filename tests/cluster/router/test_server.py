@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
+from cluster.keys.command import line_of
+from cluster.keys.keyring import Keyring
+from cluster.keys.leases import Leases, RouterKeys
+from cluster.keys.messages import Totals
+from cluster.keys.sources import LOOK_EVERY_S, KeySource
 from cluster.mesh.messages import MembershipAnswer
 from cluster.router.messages import TraceSample
 from cluster.router.worker_calls import EngineSilentError
@@ -57,6 +64,7 @@ class Server(router.ExpertMeshLLMServer):
         mesh: Any = SimpleNamespace(
             deadlines=deadlines,
             http=SimpleNamespace(healthy_within_s=10.0),
+            model=SimpleNamespace(id="m"),
             routers=SimpleNamespace(trace_tokens=trace_tokens),
         )
         self.controller: Any = Controller()
@@ -110,6 +118,32 @@ def test_the_status_is_the_workers_and_what_the_replica_knows() -> None:
     server._epochs.term = "life"
     expected = router_status("r1", term="life", pid=os.getpid(), unfinished_requests=5)
     assert run(server.mesh_status()) == expected
+
+
+def test_a_router_tells_what_keys_have_used_and_whether_their_list_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, now_s, used = tmp_path / "keys.yaml", [100.0], Totals(1, 2, 3)
+    file.write_text(line_of("sk-team", name="team"))
+
+    def front_door(app: FastAPI, *, leases: Leases, **_: Any) -> FastAPI:
+        app.state.expertmesh_keys = KeySource(Keyring(), file, clock=lambda: now_s[0])
+        leases.count("team", used)
+        return app
+
+    async def vllms_app(_: Any) -> FastAPI:
+        return FastAPI()
+
+    monkeypatch.setattr(router.LLMServer, "__serve_build_asgi_app__", vllms_app)
+    monkeypatch.setattr(router, "front_door", front_door)
+    server = Server({})
+    assert run(server.mesh_keys()) == RouterKeys("r1", {}, "nothing", ""), "no HTTP side yet"
+    run(server.__serve_build_asgi_app__())
+    assert run(server.mesh_keys()) == RouterKeys("r1", {"team": used}, "nothing", "")
+    file.unlink()
+    now_s[0] += LOOK_EVERY_S
+    problem = run(server.mesh_keys()).problem
+    assert problem.startswith(f"http.keys_file {file} cannot be read")
 
 
 def test_a_trace_bears_the_routers_name_and_clearing_reaches_the_worker() -> None:

@@ -1,0 +1,46 @@
+"""What applications are made of: the ledger of keys is there where keys have names, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.serve._private.build_app import build_app
+
+from cluster import build
+from cluster.config.apps import LLMAppConfig
+from cluster.config.parse import parse
+from cluster.controller.client import ROUTER
+from cluster.keys.deployment import KEY_LEDGER
+from tests.support.serve.shipped_configs import serve_config
+
+
+def deployments(http: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Those of the application `llm` of configs/tiny-cpu.yaml, by name, where the model and keys are not looked for."""
+    args = serve_config("tiny-cpu.yaml")["applications"][1]["args"]
+    args["http"] |= http
+    monkeypatch.setattr(build, "with_pinned_model", lambda config: config)
+    monkeypatch.setattr(build, "folder_here", lambda path: (None, False))
+    monkeypatch.setattr(build, "refuse_llm", lambda *args, **more: None)
+    application = build.llm_application(parse(LLMAppConfig, args))
+    built = build_app(application, name="llm", make_deployment_handle=lambda deployment, app: deployment.name)
+    assert built.ingress_deployment_name == ROUTER
+    return {each.name: each for each in built.deployments}
+
+
+@pytest.mark.parametrize("http", [{}, {"api_keys": ["k"]}, {"api_keys_env": "K"}])
+def test_without_names_of_keys_the_routers_are_alone(http: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = deployments(http, monkeypatch)
+    assert found.keys() == {ROUTER}
+    assert len(found[ROUTER].init_args) == 1
+
+
+@pytest.mark.parametrize("http", [{"keys_file": "/keys.yaml"}, {"keys_env": "K"}])
+def test_keys_with_names_have_one_ledger_that_routers_call(
+    http: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = deployments(http, monkeypatch)
+    assert found.keys() == {ROUTER, KEY_LEDGER}
+    assert found[ROUTER].init_args[1] == KEY_LEDGER
+    assert found[KEY_LEDGER].num_replicas == 1, "whose memory is the state"
+    assert found[KEY_LEDGER].ray_actor_options["num_cpus"] == 0, "it needs no room of its own"
