@@ -25,7 +25,7 @@ def main() -> None:
     trace = ActivationTrace(ids, 8)
     for nodes, slots in ((1, 2), (1, 3), (2, 2), (2, 3)):
         placement = optimize(trace, PlanRequest(4, nodes, slots, effort=0.001)).placement
-        evaluate(refresh(placement, trace), trace)
+        evaluate(refresh(placement, trace).placement, trace)
     print(f"planner compiled in {time.perf_counter() - start_s:.0f} s")
 
 

@@ -14,7 +14,7 @@ from placement.policy import greedy_placement
 from placement.rule.evaluate import dispatch_trace
 from placement.search.optimizer import optimize
 from placement.search.problem import PlanRequest
-from placement.search.refresh import refresh
+from placement.search.refresh import RefreshLimits, refresh
 from placement.traces.importers import load_trace
 from placement.traces.trace import ActivationTrace, merge_traces
 
@@ -147,6 +147,7 @@ def drift_rows(quick: bool) -> Iterator[Row]:
     the `MEMORY_WINDOWS` before it.
     """
     trace = load_trace(TRACE)
+    limits = RefreshLimits(load_cap=1.03)
     for slots_per_rank in (9,) if quick else (8, 9):
         for seed, (before, after) in enumerate(DRIFT_PAIRS[: 1 if quick else None]):
             request = PlanRequest(8, 1, slots_per_rank, load_cap=1.03, seed=seed, effort=0.1 if quick else 0.3)
@@ -161,7 +162,7 @@ def drift_rows(quick: bool) -> Iterator[Row]:
                     past = merge_traces(windows[max(0, n - MEMORY_WINDOWS) : n])
                     timer = Timer()
                     if planner == "refresh":
-                        planned = timer.run(lambda p=placement, w=past: refresh(p, w, load_cap=1.03))
+                        planned = timer.run(lambda p=placement, w=past: refresh(p, w, limits)).placement
                     else:
                         planned = timer.run(lambda p=placement, w=past, r=request: eplb_placement(w.load(), r, 1, p))
                     moved += moved_experts(placement, planned)

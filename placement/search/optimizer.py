@@ -23,11 +23,11 @@ from placement.search.balance_search import best_balance
 from placement.search.eplb import packed_slots
 from placement.search.layer_search import search_layer
 from placement.search.problem import LayerProblem, PlanRequest, canonical_order, greedy_slots, load_guard, rank_targets
-from placement.search.refresh import bounded_moves
 from placement.search.replica_budget import spread_replicas
 from placement.search.replicas.holders import CLOSED
 from placement.search.scoring import score_slots
 from placement.search.search_clock import SearchClock
+from placement.search.swaps.repair import bounded_moves
 from placement.traces.trace import ActivationTrace
 
 NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
