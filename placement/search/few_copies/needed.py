@@ -10,7 +10,16 @@ from dataclasses import replace
 import numpy as np
 
 from placement.placement import EMPTY
-from placement.search.few_copies.moves import apply, best_of, cheapest_drop, heaviest_of, lightest, moves_from, moves_to
+from placement.search.few_copies.moves import (
+    Change,
+    apply,
+    best_of,
+    cheapest_drop,
+    heaviest_of,
+    lightest,
+    moves_from,
+    moves_to,
+)
 from placement.search.few_copies.state import Frame, State
 
 
@@ -126,9 +135,9 @@ def _make_way(state: State, map_LRW: np.ndarray, layer: int, expert: int) -> boo
 def restore_spare(frame: Frame, map_LRW: np.ndarray) -> np.ndarray:
     """int64 [L, R, W]: with the spare slots of each rank empty, as far as others have slots for what must leave.
 
-    Replicas that are not needed go first, which costs nothing.
+    Replicas that are not needed go first, which costs nothing: those kept for their load have no right to spare slots.
     """
-    map_LRW = map_LRW.copy()
+    frame, map_LRW = replace(frame, kept_LE=frame.needed_LE), map_LRW.copy()
     open_layers = np.flatnonzero((State(frame, map_LRW).held_LR > frame.limit_R).any(1))
     while open_layers.size:
         state = State(frame, map_LRW).of_layers(open_layers)
@@ -141,14 +150,26 @@ def restore_spare(frame: Frame, map_LRW: np.ndarray) -> np.ndarray:
         goes_on = np.zeros(len(open_layers), bool)
         goes_on[drops] = True
         if len(drops) < len(open_layers):
-            room_LR = state.held_LR < frame.limit_R
-            to_L = lightest(state, room_LR)
-            change = best_of([
-                moves_to(state, to_L, np.any(room_LR, axis=1), np.asarray(over_LR)),
-                moves_from(state, heaviest_of(state, over_LR), room_LR),
-            ])  # fmt: skip
+            change = _leaves_spare(state, over_LR)
             moves = np.flatnonzero(np.isfinite(change.cost_L) & over_LR.any(1) & ~goes_on)
             map_LRW[open_layers[moves]] = apply(state, change, moves)[moves]
             goes_on[moves] = True
         open_layers = open_layers[goes_on]
     return map_LRW
+
+
+def _leaves_spare(state: State, over_LR: np.ndarray) -> Change:
+    """A move of each layer out of `over_LR` to a rank with room: to the lightest or from the heaviest, else any."""
+    room_LR = state.held_LR < state.frame.limit_R
+    to_L = lightest(state, room_LR)
+    change = best_of([
+        moves_to(state, to_L, np.any(room_LR, axis=1), over_LR),
+        moves_from(state, heaviest_of(state, over_LR), room_LR),
+    ])  # fmt: skip
+    if (np.isfinite(change.cost_L) | ~over_LR.any(1) | ~room_LR.any(1)).all():
+        return change
+    from_any = [
+        moves_from(state, np.full(state.num_layers, rank), room_LR & over_LR[:, rank, None])
+        for rank in np.flatnonzero(over_LR.any(0)).tolist()
+    ]
+    return best_of([change, *from_any])

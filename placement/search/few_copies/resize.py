@@ -96,7 +96,8 @@ def resize(
     frame, map_LRW = _place_needed(frame, map_LRW, fewer_replicas)
     frame = replace(frame, kept_LE=_kept(frame, tolerance))
     map_LRW = restore_spare(frame, place_hot(frame, map_LRW))
-    map_LRW = even_out(frame, map_LRW, tolerance)
+    # What evens out may leave a slot free that an expert in a spare one can take.
+    map_LRW = restore_spare(frame, even_out(frame, map_LRW, tolerance))
     return Placement(num_ranks, num_nodes, shape[1], map_LRW.reshape(shape[0], -1), nodes=nodes, speeds=tuple(speed))
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from placement.placement import Placement
@@ -49,6 +49,10 @@ def balancedness(placement: Placement, load_LE=None, ranks=None) -> float:
     shape=st.sampled_from(["uniform", "skewed", "zeros"]),
     share_protected=st.sampled_from([0.0, 0.3]),
 )
+@example(872951562, 6, [0, 4, 6, 5, 2], set(), 2, 1, 1, "skewed", 0.3)
+@example(1255680228, 5, [6, 6, 0, 3], {5}, 1, 1, 1, "zeros", 0.3)
+@example(1095915209, 4, [5, 6, 4, 1, 6], set(), 2, 1, 1, "uniform", 0.3)
+@example(1482488899, 4, [3, 3, 1, 2, 6, 6], {0, 5}, 2, 1, 1, "zeros", 0.0)
 def test_the_promises_hold_whatever_is_held(
     seed, before, slots_R, gone, min_replicas, spare_slots, num_nodes, shape, share_protected
 ):
