@@ -186,7 +186,7 @@ class NoReplicaError(RuntimeError):
     """A deployment has no replica that runs, or is not deployed."""
 
 
-async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> list[Any]:
+async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float, *args: Any) -> list[Any]:
     """What each replica answers to a method, in no order; an exception from one that failed or took too long.
 
     Ray's own way of collecting gives no answer at all if one is missing. Raises what Ray raises if the replicas are not
@@ -195,7 +195,7 @@ async def broadcast(handle: DeploymentHandle, method: str, timeout_s: float) -> 
     end_s = asyncio.get_running_loop().time() + timeout_s
     find_s = min(timeout_s, FIND_REPLICAS_S)
     try:
-        results = await asyncio.wait_for(handle.broadcast(method)._fetch_replica_results_async(), find_s)
+        results = await asyncio.wait_for(handle.broadcast(method, *args)._fetch_replica_results_async(), find_s)
     except TimeoutError:
         raise NoReplicaError(f"Serve named no replica for {method} in {find_s:g} s") from None
     asked = [asyncio.ensure_future(result.get_async()) for result in results]

@@ -45,6 +45,7 @@ ORDER = {
             "serve_environment",
             "ray_joints",
             "keys",
+            "autopilot",
             "mesh",
             "controller",
             "observability",

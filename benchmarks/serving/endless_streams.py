@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class Streams:
     """
 
     def __init__(
-        self, url: str, model: str, prompts: list[list[int]], max_tokens: int, api_key: str | None = None
+        self, url: str, model: str, prompts: Sequence[list[int] | str], max_tokens: int, api_key: str | None = None
     ) -> None:
         self._url = f"{url}/v1/completions"
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}

@@ -67,6 +67,8 @@ class LLMAppConfig(StrictModel):
             spin_us=self.transport.spin_us,
             prefer_local_replicas=self.transport.prefer_local_replicas,
             trace_tokens=self.routers.trace_tokens,
+            trace_half_life_tokens=self.routers.trace_half_life_tokens,
+            observed_tokens=self.routers.observed_tokens,
             fallback_cache_bytes=self.routers.fallback.cache_bytes,
             fallback_max_ms_per_step=self.routers.fallback.max_ms_per_step,
             tls=self.transport.tls,

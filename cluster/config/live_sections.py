@@ -1,4 +1,4 @@
-"""What a running controller takes on: `placement`, `migration`, `membership` and `scaling`, its user_config.
+"""What a running controller takes on, its user_config: `placement`, `migration`, `membership`, `autopilot`, `scaling`.
 
 They are no arguments of the application, since Serve replaces every replica of an application whose arguments change:
 
@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cluster.config.autopilot_section import AutopilotSection
 from cluster.config.scaling_section import ScalingSection
 from experts.protocol.settings import StrictModel
 
@@ -149,4 +150,7 @@ class LiveConfig(StrictModel):
     placement: PlacementSection = Field(default=PlacementSection(), description="Which expert each slot holds.")
     migration: MigrationSection = Field(default=MigrationSection(), description="How experts move.")
     membership: MembershipSection = Field(default=MembershipSection(), description="How shards are tracked.")
+    autopilot: AutopilotSection = Field(
+        default=AutopilotSection(), description="When the placement follows the traffic."
+    )
     scaling: ScalingSection = Field(default=ScalingSection(), description="How many shards and routers there are.")

@@ -54,8 +54,19 @@ class RoutersSection(StrictModel):
     trace_tokens: int = Field(
         default=_router_default("trace_tokens"),
         ge=0,
-        description="Number of tokens whose routing decisions a router keeps for planning, as a uniform sample; "
-        "0 turns recording off.",
+        description="Number of tokens whose routing decisions a router keeps for `GET /expertmesh/trace`; 0 turns "
+        "recording off.",
+    )
+    trace_half_life_tokens: float | None = Field(
+        default=_router_default("trace_half_life_tokens"),
+        gt=0,
+        description="Tokens after which a recorded one counts half. null: all since the router started count alike.",
+    )
+    observed_tokens: int = Field(
+        default=_router_default("observed_tokens"),
+        ge=0,
+        description="Tokens whose routing decisions go into one report to the controller, whole steps of up to 512 "
+        "tokens, beside exact counts of all; 0 reports nothing, and the autopilot sees nothing of this router.",
     )
     fallback: FallbackSection = Field(
         default=FallbackSection(), description="What a router computes itself because no shard holds it."

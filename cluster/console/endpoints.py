@@ -6,9 +6,9 @@ import asyncio
 import io
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from cluster.config.apps import ConsoleAppConfig
@@ -27,6 +27,7 @@ from experts.protocol.status import RouterStatus
 
 logger = logging.getLogger("ray.serve")
 
+Reader = Annotated[str, Query(max_length=64, pattern=r"^[\w.-]*$")]
 STATUS_TIMEOUT_S = 5.0  # for the status of the controller and of all routers
 TRACE_TIMEOUT_S = 120.0  # a worker packs its whole sample between two steps
 
@@ -90,9 +91,12 @@ class Console:
             }
         )
 
-    async def trace(self, router: str = "") -> Response:
-        """Sampled routing decisions (.npz) of the router with the id `router`, by default of all as one trace."""
-        answers = await asyncio.gather(*(client.traces(timeout_s=TRACE_TIMEOUT_S) for client in self._routers))
+    async def trace(self, router: str = "", reader: Reader = "") -> Response:
+        """Sampled routing decisions (.npz) of the router with the id `router`, by default of all as one trace.
+
+        `reader`: a sample of its own, that began when it was last cleared; without a name the one that all share.
+        """
+        answers = await asyncio.gather(*(client.traces(reader, timeout_s=TRACE_TIMEOUT_S) for client in self._routers))
         samples = {sample.router_id: sample for answer in answers for sample in answer}
         if not samples:
             return self._no_router()
@@ -107,9 +111,13 @@ class Console:
         trace = recorded[0] if len(recorded) == 1 else await asyncio.to_thread(_merged, recorded)
         return Response(trace, media_type="application/octet-stream")
 
-    async def clear_trace(self) -> Response:
-        """Let every router drop what it sampled and start over."""
-        answers = await asyncio.gather(*(client.clear_traces(timeout_s=TRACE_TIMEOUT_S) for client in self._routers))
+    async def clear_trace(self, reader: Reader = "", end: bool = False) -> Response:
+        """Let a reader's sample begin anew at every router, or (`end`) drop it; other readers keep theirs."""
+        if end and not reader:
+            return error_response(422, "the sample that all share does not end: name a reader", param="reader")
+        answers = await asyncio.gather(
+            *(client.clear_traces(reader, end, timeout_s=TRACE_TIMEOUT_S) for client in self._routers)
+        )
         recording = [router for answer in answers for router in answer]
         if not recording:
             return self._no_router()

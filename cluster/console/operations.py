@@ -61,9 +61,17 @@ class Operations:
         )
 
     async def history(self) -> Response:
-        """What became of each target in this life of the controller, oldest first."""
-        entries = await _answer(self._controller.history(timeout_s=READ_TIMEOUT_S))
-        return JSONResponse({"history": [entry.to_dict() for entry in entries]})
+        """What became of each target in this life of the controller, and of the autopilot's plans, oldest first."""
+        entries, decisions = await asyncio.gather(
+            _answer(self._controller.history(timeout_s=READ_TIMEOUT_S)),
+            _answer(self._controller.decisions(timeout_s=READ_TIMEOUT_S)),
+        )
+        return JSONResponse(
+            {
+                "history": [entry.to_dict() for entry in entries],
+                "autopilot": [decision.to_dict() for decision in decisions],
+            }
+        )
 
     async def apply(self, request: Request, dry_run: bool = False) -> Response:
         """Work towards the placement in the body, or (`dry_run`) say what that would take."""

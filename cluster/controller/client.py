@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from cluster.autopilot.messages import Decision, ObservationReport, ObservationWish
 from cluster.autoscaling.told import Pace, ScalingFacts
 from cluster.config.deployments import CONTROLLER
 from cluster.config.parse import ConfigError
@@ -112,6 +113,9 @@ class ControllerClient:
     async def report_pace(self, router_id: str, pace: Pace, *, timeout_s: float) -> ScalingFacts:
         return await self.call("report_pace", router_id, pace, timeout_s=timeout_s)
 
+    async def observe(self, report: ObservationReport, *, timeout_s: float) -> ObservationWish:
+        return await self.call("observe", report, timeout_s=timeout_s)
+
     async def deregister_router(self, router_id: str, *, timeout_s: float) -> None:
         await self.call("deregister_router", router_id, timeout_s=timeout_s)
 
@@ -132,6 +136,9 @@ class ControllerClient:
 
     async def history(self, *, timeout_s: float) -> list[HistoryEntry]:
         return await self.call("history", timeout_s=timeout_s)
+
+    async def decisions(self, *, timeout_s: float) -> list[Decision]:
+        return await self.call("decisions", timeout_s=timeout_s)
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call once. ControllerLostError after `timeout_s`, or if the controller dies or raises meanwhile."""

@@ -6,6 +6,7 @@ answers, so that a restart leaves nothing to find again:
     shard:   join -> ready -> heartbeat, heartbeat, ...; rejoin if it is not known; leave
              await_order, again and again: a long poll that says what came of the last order
     router:  await_membership, again and again: a long poll that says what the router knows and which shards it lost
+             observe, again and again: what it saw of its traffic
 
 Serving does not depend on it: while it is away, routers and shards go on at their epoch. Its state is `mesh.Mesh`; this
 is the shell with the clock, the calls and Serve.
@@ -19,29 +20,27 @@ import time
 import uuid
 from typing import Any
 
+from cluster.autopilot.messages import ObservationReport, ObservationWish
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import ConfigError, parse
-from cluster.controller import views
+from cluster.controller.autopilot import Autopilot
 from cluster.controller.history import History
 from cluster.controller.news import News
+from cluster.controller.people import PeopleCalls
 from cluster.controller.planner import Planner
 from cluster.controller.scaling import ScalingDesk
 from cluster.controller.serve_watch import ServeWatch
 from cluster.mesh.mesh import Mesh
 from cluster.mesh.messages import (
-    ControllerStatus,
     CopyReport,
     HeartbeatAnswer,
-    HistoryEntry,
     JoinAnswer,
     JoinRequest,
     MembershipNews,
     MembershipRequest,
     OrderAnswer,
     OrderRequest,
-    PlacementView,
-    PlanView,
     RejoinRequest,
     ShardHolding,
     Times,
@@ -53,12 +52,11 @@ from cluster.priority import lower, threads_here
 from cluster.ray_joints import replica_identity
 from experts.protocol.secret import MeshSecret
 from experts.protocol.status import ShardStatus
-from placement.placement import Placement
 
 logger = logging.getLogger("ray.serve")
 
 
-class PlacementController(ScalingDesk):
+class PlacementController(PeopleCalls, ScalingDesk):
     """Serve deployment of the application `experts`.
 
     Bound with the shards' handle, which it never calls: the handle makes them part of the application. `reconfigure`
@@ -72,6 +70,7 @@ class PlacementController(ScalingDesk):
         self._live = LiveConfig()
         self._mesh = Mesh(ModelFacts(**model), self._live)
         self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance, self._secrets.refusal)
+        self._autopilot = Autopilot(self._mesh, self._config, self._advance, lambda: self._planner.busy)
         self._history = History()
         self._term, self._looked_s = uuid.uuid4().hex[:12], time.monotonic()
         self._serve = ServeWatch(self._mesh, replica_identity().app_name, self._looked_s, self._look_again)
@@ -83,7 +82,7 @@ class PlacementController(ScalingDesk):
         self._serve_watch = asyncio.create_task(self._serve.follow())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take on the sections `placement`, `migration`, `membership`.
+        """Take on the sections `placement`, `migration`, `membership`, `autopilot`, `scaling`.
 
         ConfigError if they are wrong and no shard runs yet. A running mesh keeps its settings then, or has the default
         ones after a restart, and its status says why.
@@ -98,6 +97,7 @@ class PlacementController(ScalingDesk):
             return
         self._live, self._refused_settings = live, ""
         self._mesh.configure(live)
+        self._autopilot.configure(live.autopilot)
         self._advance()
         self._plan_if_changed()
 
@@ -225,54 +225,11 @@ class PlacementController(ScalingDesk):
         self._mesh.routers.forget(router_id)
         self._advance()
 
-    # Called by the console, the command and tests ---------------------------------------------------------------------
+    async def observe(self, report: ObservationReport) -> ObservationWish:
+        """What a router saw of its traffic since its last report, and how it is to go on."""
+        return await self._autopilot.observe(report)
 
-    async def status(self) -> ControllerStatus:
-        """Who is where."""
-        why = self._problem, self._planner.refusal
-        return views.status(self._mesh, self._term, self._shard_status, *why, time.monotonic())
-
-    async def placement(self) -> PlacementView:
-        """What is published, the target, and the experts of each rank."""
-        return views.placement(self._mesh)
-
-    async def apply(self, placement: Placement, dry_run: bool) -> PlanView:
-        """Work towards a placement, or say what that would take. Not accepted if it does not fit the shards."""
-        try:
-            view = views.plan(self._mesh, placement)
-        except (ConfigError, ValueError) as error:
-            return PlanView(False, 0, 0, 0, {}, 0.0, str(error))
-        if dry_run:
-            return view
-        target = self._mesh.set_target(placement, "command")
-        self._advance()
-        return PlanView(True, target.version, view.rounds, view.copies, view.bytes_by_nearness, view.expected_s, "")
-
-    async def drain(self, rank: int, back: bool = False) -> str:
-        """Let the other shards take over what the shard at `rank` has; `back` undoes it. Returns why not, or ""."""
-        seat = self._mesh.roster.at(rank)
-        if seat is None or not seat.serving:
-            return f"no shard serves at rank {rank}; there are {sorted(self._mesh.holdings.ranks)}"
-        if back:
-            if seat.draining == "stops":
-                return f"the shard at rank {rank} stops"
-            self._mesh.undrain(seat, time.monotonic())
-        else:
-            why_not = views.drain_problem(self._mesh, rank)
-            if why_not:
-                return why_not
-            self._mesh.drain(seat, "told to", time.monotonic())
-        self._announce()
-        return ""
-
-    async def pause(self, paused: bool) -> None:
-        """Stop moving experts after the round at hand, or go on."""
-        self._mesh.conductor.pause(paused)
-        self._advance()
-
-    async def history(self) -> list[HistoryEntry]:
-        """The targets of this controller's life, oldest first."""
-        return self._history.entries
+    # Called by Serve; what people call is in `people` -----------------------------------------------------------------
 
     async def check_health(self) -> None:
         """Raises when one of the watches has ended."""
@@ -348,3 +305,4 @@ class PlacementController(ScalingDesk):
         self._planner.plan_first(now_s)
         self._plan_if_changed()
         self._advance()
+        self._autopilot.look()

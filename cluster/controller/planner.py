@@ -36,6 +36,11 @@ class Planner:
         self._on_target = on_target
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def busy(self) -> str:
+        """What is planned at the moment, one line; empty if nothing is."""
+        return "" if self._task is None else "a placement is planned for the config"
+
     def plan_first(self, now_s: float) -> None:
         """Plan for a cold start if all shards are here."""
         if self._task is None and self._mesh.keeper.target is None and not self.refusal:

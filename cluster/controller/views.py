@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cluster.autopilot.messages import AutopilotView
 from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import ConfigError
 from cluster.mesh.holdings import experts_by_rank
@@ -30,7 +31,13 @@ def policy_digest(live: LiveConfig) -> str:
 
 
 def status(
-    mesh: Mesh, term: str, shard_status: Mapping[int, ShardStatus], problem: str, refusal: str, now_s: float
+    mesh: Mesh,
+    term: str,
+    shard_status: Mapping[int, ShardStatus],
+    problem: str,
+    refusal: str,
+    now_s: float,
+    autopilot: AutopilotView | None = None,
 ) -> ControllerStatus:
     """Who is where, and what moves. `refusal`: why no shard may join."""
     count_LE = mesh.holdings.count_LE
@@ -46,6 +53,7 @@ def status(
         routers=mesh.routers.views(now_s),
         shards=[_seat(mesh, seat, shard_status.get(seat.rank), now_s) for seat in mesh.roster.seats],
         refusal=refusal or next(unfit, ""),
+        autopilot=autopilot or AutopilotView(),
     )
 
 

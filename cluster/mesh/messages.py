@@ -5,11 +5,12 @@ Ray pickles these between processes. `to_dict` gives the JSON that people see.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from cluster.autopilot.messages import AutopilotView
 from cluster.autoscaling.told import ScalingFacts
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
@@ -230,6 +231,7 @@ class ControllerStatus:
     routers: dict[str, RouterView]  # by router id
     shards: list[SeatView]  # by rank
     refusal: str = ""  # why shards cannot start, for a reason that will not change; empty if they can
+    autopilot: AutopilotView = field(default_factory=AutopilotView)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys."""

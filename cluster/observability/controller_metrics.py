@@ -5,12 +5,14 @@ Few series: one a fact of the mesh, and one a fact, shard and source of copies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from cluster.autopilot.messages import AutopilotView
 from cluster.mesh.messages import ControllerStatus, MigrationView, SeatView
 from experts.protocol.status import ShardStatus
 
@@ -52,6 +54,24 @@ MIGRATION_COUNTERS: tuple[Fact[MigrationView], ...] = (
     Fact("migration_copied_bytes", lambda m: m.copied_bytes, "Bytes of those copies"),
     Fact("migration_failed_copies", lambda m: m.failed_copies, "Copies that failed since the controller started"),
 )
+AUTOPILOT_GAUGES: tuple[Fact[AutopilotView], ...] = (
+    Fact("autopilot_frozen", lambda a: float(bool(a.frozen)), "1 if the autopilot may not move experts for now"),
+    Fact("autopilot_drifting_windows", lambda a: a.drifting, "Windows running whose drift is beyond noise"),
+    Fact("autopilot_drift", lambda a: _of_window(a, "drift"), "Excess of measured over planned step cost, as a share"),
+    Fact("autopilot_fan_out", lambda a: _of_window(a, "fan_out"), "Shards that a token visits in a layer, last window"),
+    Fact("autopilot_balancedness", lambda a: _of_window(a, "balancedness"), "Balancedness of shards, last window"),
+    Fact("autopilot_predicted_gain", lambda a: _of_last(a, "predicted_gain"), "What the last plan saves, as a share"),
+    Fact("autopilot_measured_gain", lambda a: _of_last(a, "measured_gain"), "What the last plan saved once measured"),
+)
+AUTOPILOT_COUNTERS: tuple[Fact[AutopilotView], ...] = (
+    Fact("autopilot_reports", lambda a: a.counters.reports, "Reports of routers"),
+    Fact("autopilot_observed_tokens", lambda a: a.counters.tokens, "Tokens that routers counted"),
+    Fact("autopilot_windows", lambda a: a.counters.windows, "Windows of traffic that were judged"),
+    Fact("autopilot_plans", lambda a: a.counters.plans, "Plans that were made"),
+    Fact("autopilot_moves", lambda a: a.counters.moves, "Plans that were carried out"),
+    Fact("autopilot_undone", lambda a: a.counters.undone, "Plans that made things worse and were undone"),
+    Fact("autopilot_failures", lambda a: a.counters.failures, "Windows and plans without a result"),
+)
 SEAT_GAUGES: tuple[Fact[SeatView], ...] = (
     Fact("shard_slots", lambda s: s.num_slots, "Slots of a layer; 0 while the shard starts"),
     Fact("shard_experts_held", lambda s: s.experts_held, "Experts in the shard's slots, over all layers"),
@@ -78,6 +98,8 @@ def controller_families(prefix: str, status: ControllerStatus) -> Iterator[Any]:
     yield from _families(GaugeMetricFamily, prefix, MESH_GAUGES, [((), status)])
     yield from _families(GaugeMetricFamily, prefix, MIGRATION_GAUGES, [((), status.migration)])
     yield from _families(CounterMetricFamily, prefix, MIGRATION_COUNTERS, [((), status.migration)])
+    yield from _families(GaugeMetricFamily, prefix, AUTOPILOT_GAUGES, [((), status.autopilot)])
+    yield from _families(CounterMetricFamily, prefix, AUTOPILOT_COUNTERS, [((), status.autopilot)])
     state = GaugeMetricFamily(
         prefix + "shard_state", "1 for the state that the shard is in: joining, filling, serving or draining",
         labels=["rank", "state"],
@@ -94,6 +116,16 @@ def controller_families(prefix: str, status: ControllerStatus) -> Iterator[Any]:
         ((*labels, source), (shard, source)) for labels, shard in shards for source in sorted({*SOURCES, *shard.copies})
     ]
     yield from _families(CounterMetricFamily, prefix, SHARD_SOURCES, sources, "rank", "source")
+
+
+def _of_window(view: AutopilotView, name: str) -> float:
+    value = None if view.window is None else getattr(view.window, name)
+    return math.nan if value is None else float(value)
+
+
+def _of_last(view: AutopilotView, name: str) -> float:
+    value = None if view.last is None else getattr(view.last, name)
+    return math.nan if value is None else float(value)
 
 
 def _families(

@@ -66,7 +66,9 @@ def add_placement(commands: Any) -> None:
     action("pause", changes.pause, "move no more experts after the round at hand")
     action("resume", changes.resume, "go on moving experts")
     history = action("history", views.history, "show the placements that were targets since the controller started")
-    history.add_argument("--json", action="store_true", help="print it as JSON")
+    pilot = action("autopilot", views.autopilot, "show what the autopilot sees, does and would do")
+    for telling in (history, pilot):
+        telling.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

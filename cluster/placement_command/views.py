@@ -1,10 +1,11 @@
-"""The actions that change nothing: show, diff, history."""
+"""The actions that change nothing: show, diff, history, autopilot."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from cluster.autopilot.messages import AutopilotView
 from cluster.mesh.messages import ControllerStatus, SeatView
 from cluster.placement_command.difference import Difference, difference
 from cluster.placement_command.session import CALL_TIMEOUT_S, CommandError, Session, answered, read_placement
@@ -87,6 +88,53 @@ async def history(session: Session, options: argparse.Namespace) -> None:
     print(table(("target", "origin", "since", "took", "outcome", "copies", "copied"), rows))
 
 
+async def autopilot(session: Session, options: argparse.Namespace) -> None:
+    """Print what the autopilot sees and does, and what became of its plans."""
+    status = await session.status()
+    decisions = await answered(session.client.decisions(timeout_s=CALL_TIMEOUT_S))
+    if options.json:
+        told = {"autopilot": status.autopilot.to_dict(), "decisions": [decision.to_dict() for decision in decisions]}
+        print(json.dumps(told))
+        return
+    print("\n".join(autopilot_lines(status.autopilot)))
+    header = ("plan", "since", "outcome", "predicted", "measured", "copies", "moved", "target", "why")
+    rows = [
+        (
+            f"{each.number} {each.kind}",
+            local_time(each.at),
+            each.outcome,
+            share(each.predicted_gain, each.predicted_noise),
+            share(each.measured_gain, each.measured_noise),
+            each.copies,
+            size(each.size_bytes),
+            each.target_version or "-",
+            each.why,
+        )
+        for each in decisions
+    ]
+    print(f"\n{table(header, rows)}")
+
+
+def autopilot_lines(view: AutopilotView) -> list[str]:
+    """What the autopilot sees and does, a line a thing."""
+    lines = [f"autopilot   {view.mode}; {view.state}{f': {view.frozen}' if view.frozen else ''}"]
+    if (window := view.window) is not None:
+        tokens = ", ".join(f"{tokens} of {phase}" for phase, tokens in window.tokens.items())
+        lines += [
+            f"window      {window.seconds:.0f} s, {window.steps} steps, tokens: {tokens}",
+            f"shards      {window.fan_out:.2f} a token and layer, balancedness {window.balancedness:.2f}",
+            f"drift       {share(window.drift, window.drift_noise)}; {count(view.drifting, 'window')} running",
+        ]
+    return [*lines, f"problem     {view.problem}"] if view.problem else lines
+
+
+def share(value: float | None, noise: float | None) -> str:
+    """A share with its standard error, in percent."""
+    if value is None:
+        return "-"
+    return f"{value:+.1%}" + ("" if noise is None else f" +- {noise:.1%}")
+
+
 def _lines(status: ControllerStatus) -> list[str]:
     m = status.migration
     lacking = [f"{count(m.unserved, 'expert')} of a layer served by no shard"] if m.unserved else []
@@ -104,6 +152,7 @@ def _lines(status: ControllerStatus) -> list[str]:
         f"{m.failed_copies} failed (since the controller started)",
         f"sole copies {m.sole_copies} (experts of a layer that one shard alone serves)",
         f"routers     {routers}",
+        *autopilot_lines(status.autopilot)[:1],
     ]
     return [*lines, f"problem     {m.problem}"] if m.problem else lines
 

@@ -37,25 +37,25 @@ class RouterClient:
         """(what routers know of the usage of keys, one line for each router without an answer)."""
         return await self.ask_each("mesh_keys", timeout_s)
 
-    async def traces(self, *, timeout_s: float) -> list[TraceSample]:
-        """What all routers sampled. Raises RouterLostError."""
-        return await self._ask_all("mesh_trace", timeout_s)
+    async def traces(self, reader: str = "", *, timeout_s: float) -> list[TraceSample]:
+        """What all routers sampled for a reader. Raises RouterLostError."""
+        return await self._ask_all("mesh_trace", timeout_s, reader)
 
-    async def clear_traces(self, *, timeout_s: float) -> list[bool]:
-        """All routers drop what they sampled; whether each of them records at all. Raises RouterLostError."""
-        return await self._ask_all("mesh_clear_trace", timeout_s)
+    async def clear_traces(self, reader: str = "", end: bool = False, *, timeout_s: float) -> list[bool]:
+        """A reader begins anew at all routers, or ends; whether each of them records at all. Raises RouterLostError."""
+        return await self._ask_all("mesh_clear_trace", timeout_s, reader, end)
 
-    async def ask_each(self, method: str, timeout_s: float) -> tuple[list[Any], list[str]]:
+    async def ask_each(self, method: str, timeout_s: float, *args: Any) -> tuple[list[Any], list[str]]:
         """(answers that come within `timeout_s`, one line for each router that fails or is silent)."""
         try:
-            answers = await broadcast(self._routers, method, timeout_s)
+            answers = await broadcast(self._routers, method, timeout_s, *args)
         except Exception as error:
             return [], [_why(error, "the routers", method, timeout_s)]
         errors = [_why(a, "a router", method, timeout_s) for a in answers if isinstance(a, BaseException)]
         return [answer for answer in answers if not isinstance(answer, BaseException)], errors
 
-    async def _ask_all(self, method: str, timeout_s: float) -> list[Any]:
-        answers, errors = await self.ask_each(method, timeout_s)
+    async def _ask_all(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
+        answers, errors = await self.ask_each(method, timeout_s, *args)
         if errors:
             raise RouterLostError("; ".join(errors))
         return answers

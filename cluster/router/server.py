@@ -41,6 +41,7 @@ from cluster.router.client import RouterClient
 from cluster.router.epochs import EpochFollower
 from cluster.router.health import RouterHealth
 from cluster.router.messages import TraceSample
+from cluster.router.observations import report_observations
 from cluster.router.options import runtime_env_of
 from cluster.router.scaling import RouterScaling
 from cluster.router.worker_calls import WorkerCalls
@@ -135,6 +136,7 @@ class ExpertMeshLLMServer(LLMServer):
             asyncio.create_task(self._epochs.follow(), name="follow"),
             asyncio.create_task(self._health.watch(self._export), name="watch"),
             asyncio.create_task(self.scaling.follow(), name="scaling"),
+            asyncio.create_task(report_observations(self._router_id, self._controller, self._worker), name="observe"),
         ]
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -163,16 +165,16 @@ class ExpertMeshLLMServer(LLMServer):
             unfinished_requests=unfinished_requests(self),
         )
 
-    async def mesh_trace(self) -> TraceSample:
-        """The routing decisions this router sampled."""
+    async def mesh_trace(self, reader: str = "") -> TraceSample:
+        """The routing decisions this router sampled for a reader."""
         recording = self._mesh.routers.trace_tokens > 0
-        return TraceSample(self._router_id, await self._worker.trace() if recording else None)
+        return TraceSample(self._router_id, await self._worker.trace(reader) if recording else None)
 
-    async def mesh_clear_trace(self) -> bool:
-        """Drop the sampled routing decisions and start over; False if this router records none."""
+    async def mesh_clear_trace(self, reader: str = "", end: bool = False) -> bool:
+        """Let a reader of the sampled decisions begin anew, or end; False if this router records none."""
         if self._mesh.routers.trace_tokens == 0:
             return False
-        await self._worker.clear_trace()
+        await (self._worker.end_trace(reader) if end else self._worker.clear_trace(reader))
         return True
 
     async def mesh_keys(self) -> RouterKeys:

@@ -49,13 +49,24 @@ class WorkerCalls:
         """Counters and membership."""
         return RouterStatus.from_dict(await self._call("expertmesh_status"))
 
-    async def trace(self) -> bytes:
-        """The sampled routing decisions as an .npz file; no bytes if nothing was recorded."""
-        return await self._call("expertmesh_trace")
+    async def trace(self, reader: str = "") -> bytes:
+        """A reader's sampled routing decisions as an .npz file; no bytes if nothing was recorded."""
+        return await self._call("expertmesh_trace", reader)
 
-    async def clear_trace(self) -> None:
-        """Drop the sampled routing decisions and start over."""
-        await self._call("expertmesh_clear_trace")
+    async def clear_trace(self, reader: str = "") -> None:
+        """Let a reader of the sampled routing decisions begin anew."""
+        await self._call("expertmesh_clear_trace", reader)
+
+    async def end_trace(self, reader: str) -> None:
+        """The reader is done."""
+        await self._call("expertmesh_end_trace", reader)
+
+    async def observation(self, go_on: bool) -> bytes:
+        """What was observed since the last call, as an `Observation`'s bytes; no bytes if nothing was.
+
+        `go_on`: whether to observe from now on.
+        """
+        return await self._call("expertmesh_observation", go_on)
 
     async def _call(self, method: str, *args: Any) -> Any:
         """The time-out is kept here: vLLM takes one too, but neither an engine in another process nor the executor of a

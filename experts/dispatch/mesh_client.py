@@ -73,7 +73,11 @@ class MeshClient:
                 checkpoint, shape.dtype, device, settings.fallback_cache_bytes, settings.fallback_max_ms_per_step
             ),
         )
-        self.recorder = StepRecorder(shape, settings.trace_tokens, spec.layer_ids)
+        self.recorder = StepRecorder(
+            *(shape, settings.trace_tokens, spec.layer_ids),
+            half_life_tokens=settings.trace_half_life_tokens,
+            observed_tokens=settings.observed_tokens,
+        )
         self._epochs = EpochPreparer(
             self.dispatcher, Connector(self._connect), settings.prefer_local_replicas, self._check_room
         )

@@ -1,41 +1,74 @@
-"""Samples the router's own decisions: each token's top-k sets over all layers, for the placement optimizer.
+"""Records the router's own decisions, whole tokens over all layers: for the controller, and for whoever asks.
 
 Legend: T tokens, K top-k, L MoE layers.
 
-A step's ids are copied layer by layer into one buffer and offered to a reservoir at the last layer. Dispatch has them
-in host memory anyway, so recording waits for no device. Rows that want no expert in any layer are padding and are left
-out; the plug-in does not pass on steps of warm-up.
+A step's ids are copied layer by layer into one buffer and offered to those who read at the last layer. Dispatch has
+them in host memory anyway, so recording waits for no device. Rows that want no expert in any layer are padding and are
+left out; the plug-in does not pass on steps of warm-up.
+
+Nobody takes anything from another: the controller has an observer of its own, which counts only while the controller
+wants to know, and each reader of traces a sample that begins when that reader says so. The reader without a name is
+there from the start, and what it has fades.
 """
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from experts.dispatch.layer_shape import LayerShape
+from placement.traces.observer import StepObserver
 from placement.traces.recorder import TraceRecorder
+
+MOST_READERS = 4  # with a name; one more takes the place of the one that was silent longest
 
 
 class StepRecorder:
-    """Collects one step's decisions and passes whole tokens to a `TraceRecorder`; none if `capacity` is 0.
+    """Collects one step's decisions and passes whole tokens on.
 
-    `layers` are the model's own numbers of its MoE layers, for the trace; they default to 0, 1, 2 and so on.
+    `capacity`: tokens of each reader's sample, 0 for no traces; `observed_tokens`: sampled tokens between two calls of
+    `observation`, 0 to observe nothing ever. `layers` are the model's own numbers of its MoE layers; they default to
+    0, 1, 2 and so on.
     """
 
-    def __init__(self, shape: LayerShape, capacity: int, layers: tuple[int, ...] = ()) -> None:
-        self._shape = shape
+    def __init__(
+        self,
+        shape: LayerShape,
+        capacity: int,
+        layers: tuple[int, ...] = (),
+        half_life_tokens: float | None = None,
+        observed_tokens: int = 0,
+    ) -> None:
+        self._shape, self._capacity, self._layers = shape, capacity, layers
         self._step_LTK = np.zeros((shape.num_layers, 0, shape.top_k), np.int16)
+        self._prefill_T: np.ndarray | None = None
         self._num_tokens = 0
         self._next_layer = 0
-        self._recorder = None
+        self._readers: dict[str, TraceRecorder] = {}  # of names, the one heard of last at the end
+        self._unnamed, self._observer, self._observing = None, None, False
         if capacity:
-            self._recorder = TraceRecorder(shape.num_layers, shape.num_experts, shape.top_k, capacity, layers=layers)
+            self._unnamed = self._sample(half_life_tokens)
+        if observed_tokens:
+            self._observer = StepObserver(
+                shape.num_layers, shape.num_experts, shape.top_k, observed_tokens, layers=layers
+            )
+
+    @property
+    def wants_phases(self) -> bool:
+        """Whether it matters which rows are of prompts."""
+        return self._observing
+
+    def begin_step(self, prefill_T: np.ndarray | None) -> None:
+        """Rows of prompts in the step whose layers follow: bool [T], or None if there are none."""
+        self._prefill_T = prefill_T
 
     def add(self, layer: int, topk_ids_TK: np.ndarray) -> None:
         """Record the decisions of one layer (any integers, -1 for none); a step's last layer completes its tokens.
 
         An interrupted step, whose layers do not follow one another, is left out.
         """
-        if self._recorder is None:
+        if self._unnamed is None and not self._observing:
             return
         num_tokens = len(topk_ids_TK)
         if layer == 0:
@@ -49,19 +82,71 @@ class StepRecorder:
         self._next_layer = layer + 1
         if self._next_layer == self._shape.num_layers:
             self._next_layer = -1
-            self._recorder.add(self._step_LTK[:, :num_tokens].transpose(1, 0, 2))
+            self._complete(self._step_LTK[:, :num_tokens].transpose(1, 0, 2))
 
-    def to_bytes(self) -> bytes:
-        """The trace sampled so far as an .npz file's bytes, empty if nothing was recorded. RuntimeError when off."""
-        recorder = self._on()
+    def observation(self, go_on: bool) -> bytes:
+        """What was observed since the last call, as an `Observation`'s bytes; empty if nothing was observed.
+
+        `go_on`: whether to observe from now on. A recorder begins without.
+        """
+        told = self._observer.take().to_bytes() if self._observer is not None and self._observing else b""
+        self._observing = go_on and self._observer is not None
+        return told
+
+    def to_bytes(self, reader: str = "") -> bytes:
+        """The sample of a reader as an .npz file's bytes, empty if nothing was recorded. RuntimeError when off.
+
+        A name that is not known begins now.
+        """
+        self._check_on()
+        recorder = self._unnamed if not reader else self._readers.pop(reader, None)
+        if recorder is None:
+            recorder = self._sample(None)
+        if reader:
+            self._readers[reader] = recorder
+            self._forget_silent()
         return recorder.snapshot().to_bytes() if recorder.tokens_seen else b""
 
-    def clear(self) -> None:
-        """Drop what was recorded and start over. RuntimeError when recording is off."""
-        self._on().clear()
-        self._next_layer = -1
+    def clear(self, reader: str = "") -> None:
+        """Let a reader begin anew; others keep what they have. RuntimeError when recording is off."""
+        self._check_on()
+        if not reader:
+            assert self._unnamed is not None
+            self._unnamed.clear()
+            self._next_layer = -1
+            return
+        recorder = self._readers.pop(reader, None) or self._sample(None)
+        recorder.clear()
+        self._readers[reader] = recorder
+        self._forget_silent()
 
-    def _on(self) -> TraceRecorder:
-        if self._recorder is None:
+    def end(self, reader: str) -> None:
+        """The reader is done; its sample is dropped."""
+        self._readers.pop(reader, None)
+
+    def _complete(self, ids_TLK: np.ndarray) -> None:
+        prefill_T, self._prefill_T = self._prefill_T, None
+        if self._observer is not None and self._observing:
+            if prefill_T is not None and len(prefill_T) < len(ids_TLK):
+                prefill_T = None  # of another step
+            self._observer.add(ids_TLK, prefill_T, time.time())
+        if self._unnamed is not None:
+            self._unnamed.add(ids_TLK)
+        for recorder in self._readers.values():
+            recorder.add(ids_TLK)
+
+    def _sample(self, half_life_tokens: float | None) -> TraceRecorder:
+        shape = self._shape
+        return TraceRecorder(
+            *(shape.num_layers, shape.num_experts, shape.top_k, self._capacity),
+            half_life_tokens=half_life_tokens,
+            layers=self._layers,
+        )
+
+    def _forget_silent(self) -> None:
+        while len(self._readers) > MOST_READERS:
+            del self._readers[next(iter(self._readers))]
+
+    def _check_on(self) -> None:
+        if self._unnamed is None:
             raise RuntimeError("trace_tokens is 0, so this router records no trace")
-        return self._recorder

@@ -85,6 +85,14 @@ class RouterSettings(StrictModel):
         default=20_000, ge=0, description="Size of the reservoir of sampled top-k sets; 0 turns sampling off."
     )
     tls: TlsFiles | None = Field(default=None, description="TLS; the shards have to have it too. By default none.")
+    trace_half_life_tokens: float | None = Field(
+        default=1_000_000.0,
+        gt=0,
+        description="Tokens after which what was sampled counts half; null: all of a router's life counts alike.",
+    )
+    observed_tokens: int = Field(
+        default=4096, ge=0, description="Sampled tokens of one report to the controller; 0 observes nothing."
+    )
     membership: dict[str, Any] | None = Field(
         default=None, description="A fixed membership, for engines that run without the controller."
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,25 @@ def step_in_progress() -> tuple[bool, torch.Tensor | None]:
     context = get_forward_context()
     padded = context.cudagraph_runtime_mode != CUDAGraphMode.NONE
     return context.attn_metadata is not None, getattr(context, "is_padding", None) if padded else None
+
+
+def rows_of_prompts(num_rows: int) -> np.ndarray | None:
+    """Which rows of the current forward pass are of prompts (bool [rows]); None if none are, or nobody says.
+
+    Attention metadata says how many tokens of each request are in the step: one while it generates.
+    """
+    metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
+    of_layers = metadata.values() if isinstance(metadata, dict) else ()
+    told = next((each for each in of_layers if getattr(each, "query_start_loc", None) is not None), None)
+    if told is None or getattr(told, "max_query_len", 2) <= 1:
+        return None
+    # On a device this waits for it, as each layer's dispatch does; steps that only generate do not come here.
+    starts_R = told.query_start_loc.cpu().numpy()
+    prefill_T = np.zeros(num_rows, np.bool_)
+    for start, stop in itertools.pairwise(starts_R.tolist()):
+        if stop - start > 1:
+            prefill_T[start:stop] = True
+    return prefill_T
 
 
 def model_runner(config: VllmConfig) -> Any:
@@ -178,6 +198,7 @@ __all__ = [
     "report_refused",
     "requests_of_rows",
     "routed_expert_classes",
+    "rows_of_prompts",
     "split_graphs_at_moe",
     "step_in_progress",
 ]

@@ -38,6 +38,7 @@ from experts.vllm_plugin.joints import (
     output_of,
     report_refused,
     routed_expert_classes,
+    rows_of_prompts,
     step_in_progress,
 )
 from experts.vllm_plugin.refusals import check_engine, split_graphs
@@ -187,6 +188,8 @@ def _begin(
     if padding_T is not None:
         # Rows without an expert are neither sent nor recorded.
         topk_ids = topk_ids.masked_fill(padding_T[: len(topk_ids), None], -1)
+    if layer == 0 and of_requests and client.recorder.wants_phases:
+        client.recorder.begin_step(rows_of_prompts(len(topk_ids)))
     pending = client.begin(layer, x, topk_weights, topk_ids, record=of_requests)
     _engine.pending = pending
     return pending.y_TD if pending.y_TD.device == x.device else torch.empty_like(x)

@@ -59,13 +59,21 @@ class ExpertMeshWorker:
         params = sum(p.numel() for p in model.parameters())
         return replace(current_client().status(), params=params, resident_bytes=_resident_bytes()).to_dict()
 
-    def expertmesh_trace(self) -> bytes:
-        """The sampled routing decisions as the bytes of an .npz file; no bytes if nothing was recorded."""
-        return current_client().recorder.to_bytes()
+    def expertmesh_trace(self, reader: str = "") -> bytes:
+        """A reader's sampled routing decisions as the bytes of an .npz file; no bytes if nothing was recorded."""
+        return current_client().recorder.to_bytes(reader)
 
-    def expertmesh_clear_trace(self) -> None:
-        """Drop the sampled decisions and start over."""
-        current_client().recorder.clear()
+    def expertmesh_clear_trace(self, reader: str = "") -> None:
+        """Let a reader of the sampled decisions begin anew."""
+        current_client().recorder.clear(reader)
+
+    def expertmesh_end_trace(self, reader: str) -> None:
+        """The reader is done."""
+        current_client().recorder.end(reader)
+
+    def expertmesh_observation(self, go_on: bool) -> bytes:
+        """What was observed since the last call; see `StepRecorder.observation`."""
+        return current_client().recorder.observation(go_on)
 
 
 def _resident_bytes() -> int:

@@ -9,6 +9,7 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -128,9 +129,9 @@ class Server:
                 raise
             raise ServerError(f"{self.base}/v1/models: lists no model: {error!r}") from None
 
-    def trace(self) -> ActivationTrace:
-        """What all routers have sampled so far, as one trace."""
-        data = self.call("GET", TRACE_PATH)
+    def trace(self, reader: str = "") -> ActivationTrace:
+        """What all routers have sampled for a reader so far, as one trace."""
+        data = self.call("GET", _of_reader(reader))
         try:
             return ActivationTrace.load_npz(io.BytesIO(data))
         except TraceError:
@@ -138,9 +139,18 @@ class Server:
         except (OSError, ValueError, KeyError) as error:
             raise ServerError(f"{self.base}{TRACE_PATH}: not a trace: {error}") from None
 
-    def clear_trace(self) -> None:
-        """Make the routers forget what they sampled."""
-        self.call("DELETE", TRACE_PATH)
+    def clear_trace(self, reader: str = "") -> None:
+        """Make the routers forget what they sampled for a reader."""
+        self.call("DELETE", _of_reader(reader))
+
+    def end_trace(self, reader: str) -> None:
+        """The reader is done. A server that does not hear it drops the sample later."""
+        with contextlib.suppress(ServerError):
+            self.call("DELETE", _of_reader(reader) + "&end=true")
+
+
+def _of_reader(reader: str) -> str:
+    return f"{TRACE_PATH}?reader={reader}" if reader else TRACE_PATH
 
 
 def _reason(body: bytes) -> str:
@@ -164,10 +174,10 @@ def profile_server(
 ) -> ActivationTrace:
     """Send every prompt, and return the trace of the tokens the server's routers routed.
 
-    The routers first forget what they recorded before, unless `keep`. Prompts with domains are sent domain by domain,
-    and the trace gives the domain of each token. Other clients' requests in the meantime are recorded too. Raises
-    ServerError at the first request that fails, after waiting up to `timeout_s` for those in flight, and ValueError for
-    bad arguments.
+    The routers keep a sample for this call alone, unless `keep`: then it is the one that they have kept all along,
+    which fades. Prompts with domains are sent domain by domain, and the trace gives the domain of each token. Other
+    clients' requests in the meantime are recorded too. Raises ServerError at the first request that fails, after
+    waiting up to `timeout_s` for those in flight, and ValueError for bad arguments.
     """
     if concurrency < 1 or max_tokens < 1:
         raise ValueError(f"concurrency is {concurrency}, max_tokens {max_tokens}: each must be at least 1")
@@ -176,20 +186,25 @@ def profile_server(
         raise ValueError("prompts with domains need a recording for each domain, so keep is not possible")
     server = Server(url, timeout_s, api_key)
     model = model or server.model()
+    reader = "" if keep else f"profile-{uuid.uuid4().hex[:12]}"
     parts: list[ActivationTrace] = []
     done = 0
-    for domain in domains:
-        if not keep:
-            server.clear_trace()
-        of_domain = [prompt for prompt in prompts if prompt.domain == domain]
-        for _ in _answers(server, of_domain, model, max_tokens, concurrency):
-            done += 1
-            if progress is not None:
-                progress(done, len(prompts))
-        part = server.trace()
-        if domain:
-            part = replace(part, domain=np.zeros(part.num_tokens, np.int8), domains=(domain,))
-        parts.append(part)
+    try:
+        for domain in domains:
+            if reader:
+                server.clear_trace(reader)
+            of_domain = [prompt for prompt in prompts if prompt.domain == domain]
+            for _ in _answers(server, of_domain, model, max_tokens, concurrency):
+                done += 1
+                if progress is not None:
+                    progress(done, len(prompts))
+            part = server.trace(reader)
+            if domain:
+                part = replace(part, domain=np.zeros(part.num_tokens, np.int8), domains=(domain,))
+            parts.append(part)
+    finally:
+        if reader:
+            server.end_trace(reader)
     return merge_traces(parts)
 
 

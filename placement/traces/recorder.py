@@ -68,7 +68,8 @@ class TraceRecorder:
 
     With `half_life_tokens` None the sample is uniform over the stream (Vitter's algorithm R). With a half-life, the
     chance that a token is in the sample halves every so many tokens, and so do the counts: each token enters with a
-    fixed chance and takes the place of a random one.
+    fixed chance and takes the place of a random one. Until a uniform sample's chance has fallen to that one, nothing
+    fades: the first tokens would else count for more than those that come later.
     """
 
     def __init__(
@@ -119,7 +120,8 @@ class TraceRecorder:
             )
         if ids.dtype != np.int16:
             ids = np.clip(ids, -1, np.iinfo(np.int16).max).astype(np.int16)
-        fade = 1.0 if self._half_life_tokens is None else 0.5 ** (len(ids) / self._half_life_tokens)
+        fades = self._half_life_tokens is not None and self.tokens_seen * self._entry_chance >= self.capacity
+        fade = 0.5 ** (len(ids) / self._half_life_tokens) if fades else 1.0  # type: ignore[operator]
         filled, seen = _record(
             ids,
             self._counts_LE,
@@ -127,7 +129,7 @@ class TraceRecorder:
             self._filled,
             self.tokens_seen,
             fade,
-            self._entry_chance,
+            self._entry_chance if fades else 0.0,
             self._random_1,
         )
         if filled < 0:

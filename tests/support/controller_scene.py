@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
+from cluster.controller import autopilot as autopilot_module
 from cluster.controller import client as client_module
 from cluster.controller import deployment as controller_module
+from cluster.controller import people as people_module
 from cluster.controller import serve_watch as serve_watch_module
 from cluster.controller.client import ControllerClient
 from cluster.controller.deployment import PlacementController
@@ -134,7 +136,8 @@ class Scene:
         self.shards: dict[str, SceneShard] = {}
         self.controller: Any = None
         clock = SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: 1e9 + self.now_s)
-        monkeypatch.setattr(controller_module, "time", clock)
+        for module in (controller_module, people_module, autopilot_module):
+            monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(
             controller_module, "lower", lambda threads: None
         )  # the process of the tests keeps its priority

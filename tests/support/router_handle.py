@@ -33,7 +33,7 @@ class RouterHandle:
         self.by_method = by_method or {}
         self.asked: list[str] = []
 
-    def broadcast(self, method: str) -> DeploymentBroadcastResponse:
+    def broadcast(self, method: str, *args: Any) -> DeploymentBroadcastResponse:
         self.asked.append(method)
 
         async def replicas() -> list[Any]:

@@ -31,7 +31,13 @@ def checkpoints_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_config_that_ships_is_checked_here() -> None:
     found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert found == {*SHAPES, "tiny-autoscaling.yaml", "tiny-cpu.yaml", "tiny-cpu-planned.yaml"}
+    assert found == {
+        *SHAPES,
+        "tiny-autopilot.yaml",
+        "tiny-autoscaling.yaml",
+        "tiny-cpu.yaml",
+        "tiny-cpu-planned.yaml",
+    }
 
 
 @pytest.mark.usefixtures("checkpoints_are_elsewhere")

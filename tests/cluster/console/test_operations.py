@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.autopilot.messages import Decision
 from cluster.config.apps import ConsoleAppConfig
 from cluster.config.http_sections import ConsoleHttpSection
 from cluster.console import operations
@@ -27,6 +28,7 @@ HISTORY = [
     HistoryEntry(1, "first", 10.0, 12.5, "reached", 0, 0),
     HistoryEntry(2, "command", 20.0, None, "under way", 3, 9),
 ]
+DECISIONS = [Decision(1, 15.0, "plan", "it pays", "helped", 2, predicted_gain=0.1)]
 REFUSED = [("", 401, "invalid_api_key"), ("wrong", 401, "invalid_api_key"), ("reader", 403, "forbidden")]  # by key
 CHANGES = [
     ("POST", "/placement"),
@@ -68,6 +70,10 @@ class Controller:
     async def history(self, *, timeout_s: float) -> list[HistoryEntry]:
         self._note("history")
         return HISTORY
+
+    async def decisions(self, *, timeout_s: float) -> list[Decision]:
+        self._note("decisions")
+        return DECISIONS
 
     async def placement(self, *, timeout_s: float) -> PlacementView:
         self._note("placement")
@@ -213,7 +219,10 @@ def test_the_placement_that_the_console_shows_can_be_applied() -> None:
 def test_target_and_history_are_the_controllers() -> None:
     target = ask(Controller(), "GET", "/placement/target")
     assert target.body == {"target_version": 6, "origin": "command", "target": PLACEMENT.to_json()}
-    assert ask(Controller(), "GET", "/history").body == {"history": [entry.to_dict() for entry in HISTORY]}
+    assert ask(Controller(), "GET", "/history").body == {
+        "history": [entry.to_dict() for entry in HISTORY],
+        "autopilot": [decision.to_dict() for decision in DECISIONS],
+    }
     none_yet = ask(Controller(has_target=False), "GET", "/placement/target")
     assert (none_yet.status, none_yet.error.get("code")) == (404, "not_found")
 

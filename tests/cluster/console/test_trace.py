@@ -29,10 +29,10 @@ class Routers:
     def __init__(self, samples: dict[str, bytes | None]) -> None:
         self.samples = samples
 
-    async def traces(self, timeout_s: float) -> list[TraceSample]:
+    async def traces(self, reader: str, *, timeout_s: float) -> list[TraceSample]:
         return [TraceSample(name, npz) for name, npz in self.samples.items()]
 
-    async def clear_traces(self, timeout_s: float) -> list[bool]:
+    async def clear_traces(self, reader: str, end: bool, *, timeout_s: float) -> list[bool]:
         recording = [npz is not None for npz in self.samples.values()]
         self.samples = {name: None if npz is None else b"" for name, npz in self.samples.items()}
         return recording

@@ -47,6 +47,25 @@ MESH_COUNTERS = {
     "migration_copied_bytes": 2_100_000,
     "migration_failed_copies": 4,
 }
+AUTOPILOT_GAUGES = {
+    "autopilot_frozen": 1,
+    "autopilot_drifting_windows": 2,
+    "autopilot_drift": 0.125,
+    "autopilot_fan_out": 2.5,
+    "autopilot_balancedness": 0.75,
+    "autopilot_predicted_gain": 0.0625,
+    "autopilot_measured_gain": 0.03125,
+}
+AUTOPILOT_COUNTERS = {
+    "autopilot_reports": 14,
+    "autopilot_observed_tokens": 15_000,
+    "autopilot_windows": 16,
+    "autopilot_plans": 5,
+    "autopilot_moves": 4,
+    "autopilot_undone": 1,
+    "autopilot_failures": 3,
+}
+CONTROLLER_GAUGES, CONTROLLER_COUNTERS = MESH_GAUGES | AUTOPILOT_GAUGES, MESH_COUNTERS | AUTOPILOT_COUNTERS
 SEAT_GAUGES = {"shard_slots": (0, 8), "shard_experts_held": (0, 12), "shard_experts_missing": (0, 7)}
 OWN_COUNTERS = {
     "shard_requests": 40,
@@ -84,8 +103,8 @@ def test_every_counter_and_gauge_of_a_router_is_in_the_text() -> None:
 def test_series_have_types_and_names_that_dashboards_rely_on() -> None:
     families = text_string_to_metric_families(render([router_status()], controller_status()).decode())
     types = {family.name.removeprefix(PREFIX): family.type for family in families}
-    counters = [*COUNTERS, *SHARD_COUNTERS, *MESH_COUNTERS, *OWN_COUNTERS, *SOURCE_COUNTERS]
-    gauges = [*GAUGES, *MESH_GAUGES, *SEAT_GAUGES, "shard_connected", "requests_unfinished"]
+    counters = [*COUNTERS, *SHARD_COUNTERS, *CONTROLLER_COUNTERS, *OWN_COUNTERS, *SOURCE_COUNTERS]
+    gauges = [*GAUGES, *CONTROLLER_GAUGES, *SEAT_GAUGES, "shard_connected", "requests_unfinished"]
     assert types == {
         **dict.fromkeys(counters, "counter"),
         **dict.fromkeys([*gauges, "shard_state", "shard_loaded_bytes"], "gauge"),
@@ -94,8 +113,8 @@ def test_series_have_types_and_names_that_dashboards_rely_on() -> None:
 
 
 def test_what_the_controller_knows_is_in_the_text() -> None:
-    expected: dict[tuple[str, ...], float] = {(name,): value for name, value in MESH_GAUGES.items()}
-    expected |= {(f"{name}_total",): value for name, value in MESH_COUNTERS.items()}
+    expected: dict[tuple[str, ...], float] = {(name,): value for name, value in CONTROLLER_GAUGES.items()}
+    expected |= {(f"{name}_total",): value for name, value in CONTROLLER_COUNTERS.items()}
     expected |= {("shard_state", "0", "joining"): 1, ("shard_state", "1", "filling"): 1}
     for name, values in SEAT_GAUGES.items():
         expected |= {(name, str(rank)): value for rank, value in enumerate(values)}
@@ -117,7 +136,8 @@ def test_without_a_target_or_shards_the_series_of_the_mesh_are_there() -> None:
         shards=[], routers={}, migration=migration_view(target_version=0, origin="", paused=True)
     )
     found = samples(render([], status))
-    assert found.keys() == {(name,) for name in MESH_GAUGES} | {(f"{name}_total",) for name in MESH_COUNTERS}
+    names = [*CONTROLLER_GAUGES, *(f"{name}_total" for name in CONTROLLER_COUNTERS)]
+    assert found.keys() == {(name,) for name in names}
     assert (found["placement_target_version",], found["migration_paused",]) == (0, 1)
 
 

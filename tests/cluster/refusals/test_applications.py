@@ -66,7 +66,7 @@ def test_the_meshs_secret_has_to_be_where_the_controller_starts(monkeypatch: pyt
     assert "5 characters, expected at least 32" in lines(args)[0]
 
 
-@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])
+@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", *SHAPES])
 def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
     mesh = MeshConfig.from_serve_config(serve_config(name))

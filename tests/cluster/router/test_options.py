@@ -15,7 +15,7 @@ from cluster.router.options import router_options
 from tests.support.serve.shipped_configs import SHAPES, serve_config
 
 
-@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", *SHAPES])
+@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", *SHAPES])
 def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.serve.llm", reason="ray.serve.llm needs vllm")
     from ray.llm._internal.serve.core.server.builder import DEFAULT_DEPLOYMENT_OPTIONS

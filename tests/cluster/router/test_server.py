@@ -149,8 +149,8 @@ def test_a_router_tells_what_keys_have_used_and_whether_their_list_is_in_use(
 def test_a_trace_bears_the_routers_name_and_clearing_reaches_the_worker() -> None:
     server = Server({"expertmesh_trace": b"npz", "expertmesh_clear_trace": None})
     assert run(server.mesh_trace()) == TraceSample("r1", b"npz")
-    assert run(server.mesh_clear_trace()) is True
-    assert server.calls == [("expertmesh_trace",), ("expertmesh_clear_trace",)]
+    assert run(server.mesh_clear_trace("mine")) is True
+    assert server.calls == [("expertmesh_trace", ""), ("expertmesh_clear_trace", "mine")]
 
 
 def test_a_router_that_records_nothing_says_so() -> None:
@@ -182,7 +182,7 @@ def test_a_router_that_no_shard_takes_does_not_start(connected: list[int], refus
     async def start() -> None:
         await server.start()
         await server.check_health()
-        assert [task.get_name() for task in server._loops] == ["follow", "watch", "scaling"]
+        assert [task.get_name() for task in server._loops] == ["follow", "watch", "scaling", "observe"]
         assert server.calls[0][0] == "expertmesh_use_secret"
         assert server.calls[1:3] == [
             ("expertmesh_prepare_membership", MEMBERSHIP.to_bytes(), None),

@@ -28,7 +28,11 @@ class Client:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.recorder = SimpleNamespace(to_bytes=lambda: b"npz", clear=lambda: self.calls.append(("clear",)))
+        self.recorder = SimpleNamespace(
+            to_bytes=lambda reader: b"npz",
+            clear=lambda reader: self.calls.append(("clear",)),
+            observation=lambda go_on: b"seen" if go_on is True else b"",
+        )
 
     def prepare(self, told: bytes, connect_s: float | None) -> Preparation:
         self.calls.append(("prepare", told, connect_s))
@@ -87,6 +91,7 @@ def test_both_ends_agree_on_what_travels(mesh: tuple[WorkerCalls, Client]) -> No
         ("clear",),
     ]
     assert run(calls.trace()) == b"npz"
+    assert [run(calls.observation(go_on)) for go_on in (True, False)] == [b"seen", b""]
     status = run(calls.status())
     assert status.resident_bytes > 1 << 20
     assert status == router_status(params=42, resident_bytes=status.resident_bytes)

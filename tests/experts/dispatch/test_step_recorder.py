@@ -10,6 +10,7 @@ import torch
 
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
+from placement.traces.observation import Observation
 from placement.traces.trace import ActivationTrace
 from tests.support.small_mesh import random_batch
 
@@ -57,3 +58,34 @@ def test_padding_and_steps_that_were_broken_off_are_not_recorded() -> None:
     trace = recorded(recorder)
     np.testing.assert_array_equal(trace.topk_ids, np.stack(whole, 1))
     np.testing.assert_array_equal(trace.counts.sum(1), 4 * TOP_K)
+
+
+def test_nothing_is_observed_before_it_is_asked_for_and_after_it_was_ended() -> None:
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    recorder = StepRecorder(shape, capacity=0, observed_tokens=100)
+    step = [random_batch(4, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS)]
+
+    def run_step(prefill_T: np.ndarray | None = None) -> None:
+        recorder.begin_step(prefill_T)
+        for layer, ids_TK in enumerate(step):
+            recorder.add(layer, ids_TK)
+
+    run_step()
+    assert not recorder.wants_phases
+    assert recorder.observation(go_on=True) == b""
+    assert recorder.wants_phases
+    run_step(np.array([True, False, False, True]))
+    run_step()
+    run_step(np.ones(2, bool))  # of another step: nobody knows
+    seen = Observation.from_bytes(recorder.observation(go_on=True))
+    assert (seen.steps, seen.tokens_P.tolist()) == (3, [10, 2])
+    np.testing.assert_array_equal(seen.sampled[0].topk_ids, np.stack(step, 1))
+    np.testing.assert_array_equal(seen.counts_LE.sum(1), 12 * TOP_K)
+    run_step()
+    assert Observation.from_bytes(recorder.observation(go_on=False)).steps == 1
+    run_step()
+    assert not recorder.wants_phases
+    assert recorder.observation(go_on=True) == b""
+    blind = StepRecorder(shape, capacity=0)
+    assert blind.observation(go_on=True) == b""
+    assert not blind.wants_phases

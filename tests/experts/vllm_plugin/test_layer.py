@@ -191,6 +191,14 @@ def test_tokens_of_requests_are_recorded_and_no_others(run: str, request: pytest
     assert facts["dispatches_warmed_up"] == facts["status"]["dispatches"] + NUM_LAYERS
 
 
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_tokens_of_prompts_are_told_from_those_generated(run: str, request: pytest.FixtureRequest) -> None:
+    """Once observation was asked for; the last token of an answer is never computed."""
+    facts = request.getfixturevalue(run)
+    generated, of_prompts = NUM_PROMPTS * (NEW_TOKENS - 1), facts["num_prompt_tokens"]
+    assert facts["observed"] == [0, generated, of_prompts, generated, of_prompts]
+
+
 def test_padding_rows_are_told_apart(vllm_zygote: Zygote) -> None:
     facts = outcome(vllm_zygote, vllm_zygote.start("steps"), "steps")["steps"]
     assert facts["no engine"] == [True, None]

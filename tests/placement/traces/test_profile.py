@@ -31,7 +31,7 @@ class Server(BaseHTTPRequestHandler):
             return
         if self.path == "/v1/models":
             self.answer(json.dumps({"data": [{"id": "tiny"}]}).encode())
-        elif self.path == "/expertmesh/trace" and Server.recorded:
+        elif self.path.partition("?")[0] == "/expertmesh/trace" and Server.recorded:
             self.answer(clique_trace(num_tokens=Server.recorded).to_bytes())
         else:
             self.answer(b'{"error": {"message": "no tokens have been recorded yet"}}', 404)

@@ -110,10 +110,10 @@ def test_the_sample_is_uniform() -> None:
 def test_old_tokens_fade() -> None:
     stream = np.repeat([0, 1], 4000).reshape(-1, 1, 1)
     trace = recorded(stream, 500, half_life=2000, seed=1)
-    # Expert 0 ended two half-lives ago: a quarter of the sample, 500 * 0.25 +- 10, and of the counts.
+    # Expert 0 ended two half-lives ago: a quarter of the sample, 500 * 0.25 +- 10, and of the counts alike.
     assert np.bincount(trace.topk_ids.ravel())[0] == pytest.approx(125, abs=50)
     assert trace.counts is not None
-    assert trace.counts[0, 0] / trace.counts.sum() == pytest.approx(0.2, abs=0.02)
+    assert trace.counts[0, 0] / trace.counts.sum() == pytest.approx(0.25, abs=0.02)
 
 
 def test_recorder_takes_empty_batches_and_refuses_what_does_not_fit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from cluster.autopilot.messages import AutopilotCounters, AutopilotView, Decision, WindowView
 from cluster.mesh.messages import ControllerStatus, MigrationView, RouterView, SeatView
 from experts.dispatch.stats import Histogram
 from experts.protocol.membership import ShardEndpoint
@@ -133,6 +134,21 @@ def joining_seat(rank: int = 0) -> SeatView:
     return SeatView(f"s{rank}", "node-one", rank, False, "joining", 0, 0, 0, 1.5, None, None)
 
 
+def autopilot_view(**changes: Any) -> AutopilotView:
+    """After some windows; frozen, since rank 0 starts."""
+    view = AutopilotView(
+        mode="auto",
+        state="frozen",
+        frozen="a shard starts",
+        routers=1,
+        drifting=2,
+        window=WindowView(60.0, 900, {"decode": 7000, "prefill": 500}, 1024, 2.5, 0.75, 300.0, 0.125, 0.01),
+        last=Decision(5, 1e9, "plan", "", "helped", 6, 0.125, 0.0625, 0.01, 0.03125, 0.01, 21, 2_100_000, 0.5, 40.0),
+        counters=AutopilotCounters(reports=14, tokens=15_000, windows=16, plans=5, moves=4, undone=1, failures=3),
+    )
+    return replace(view, **changes)
+
+
 def controller_status(**changes: Any) -> ControllerStatus:
     """Rank 1 serves, rank 0 starts."""
     status = ControllerStatus(
@@ -144,5 +160,6 @@ def controller_status(**changes: Any) -> ControllerStatus:
         migration=migration_view(),
         routers={"r1": RouterView(4, {0: "b"}, 0.25)},
         shards=[joining_seat(0), seat_view(1)],
+        autopilot=autopilot_view(),
     )
     return replace(status, **changes)

@@ -82,12 +82,14 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
     )
     emit(ids_of_zeros=_greedy(engine), still_before=call("expertmesh_status"))
     emit(applied=call("expertmesh_use_membership", memberships[0]))
-    nothing_recorded = call("expertmesh_trace")
+    nothing_recorded, nothing_observed = call("expertmesh_trace"), call("expertmesh_observation", True)
     emit(ids=_greedy(engine), status=call("expertmesh_status"))
     recorded = [len(nothing_recorded), _tokens_recorded(call("expertmesh_trace"))]
     engine.collective_rpc(_warm_up)
     emit(dispatches_warmed_up=call("expertmesh_status")["dispatches"])
     recorded.append(_tokens_recorded(call("expertmesh_trace")))
+    observed = _tokens_observed(call("expertmesh_observation", False))
+    emit(observed=[len(nothing_observed), *observed])
     call("expertmesh_clear_trace")
     emit(recorded=[*recorded, len(call("expertmesh_trace"))], num_prompt_tokens=sum(map(len, prompts())))
     if victim is not None:
@@ -109,6 +111,17 @@ def _tokens_recorded(data: bytes) -> float:
     trace = ActivationTrace.load_npz(io.BytesIO(data))
     assert trace.counts is not None
     return trace.counts.sum() / trace.num_layers / trace.topk_ids.shape[2]
+
+
+def _tokens_observed(data: bytes) -> list[int]:
+    """Tokens that were generated, and those of prompts: of all, and of those in steps that were sampled."""
+    import numpy as np
+
+    from placement.traces.observation import Observation
+
+    seen = Observation.from_bytes(data)
+    prompts_T = np.concatenate([step.prefill_T for step in seen.sampled])
+    return [*seen.tokens_P.tolist(), int((~prompts_T).sum()), int(prompts_T.sum())]
 
 
 def start(emit: Any, model: str, model_path: str) -> None:

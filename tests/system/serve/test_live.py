@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import psutil
 
 from benchmarks.serving.endless_streams import Streams
+from tests.support.serve.deploying import deploy, still
 from tests.support.serve.service import API_KEY, Service
 from tests.support.waiting import wait_for
 
@@ -20,23 +20,6 @@ START_S = 240.0  # a shard's start, on a machine that does other things too
 
 def streams(service: Service) -> Streams:
     return Streams(service.url, "tiny-moe", PROMPTS, max_tokens=64, api_key=API_KEY)
-
-
-def deploy(service: Service, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-    """`serve deploy` of the service's config with a change to `deployments` of experts, by name."""
-    change({each["name"]: each for each in service.config["applications"][0]["deployments"]})
-    service.run("serve", "deploy", str(service.write_config("live.yaml")), "--address", service.dashboard)
-
-
-def still(service: Service, num_shards: int) -> dict[str, Any] | None:
-    """The controller's status once so many shards serve, nothing moves, and routers are at that epoch."""
-    status = service.status()
-    controller = status["controller"]
-    if not controller or controller["migration"]["moving"] or controller["missing_ranks"]:
-        return None
-    states = [shard["state"] for shard in controller["shards"]]
-    at_epoch = all(router["epoch"] == controller["epoch"] for router in status["routers"])
-    return controller if states == ["serving"] * num_shards and at_epoch else None
 
 
 def pids(controller: dict[str, Any]) -> dict[int, int]:

@@ -1,0 +1,145 @@
+"""The background process: prices against brute force, plans, and what becomes of jobs that fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numba.core.dispatcher import Dispatcher
+
+from cluster.autopilot.background import Background, JobError, do
+from cluster.autopilot.jobs import JudgeJob, Model, PlanJob, Prepared, PrepareJob, Proposal, Verdict
+from cluster.autopilot.pricing import StepPrice, price_steps, recut
+from cluster.autopilot.proposals import with_slots
+from placement.placement import Placement
+from placement.rule.evaluate import dispatch_trace
+from placement.traces.observation import Observation, SampledStep
+from tests.support.waiting import run_async
+
+MODEL = Model(1000, 2.0, 4000, "cpu")
+PRICE = StepPrice(5.0, 1.0, 0.5)
+EXPERTS, TOP_K = 12, 3
+
+
+def steps(count: int, tokens: int, seed: int = 0, groups: bool = True) -> tuple[SampledStep, ...]:
+    """Tokens that pick experts of one group of three: 0, 4, 8; 1, 5, 9; ... so that linear order scatters them."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        ids = (rng.integers(4, size=(tokens, 2))[:, :, None] + 4 * np.arange(TOP_K)).astype(np.int16)
+        found.append(SampledStep(number, float(number), tokens, ids, rng.random(tokens) < 0.5))
+    return tuple(found)
+
+
+def seen(sampled: tuple[SampledStep, ...]) -> Observation:
+    ids_TLK = np.concatenate([step.topk_ids for step in sampled])
+    counts_PLE = np.zeros((2, 2, EXPERTS), np.int64)
+    for layer in range(2):
+        counts_PLE[0, layer] = np.bincount(ids_TLK[:, layer].ravel(), minlength=EXPERTS)
+    return Observation((0, 1), counts_PLE, np.array([len(ids_TLK), 0]), len(sampled), sampled)
+
+
+LINEAR = Placement.linear(2, EXPERTS, 3, 1, 1)
+
+
+def test_prices_are_those_of_brute_force() -> None:
+    sampled = (*steps(3, 7), replace(steps(1, 7, seed=9)[0], num_tokens=14))
+    found = price_steps(LINEAR, sampled, PRICE)
+    for number, step in enumerate(sampled):
+        rank_LTK, scale = dispatch_trace(LINEAR, step.topk_ids), step.num_tokens / 7
+        for layer in range(2):
+            ids_TK, rank_TK = step.topk_ids[:, layer], rank_LTK[layer]
+            worst = 0.0
+            for rank in range(3):
+                experts, pairs = set(ids_TK[rank_TK == rank].tolist()), int((rank_TK == rank).sum())
+                rows = int((rank_TK == rank).any(1).sum())
+                worst = max(worst, max(5.0 * len(experts), 1.0 * pairs * scale) + 0.5 * rows * scale)
+            assert found.seconds_SL[number, layer] == pytest.approx(worst)
+        fan_out = np.mean([[len(set(row)) for row in layer] for layer in rank_LTK.tolist()])
+        assert found.fan_out_S[number] == pytest.approx(fan_out)
+
+
+def test_recut_steps_have_the_sizes_asked_for_and_tokens_of_the_reference() -> None:
+    reference, like = steps(4, 5), steps(3, 8, seed=5)
+    known = {row.tobytes() for step in reference for row in step.topk_ids}
+    for cut, wanted in zip(recut(reference, like), like, strict=True):
+        assert (len(cut.topk_ids), cut.prefill_T.sum()) == (8, wanted.prefill_T.sum())
+        assert {row.tobytes() for row in cut.topk_ids} <= known
+
+
+def job(**changes: object) -> PlanJob:
+    plan = PlanJob(MODEL, LINEAR, seen(steps(48, 32)), 4, 1, 1.3, 1e-9, 1e6, None, 0.0)
+    return replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def test_a_plan_gathers_what_goes_together_and_stays_once_it_has() -> None:
+    found = do(job())
+    assert isinstance(found, Proposal)
+    assert found.copies
+    assert found.gain.surely_above > 0.05
+    again = do(job(current=found.placement, seen=seen(steps(48, 32, seed=1))))
+    assert isinstance(again, Proposal)
+    assert again.copies <= 2
+
+
+def test_copies_are_bounded_and_must_pay() -> None:
+    assert do(job(max_copies=0)).copies == 0  # type: ignore[union-attr]
+    assert do(job(copy_s=1e9)).copies == 0  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="3 steps were sampled, a plan needs 12"):
+        do(job(seen=seen(steps(3, 32))))
+
+
+def test_slots_are_added_and_taken_without_moving_anything() -> None:
+    wide = with_slots(LINEAR, 6)
+    assert wide.slots_per_rank == 6
+    np.testing.assert_array_equal(with_slots(wide, 1).physical_to_logical_map, LINEAR.physical_to_logical_map)
+
+
+def test_once_prepared_no_job_compiles_anything() -> None:
+    assert do(PrepareJob()) == Prepared()
+    before = compiled_signatures()
+    assert {name.partition(".")[0] for name in before} >= {"cluster", "placement"}
+    plan = job(fresh_s=1.0)
+    assert isinstance(do(plan), Proposal)
+    assert isinstance(do(JudgeJob(MODEL, (LINEAR,), plan.seen, plan.seen)), Verdict)
+    assert compiled_signatures() == before
+
+
+def compiled_signatures() -> dict[str, int]:
+    """How often each function of these packages was compiled, or loaded, in this process."""
+    return {
+        f"{function.__module__}.{function.__name__}": len(function.signatures)
+        for name, module in sorted(sys.modules.items())
+        if name.partition(".")[0] in ("cluster", "placement")
+        for function in vars(module).values()
+        if isinstance(function, Dispatcher) and function.signatures
+    }
+
+
+def test_a_process_does_jobs_tells_what_failed_and_is_replaced() -> None:
+    judge = JudgeJob(MODEL, (LINEAR,), seen(steps(4, 6)), seen(steps(4, 6, seed=1)))
+
+    async def scene() -> None:
+        background = Background()
+        try:
+            first = await background.run(judge, 300)
+            assert isinstance(first, Verdict)
+            np.testing.assert_array_equal(first.prices[0].seconds_SL, do(judge).prices[0].seconds_SL)  # type: ignore[union-attr]
+            with pytest.raises(JobError, match="ValueError: 4 steps were sampled"):
+                await background.run(job(seen=judge.seen), 300)
+            process = background.process
+            assert process is not None
+            os.kill(process.pid, signal.SIGKILL)
+            await process.wait()
+            assert isinstance(await background.run(judge, 300), Verdict)
+            with pytest.raises(JobError, match=r"no result within 0\.001 s"):
+                await background.run(judge, 0.001)
+            assert background.process is None
+        finally:
+            await background.stop()
+
+    run_async(scene(), timeout_s=300)
