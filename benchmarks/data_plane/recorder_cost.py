@@ -1,4 +1,4 @@
-"""What recording a routing trace costs a router: decode steps with and without it, in turns. Goal: under 1 %.
+"""What recording costs a router: decode steps with and without it, in turns. Goal: under 1 %.
 
     python -m benchmarks.data_plane.recorder_cost [--quick] [--model tiny|bench|both] [--batch 64]
 
@@ -6,11 +6,15 @@ One engine with two shards generates from distinct prompts. Steps come in pairs,
 that alternates from pair to pair. "measured" is the median difference within a pair relative to the median step, with
 bounds that hold 95 % of bootstrapped medians. "alone" is the recorder's own time for one step's ids relative to the
 same step. The reservoir is full, as in a server that has run for a while.
+
+Rows with "observed" are those of a router whose traffic the autopilot follows: it counts by phase and keeps steps too.
+"report" is the time that packing a report takes between two steps, once in REPORT_S, and its share of that time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -26,11 +30,12 @@ from benchmarks.processes import run_tied
 
 GOAL_PERCENT = 1.0
 CAPACITY = 20_000  # RouterSettings.trace_tokens' default
+REPORT_S = 5.0  # of the default autopilot.window_s
 PROMPT_TOKENS, PAIRS_A_ROUND = 32, 100
 MODELS = {"tiny": "float32", "bench": "bfloat16"}
 
 
-def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, Any]:
+def measure(model: Path, dtype: str, batch: int, num_pairs: int, observed: bool) -> dict[str, Any]:
     """One row. It turns this process into an engine, so call it once a process."""
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR"
@@ -58,6 +63,7 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
         router = current_client()
         recording = router.recorder
         silent = type(recording)(router.shape, 0)
+        recording.observation(go_on=observed)
         _fill(recording, router.shape, batch)
         prompts = real_prompts(batch, PROMPT_TOKENS, model)
         params = SamplingParams(temperature=0, max_tokens=2 * PAIRS_A_ROUND + 60, ignore_eos=True, detokenize=False)
@@ -81,8 +87,10 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
         step_s = float(np.median([off for _, off in pairs_s]))
         low, cost, high = _median_with_bounds(np.array([on - off for on, off in pairs_s]) / step_s * 100)
         alone_s = _alone_s(recording, router.shape, batch)
+        report_s = _report_s(recording, router.shape, batch) if observed else 0.0
     return {
         "model": model.name,
+        "observed": observed,
         "batch": batch,
         "pairs": len(pairs_s),
         "step_ms": step_s * 1e3,
@@ -91,6 +99,8 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int) -> dict[str, An
         "high_percent": high,
         "alone_us": alone_s * 1e6,
         "alone_percent": alone_s / step_s * 100,
+        "report_ms": report_s * 1e3,
+        "report_percent": report_s / REPORT_S * 100,
         "goal_percent": GOAL_PERCENT,
     }
 
@@ -120,6 +130,19 @@ def _alone_s(recorder: Any, shape: Any, batch: int) -> float:
     return float(np.median(took_s))
 
 
+def _report_s(recorder: Any, shape: Any, batch: int) -> float:
+    """Median seconds that packing a report takes whose sample is full."""
+    steps, took_s = _steps(shape, batch, 8), []
+    for _ in range(20):
+        for number in range(300):
+            for layer, ids_TK in enumerate(steps[number % 8]):
+                recorder.add(layer, ids_TK)
+        start_s = time.perf_counter()
+        recorder.observation(go_on=True)
+        took_s.append(time.perf_counter() - start_s)
+    return float(np.median(took_s))
+
+
 def _median_with_bounds(values: np.ndarray) -> tuple[float, float, float]:
     draws = np.random.default_rng(0).choice(values, (2000, len(values)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
@@ -133,18 +156,20 @@ def main() -> None:
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int)
-    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--row", choices=["recorded", "observed"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     pairs = args.pairs or (100 if args.quick else 1000)
     if args.row:
         results = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # vllm prints on standard output
         model = TINY_MODEL if args.model == "tiny" else bench_model()
-        print(json.dumps(measure(model, MODELS[args.model], args.batch, pairs)), file=results, flush=True)
+        row = measure(model, MODELS[args.model], args.batch, pairs, args.row == "observed")
+        print(json.dumps(row), file=results, flush=True)
         return
     rows = []
-    for name in MODELS if args.model == "both" else [args.model]:
-        command = [sys.executable, "-m", "benchmarks.data_plane.recorder_cost", "--row", "--model", name]
+    names = [*MODELS] if args.model == "both" else [args.model]
+    for name, row in itertools.product(names, ("recorded", "observed")):
+        command = [sys.executable, "-m", "benchmarks.data_plane.recorder_cost", "--row", row, "--model", name]
         done = run_tied(
             [*command, "--batch", str(args.batch), "--pairs", str(pairs)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
