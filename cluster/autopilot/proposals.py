@@ -18,7 +18,7 @@ from placement.policy import build_placement
 from placement.search.few_copies.relabel import relabel
 from placement.search.few_copies.resize import copies_between
 from placement.search.problem import PlanRequest
-from placement.search.refresh import refresh
+from placement.search.refresh import RefreshLimits, searched
 from placement.traces.observation import PHASES, Observation, SampledStep, as_trace
 
 MOVES = (2, 8, 32)  # copies a layer that the searches near the present placement may make
@@ -82,10 +82,8 @@ def prepare() -> None:
 
 def _candidates(job: PlanJob) -> list[Placement]:
     trace = as_trace(job.seen)
-    found = [
-        refresh(job.current, trace, load_cap=job.load_cap, max_moves=moves, min_replicas=job.min_replicas)
-        for moves in MOVES
-    ]
+    limits = RefreshLimits(load_cap=job.load_cap, min_replicas=job.min_replicas)
+    found = [searched(job.current, trace, replace(limits, max_moves=moves)) for moves in MOVES]
     if job.fresh_s > 0:
         found.append(_fresh(job))
     return found
@@ -156,7 +154,7 @@ def one_layer(placement: Placement, layer: int) -> Placement:
 def with_slots(placement: Placement, slots_per_rank: int, like: Placement | None = None) -> Placement:
     """The same experts on the same ranks with so many slots in a layer, or more if they need them.
 
-    `like`: whose nodes to take.
+    `like`: whose nodes and speeds to take.
     """
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     map_LRs = placement.physical_to_logical_map.reshape(num_layers, num_ranks, -1)
@@ -165,10 +163,5 @@ def with_slots(placement: Placement, slots_per_rank: int, like: Placement | None
     if width > map_LRs.shape[2]:
         ordered_LRs = np.pad(ordered_LRs, ((0, 0), (0, 0), (0, width - map_LRs.shape[2])), constant_values=-1)
     like = placement if like is None else like
-    return Placement(
-        num_ranks,
-        like.num_nodes,
-        placement.num_experts,
-        np.ascontiguousarray(ordered_LRs[:, :, :width]).reshape(num_layers, -1),
-        nodes=like.nodes,
-    )
+    map_LS = np.ascontiguousarray(ordered_LRs[:, :, :width]).reshape(num_layers, -1)
+    return replace(like, physical_to_logical_map=map_LS)

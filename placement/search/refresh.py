@@ -158,6 +158,17 @@ def refresh(placement: Placement, window: ActivationTrace, limits: RefreshLimits
     )
 
 
+def searched(placement: Placement, window: ActivationTrace, limits: RefreshLimits) -> Placement:
+    """What the search alone makes of all tokens of a window: for callers that judge its layers on tokens of their own.
+
+    Keeps to `load_cap`, `max_moves` and `min_replicas`. Raises ValueError if the window is of another model.
+    """
+    check_same_model("the window", window, "the placement", placement)
+    layers = _Layers(placement, window, limits)
+    map_LS = np.stack([layers.whole(layer).ravel() for layer in range(placement.num_layers)])
+    return replace(placement, physical_to_logical_map=np.where(map_LS >= 0, map_LS, EMPTY), speeds=layers.speeds)
+
+
 def _figures(served: list[Served]) -> Figures:
     rows = np.array([(each.fan_out, each.node_fan_out, each.balancedness) for each in served])
     return Figures(*rows.mean(0).tolist())
@@ -242,20 +253,27 @@ class _Layers:
     def searched_again(self, change: _Change) -> _Change:
         """The same change, or what the search makes of all tokens, if that costs less on them."""
         layer, limits = change.layer, self._limits
-        ids_TK = np.concatenate([self._search_LTK[layer], self._judge_LTK[layer]])
-        load_E = self._load_LE[layer]
-        if not self._counted:
-            load_E = load_E + self._judge_load_LE[layer]
-        given_Rs = self._given_Rs(layer)
-        searched = self._problem(layer, ids_TK, load_E, limits.load_cap - self._guard)
-        slots_Rs = repaired_slots(
-            searched, given_Rs, limits.max_moves, limits.proposals, self._random_1, self._annealing
-        )
-        copies = _copies(given_Rs, slots_Rs, self._placement.num_experts)
-        judge = self._problem(layer, ids_TK, load_E, limits.load_cap)
+        slots_Rs = self.whole(layer)
+        copies = _copies(self._given_Rs(layer), slots_Rs, self._placement.num_experts)
+        judge = self._problem(layer, *self._whole_window(layer), limits.load_cap)
         if not copies or self._cost(judge, slots_Rs, copies) >= self._cost(judge, change.slots_Rs, change.copies):
             return change
         return replace(change, slots_Rs=slots_Rs, copies=copies)
+
+    def whole(self, layer: int) -> np.ndarray:
+        """int32 [R, s]: what the search makes of all tokens."""
+        limits = self._limits
+        problem = self._problem(layer, *self._whole_window(layer), limits.load_cap - self._guard)
+        return repaired_slots(
+            problem, self._given_Rs(layer), limits.max_moves, limits.proposals, self._random_1, self._annealing
+        )
+
+    def _whole_window(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 [T, K], float64 [E]): experts of all tokens, and their loads."""
+        load_E = self._load_LE[layer]
+        if not self._counted:
+            load_E = load_E + self._judge_load_LE[layer]
+        return np.concatenate([self._search_LTK[layer], self._judge_LTK[layer]]), load_E
 
     def _cost(self, problem: LayerProblem, slots_Rs: np.ndarray, copies: int) -> float:
         """Visits a token."""
@@ -303,4 +321,4 @@ def _copies(old_Rs: np.ndarray, new_Rs: np.ndarray, num_experts: int) -> int:
     return int((on[1] & ~on[0]).sum())
 
 
-__all__ = ["Figures", "RefreshLimits", "Refreshed", "refresh"]
+__all__ = ["Figures", "RefreshLimits", "Refreshed", "refresh", "searched"]
