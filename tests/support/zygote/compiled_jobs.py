@@ -28,6 +28,7 @@ def compiled_layer(emit: Any, apart: bool) -> None:
         """Doubles each row, at the end; looks then whether what it may have to send again is still there."""
 
         attached = True
+        recorder = SimpleNamespace(wants_phases=False)
 
         def begin(
             self, layer: int, x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, record: bool
