@@ -97,7 +97,8 @@ def step_in_progress() -> tuple[bool, torch.Tensor | None]:
 def rows_of_prompts(num_rows: int) -> np.ndarray | None:
     """Which rows of the current forward pass are of prompts (bool [rows]); None if none are, or nobody says.
 
-    Attention metadata says how many tokens of each request are in the step: one while it generates.
+    Attention metadata says how many tokens of each request are in the step: one while it generates. A prompt of which
+    one token is left counts as generated, which is what it costs.
     """
     metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
     of_layers = metadata.values() if isinstance(metadata, dict) else ()

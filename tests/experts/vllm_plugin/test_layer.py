@@ -193,9 +193,11 @@ def test_tokens_of_requests_are_recorded_and_no_others(run: str, request: pytest
 
 @pytest.mark.parametrize("run", ["eager", "compiled"])
 def test_tokens_of_prompts_are_told_from_those_generated(run: str, request: pytest.FixtureRequest) -> None:
-    """Once observation was asked for; the last token of an answer is never computed."""
+    """Once observation was asked for. The last token of an answer is never computed; a prompt of one counts as such."""
     facts = request.getfixturevalue(run)
-    generated, of_prompts = NUM_PROMPTS * (NEW_TOKENS - 1), facts["num_prompt_tokens"]
+    alone = facts["num_prompts_of_one_token"]
+    generated, of_prompts = NUM_PROMPTS * (NEW_TOKENS - 1) + alone, facts["num_prompt_tokens"] - alone
+    assert alone
     assert facts["observed"] == [0, generated, of_prompts, generated, of_prompts]
 
 

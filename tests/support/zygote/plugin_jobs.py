@@ -91,6 +91,7 @@ def mesh(emit: Any, model: str, memberships: list[dict[str, Any]], eager: bool, 
     observed = _tokens_observed(call("expertmesh_observation", False))
     emit(observed=[len(nothing_observed), *observed])
     call("expertmesh_clear_trace")
+    emit(num_prompts_of_one_token=sum(len(prompt) == 1 for prompt in prompts()))
     emit(recorded=[*recorded, len(call("expertmesh_trace"))], num_prompt_tokens=sum(map(len, prompts())))
     if victim is not None:
         emit(ids_of_killed=_greedy(engine, kill_in_the_middle=victim), after_kill=call("expertmesh_status"))
