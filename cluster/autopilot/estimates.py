@@ -50,8 +50,7 @@ class Prices:
 
 def saving(before: Prices, after: Prices) -> Estimate:
     """The share of `before`'s seconds that `after` saves on the same steps, in the same order."""
-    base_s = before.mean()
-    return Estimate(1 - after.mean() / base_s, noise_of(before.seconds_S - after.seconds_S, before.weight_S) / base_s)
+    return share_of(before.seconds_S - after.seconds_S, before.seconds_S, before.weight_S)
 
 
 def excess(measured: Prices, planned: Prices, reuse: float = 1.0) -> Estimate:
@@ -60,9 +59,21 @@ def excess(measured: Prices, planned: Prices, reuse: float = 1.0) -> Estimate:
     Differences of steps bear the noise of both. `reuse`: how often a token is in `planned`, whose noise is then as much
     larger in variance than that of as many tokens.
     """
-    base_s = planned.mean()
-    noise_s = noise_of(measured.seconds_S - planned.seconds_S, measured.weight_S)
-    return Estimate(measured.mean() / base_s - 1, noise_s * float(np.sqrt((1 + max(reuse, 1.0)) / 2)) / base_s)
+    share = share_of(measured.seconds_S - planned.seconds_S, planned.seconds_S, measured.weight_S)
+    return Estimate(share.value, share.noise * float(np.sqrt((1 + max(reuse, 1.0)) / 2)))
+
+
+def share_of(part_S: np.ndarray, whole_S: np.ndarray, weight_S: np.ndarray) -> Estimate:
+    """Weighted sum of `part_S` over that of `whole_S`, with the noise of a ratio (Cochran, Sampling Techniques, 6.3).
+
+    Long steps have more of both. How many of them happened to be sampled moves each sum much and their ratio little, so
+    noise is that of what each step is off the ratio.
+    """
+    whole = float(np.average(whole_S, weights=weight_S))
+    if not whole > 0:
+        return Estimate(0.0, float("inf"))
+    value = float(np.average(part_S, weights=weight_S)) / whole
+    return Estimate(value, noise_of(part_S - value * whole_S, weight_S) / whole)
 
 
 def noise_of(values_S: np.ndarray, weight_S: np.ndarray) -> float:

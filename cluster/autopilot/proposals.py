@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cluster.autopilot.estimates import noise_of, saving
+from cluster.autopilot.estimates import saving, share_of
 from cluster.autopilot.jobs import Model, PlanJob, Proposal
 from cluster.autopilot.pricing import StepPrice, price_steps
 from placement.placement import Placement
@@ -121,9 +121,10 @@ def _mixed(
         after = price_steps(candidate, steps, price)
         for layer in range(current.num_layers):
             copies = copies_between(one_layer(current, layer), one_layer(candidate, layer))
-            saved_S = before.seconds_SL[:, layer] - after.seconds_SL[:, layer]
-            saved_s, noise_s = float(np.average(saved_S, weights=before.weight_S)), noise_of(saved_S, before.weight_S)
-            if saved_s > LIKELY * noise_s and saved_s * job.steps > copies * job.copy_s:
+            before_S, after_S = before.seconds_SL[:, layer], after.seconds_SL[:, layer]
+            share = share_of(before_S - after_S, before_S, before.weight_S)
+            saved_s = share.value * float(np.average(before_S, weights=before.weight_S))
+            if share.value > LIKELY * share.noise and saved_s * job.steps > copies * job.copy_s:
                 offers.append((saved_s - copies * job.copy_s / max(job.steps, 1), layer, copies, candidate))
     best: dict[int, tuple[float, int, int, Placement]] = {}
     for offer in offers:
