@@ -166,18 +166,26 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write the placement as another engine reads it."""
-    from placement.exports import export_sglang, export_vllm
+    from placement.exports import export_sglang, export_tensorrt_llm, export_vllm, export_vllm_ascend, yaml_text
 
-    placement = Placement.load(args.placement)
-    if args.format == "vllm":
-        if args.layers is not None or args.num_hidden_layers is not None:
-            raise ValueError("--layers and --num-hidden-layers are for SGLang; vLLM counts only MoE layers")
-        data = export_vllm(placement, fill_empty=args.fill_empty)
+    if args.layers is not None and args.format not in ("sglang", "tensorrt-llm"):
+        raise ValueError("--layers is for SGLang and TensorRT-LLM; vLLM counts only MoE layers")
+    if args.num_hidden_layers is not None and args.format != "sglang":
+        raise ValueError("--num-hidden-layers is for SGLang, whose map has a row for every decoder layer")
+    # Both engines tell what a file holds by its name.
+    suffixes = {"sglang": (".json",), "tensorrt-llm": (".yaml", ".yml")}.get(args.format)
+    if suffixes and Path(args.out).suffix not in suffixes:
+        raise ValueError(f"{args.out}: {args.format} reads files named {' or '.join(suffixes)}")
+    placement, fill = Placement.load(args.placement), args.fill_empty
+    if args.format == "tensorrt-llm":
+        text = yaml_text(export_tensorrt_llm(placement, layers=args.layers, fill_empty=fill))
+    elif args.format == "sglang":
+        named, total = args.layers, args.num_hidden_layers
+        text = json.dumps(export_sglang(placement, layers=named, num_hidden_layers=total, fill_empty=fill)) + "\n"
     else:
-        data = export_sglang(
-            placement, layers=args.layers, num_hidden_layers=args.num_hidden_layers, fill_empty=args.fill_empty
-        )
-    Path(args.out).write_text(json.dumps(data) + "\n")
+        export = export_vllm if args.format == "vllm" else export_vllm_ascend
+        text = json.dumps(export(placement, fill_empty=fill)) + "\n"
+    Path(args.out).write_text(text)
     print(args.out)
     return 0
 
@@ -279,11 +287,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="write a placement as another engine reads it")
     command.add_argument("--placement", required=True, help="placement file")
-    command.add_argument("--format", required=True, choices=("vllm", "sglang"), help="engine that will read it")
-    command.add_argument("--layers", type=layers_argument, help="SGLang: the decoder layer of each MoE layer: 1,2,3")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=("vllm", "vllm-ascend", "sglang", "tensorrt-llm"),
+        help="engine that will read it",
+    )
+    command.add_argument(
+        "--layers", type=layers_argument, help="SGLang, TensorRT-LLM: the decoder layer of each MoE layer: 1,2,3"
+    )
     command.add_argument("--num-hidden-layers", type=int, help="SGLang: decoder layers of the model")
     command.add_argument("--fill-empty", action="store_true", help="fill empty slots, since engines have none")
-    command.add_argument("--out", required=True, help="file to write (JSON)")
+    command.add_argument("--out", required=True, help="file to write: JSON, and YAML for TensorRT-LLM")
     command.set_defaults(run=run_export)
 
     command = commands.add_parser("profile", help="send prompts to a running server and write its trace")

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from placement.cli import main
 from placement.placement import Placement
@@ -67,11 +68,21 @@ def test_a_layer_that_a_domain_never_reached_is_in_balance(files, capsys) -> Non
     assert evaluate(Placement.load(files / "plan.json"), trace.of_domain("b")).balancedness[1] == 1
 
 
-def test_export_for_vllm_takes_no_decoder_layers(files, capsys) -> None:
+@pytest.mark.parametrize(
+    ("engine", "more", "message"),
+    [
+        ("vllm", ["--layers", "1,2"], "--layers is for SGLang and TensorRT-LLM"),
+        ("vllm-ascend", ["--layers", "1,2"], "--layers is for SGLang and TensorRT-LLM"),
+        ("tensorrt-llm", ["--num-hidden-layers", "4"], "--num-hidden-layers is for SGLang"),
+        ("tensorrt-llm", [], "out.json: tensorrt-llm reads files named .yaml or .yml"),
+        ("sglang", ["--out", "map.txt"], "map.txt: sglang reads files named .json"),
+    ],
+)
+def test_exports_that_an_engine_would_not_read_are_refused(files, capsys, engine, more, message) -> None:
     Placement.linear(2, 16, 4).save(files / "linear.json")
-    assert main(["export", "--placement", str(files / "linear.json"), "--format", "vllm", "--layers", "1,2",
-                 "--out", str(files / "out.json")]) == 2  # fmt: skip
-    assert "--layers and --num-hidden-layers are for SGLang" in capsys.readouterr().err
+    arguments = ["--placement", str(files / "linear.json"), "--format", engine, "--out", str(files / "out.json")]
+    assert main(["export", *arguments, *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_evaluate_prints_a_table_and_json(files, capsys) -> None:
@@ -99,6 +110,11 @@ def test_export(files) -> None:
         arguments = ["--placement", str(files / "linear.json"), "--format", name, "--out", str(files / "out.json")]
         assert main(["export", *arguments]) == 0
         assert "physical_to_logical_map" in json.loads((files / "out.json").read_text())
+    given = ["export", "--placement", str(files / "linear.json"), "--format"]
+    assert main([*given, "vllm-ascend", "--out", str(files / "out.json")]) == 0
+    assert json.loads((files / "out.json").read_text())["moe_layer_count"] == 2
+    assert main([*given, "tensorrt-llm", "--layers", "3,4", "--out", str(files / "out.yaml")]) == 0
+    assert set(yaml.safe_load((files / "out.yaml").read_text())["initial_global_assignments"]) == {3, 4}
 
 
 @pytest.mark.parametrize(

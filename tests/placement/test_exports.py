@@ -1,4 +1,4 @@
-"""Exports as vLLM and SGLang take them, and traces as they write them (torch writes the .pt files here)."""
+"""Exports, each read back by a reader of its own, and traces as vLLM and SGLang write them (torch writes .pt here)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
-from placement.exports import export_sglang, export_vllm
+from placement.exports import export_sglang, export_tensorrt_llm, export_vllm, export_vllm_ascend, yaml_text
 from placement.placement import Placement
 from placement.traces.importers import import_trace
 from placement.traces.trace import ActivationTrace, TraceError
@@ -38,14 +39,117 @@ def test_export_sglang_has_one_key_and_a_row_for_every_decoder_layer():
         export_sglang(PLACEMENT, layers=[1, 3], num_hidden_layers=3)
 
 
-@pytest.mark.parametrize("export", [export_vllm, export_sglang])
+# Readers written from the engines' own descriptions and sources, sharing no code with the exports. Each returns what
+# the engine makes of a file: for each decoder or MoE layer the experts of each rank, in the order of their slots.
+Held = dict[int, list[list[int]]]
+
+
+def as_vllm_ascend_reads(text: str) -> Held:
+    """Rows by position, not by id; as many experts on every device, so that a tensor can be made of them."""
+    data = json.loads(text)
+    assert len(data["layer_list"]) == data["moe_layer_count"]
+    held = {}
+    for position, layer in enumerate(data["layer_list"]):
+        assert layer["layer_id"] == position
+        devices = layer["device_list"]
+        assert [device["device_id"] for device in devices] == list(range(layer["device_count"]))
+        assert len({len(device["device_expert"]) for device in devices}) == 1
+        held[position] = [device["device_expert"] for device in devices]
+    return held
+
+
+def as_sglang_reads(text: str, num_ranks: int) -> Held:
+    """The keys go to a function by name, so there must be no others; slots are dealt to ranks in order."""
+
+    def init_by_mapping(*, physical_to_logical_map: list[list[int]]) -> Held:
+        size = len(physical_to_logical_map[0]) // num_ranks
+        assert {len(row) for row in physical_to_logical_map} == {size * num_ranks}
+        return {
+            layer: [row[size * rank : size * (rank + 1)] for rank in range(num_ranks)]
+            for layer, row in enumerate(physical_to_logical_map)
+        }
+
+    return init_by_mapping(**json.loads(text))
+
+
+def as_tensorrt_llm_reads(text: str, num_ranks: int, moe_layers: list[int]) -> Held:
+    """Strict keys; layers are integers and every MoE layer is looked up; each row has `num_slots` entries."""
+    data = yaml.safe_load(text)
+    assert set(data) <= {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+    assert data["layer_updates_per_iter"] == 0
+    assert data["num_slots"] % num_ranks == 0
+    size = data["num_slots"] // num_ranks
+    held = {}
+    for layer in moe_layers:
+        row = data["initial_global_assignments"][layer]
+        assert len(row) == data["num_slots"]
+        held[layer] = [row[size * rank : size * (rank + 1)] for rank in range(num_ranks)]
+    return held
+
+
+def random_placement(seed: int) -> Placement:
+    """4 ranks on 2 nodes, 5 slots each, 13 experts in 3 layers; some have a replica, every slot is used."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(np.concatenate([np.arange(13), rng.choice(13, 7, replace=False)])) for _ in range(3)]
+    return Placement(4, 2, 13, np.array(rows))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_engine_finds_every_expert_where_the_placement_has_it(seed):
+    placement = random_placement(seed)
+    expected = [[placement.experts_of_rank(rank)[layer].tolist() for rank in range(4)] for layer in range(3)]
+    assert as_vllm_ascend_reads(json.dumps(export_vllm_ascend(placement))) == dict(enumerate(expected))
+    sglang = as_sglang_reads(json.dumps(export_sglang(placement, layers=[1, 2, 4], num_hidden_layers=6)), 4)
+    assert set(sglang) == set(range(6))
+    assert [sglang[layer] for layer in (1, 2, 4)] == expected
+    text = yaml_text(export_tensorrt_llm(placement, layers=[1, 2, 4]))
+    assert as_tensorrt_llm_reads(text, 4, [1, 2, 4]) == dict(zip([1, 2, 4], expected, strict=True))
+    assert "  4: [" in text  # a row on its own line, as in TensorRT-LLM's documentation
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vllm_derives_from_our_map_what_we_export(seed):
+    torch, eplb_state = pytest.importorskip("torch"), pytest.importorskip("vllm.distributed.eplb.eplb_state")
+    parallel = pytest.importorskip("vllm.config.parallel")
+    out = json.loads(json.dumps(export_vllm(random_placement(seed))))
+    found, count = eplb_state.compute_logical_maps(torch.tensor(out["physical_to_logical_map"]), out["num_experts"])
+    assert found.tolist() == out["logical_to_physical_map"]
+    assert count.tolist() == out["logical_replica_count"]
+    config = parallel.EPLBConfig(**out["engine_args"]["eplb_config"])
+    assert config.num_redundant_experts + out["num_experts"] == len(out["physical_to_logical_map"][0])
+
+
+def test_tensorrt_llm_counts_layers_from_0_unless_they_are_named():
+    assert as_tensorrt_llm_reads(yaml_text(export_tensorrt_llm(PLACEMENT)), 2, [0, 1])[1] == [[2, 1], [0, 2]]
+    with pytest.raises(ValueError, match="layers must name 2 different decoder layers"):
+        export_tensorrt_llm(PLACEMENT, layers=[3, 3])
+
+
+EXPORTS = [export_vllm, export_vllm_ascend, export_sglang, export_tensorrt_llm]
+
+
+def first_row(data):
+    """The slots of layer 0 in any of the formats."""
+    if "layer_list" in data:
+        return [expert for device in data["layer_list"][0]["device_list"] for expert in device["device_expert"]]
+    return (data.get("physical_to_logical_map") or data["initial_global_assignments"])[0]
+
+
+@pytest.mark.parametrize("export", EXPORTS)
 def test_empty_slots(export):
     holes = Placement(3, 1, 3, np.array([[0, 1, 2, -1, -1, -1]]))
     with pytest.raises(ValueError, match=r"layer 0: slot 3 is empty \(3 in all\)"):
         export(holes)
-    (row,) = export(holes, fill_empty=True)["physical_to_logical_map"]
+    row = first_row(export(holes, fill_empty=True))
     assert row[:4] == [0, 1, 2, 2]
     assert all(0 <= expert < 3 for expert in row)
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_placement_that_lacks_experts_is_refused(export):
+    partial = Placement(2, 1, 3, np.array([[0, 1, 0, 1]]), partial=True)
+    with pytest.raises(ValueError, match="layer 0: expert 2 has no slot"):
+        export(partial, fill_empty=True)
 
 
 def routed(seed=0, tokens=20, layers=3, k=2, num_experts=8):
