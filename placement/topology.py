@@ -31,6 +31,9 @@ class Link(_Strict):
 
     bandwidth_bytes_per_s: float = Field(gt=0, description="Bytes a second, one direction, of one shard's end.")
     latency_s: float = Field(ge=0, description="Seconds from sending the first byte to its arrival.")
+    message_s: float = Field(
+        default=0.0, ge=0, description="Seconds of a sender for each message, besides its bytes and latency."
+    )
 
 
 class Links(_Strict):

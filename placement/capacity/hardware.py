@@ -50,6 +50,10 @@ class Constants:
         call_s: fixed cost of one layer on a shard.
         router_s: fixed cost of one layer on a router, besides wire and experts: plan, pack, unpack, combine.
         router_token_s: the part of that which each token adds.
+        router_row_s: the part that each row adds; a token has a row for every rank that it visits.
+        row_s: what each row adds to a call on a shard, however few experts it wants.
+        overlap: the share of the shorter of reading and computing that is hidden behind the longer: 1 where a call has
+            many units that wait for different things (a GPU), 0 where one core does one after the other.
     """
 
     memory_bytes_per_s: float
@@ -58,22 +62,28 @@ class Constants:
     router_s: float
     router_token_s: float
     name: str = "given"
+    router_row_s: float = 0.0
+    row_s: float = 0.0
+    overlap: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.memory_bytes_per_s > 0 and self.flops_per_s > 0):
             raise ValueError(
                 f"memory_bytes_per_s {self.memory_bytes_per_s} and flops_per_s {self.flops_per_s} must be > 0"
             )
-        if min(self.call_s, self.router_s, self.router_token_s) < 0:
-            raise ValueError("call_s, router_s and router_token_s must not be negative")
+        if min(self.call_s, self.router_s, self.router_token_s, self.router_row_s, self.row_s) < 0:
+            raise ValueError("call_s, row_s, router_s, router_token_s and router_row_s must not be negative")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap is {self.overlap}, expected 0 to 1")
 
 
 def busy_seconds(
     activated_R: np.ndarray, pairs_R: np.ndarray, model: ModelShape, constants: Constants, speed_R: np.ndarray
 ) -> np.ndarray:
-    """float64 [..., R]: reading the weights of activated experts, or computing pairs if that takes longer."""
-    weights_R = activated_R * model.expert_bytes / constants.memory_bytes_per_s
-    return np.maximum(weights_R, pairs_R * model.pair_flops / constants.flops_per_s) / speed_R
+    """float64 [..., R]: reading the weights of activated experts and computing pairs, as far as both overlap."""
+    weights_R = activated_R * (model.expert_bytes / constants.memory_bytes_per_s)
+    flops_R = pairs_R * (model.pair_flops / constants.flops_per_s)
+    return (np.maximum(weights_R, flops_R) + (1 - constants.overlap) * np.minimum(weights_R, flops_R)) / speed_R
 
 
 # Nominal: four fifths of the 3.35 TB/s that an H100 SXM reads, three fifths of its 989 Tflop/s (dense, bf16). The fixed
@@ -81,4 +91,8 @@ def busy_seconds(
 H100 = Constants(2.7e12, 590e12, 12e-6, 25e-6, 0.05e-6, "H100, nominal")
 # Measured by this project's benchmarks on one core of an AMD EPYC, bf16. shard_kernel: reading rate, peak, and the time
 # of a call of one row beyond reading its weights. router_overhead: 4 shards, 1 to 64 tokens.
-CPU_CORE = Constants(34e9, 430e9, 28e-6, 30e-6, 0.27e-6, "one EPYC core, measured")
+CPU_CORE = Constants(34e9, 430e9, 28e-6, 30e-6, 0.27e-6, "one EPYC core with AVX-512, measured", overlap=0.0)
+# Measured by layer_cost (the run of docs/placement.md): float32, weights beyond the caches.
+CPU_CORE_AVX2 = Constants(
+    13.7e9, 102e9, 3e-6, 15e-6, 0.15e-6, "one EPYC core without AVX-512, measured", router_row_s=0.06e-6, overlap=0.0
+)

@@ -1,18 +1,24 @@
 """The cost of one step with a placement, layer by layer, on batches drawn from a trace.
 
 T tokens of a step, L layers, K experts of one token, E experts, R ranks, I routers.
+
+Each router dispatches its own tokens and waits for its own answers. Only what meets at a shard is computed together
+(`placement.capacity.turns`), so tokens of different routers read an expert's weights as often as they come apart.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from placement.capacity.hardware import H100, Constants, ModelShape
+from placement.capacity.hardware import H100, Constants, ModelShape, busy_seconds
+from placement.capacity.turns import Turn, Visit, layer_seconds
 from placement.placement import Placement, check_same_model
+from placement.rule.evaluate import count_visits
 from placement.rule.local_replicas import keep_local
 from placement.rule.replica_choice import check_top_k, choose_replicas
 from placement.topology import LINK_CLASSES, Link, Topology
@@ -23,15 +29,18 @@ PAIR_HEADER_BYTES = 8  # slot and weight of one expert of a row
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """Seconds of each layer, float64 [L], averaged over batches; what they follow from; bytes of a step in all layers.
+    """Seconds of each layer, float64 [L], averaged over routers and batches; what they follow from; bytes of a step.
 
-    `link_s` and `link_bytes` are by link class, both directions together. `busiest_activated` and `busiest_pairs` are
-    those of the slowest shard, averaged over layers. `migration_s` is the whole migration, not spread over steps.
+    `shard_s` is the slowest shard's call for a router's rows alone, `wait_s` what others' rows add: those before, and
+    those in the same call. `link_s` (of a router) and `link_bytes` (of all) are by link class, both directions
+    together, in all layers. `busiest_activated` and `busiest_pairs` are of the slowest call, averaged over layers;
+    `activated` is what all tokens of a layer want. `migration_s` is the whole migration, not spread over steps.
     """
 
     router_s: np.ndarray
     wire_s: np.ndarray
     shard_s: np.ndarray
+    wait_s: np.ndarray
     weights_s: np.ndarray
     flops_s: np.ndarray
     link_s: dict[str, float]
@@ -51,7 +60,7 @@ class StepCost:
     @property
     def step_s(self) -> float:
         """Seconds of the expert half of one step, its share of the migration included."""
-        layers_s = float((self.router_s + self.wire_s + self.shard_s).sum())
+        layers_s = float((self.router_s + self.wire_s + self.shard_s + self.wait_s).sum())
         return layers_s + self.migration_s / self.steps_between_plans
 
 
@@ -67,28 +76,32 @@ def step_cost(
     prefer_local_replicas: bool = False,
     current: Placement | None = None,
     steps_between_plans: int = 2000,
+    think_s: float = 0.0,
     batches: int = 8,
     seed: int = 0,
 ) -> StepCost:
-    """Predict a step of `tokens` tokens.
+    """Predict a router's step, where all routers together have `tokens` tokens in theirs.
 
     Args:
-        topology: None for equal shards, nodes as in the placement, one rack, nominal links.
+        topology: None for shards with the placement's speeds and nodes, one rack, nominal links.
         router_nodes: the node of each router; routers share the tokens evenly. None: one router on each node.
         prefer_local_replicas: routers take replicas on their own node first.
         current: the placement in use, where the migration starts from.
+        think_s: what a router does between two MoE layers, which leaves shards to others. It is no part of the cost.
         batches: how many batches to draw from the trace and average.
 
     Raises ValueError if trace, placement and topology do not fit together, TraceError for a trace of counts alone.
     """
     model = model or ModelShape()
-    topology = topology or Topology.uniform(placement.num_ranks, placement.num_nodes)
+    topology = topology or topology_of(placement)
     check_same_model("the placement", placement, "the trace", trace)
     check_top_k(trace.topk_ids.shape[2])
     if not trace.has_sets:
         raise TraceError("the cost of a step follows from per-token sets; the trace holds only counts")
     if topology.num_ranks != placement.num_ranks:
         raise ValueError(f"the topology has {topology.num_ranks} ranks, the placement {placement.num_ranks}")
+    if think_s < 0:
+        raise ValueError(f"think_s is {think_s}, expected at least 0")
     for name, value in (("tokens", tokens), ("batches", batches), ("steps_between_plans", steps_between_plans)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -101,43 +114,66 @@ def step_cost(
     num_layers = placement.num_layers
     class_IR = np.array([_classes_from(topology, node) for node in routers])
     local_IR = class_IR == 1 if prefer_local_replicas else np.zeros(class_IR.shape, bool)
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     link_s: dict[str, float] = {}
     link_bytes: dict[str, float] = {}
-    layer_s = {name: np.zeros(num_layers) for name in ("router", "wire", "shard", "weights", "flops")}
-    for _ in range(batches):
+    names = ("router", "wire", "shard", "wait", "weights", "flops")
+    layer_s = {name: np.zeros(num_layers) for name in names}
+    for batch in range(batches):
         drawn = rng.choice(trace.num_tokens, tokens, replace=tokens > trace.num_tokens)
         sub = trace.take(drawn)
+        turns_IL: list[list[Turn]] = [[] for _ in routers]
+        alone_IL = np.zeros((len(routers), num_layers))
         for layer in range(num_layers):
             ids_TK = sub.ids_of_layer(layer)
-            rows_IR, pairs_IR, used, nodes = _dispatch(ids_TK, placement, layer, local_IR)
-            activated_R, pairs_R = used.sum(1), pairs_IR.sum(0)
-            weights_R = activated_R * model.expert_bytes / constants.memory_bytes_per_s / topology.speed_R
-            flops_R = pairs_R * model.pair_flops / constants.flops_per_s / topology.speed_R
-            busy_R = np.maximum(weights_R, flops_R)
-            slowest = int(busy_R.argmax())
-            out_s, out = _way(rows_IR * model.row_bytes + pairs_IR * PAIR_HEADER_BYTES, class_IR, topology)
-            back_s, back = _way(rows_IR * model.row_bytes, class_IR, topology)
-            for into, found in ((link_s, out_s), (link_s, back_s), (link_bytes, out), (link_bytes, back)):
-                for link_class, amount in found.items():
-                    into[link_class] = into.get(link_class, 0.0) + amount
-            router_tokens = -(-tokens // len(routers))
-            layer_s["router"][layer] += constants.router_s + constants.router_token_s * router_tokens
-            layer_s["wire"][layer] += max(out_s.values(), default=0.0) + max(back_s.values(), default=0.0)
-            layer_s["shard"][layer] += busy_R[slowest] + constants.call_s
-            layer_s["weights"][layer] += weights_R[slowest]
-            layer_s["flops"][layer] += flops_R[slowest]
-            total["rows"] += int(rows_IR.sum())
-            total["nodes"] += nodes
-            total["activated"] += int(used.any(0).sum())
-            total["busiest_activated"] += int(activated_R[slowest])
-            total["busiest_pairs"] += int(pairs_R[slowest])
+            dispatched = _dispatch(ids_TK, placement, layer, local_IR)
+            activated_IR, pairs_IR = dispatched.used_IRE.sum(2), dispatched.pairs_IR
+            weights_IR = activated_IR * model.expert_bytes / constants.memory_bytes_per_s / topology.speed_R
+            flops_IR = pairs_IR * model.pair_flops / constants.flops_per_s / topology.speed_R
+            call_IR = busy_seconds(activated_IR, pairs_IR, model, constants, topology.speed_R)
+            call_IR = np.where(pairs_IR > 0, call_IR + constants.call_s + constants.row_s * dispatched.rows_IR, 0.0)
+            slowest_I = call_IR.argmax(1)
+            for router, class_R in enumerate(class_IR):
+                rows_R, pairs_R = dispatched.rows_IR[router], pairs_IR[router]
+                out_s, out = _way(rows_R, rows_R * model.row_bytes + pairs_R * PAIR_HEADER_BYTES, class_R, topology)
+                back_s, back = _way(rows_R, rows_R * model.row_bytes, class_R, topology)
+                for found in (out_s, back_s):
+                    for link_class, amount in found.items():
+                        link_s[link_class] = link_s.get(link_class, 0.0) + amount / len(routers)
+                for found in (out, back):
+                    for link_class, amount in found.items():
+                        link_bytes[link_class] = link_bytes.get(link_class, 0.0) + amount
+                wire_out_s, wire_back_s = max(out_s.values(), default=0.0), max(back_s.values(), default=0.0)
+                router_s = constants.router_s + constants.router_token_s * len(ids_TK[router :: len(routers)])
+                router_s += constants.router_row_s * int(rows_R.sum())
+                alone_s = float(call_IR[router].max())
+                alone_IL[router, layer] = router_s + wire_out_s + wire_back_s + alone_s
+                turns_IL[router].append(
+                    Turn(
+                        think_s + router_s + wire_out_s, _visits(dispatched, router, len(routers) > 1), wire_back_s
+                    )
+                )  # fmt: skip
+                for name, spent_s in (("router", router_s), ("wire", wire_out_s + wire_back_s), ("shard", alone_s)):
+                    layer_s[name][layer] += spent_s / len(routers)
+            at = np.arange(len(routers)), slowest_I
+            layer_s["weights"][layer] += weights_IR[at].mean()
+            layer_s["flops"][layer] += flops_IR[at].mean()
+            total["rows"] += int(dispatched.rows_IR.sum())
+            total["nodes"] += dispatched.nodes
+            total["activated"] += int(dispatched.used_IRE.any((0, 1)).sum())
+            total["busiest_activated"] += float(activated_IR[at].mean())
+            total["busiest_pairs"] += float(pairs_IR[at].mean())
+        if len(routers) > 1:
+            spent_IL = layer_seconds(turns_IL, model, constants, topology.speed_R, seed=seed + batch)
+            # Never less than alone but for rounding.
+            layer_s["wait"] += np.maximum(spent_IL - think_s - alone_IL, 0.0).mean(0)
     moved, migration_s = (0, 0.0) if current is None else migration_cost(current, placement, model, topology)
     times = batches * num_layers
     return StepCost(
         router_s=layer_s["router"] / batches,
         wire_s=layer_s["wire"] / batches,
         shard_s=layer_s["shard"] / batches,
+        wait_s=layer_s["wait"] / batches,
         weights_s=layer_s["weights"] / batches,
         flops_s=layer_s["flops"] / batches,
         link_s={name: value / batches for name, value in link_s.items()},
@@ -154,6 +190,16 @@ def step_cost(
         migration_bytes=moved,
         steps_between_plans=steps_between_plans,
     )
+
+
+def topology_of(placement: Placement) -> Topology:
+    """Machines for a placement of which nothing else is known: its speeds and nodes, one rack, nominal links.
+
+    Raises TopologyError if its nodes are not in the order of their ranks.
+    """
+    uniform = Topology.uniform(placement.num_ranks)
+    nodes = np.zeros(placement.num_nodes, np.int32)
+    return Topology(placement.node_of_rank_R, nodes, uniform.memory_bytes_R, placement.speed_R)
 
 
 def migration_cost(current: Placement, target: Placement, model: ModelShape, topology: Topology) -> tuple[int, float]:
@@ -182,17 +228,21 @@ def _classes_from(topology: Topology, node: int) -> np.ndarray:
     return np.where(topology.node_of_rank_R == node, 1, class_R)
 
 
-def _dispatch(
-    ids_TK: np.ndarray, placement: Placement, layer: int, local_IR: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """int64 [I, R] rows and pairs from each router, bool [R, E] activated experts, and the number of node visits.
+class _Dispatched(NamedTuple):
+    """What each router sends in a layer: int64 [I, R] rows and pairs, bool [I, R, E] experts; node visits of all."""
 
-    `local_IR` bool: ranks whose replicas each router takes first; all False for no preference.
-    """
+    rows_IR: np.ndarray
+    pairs_IR: np.ndarray
+    used_IRE: np.ndarray
+    nodes: int
+
+
+def _dispatch(ids_TK: np.ndarray, placement: Placement, layer: int, local_IR: np.ndarray) -> _Dispatched:
+    """One layer of all routers; `local_IR` bool: ranks whose replicas each takes first, all False for no preference."""
     num_routers, num_ranks = local_IR.shape
     rows_IR = np.zeros((num_routers, num_ranks), np.int64)
     pairs_IR = np.zeros((num_routers, num_ranks), np.int64)
-    used_RE = np.zeros((num_ranks, placement.num_experts), bool)
+    used_IRE = np.zeros((num_routers, num_ranks, placement.num_experts), bool)
     nodes = 0
     for router in range(num_routers):
         mine_TK = np.ascontiguousarray(ids_TK[router::num_routers])
@@ -206,22 +256,39 @@ def _dispatch(
         np.put_along_axis(visits_TR, rank_TK.astype(np.int64), True, axis=1)  # -1 goes into the last column
         visits_TR = visits_TR[:, :num_ranks]
         rows_IR[router] = visits_TR.sum(0)
-        pairs_IR[router] = load_R
-        used_RE[rank_TK[rank_TK >= 0], mine_TK[rank_TK >= 0]] = True
-        nodes += int(visits_TR.reshape(len(mine_TK), placement.num_nodes, -1).any(2).sum())
-    return rows_IR, pairs_IR, used_RE, nodes
+        chosen = rank_TK >= 0
+        pairs_IR[router] = np.bincount(rank_TK[chosen], minlength=num_ranks)
+        used_IRE[router, rank_TK[chosen], mine_TK[chosen]] = True
+        node_TK = np.where(chosen, placement.node_of_rank_R[rank_TK], -1)
+        nodes += count_visits(node_TK)
+    return _Dispatched(rows_IR, pairs_IR, used_IRE, nodes)
 
 
-def _way(bytes_IR: np.ndarray, class_IR: np.ndarray, topology: Topology) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and bytes of one direction, for each link class that carries anything."""
+def _visits(dispatched: _Dispatched, router: int, with_experts: bool) -> tuple[Visit, ...]:
+    """Nobody asks which experts a lone router wants."""
+    found = []
+    for rank in np.flatnonzero(dispatched.rows_IR[router]).tolist():
+        experts = 0
+        if with_experts:
+            used_E = np.packbits(dispatched.used_IRE[router, rank], bitorder="little")
+            experts = int.from_bytes(used_E.tobytes(), "little")
+        rows, pairs = int(dispatched.rows_IR[router, rank]), int(dispatched.pairs_IR[router, rank])
+        found.append(Visit(rank, rows, pairs, experts))
+    return tuple(found)
+
+
+def _way(
+    rows_R: np.ndarray, bytes_R: np.ndarray, class_R: np.ndarray, topology: Topology
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and bytes of one direction of one router, for each link class that carries anything."""
     seconds, carried = {}, {}
     for number, name in enumerate(LINK_CLASSES):
-        of_class_IR = np.where(class_IR == number, bytes_IR, 0)
-        if of_class_IR.any():
-            link = _link(topology, name)
-            busiest = max(of_class_IR.sum(1).max(), of_class_IR.sum(0).max())
-            seconds[name] = float(busiest / link.bandwidth_bytes_per_s + link.latency_s)
-            carried[name] = float(of_class_IR.sum())
+        of_class_R = (class_R == number) & (rows_R > 0)
+        if of_class_R.any():
+            link, nbytes = _link(topology, name), float(bytes_R[of_class_R].sum())
+            seconds[name] = nbytes / link.bandwidth_bytes_per_s + link.latency_s
+            seconds[name] += link.message_s * int(of_class_R.sum())
+            carried[name] = nbytes
     return seconds, carried
 
 

@@ -47,21 +47,21 @@ def explain_cost(trace: ActivationTrace, placement: Placement, **arguments: obje
         ),
         CostTerm(
             "wire", float(cost.wire_s.sum()),
-            f"out and back, the slowest link class of each layer; fan-out {cost.fan_out:.2f}, "
+            f"a router's, out and back, the slowest link class of each layer; fan-out {cost.fan_out:.2f}, "
             f"node fan-out {cost.node_fan_out:.2f}",
         ),
     ]  # fmt: skip
     terms += [
         CostTerm(
             f"  link {name}", cost.link_s[name],
-            f"{_bytes(cost.link_bytes[name])} a step; its busiest end decides",
+            f"{_bytes(cost.link_bytes[name])} a step of all routers",
         )
         for name in LINK_CLASSES if name in cost.link_s
     ]  # fmt: skip
     terms += [
         CostTerm(
             "slowest shard", float(cost.shard_s.sum()),
-            f"per layer the larger of the next two, and {cost.call_s * 1e6:.0f} us a call",
+            f"a router's own rows; reading and computing overlap; {cost.call_s * 1e6:.0f} us a call",
         ),
         CostTerm(
             "  weights read", float(cost.weights_s.sum()),
@@ -71,6 +71,8 @@ def explain_cost(trace: ActivationTrace, placement: Placement, **arguments: obje
             "  computing", float(cost.flops_s.sum()), f"{cost.busiest_pairs:.1f} (token, expert) pairs on it"
         ),
     ]  # fmt: skip
+    if cost.num_routers > 1:
+        terms.append(CostTerm("other routers", float(cost.wait_s.sum()), "their rows before and in the same calls"))
     if cost.migration_bytes:
         terms.append(
             CostTerm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from placement.capacity.transports import TRANSPORTS, transport_links
 from placement.capacity.verdict import H100, Constants, ModelShape, compare_with_engine, explain_cost, step_cost
 from placement.placement import Placement
 from placement.topology import Link, Links, Topology
@@ -52,14 +53,63 @@ def test_near_replicas_first_cross_no_link_that_they_need_not():
     assert cost.link_bytes == {"node": 2 * (10 + 2 * 8 + 10)}
 
 
-def test_two_routers_share_the_tokens_and_speed_divides():
+def test_routers_are_not_merged_and_speed_divides():
     trace = trace_of([[[0]], [[1]]], 2)
     placement = Placement(2, 2, 2, np.array([[0, 1]]))
     topology = Topology(np.array([0, 1]), np.array([0, 0]), np.ones(2), np.array([1.0, 0.5]), LINKS)
     cost = step_cost(trace, placement, model=MODEL, constants=UNIT, topology=topology, tokens=2, batches=4)
     assert cost.router_s.tolist() == [5.5]
-    assert cost.shard_s.tolist() == [240 + 3.0]  # the slow shard reads its one expert in twice the time
-    assert cost.weights_s.tolist() == [240.0]
+    # One router's token wants the fast shard, the other's the slow one, which reads its expert in twice the time.
+    assert cost.shard_s.tolist() == [(120 + 240) / 2 + 3.0]
+    assert cost.weights_s.tolist() == [180.0]
+    assert cost.wait_s.tolist() == [0.0]
+    assert cost.activated == 2
+
+
+def test_speeds_of_the_placement_count_where_no_topology_is_given():
+    trace = trace_of([[[0]], [[1]]], 2)
+    placement = Placement(2, 1, 2, np.array([[0, 1]]), speeds=(1.0, 0.5))
+    cost = step_cost(trace, placement, model=MODEL, constants=UNIT, tokens=2, batches=1)
+    assert cost.shard_s.tolist() == [240 + 3.0]
+
+
+def test_tokens_of_several_routers_wait_for_each_other_and_share_reads_only_where_they_meet():
+    # One shard, everybody wants the same expert, reading is all that takes time: alone 120 s a layer.
+    trace, placement = trace_of([[[0]]] * 8, 1), Placement(1, 1, 1, np.array([[0]]))
+    free = Links(node=Link(bandwidth_bytes_per_s=1e15, latency_s=0))
+    reads = Constants(1.0, 1e15, 0.0, 0.0, 0.0)
+    given = {"model": MODEL, "constants": reads, "topology": Topology.uniform(1, links=free), "tokens": 8}
+    alone = step_cost(trace, placement, router_nodes=[0], **given)
+    together = step_cost(trace, placement, router_nodes=[0] * 4, **given)
+    assert alone.step_s == pytest.approx(120)
+    # One router's request is computed while those of the three others wait for the next call, which is one.
+    assert together.shard_s[0] + together.wait_s[0] == pytest.approx(240)
+    # Shards are free while routers think, so they meet less.
+    rare = step_cost(trace, placement, router_nodes=[0] * 4, think_s=1e6, **given)
+    assert rare.wait_s[0] < together.wait_s[0]
+
+
+def test_a_message_costs_its_sender():
+    trace = trace_of([[[0, 1]]], 2)
+    placement = Placement(2, 1, 2, np.array([[0, 1]]))
+    cheap, dear = (Links(node=Link(bandwidth_bytes_per_s=2.0, latency_s=0.25, message_s=m)) for m in (0.0, 4.0))
+    first, second = (
+        step_cost(trace, placement, model=MODEL, constants=UNIT, topology=Topology.uniform(2, links=links), tokens=1)
+        for links in (cheap, dear)
+    )
+    assert second.wire_s[0] - first.wire_s[0] == pytest.approx(2 * 2 * 4.0)
+
+
+def test_what_reading_hides_of_computing():
+    trace, placement = trace_of([[[0]]], 1), Placement(1, 1, 1, np.array([[0]]))
+    by_overlap = [
+        float(step_cost(
+            trace, placement, model=MODEL, tokens=1,
+            constants=Constants(1.0, 4.0, 3.0, 0.0, 0.0, overlap=overlap, row_s=0.5),
+        ).shard_s[0])
+        for overlap in (1.0, 0.5, 0.0)
+    ]  # fmt: skip
+    assert by_overlap == [120 + 3.5, 120 + 30 + 3.5, 120 + 60 + 3.5]
 
 
 def test_terms_add_up_and_name_what_decides():
@@ -104,8 +154,8 @@ def test_fewer_visits_cost_less_wire_and_hot_shards_cost_more():
     assert near.wire_s[0] < far.wire_s[0]
     skewed = trace_of([[[0, 1]]] * 30 + [[[2, 3]]] * 2, 8)
     slow = Constants(1e12, 1e3, 0.0, 0.0, 0.0)
-    even = step_cost(trace, together, constants=slow, tokens=32)
-    hot = step_cost(skewed, together, constants=slow, tokens=32)
+    even = step_cost(trace, together, constants=slow, tokens=32, router_nodes=[0])
+    hot = step_cost(skewed, together, constants=slow, tokens=32, router_nodes=[0])
     assert hot.shard_s[0] > 3 * even.shard_s[0]
 
 
@@ -136,6 +186,7 @@ def test_whether_it_pays():
     [
         ({"tokens": 0}, "tokens is 0"),
         ({"batches": 0}, "batches is 0"),
+        ({"think_s": -1.0}, "think_s is -1.0"),
         ({"router_nodes": [1]}, r"router_nodes is \[1\], expected nodes from 0 to 0"),
         ({"topology": Topology.uniform(3)}, "the topology has 3 ranks, the placement 4"),
         ({"current": Placement.linear(2, 16, 8)}, "the current placement has 8 ranks, the target 4"),
@@ -152,7 +203,29 @@ def test_counts_alone_are_refused():
         step_cost(trace, Placement.linear(2, 16, 4))
 
 
+def test_shared_memory_tcp_and_nccl_are_told_apart():
+    trace, placement = random_trace(), Placement.linear(2, 16, 4, 2)
+    near, far = {}, {}
+    for within, beyond in (("shm", "tcp"), ("cuda_ipc", "nccl")):
+        topology = Topology.uniform(4, 2, links=transport_links(within, beyond))
+        cost = step_cost(trace, placement, topology=topology, tokens=1, router_nodes=[0])
+        near[within], far[beyond] = cost.link_s["node"], cost.link_s["rack"]
+    assert near["shm"] < far["tcp"]
+    assert near["cuda_ipc"] < far["nccl"]
+    assert len({*near.values(), *far.values()}) == 4
+    assert {name for name, one in TRANSPORTS.items() if one.measured} == {"shm", "tcp"}
+    assert all(one.measured != one.source.startswith("estimate") for one in TRANSPORTS.values())
+    with pytest.raises(ValueError, match="shm does not reach other nodes"):
+        transport_links("shm", "shm")
+    with pytest.raises(ValueError, match="transport is 'gloo', expected one of shm, tcp, cuda_ipc, nccl"):
+        transport_links("gloo", "tcp")
+
+
 def test_bad_constants():
+    with pytest.raises(ValueError, match="overlap is 1"):
+        Constants(1, 1, 0, 0, 0, overlap=1.5)
+    with pytest.raises(ValueError, match="must not be negative"):
+        Constants(1, 1, 0, 0, 0, row_s=-1)
     with pytest.raises(ValueError, match="memory_bytes_per_s 0"):
         Constants(0, 1, 0, 0, 0)
     with pytest.raises(ValueError, match="hidden_size is 0"):
