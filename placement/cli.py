@@ -106,7 +106,7 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Print one row for each placement."""
-    from placement.rule.evaluate import evaluate
+    from placement.rule.evaluate import evaluate, on_machines
     from placement.traces.importers import import_trace
 
     trace = import_trace(args.trace, args.format, args.num_experts)
@@ -115,7 +115,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = {}
     with ProgressBar("placements scored") as bar:
         for done, path in enumerate(args.placement, 1):
-            evaluation = evaluate(Placement.load(path), trace, args.prefer_local_replicas)
+            try:
+                placement = on_machines(Placement.load(path), args.speeds, args.slots_per_rank)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            evaluation = evaluate(placement, trace, args.prefer_local_replicas)
             rows[str(path)] = evaluation.summary() | {
                 "layers": [
                     {"layer": layer, "fan_out": fan, "node_fan_out": node, "far_fan_out": far, "balancedness": even}
@@ -273,6 +277,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--domain", help="only the tokens of this domain")
     command.add_argument("--placement", nargs="+", required=True, help="placement files")
     command.add_argument("--json", action="store_true", help="JSON, layer by layer")
+    command.add_argument(
+        "--speeds", type=speeds_argument, help="relative speed of each rank, whatever placements carry: 1,1,0.5"
+    )
+    command.add_argument(
+        "--slots-per-rank", type=slots_argument, help="slots of every rank, or a list; placements that need more fail"
+    )
     command.add_argument(
         "--prefer-local-replicas", action="store_true", help="routers take replicas on their own node first"
     )

@@ -6,10 +6,11 @@ A layer's time is the router's own work, the rows' way out, the slowest shard, a
 each other, so a step is their sum. A row goes to a rank once, however many of its experts the rank holds, so bytes
 follow from fan-out; the bytes that leave the router's node follow from the nodes a token visits.
 
-- Wire, one direction: `bytes / bandwidth + latency` at the busiest end of each link class, which is the router that
-  sends most or the shard that receives most. Classes work in parallel, so the slowest one counts.
-- Shard: reading the weights of its activated experts, or computing its pairs if that takes longer (a roofline that a
-  good kernel comes close to), divided by the shard's speed, plus the fixed cost of a call.
+- Wire, one direction: `bytes / bandwidth + latency` at the router's end of each link class, and what its messages cost
+  there. Classes work in parallel, so the slowest one counts.
+- Shard: reading the weights of its activated experts and computing its pairs, as far as one hides the other, divided by
+  the shard's speed, plus the fixed cost of a call and of its rows.
+- Other routers: what waits for a layer is computed together, the rest waits (`placement.capacity.turns`).
 - Migration: the bytes of new replicas from their nearest source, for the shard that receives most, spread over the
   steps until the next plan.
 
@@ -19,10 +20,13 @@ measured, see `placement.capacity.hardware`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from placement.capacity.hardware import CPU_CORE, H100, Constants, ModelShape
-from placement.capacity.step_cost import StepCost, migration_cost, step_cost
+import numpy as np
+
+from placement.capacity.hardware import CPU_CORE, H100, Constants, ModelShape, busy_seconds
+from placement.capacity.step_cost import StepCost, migration_cost, step_cost, topology_of
 from placement.placement import Placement
 from placement.topology import LINK_CLASSES, Topology
 from placement.traces.trace import ActivationTrace
@@ -88,11 +92,12 @@ def explain_cost(trace: ActivationTrace, placement: Placement, **arguments: obje
 
 
 class Verdict(NamedTuple):
-    """Whether separate shards pay against an engine that holds all experts; `why` is a line for a person."""
+    """Whether separate shards pay on as many GPUs as an engine has; `why` is a line for a person."""
 
     pays: bool
     mesh_s: float
     engine_s: float
+    gpus: int
     why: str
 
 
@@ -100,55 +105,93 @@ def compare_with_engine(
     trace: ActivationTrace,
     placement: Placement,
     *,
-    engine_gpus: int = 1,
     model_layers: int | None = None,
+    dense_bytes: int = 0,
     model: ModelShape | None = None,
     constants: Constants = H100,
     topology: Topology | None = None,
     tokens: int = 64,
+    router_nodes: Sequence[int] | None = None,
     **arguments: object,
 ) -> Verdict:
-    """Predict whether disaggregation pays: the expert half of a step with the same tokens, on shards and in an engine.
+    """Predict whether disaggregation pays: the expert half of a step with the same tokens on equally many GPUs.
 
-    The engine splits every expert over `engine_gpus` GPUs of speed 1 (tensor parallel, with an all-reduce within the
-    node after each layer) and needs memory for all experts of `model_layers` layers (None: those of the placement).
-    It does not count that shards scale, fail and upgrade on their own, which may be worth a slower step.
+    The mesh has a GPU for each shard and each router. The engine splits every expert over as many (tensor parallel, an
+    all-reduce after each layer, across nodes if the shards stand on several) and goes at the pace of the slowest GPU.
+    Neither the dense half of a step counts, for which the mesh has only its routers, nor that shards scale, fail and
+    upgrade on their own, which may be worth a slower step.
+
+    Args:
+        model_layers: MoE layers of the model, for memory; None: those of the placement.
+        dense_bytes: all but routed experts, for memory: all of it on each router, its share on each GPU of the engine.
+
+    A side that lacks memory loses. GPUs of routers have as much as the smallest shard's.
     """
-    if engine_gpus < 1:
-        raise ValueError(f"engine_gpus is {engine_gpus}, expected at least 1")
+    if dense_bytes < 0:
+        raise ValueError(f"dense_bytes is {dense_bytes}, expected at least 0")
     model = model or ModelShape()
-    topology = topology or Topology.uniform(placement.num_ranks, placement.num_nodes)
+    topology = topology or topology_of(placement)
     cost = step_cost(
-        trace, placement, model=model, constants=constants, topology=topology, tokens=tokens, **arguments  # type: ignore[arg-type]
+        trace, placement, model=model, constants=constants, topology=topology, tokens=tokens,
+        router_nodes=router_nodes, **arguments,  # type: ignore[arg-type]
     )  # fmt: skip
-    ids = trace.topk_ids
-    pairs = float((ids >= 0).sum()) / max(1, len(ids) * trace.num_layers) * tokens
-    weights_s = cost.activated * model.expert_bytes / (constants.memory_bytes_per_s * engine_gpus)
-    flops_s = pairs * model.pair_flops / (constants.flops_per_s * engine_gpus)
-    reduce_s = 0.0
-    if engine_gpus > 1:
-        link = topology.links.node
-        reduce_s = 2 * (engine_gpus - 1) / engine_gpus * tokens * model.row_bytes / link.bandwidth_bytes_per_s
-        reduce_s += 2 * link.latency_s
-    engine_s = placement.num_layers * (max(weights_s, flops_s) + constants.call_s + reduce_s)
-    needed = model.expert_bytes * placement.num_experts * (model_layers or placement.num_layers)
-    room = int(topology.memory_bytes_R.min()) * engine_gpus
-    if needed > room:
-        why = (
-            f"all experts take {_bytes(needed)}, an engine of {engine_gpus} GPUs has {_bytes(room)}: "
-            "it cannot hold them"
-        )
-        return Verdict(True, cost.step_s, engine_s, why)
+    gpus = placement.num_ranks + (topology.num_nodes if router_nodes is None else len(router_nodes))
+    engine_s = placement.num_layers * _engine_layer_s(trace, cost, model, constants, topology, gpus)
+    layers = model_layers or placement.num_layers
+    mesh_lack = _mesh_lacks(placement, model, topology, layers, dense_bytes)
+    needed = model.expert_bytes * placement.num_experts * layers + dense_bytes
+    room = int(topology.memory_bytes_R.min()) * gpus
+    if mesh_lack is not None or needed > room:
+        engine = f"an engine of {gpus} GPUs needs {_bytes(needed)} and has {_bytes(room)}"
+        pays = mesh_lack is None
+        why = f"{engine}: it cannot hold them" if pays else f"{mesh_lack}; {engine}"
+        return Verdict(pays, cost.step_s, engine_s, gpus, why)
     pays = cost.step_s < engine_s
     parts = {
-        "wire": float(cost.wire_s.sum()), "router": float(cost.router_s.sum()), "shards": float(cost.shard_s.sum()),
+        "wire": float(cost.wire_s.sum()), "router": float(cost.router_s.sum()),
+        "shards": float((cost.shard_s + cost.wait_s).sum()),
     }  # fmt: skip
     largest = max(parts, key=lambda name: parts[name])
     why = (
-        f"{cost.step_s * 1e3:.3g} ms on {placement.num_ranks} shards ({largest} {parts[largest] / cost.step_s:.0%}) "
-        f"against {engine_s * 1e3:.3g} ms in an engine of {engine_gpus} GPUs: it {'pays' if pays else 'does not pay'}"
+        f"{cost.step_s * 1e3:.3g} ms on {placement.num_ranks} shards and {gpus - placement.num_ranks} routers "
+        f"({largest} {parts[largest] / cost.step_s:.0%}) against {engine_s * 1e3:.3g} ms in an engine of {gpus} GPUs: "
+        f"it {'pays' if pays else 'does not pay'}"
     )
-    return Verdict(pays, cost.step_s, engine_s, why)
+    return Verdict(pays, cost.step_s, engine_s, gpus, why)
+
+
+def _engine_layer_s(
+    trace: ActivationTrace, cost: StepCost, model: ModelShape, constants: Constants, topology: Topology, gpus: int
+) -> float:
+    """Seconds of a layer in an engine of `gpus` GPUs that computes all tokens in one call."""
+    ids = trace.topk_ids
+    pairs = float((ids >= 0).sum()) / max(1, len(ids) * trace.num_layers) * cost.tokens
+    activated_1, pairs_1, speed_1 = (
+        np.array([value]) for value in (cost.activated / gpus, pairs / gpus, topology.speed_R.min())
+    )
+    busy_s = float(busy_seconds(activated_1, pairs_1, model, constants, speed_1)[0])
+    link = topology.links.node if topology.num_nodes == 1 else topology.links.rack
+    reduce_s = 2 * (gpus - 1) / gpus * cost.tokens * model.row_bytes / link.bandwidth_bytes_per_s + 2 * link.latency_s
+    return busy_s + constants.call_s + constants.row_s * cost.tokens + reduce_s
+
+
+def _mesh_lacks(
+    placement: Placement, model: ModelShape, topology: Topology, layers: int, dense_bytes: int
+) -> str | None:
+    """What does not fit a shard or a router, in words; None if all does."""
+    filled_LR = (placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1) >= 0).sum(2)
+    needed_R = filled_LR.sum(0) * model.expert_bytes * layers / placement.num_layers
+    lacking = np.flatnonzero(needed_R > topology.memory_bytes_R)
+    if lacking.size:
+        rank = int(lacking[0])
+        return (
+            f"shard {rank} needs {_bytes(needed_R[rank])} for its experts and has "
+            f"{_bytes(float(topology.memory_bytes_R[rank]))}"
+        )
+    smallest = int(topology.memory_bytes_R.min())
+    if dense_bytes > smallest:
+        return f"a router needs {_bytes(dense_bytes)} for the dense layers and has {_bytes(smallest)}"
+    return None
 
 
 def _bytes(count: float) -> str:

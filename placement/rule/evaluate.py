@@ -6,7 +6,7 @@ T tokens, L layers, K experts of one token, R ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -142,6 +142,30 @@ def evaluate(
         fan_out, node_fan_out, far_fan_out, balance, even_balance, load_LR, rows_LR, histogram, trace.num_tokens,
         evaluate_steps(placement, trace, step_tokens, prefer_local_replicas),
     )  # fmt: skip
+
+
+def on_machines(
+    placement: Placement, speeds: Sequence[float] | None = None, slots_per_rank: int | Sequence[int] | None = None
+) -> Placement:
+    """The placement on these machines: ranks with these speeds (None: those that it carries) and numbers of slots.
+
+    So that plans made with and without knowing the machines are scored on the same ones. Raises ValueError if a rank
+    holds more experts of a layer than it has slots, or numbers do not fit the ranks.
+    """
+    if slots_per_rank is not None:
+        given = [slots_per_rank] * placement.num_ranks if isinstance(slots_per_rank, int) else list(slots_per_rank)
+        if len(given) != placement.num_ranks:
+            raise ValueError(f"slots_per_rank are {given}, expected one for each of {placement.num_ranks} ranks")
+        map_LRs = placement.physical_to_logical_map.reshape(placement.num_layers, placement.num_ranks, -1)
+        held_LR = (map_LRs >= 0).sum(2)
+        over = np.argwhere(held_LR > np.array(given))
+        if over.size:
+            layer, rank = over[0].tolist()
+            raise ValueError(
+                f"layer {layer}: rank {rank} holds {held_LR[layer, rank]} experts, but has {given[rank]} slots "
+                f"({len(over)} such places in all)"
+            )
+    return placement if speeds is None else replace(placement, speeds=tuple(speeds))
 
 
 def count_visits(group_TK: np.ndarray) -> int:

@@ -30,7 +30,7 @@ class StepFigures:
     """Means over steps of `tokens` tokens; float64 [L].
 
     `balancedness`: by speed, of the pairs of single steps. `activated`: (expert, rank) pairs whose weights are read;
-    `busiest_activated`: those of the rank that reads most.
+    `busiest_activated`: those of the rank that reads longest, as many as the fastest rank reads meanwhile.
     """
 
     tokens: int
@@ -129,6 +129,7 @@ def evaluate_steps(
             fan_out[layer] = counts.rows_SR[warm_up:].sum(1).mean() / tokens
             balance[layer] = counts.balancedness_S(placement.speed_R)[warm_up:].mean()
             activated[layer] = counts.activated_SR[warm_up:].sum(1).mean()
-            busiest[layer] = counts.activated_SR[warm_up:].max(1).mean()
+            slowness_R = placement.speed_R.max() / placement.speed_R
+            busiest[layer] = (counts.activated_SR[warm_up:] * slowness_R).max(1).mean()
         found.append(StepFigures(tokens, len(at_ST) - warm_up, fan_out, balance, activated, busiest))
     return tuple(found)

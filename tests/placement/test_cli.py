@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,26 @@ def test_evaluate_prints_a_table_and_json(files, capsys) -> None:
     row = json.loads(capsys.readouterr().out)[str(files / "linear.json")]
     assert row["tokens"] == 120
     assert len(row["layers"]) == 2
+
+
+def test_evaluate_scores_all_placements_on_the_same_machines(files, capsys) -> None:
+    trace = ActivationTrace.load_npz(files / "trace.npz")
+    linear = Placement.linear(2, 16, 4)
+    linear.save(files / "linear.json")
+    replace(linear, speeds=(1, 1, 1, 9)).save(files / "other.json")
+    names = [str(files / "linear.json"), str(files / "other.json")]
+    given = ["evaluate", "--trace", str(files / "trace.npz"), "--json", "--speeds", "1,1,0.5,1", "--placement", *names]
+    assert main(given) == 0
+    rows = json.loads(capsys.readouterr().out)
+    expected = evaluate(replace(linear, speeds=(1, 1, 0.5, 1)), trace).summary()
+    assert rows[names[0]] == rows[names[1]]
+    assert rows[names[0]]["balancedness"] == pytest.approx(expected["balancedness"])
+    assert rows[names[0]]["balancedness"] < evaluate(linear, trace).balancedness.mean()
+    assert main([*given, "--slots-per-rank", "4,4,3,4"]) == 2
+    message = "linear.json: layer 0: rank 2 holds 4 experts, but has 3 slots (2 such places in all)"
+    assert message in capsys.readouterr().err
+    assert main([*given, "--slots-per-rank", "4,4"]) == 2
+    assert "expected one for each of 4 ranks" in capsys.readouterr().err
 
 
 def test_from_a_current_placement_with_bounded_moves(files) -> None:

@@ -165,20 +165,69 @@ def test_one_token():
     assert cost.step_s > 0
 
 
-def test_whether_it_pays():
-    trace, placement = random_trace(), Placement.linear(2, 16, 4)
-    topology = Topology.uniform(4, memory_bytes=10**9)
-    small = compare_with_engine(trace, placement, topology=topology, model=ModelShape(256, 128), tokens=1)
-    assert not small.pays
-    assert "does not pay" in small.why
-    large = compare_with_engine(trace, placement, model=ModelShape(7168, 2048), tokens=256)
-    assert large.pays
-    assert large.mesh_s < large.engine_s
-    too_big = compare_with_engine(trace, placement, topology=topology, model=ModelShape(4096, 4096), tokens=1)
-    assert too_big.pays
-    assert "cannot hold them" in too_big.why
-    split = compare_with_engine(trace, placement, model=ModelShape(7168, 2048), tokens=256, engine_gpus=8)
-    assert split.engine_s < large.engine_s
+ONE_TOKEN = trace_of([[[0, 1]]], 4)
+TWO_RANKS = Placement(2, 1, 4, np.array([[0, 1, 2, 3]]))
+
+
+def against_engine(topology=None, **more):
+    topology = topology or Topology.uniform(2, links=LINKS)
+    given = {"model": MODEL, "constants": UNIT, "topology": topology, "tokens": 1, "batches": 1} | more
+    return compare_with_engine(ONE_TOKEN, TWO_RANKS, **given)
+
+
+def test_an_engine_has_as_many_gpus_as_shards_and_routers_together():
+    # Two shards and a router: three GPUs read a third of two experts each, and reduce a row of 10 B.
+    verdict = against_engine()
+    assert verdict.gpus == 3
+    assert verdict.engine_s == pytest.approx(2 * 120 / 3 + 3.0 + 2 * (2 / 3) * 10 / 2.0 + 2 * 0.25)
+    assert verdict.mesh_s == pytest.approx(5.5 + (10 + 16) / 2.0 + 0.25 + 10 / 2.0 + 0.25 + 240 + 3.0)
+    assert not verdict.pays
+    assert "does not pay" in verdict.why
+    assert against_engine(router_nodes=[0, 0, 0], tokens=3).gpus == 5
+
+
+def test_unlike_gpus_an_engine_goes_at_the_pace_of_the_slowest():
+    # The slow rank's experts are not wanted, so the mesh does not wait for it.
+    topology = Topology(np.zeros(2), np.zeros(1), np.ones(2) * 1e9, np.array([1.0, 0.1]), LINKS)
+    verdict = against_engine(topology)
+    assert verdict.engine_s == pytest.approx(10 * 2 * 120 / 3 + 3.0 + 2 * (2 / 3) * 10 / 2.0 + 2 * 0.25)
+    assert verdict.mesh_s == pytest.approx(against_engine().mesh_s)
+    assert verdict.pays
+
+
+def test_an_engine_across_nodes_reduces_across_nodes():
+    near, far = (Topology.uniform(2, nodes, links=LINKS) for nodes in (1, 2))
+    one, other = against_engine(near, router_nodes=[0]), against_engine(far, router_nodes=[0])
+    assert other.engine_s - one.engine_s == pytest.approx(2 * (2 / 3) * 10 * (1 / 1.0 - 1 / 2.0) + 2 * (0.5 - 0.25))
+
+
+@pytest.mark.parametrize(
+    ("memory", "more", "why"),
+    [
+        # Two experts of 120 B on each shard; four on three GPUs.
+        ((240, 240), {}, "does not pay"),
+        ((240, 239), {}, "shard 1 needs 240 B for its experts and has 239 B; an engine of 3 GPUs needs 480 B"),
+        ((10**6, 479), {"model_layers": 2}, "shard 1 needs 480 B for its experts and has 479 B"),
+        ((240, 240), {"dense_bytes": 300}, "a router needs 300 B for the dense layers and has 240 B"),
+        ((240, 240), {"dense_bytes": 240}, "does not pay"),
+    ],
+)
+def test_shards_and_routers_need_memory(memory, more, why):
+    topology = Topology(np.zeros(2), np.zeros(1), np.array(memory), np.ones(2), LINKS)
+    verdict = against_engine(topology, **more)
+    assert not verdict.pays
+    assert why in verdict.why
+
+
+def test_an_engine_that_cannot_hold_the_model_loses():
+    # One shard holds all four experts. An engine would have to divide them evenly, over small GPUs too.
+    placement = Placement(3, 1, 4, np.array([[0, 1, 2, 3, -1, -1]]))
+    topology = Topology(np.zeros(3), np.zeros(1), np.array([1000, 1000, 100]), np.ones(3), LINKS)
+    verdict = compare_with_engine(
+        ONE_TOKEN, placement, topology=topology, model=MODEL, constants=UNIT, tokens=1, batches=1
+    )
+    assert verdict.pays
+    assert "an engine of 4 GPUs needs 480 B and has 400 B: it cannot hold them" in verdict.why
 
 
 @pytest.mark.parametrize(

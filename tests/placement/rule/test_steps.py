@@ -49,7 +49,8 @@ def test_figures_are_means_after_the_first_step_by_speed() -> None:
         slowest_S = (counts.pairs_SR / [1.0, 0.5, 1.0, 2.0]).max(1)
         assert figures.balancedness[layer] == pytest.approx((counts.pairs_SR.sum(1) / 4.5 / slowest_S)[1:].mean())
         assert figures.fan_out[layer] == counts.rows_SR[1:].sum() / 40
-        assert figures.busiest_activated[layer] == counts.activated_SR[1:].max(1).mean()
+        # The fastest rank has speed 2: one of speed 0.5 reads one expert while it reads four.
+        assert figures.busiest_activated[layer] == (counts.activated_SR[1:] * [2.0, 4.0, 2.0, 1.0]).max(1).mean()
         assert figures.activated[layer] == counts.activated_SR[1:].sum(1).mean()
 
 
