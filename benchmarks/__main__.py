@@ -22,6 +22,7 @@ MODULES = (
     "benchmarks.data_plane.expert_loading",
     "benchmarks.data_plane.failover",
     "benchmarks.placement",
+    "benchmarks.placement.published",
     "benchmarks.serving.placement_end_to_end",
     "benchmarks.data_plane.recorder_cost",
     "benchmarks.serving.decode_throughput",
