@@ -30,6 +30,8 @@ MODULES = (
     "benchmarks.serving.upgrade",
     "benchmarks.placement.large_mesh",
     "benchmarks.serving.live_experts",
+    "benchmarks.autopilot",
+    "benchmarks.autopilot.shift",
 )
 
 

@@ -1,1 +1,1 @@
-"""The autopilot against what else could be done: a simulated day, and a live service whose traffic changes."""
+"""The autopilot against what else could be done. `day` simulates one, `shift` changes the traffic of a live service."""

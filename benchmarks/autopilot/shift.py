@@ -2,9 +2,10 @@
 
     python -m benchmarks.autopilot.shift [--streams 16] [--window-s 10]
 
-`configs/tiny-autopilot.yaml` on a cluster of its own, but for `--window-s` and the usual horizon. Streams of all four domains run until the autopilot has settled;
-then all prompts are of one domain. Placements are judged afterwards, on the tokens that the last seconds had: each one
-that was in force, and a plan from nothing made of other tokens of the same seconds, by what the slowest shard computes.
+`configs/tiny-autopilot.yaml` on a cluster of its own, but for `--window-s` and the usual horizon. Streams of all four
+domains run until the autopilot has settled; then all prompts are of one domain. Placements are judged afterwards, on
+the tokens that the last seconds had: each one that was in force, and a plan from nothing made of other tokens of the
+same seconds, by what the slowest shard computes.
 
 Goals: within 5 % of that plan after three windows; p99 between tokens until then 1.15 times that afterwards.
 """
@@ -116,7 +117,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--window-s", type=float, default=10.0)
     parser.add_argument("--domain", default="code")
+    parser.add_argument("--quick", action="store_true", help="short windows, and few of them")
     args = parser.parse_args()
+    if args.quick:
+        args.window_s = 5.0
+    watched = 6 if args.quick else WATCHED_WINDOWS
 
     def with_windows(apps: dict[str, dict[str, Any]]) -> None:
         [live] = [each["user_config"] for each in apps["experts"]["deployments"] if "user_config" in each]
@@ -142,7 +147,7 @@ def main() -> None:
             streams.wait_until_warm(OUTCOME_TIMEOUT_S)
             begun_s = time.monotonic()
             forget(service.url)
-            in_force = placements_in_force(mesh, WATCHED_WINDOWS * args.window_s)
+            in_force = placements_in_force(mesh, watched * args.window_s)
             ended_s = time.monotonic()
             still_s = ended_s + 3 * args.window_s
             while time.monotonic() < still_s:
