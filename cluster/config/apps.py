@@ -71,6 +71,7 @@ class LLMAppConfig(StrictModel):
             observed_tokens=self.routers.observed_tokens,
             fallback_cache_bytes=self.routers.fallback.cache_bytes,
             fallback_max_ms_per_step=self.routers.fallback.max_ms_per_step,
+            reserve_for_shards=self.transport.reserve_for_shards,
             tls=self.transport.tls,
             membership_by_rpc=True,
         )

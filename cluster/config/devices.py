@@ -35,8 +35,16 @@ def router_device_problems(routers: RoutersSection, transport: TransportSection)
         )
 
 
-def device_disagreements(shards: ShardsSection, routers: RoutersSection, transport: TransportSection) -> Iterator[str]:
-    """One line for each reason why rows cannot travel between these routers and shards."""
+def device_disagreements(
+    shards: ShardsSection, routers: RoutersSection, transport: TransportSection, most_shards: int
+) -> Iterator[str]:
+    """One line for each reason why rows cannot travel between these routers and, at most, so many shards."""
+    sizes_itself = routers.accelerator == "gpu" and not routers.engine_kwargs.get("kv_cache_memory_bytes")
+    if sizes_itself and transport.name in ("auto", "nccl") and most_shards > transport.reserve_for_shards:
+        yield (
+            f"transport.reserve_for_shards is {transport.reserve_for_shards}, but there may be {most_shards} shards: "
+            "vLLM would give memory that pairs need to its KV cache"
+        )
     if transport.name in BETWEEN_GPUS and shards.device != "cuda":
         yield f"transport.name is {transport.name}, but shards.device is {shards.device!r}, expected cuda"
     part, rest = gpus_of_engine(routers), _number(shards.ray_actor_options.get("num_gpus"))

@@ -122,6 +122,12 @@ class TransportSection(StrictModel):
         description="Use replicas on the router's own host first, whatever their load. For hosts that each have a "
         "router and an equal share of the requests.",
     )
+    reserve_for_shards: int = Field(
+        default=_router_default("reserve_for_shards"),
+        ge=0,
+        description="On GPUs: the most shards there will be. vLLM leaves memory for the pairs with so many, and for "
+        "routers.fallback.cache_bytes, when it sizes its KV cache.",
+    )
     tls: TlsFiles | None = Field(
         default=None,
         description="TLS for everything that routers and shards say to each other over the network; mesh.tls is the "

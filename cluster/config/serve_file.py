@@ -143,7 +143,8 @@ class MeshConfig(StrictModel):
         if ours != theirs:
             missing, there = ("transport.tls", "mesh.tls") if ours else ("mesh.tls", "transport.tls")
             yield f"{there} is set and {missing} is not: set both or neither"
-        yield from device_disagreements(self.experts.shards, self.llm.routers, self.llm.transport)
+        most_shards = (self.shard_scaling or {}).get("max_replicas") or self.num_shards
+        yield from device_disagreements(self.experts.shards, self.llm.routers, self.llm.transport, most_shards)
 
     def _console_disagreements(self) -> Iterator[str]:
         if self.console is None:

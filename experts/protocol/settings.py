@@ -84,6 +84,11 @@ class RouterSettings(StrictModel):
     trace_tokens: int = Field(
         default=20_000, ge=0, description="Size of the reservoir of sampled top-k sets; 0 turns sampling off."
     )
+    reserve_for_shards: int = Field(
+        default=16,
+        ge=0,
+        description="Shards whose pairs get memory of the router's GPU before vLLM sizes its KV cache.",
+    )
     tls: TlsFiles | None = Field(default=None, description="TLS; the shards have to have it too. By default none.")
     trace_half_life_tokens: float | None = Field(
         default=1_000_000.0,

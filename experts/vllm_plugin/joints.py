@@ -172,6 +172,14 @@ def _with_refused(output: Any, refused: list[str]) -> Any:
     return output
 
 
+def loaders_may_reserve() -> bool:
+    """Whether vLLM takes what a loader says with `get_external_weight_memory` off the memory that it shares out.
+
+    It was made for weights that another process holds; a version without it asks nobody.
+    """
+    return hasattr(DefaultModelLoader, "get_external_weight_memory")
+
+
 _MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
@@ -193,6 +201,7 @@ __all__ = [
     "expertmesh_settings",
     "extract_layer_index",
     "get_current_vllm_config",
+    "loaders_may_reserve",
     "model_runner",
     "op_registry_oot",
     "register_model_loader",

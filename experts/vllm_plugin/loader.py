@@ -12,10 +12,12 @@ import torch
 
 from experts.checkpoint import CheckpointError
 from experts.protocol.errors import UnsupportedModelError
+from experts.transports.device_memory import router_device_bytes
 from experts.vllm_plugin.joints import (
     DefaultModelLoader,
     RoutedExperts,
     defaulted_parameters,
+    loaders_may_reserve,
     register_model_loader,
 )
 from experts.vllm_plugin.layer import MeshExpertsMixin, current_checkpoint, current_client
@@ -53,6 +55,13 @@ def _looks_like_experts(module: torch.nn.Module) -> bool:
     return any(name in ("w13_weight", "w2_weight") for name, _ in module.named_parameters(recurse=False))
 
 
+def _bytes_to_leave(vllm_config: Any) -> int:
+    settings = check_engine(vllm_config)
+    spec = current_checkpoint(settings).spec
+    row_bytes = spec.hidden_size * vllm_config.model_config.dtype.itemsize
+    return router_device_bytes(settings, spec.top_k, row_bytes, spec.hidden_size)
+
+
 @register_model_loader(LOAD_FORMAT)
 class RouterModelLoader(DefaultModelLoader):
     """vLLM's loader without the tensors of routed experts, which a router neither reads nor holds.
@@ -68,9 +77,30 @@ class RouterModelLoader(DefaultModelLoader):
         self.enable_weights_track = True  # vLLM then hands us what the model reports as loaded
         self._record: LoadRecord | None = None
 
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes of the GPU that vLLM must leave: what a router takes of it after the KV cache was sized.
+
+        vLLM asks before it profiles. 0 where the user says how large the cache is.
+        """
+        settings, nbytes = check_engine(vllm_config), _bytes_to_leave(vllm_config)
+        own_size = vllm_config.cache_config.kv_cache_memory_bytes
+        logger.info(
+            "pairs with up to %d shards and experts that no shard holds may take %.2f GB of this GPU, which %s",
+            settings.reserve_for_shards,
+            nbytes / 1e9,
+            "kv_cache_memory_bytes has to leave" if own_size else "vLLM leaves for them",
+        )
+        return 0 if own_size else nbytes
+
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """Load the dense half, then check that expertmesh replaced every MoE layer."""
         self._checkpoint = current_checkpoint(check_engine(vllm_config))
+        if vllm_config.device_config.device_type == "cuda" and not loaders_may_reserve():
+            logger.warning(
+                "this vllm leaves no memory for pairs with shards: lower gpu_memory_utilization by the share that %.2f "
+                "GB are of the GPU",
+                _bytes_to_leave(vllm_config) / 1e9,
+            )
         model = super().load_model(vllm_config, model_config, *args, **kwargs)
         count = verify_model(model)
         num_params = sum(p.numel() for p in model.parameters())

@@ -44,7 +44,7 @@ def routers(gpus: float, **engine_kwargs: Any) -> RoutersSection:
 def test_rows_can_travel_or_the_reason_is_told(
     name: Any, of_router: float, of_shard: float, expected: str | None
 ) -> None:
-    told = list(device_disagreements(shards(of_shard), routers(of_router), TransportSection(name=name)))
+    told = list(device_disagreements(shards(of_shard), routers(of_router), TransportSection(name=name), 2))
     assert len(told) == (expected is not None)
     assert expected is None or expected in told[0]
 
@@ -62,6 +62,40 @@ def test_an_engine_with_a_part_of_a_gpu_says_how_large_its_cache_is() -> None:
     assert "kv_cache_memory_bytes is not set, but an engine has 0.22 of a GPU" in told[0]
     assert list(router_device_problems(routers(0.22, kv_cache_memory_bytes=1 << 30), TransportSection())) == []
     assert list(router_device_problems(routers(1), TransportSection())) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "engine_kwargs", "accelerator", "told"),
+    [
+        ("auto", {}, "gpu", True),
+        ("nccl", {}, "gpu", True),
+        ("cuda_ipc", {}, "gpu", False),  # rows are in memory of the shards' GPUs
+        ("auto", {"kv_cache_memory_bytes": 1 << 30}, "gpu", False),
+        ("auto", {}, "cpu", False),
+    ],
+)
+def test_memory_is_left_for_as_many_shards_as_there_may_be(
+    name: Any, engine_kwargs: dict[str, Any], accelerator: Any, told: bool
+) -> None:
+    transport = TransportSection(name=name, reserve_for_shards=4)
+    engines = RoutersSection(accelerator=accelerator, engine_kwargs=engine_kwargs)
+    assert list(device_disagreements(shards(1), engines, transport, 4)) == []
+    problems = list(device_disagreements(shards(1), engines, transport, 5))
+    assert len(problems) == told
+    assert not told or "reserve_for_shards is 4, but there may be 5 shards" in problems[0]
+
+
+def test_the_most_shards_are_those_of_the_autoscaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
+    data = serve_config("qwen3-30b-a3b-4gpu.yaml")
+    MeshConfig.from_serve_config(data)
+    experts = next(app for app in data["applications"] if app["name"] == "experts")
+    shard = next(each for each in experts["deployments"] if each["name"] == "ExpertShard")
+    shard.pop("num_replicas", None)
+    policy = {"policy_function": "cluster.autoscaling.policies:shards"}
+    shard["autoscaling_config"] = {"min_replicas": 3, "max_replicas": 17, "policy": policy}
+    with pytest.raises(ConfigError, match="reserve_for_shards is 16, but there may be 17 shards"):
+        MeshConfig.from_serve_config(data)
 
 
 def test_gpus_of_an_engine_are_those_of_its_bundles() -> None:

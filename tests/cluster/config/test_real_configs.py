@@ -11,6 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.config import parse as parse_module
 from cluster.config.llm_sections import DeadlinesSection
 from cluster.config.serve_file import MeshConfig
+from experts.transports.device_memory import router_device_bytes
 from tests.support.serve.shipped_configs import CONFIGS, SHAPES, serve_config
 
 # Those whose opening comment says how large a shard is; KubeRay's speaks of pods.
@@ -65,9 +66,13 @@ def test_config_is_valid_and_the_model_fits(name: str) -> None:
 
     engine_gb = GPU_GB[routers.accelerator_type or ""] * routers.engine_kwargs["gpu_memory_utilization"]
     assert engine_gb <= GPU_GB[routers.accelerator_type or ""] * router_gpus, "the engine keeps within its share"
-    assert engine_gb > shape.dense_gb + 3, "room for the dense half and a cache of keys and values"
+    settings = mesh.llm.router_settings()
     cache_gb = routers.engine_kwargs.get("kv_cache_memory_bytes", 0) / 1e9
-    assert shape.dense_gb + cache_gb + 2 < engine_gb, "activations beside both"
+    if cache_gb:  # router and shards on the same GPUs of one host
+        settings = settings.model_copy(update={"transport": "cuda_ipc"})
+    pairs_gb = router_device_bytes(settings, 8, shape.hidden * BYTES[mesh.llm.model.dtype], shape.hidden) / 1e9
+    assert engine_gb > shape.dense_gb + pairs_gb + 3, "room for the dense half, a cache of keys and values, and pairs"
+    assert shape.dense_gb + cache_gb + pairs_gb + 2 < engine_gb, "activations beside them"
 
 
 @pytest.mark.usefixtures("checkpoints_are_elsewhere")

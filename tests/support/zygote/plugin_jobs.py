@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.support.zygote import parity_jobs, refusal_jobs
 from tests.support.zygote.compiled_jobs import compiled_layer
+from tests.support.zygote.memory_jobs import reserved
 from tests.support.zygote.option_facts import engine_configs, options
 from tests.support.zygote.plugin_facts import error_of, joints, reading, refusal_joints, refusals, steps, verification
 
@@ -208,6 +209,7 @@ JOBS = {
     "joints": joints,
     "refusal_joints": refusal_joints,
     "refusals": refusals,
+    "reserved": reserved,
     "options": options,
     "engine_configs": engine_configs,
     "verification": verification,
