@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from experts.kernels import ExpertKernel
@@ -76,6 +75,17 @@ class _Views:
         return cls(torch.from_numpy(channel.recv_buffer), torch.from_numpy(channel.send_buffer))
 
 
+def telling_sizes(most_pairs: int) -> list[int]:
+    """Numbers of pairs, ascending to `most_pairs`, that meet every program that a kernel chooses by that number.
+
+    Our kernels choose by powers of two. vLLM's take the tuned size that is nearest: 2^n, 3 * 2^n, multiples of 256 or,
+    beyond 4096, of 1024.
+    """
+    powers = [1 << n for n in range(most_pairs.bit_length())]
+    found = {most_pairs, *powers, *(3 * power for power in powers), *range(256, 4096, 256)}
+    return sorted(size for size in found.union(range(4096, most_pairs, 1024)) if size <= most_pairs)
+
+
 @dataclass
 class ShardLoop:
     """Answers each channel that has a request, in turn, until stopped."""
@@ -107,21 +117,27 @@ class ShardLoop:
                 self.slots, self.kernel, self.bell, self.dtype, self.num_threads, self.top_k, self.counters.native
             )
 
-    def warm_up(self) -> None:
-        """Run one row through the checks and the kernel, so that no router's deadline pays for compilation."""
+    def warm_up(self, max_rows: int = 1) -> None:
+        """Run rows through the checks and the kernel, so that no router's deadline pays for compilation.
+
+        On a GPU in all sizes of a request of up to `max_rows` rows: kernels compile a program for each of their tiles.
+        """
         warm_up()
-        rows_MD = torch.zeros(1, self._hidden_size, dtype=self.dtype, device=self.kernel.shape.device)
         slots_E = self.slots.slot_of_expert_LE[0]
         held = slots_E[slots_E >= 0][:1]
         if not held.size and not self.kernel.layout:
             return  # it allocates its slots with the first expert
         # An empty shard computes with a slot of zeros.
-        slots_N = torch.from_numpy(held.copy() if held.size else np.zeros(1, np.int32))
+        slot = int(held[0]) if held.size else 0
         if not held.size:
             self.kernel.finish_write(0, 0)
         try:
-            offsets_M1 = torch.tensor([0, 1], dtype=torch.int32)
-            self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(1), torch.empty_like(rows_MD))
+            for num_pairs in telling_sizes(max_rows * (self.top_k or 1)) if self._on_gpu else [1]:
+                num_rows = min(num_pairs, max_rows)
+                rows_MD = torch.zeros(num_rows, self._hidden_size, dtype=self.dtype, device=self.kernel.shape.device)
+                offsets_M1 = (torch.arange(num_rows + 1) * num_pairs // num_rows).int()
+                slots_N = torch.full((num_pairs,), slot, dtype=torch.int32)
+                self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(num_pairs), torch.empty_like(rows_MD))
         finally:
             if not held.size:
                 self.kernel.begin_write(0, 0)

@@ -128,7 +128,7 @@ class ShardServer:
         self._loop = ShardLoop(
             slots, kernel, self._bell, self.dtype, settings.num_threads, top_k=spec.top_k, device=settings.device
         )
-        self._loop.warm_up()
+        self._loop.warm_up(settings.max_rows_per_dispatch)
         self._fingerprint = fingerprint.result()
         self._room = PairRoom()
         rows, row_bytes = settings.max_rows_per_dispatch, spec.hidden_size * self.dtype.itemsize

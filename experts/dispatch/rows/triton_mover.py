@@ -8,6 +8,7 @@ be known before anything is sent. The plan goes back to the device in one copy t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,6 +39,29 @@ def address_table(tensors: Mapping[int, torch.Tensor]) -> torch.Tensor:
     return address_R
 
 
+@functools.cache
+def warm_up(device: torch.device, dtype: torch.dtype, hidden_size: int, top_k: int) -> None:
+    """Compile every form of the programs for rows of this kind, by a launch that moves nothing, once in a process.
+
+    No request then waits for a compiler. What tells the forms apart are dtypes, constants, and whether addresses and
+    strides are multiples of 16.
+    """
+    with torch.cuda.device_of(torch.empty(0, device=device)):
+        y_TD = torch.zeros(1, hidden_size, dtype=dtype, device=device)
+        sum_TD = torch.zeros(1, hidden_size, dtype=torch.float32, device=device)
+        nowhere_TK = torch.full((1, top_k), -1, dtype=torch.int32, device=device)
+        address_R = torch.zeros(1, dtype=torch.int64, device=device)
+        blocks = blocks_of(hidden_size)
+        triton_programs.pack_rows[(top_k, blocks)](
+            y_TD, nowhere_TK, nowhere_TK, address_R, hidden_size, hidden_size, K=top_k, BLOCK_D=BLOCK_D
+        )
+        for kept, add, keep in ((y_TD, False, False), (sum_TD, False, True), (sum_TD, True, True)):
+            triton_programs.combine_rows[(1, blocks)](
+                nowhere_TK, nowhere_TK, address_R, kept, y_TD, hidden_size, hidden_size, hidden_size,
+                ADD=add, KEEP=keep, K=top_k, BLOCK_D=BLOCK_D,
+            )  # fmt: skip
+
+
 class TritonRowMover(TorchRowMover):
     """One launch to pack, one to combine. Keeps pinned staging memory and its copies on the device."""
 
@@ -54,6 +78,7 @@ class TritonRowMover(TorchRowMover):
         self._row_address_send_R = address_table(self._send_tensors).to(self._device)
         self._row_address_recv_R = address_table(self._recv_tensors).to(self._device)
         self._plan_TK: tuple[torch.Tensor, torch.Tensor] | None = None
+        warm_up(self._device, shape.dtype, shape.hidden_size, shape.top_k)
 
     def carry_over(self, before: RowMover) -> None:
         super().carry_over(before)

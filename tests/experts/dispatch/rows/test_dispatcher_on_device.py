@@ -6,6 +6,7 @@ On CUDA, or in Triton's interpreter (TRITON_INTERPRET=1).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +78,47 @@ def test_results_are_those_of_the_definition(triton_device, model, monkeypatch, 
     if fault is not None and num_tokens == 13:  # one token may pass rank 1 by
         assert set(dispatcher.lost) == {1}
         assert (dispatcher.stats.fallback_pairs == 0) == (replicas == 2)
+
+
+class Noting:
+    """In a program's place: notes what Triton looks a compiled form up by."""
+
+    def __init__(self, program: Any, forms: set[tuple[Any, ...]]) -> None:
+        self._program = program
+        self._forms = forms
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            told = [
+                (argument.dtype, argument.data_ptr() % 16 == 0)
+                if isinstance(argument, torch.Tensor)
+                else (argument == 1, argument % 16 == 0)
+                for argument in arguments
+            ]
+            self._forms.add((self._program.__name__, *told, *sorted(constants.items())))
+            self._program[grid](*arguments, **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 13])
+def test_no_dispatch_meets_a_form_that_was_not_compiled(triton_device, model, monkeypatch, num_tokens):
+    from experts.dispatch.rows import triton_mover, triton_programs
+
+    forms: set[tuple[Any, ...]] = set()
+    for name in ("pack_rows", "combine_rows"):
+        monkeypatch.setattr(triton_programs, name, Noting(getattr(triton_programs, name), forms))
+    monkeypatch.setattr(epoch_module, "pick_row_mover", triton_mover.TritonRowMover)
+    triton_mover.warm_up.cache_clear()
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    placement = replicated(NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, 1)
+    links = {r: DeviceLink(triton_device, r, placement, shape, 5, one_process(model)) for r in range(NUM_RANKS)}
+    dispatcher = Dispatcher(shape, 5, 1.0, unhurried(model))
+    dispatcher.apply(Membership(1, placement, (None,) * NUM_RANKS), dict(links), {})
+    warm = set(forms)
+    assert len(warm) == 4
+    links[1].wait_faults = [None, WAIT_FAULTS["lost"][0]]  # later rows are sent again, or computed on the router
+    for layer in (0, 1, 0):
+        batch = random_batch(num_tokens, seed=layer)
+        dispatcher.forward(layer, *(t.to(triton_device) for t in (batch.x_TD, batch.weights_TK, batch.ids_TK)))
+    assert forms == warm
