@@ -138,6 +138,7 @@ class ShardLoop:
                 offsets_M1 = (torch.arange(num_rows + 1) * num_pairs // num_rows).int()
                 slots_N = torch.full((num_pairs,), slot, dtype=torch.int32)
                 self.kernel.forward(0, rows_MD, offsets_M1, slots_N, torch.ones(num_pairs), torch.empty_like(rows_MD))
+            self.slots.order.note()
         finally:
             if not held.size:
                 self.kernel.begin_write(0, 0)

@@ -26,6 +26,7 @@ from experts.kernels import ExpertKernel
 from experts.model.spec import ExpertWeights
 from experts.native.library import data_plane
 from experts.native.structs import NativeSlotWords
+from experts.shard.device_order import order_on
 from placement.placement import Placement, check_same_model
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class SlotTable:
         self._digests: dict[tuple[int, int], bytes] = {}
         self._dtype = dtype
         self._lock = threading.Lock()
+        self.order = order_on(kernel.shape.device)
 
     @property
     def slot_of_expert_LE(self) -> np.ndarray:
@@ -79,8 +81,11 @@ class SlotTable:
 
     def end_request(self) -> None:
         """The compute loop calls this when it no longer uses the slots it looked up."""
-        self.words.requests_ended += 1
-        self.words.in_request = 0
+        try:
+            self.order.note()
+        finally:
+            self.words.requests_ended += 1
+            self.words.in_request = 0
 
     @property
     def requests_ended(self) -> int:
@@ -124,7 +129,8 @@ class SlotTable:
     def reserve(self, layer: int, expert: int, cancelled: Callable[[], bool] = lambda: False) -> int | None:
         """A free slot to write `expert` into, then `publish` or `give_up`; None if the table has the expert already.
 
-        Waits for the current request if only released slots are left. ValueError says why there is none, TimeoutError
+        Waits for the current request if only released slots are left, and for a GPU to have run those before.
+        ValueError says why there is none, TimeoutError
         that a request computes for too long.
         """
         shape = self.slot_of_expert_LE.shape
@@ -142,7 +148,7 @@ class SlotTable:
                 if free.size:
                     slot = int(free[0])
                     self._taken_Ls[layer, slot] = True
-                    return slot
+                    break
                 if all(released[0] != layer for released in self._released):
                     raise ValueError(
                         f"layer {layer} has no free slot for expert {expert}: all {self.num_slots} are in use; "
@@ -155,6 +161,12 @@ class SlotTable:
                     f"a request has computed for {_REQUEST_TIMEOUT_S:.0f} s, so no slot of layer {layer} is free"
                 )
             time.sleep(0.0002)
+        try:
+            self.order.await_noted()
+        except BaseException:
+            self.give_up(layer, slot)
+            raise
+        return slot
 
     def publish(self, layer: int, expert: int, slot: int, digest: bytes) -> None:
         """Enter an expert, that stands in its reserved slot, into the table. `digest` is what `install` gives."""
@@ -275,7 +287,8 @@ class SlotTable:
     def install(self, layer: int, expert: int, slot: int) -> bytes:
         """Read an expert from the checkpoint into a reserved slot; returns its digest. Runs in several threads."""
         weights = self._read(layer, expert)
-        self.kernel.set_slot(layer, slot, weights)
+        with self.order.writing():
+            self.kernel.set_slot(layer, slot, weights)
         if isinstance(weights, QuantizedExpert):
             first, last = weights.w13_2IB, weights.w2_DB
         else:

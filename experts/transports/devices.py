@@ -17,6 +17,11 @@ def identity_of(device: str) -> str:
     return f"GPU-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
 
 
+def with_index(device: str) -> str:
+    """`device` with the index of the calling thread's GPU, so that other threads, which start on GPU 0, mean it too."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
 def use_device(device: str) -> None:
     """Have the calling thread launch on `device` from now on: threads start on GPU 0, and Triton obeys the thread."""
     if torch.device(device).type == "cuda" and torch.device(device).index is not None:

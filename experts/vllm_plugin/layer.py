@@ -27,6 +27,7 @@ from experts.dispatch.pending import Pending
 from experts.kernels.emulation import log_advice
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
+from experts.transports.devices import with_index
 from experts.vllm_plugin.joints import (
     FusedMoEMethodBase,
     RoutedExperts,
@@ -131,7 +132,7 @@ class MeshExpertsMixin:
             )
         self.mesh_layer = checkpoint.spec.layer_ids.index(layer_id)
         if _engine.client is None:
-            device = str(config.device_config.device_type)
+            device = with_index(str(config.device_config.device_type))
             split_graphs(config, device)
             shape = LayerShape(
                 num_layers=checkpoint.spec.num_layers,

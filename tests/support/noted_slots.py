@@ -60,7 +60,7 @@ class NotingKernel:
     """What stands in each slot, by (layer, slot)."""
 
     takes_quantized: bool = False
-    shape: Any = field(default_factory=lambda: SimpleNamespace(expert_bytes=1_000_000))
+    shape: Any = field(default_factory=lambda: SimpleNamespace(expert_bytes=1_000_000, device="cpu"))
     set: list[tuple[int, int]] = field(default_factory=list)
     emptied: list[tuple[int, int]] = field(default_factory=list)
     before_set: Callable[[int, int], None] = lambda layer, slot: None

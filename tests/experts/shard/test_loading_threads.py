@@ -37,7 +37,7 @@ class Kernel:
     """Notes what it is given."""
 
     takes_quantized = False
-    shape = SimpleNamespace(expert_bytes=1)
+    shape = SimpleNamespace(expert_bytes=1, device="cpu")
 
     def __init__(self, before: Callable[[int, int], Any] = lambda layer, slot: None) -> None:
         self.before = before

@@ -22,7 +22,7 @@ PAIRS = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
 class Kernel:
     """Knows which slots it may compute with."""
 
-    shape = SimpleNamespace(expert_bytes=1)
+    shape = SimpleNamespace(expert_bytes=1, device="cpu")
 
     def __init__(self) -> None:
         self.loaded: set[tuple[int, int]] = set()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from experts.shard.device_order import DeviceOrder
 from experts.shard.loop import ShardLoop, telling_sizes
 from experts.transports.shm import ShmDoorbell
 
@@ -77,7 +78,9 @@ class NotingKernel:
 def test_only_a_gpu_runs_all_sizes(device: str) -> None:
     kernel: Any = NotingKernel()
     spec = SimpleNamespace(hidden_size=HIDDEN)
-    slots: Any = SimpleNamespace(checkpoint=SimpleNamespace(spec=spec), slot_of_expert_LE=np.full((1, 4), -1, np.int32))
+    slots: Any = SimpleNamespace(
+        checkpoint=SimpleNamespace(spec=spec), slot_of_expert_LE=np.full((1, 4), -1, np.int32), order=DeviceOrder()
+    )
     loop = ShardLoop(slots, kernel, ShmDoorbell(0), torch.float32, 1, compiled=False, top_k=3, device=device)
     loop.warm_up(5)
     if device == "cpu":
