@@ -98,7 +98,8 @@ def fixed(shape: LayerShape, num_tokens: int, num_ranks: int, replicas: bool, de
     from experts.dispatch.captured.fixed_dispatch import FixedDispatch
 
     dispatch = FixedDispatch(shape, num_tokens, num_ranks, 1, replicas, torch.device(device))
-    dispatch.set_placement(place(shape, num_ranks, replicas).slots_LER)
+    placement = place(shape, num_ranks, replicas)
+    dispatch.set_placement(placement.slots_LER, placement.work_R)
     x_TD, weights_TK, ids_TK = step_of(shape, num_tokens, device)
     y_TD = torch.empty_like(x_TD)
 

@@ -116,22 +116,24 @@ class FixedDispatch:
                 f"{num_tokens} rows of {shape.row_bytes} bytes are no multiple of 16 bytes, which replies have to be"
             )
 
-    def set_placement(self, slots_LER: np.ndarray, work_R: np.ndarray | None = None) -> None:
+    def set_placement(self, slots_LER: np.ndarray, work_R: np.ndarray) -> None:
         """Use another epoch from the next step on, also in graphs that were captured before.
 
-        `slots_LER`: int32, -1 where a rank has no slot for an expert or is lost; `work_R`: int64 (`Placement.work_R`),
-        None for ranks of equal speed. ValueError for another shape, or for replicas if this dispatch was made without:
+        `slots_LER`: int32, -1 where a rank has no slot for an expert or is lost; `work_R`: int64, what a pair counts on
+        each rank (`Placement.work_R`). ValueError for another shape, or for replicas if this dispatch was made without:
         graphs in use would not see them.
         """
         if slots_LER.shape != tuple(self._slots_LER.shape):
             raise ValueError(f"slots are {list(slots_LER.shape)}, expected {list(self._slots_LER.shape)}")
+        if work_R.shape != (self.num_ranks,):
+            raise ValueError(f"work is {list(work_R.shape)}, expected [{self.num_ranks}]")
         held_LER = slots_LER >= 0
         if not self.replicas and (held_LER.sum(2) > 1).any():
             raise ValueError("this placement has replicas, the dispatch was made for placements without")
         home_LE = np.where(held_LER.any(2), held_LER.argmax(2), -1).astype(np.int32)
         self._slots_LER.copy_(torch.from_numpy(np.ascontiguousarray(slots_LER, np.int32)))
         self._home_LE.copy_(torch.from_numpy(home_LE))
-        self._work_R.copy_(torch.ones_like(self._work_R) if work_R is None else torch.from_numpy(work_R))
+        self._work_R.copy_(torch.from_numpy(np.ascontiguousarray(work_R, np.int64)))
 
     def pack(self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> None:
         """Write every rank's message. Ids are int32, weights float32, all contiguous and on the device."""

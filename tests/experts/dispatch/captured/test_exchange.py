@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ def make_dispatch(num_tokens: int, device: str, replicas: bool) -> Any:
     from experts.dispatch.captured.fixed_dispatch import FixedDispatch
 
     dispatch = FixedDispatch(SHAPE, num_tokens, R, 1, replicas, torch.device(device))
-    dispatch.set_placement(placement(R, replicas, seed=0))
+    dispatch.set_placement(placement(R, replicas, seed=0), np.ones(R))
     return dispatch
 
 
@@ -48,7 +49,7 @@ def test_steps(kind: str, tmp_path: Path, num_tokens: int, replicas: bool) -> No
     dispatch = make_dispatch(num_tokens, device, replicas)
     with peers(kind, tmp_path, device, devices, dispatch.layout, SHAPE.dtype) as groups:
         for step in range(4):
-            dispatch.set_placement(placement(R, replicas, seed=step))
+            dispatch.set_placement(placement(R, replicas, seed=step), np.ones(R))
             fresh = routing(num_tokens, step, SHAPE.dtype)
             dispatch.pack(step % 2, *(t.to(device) for t in fresh))
             dispatch.recv_RTD.fill_(float("nan"))
@@ -90,7 +91,7 @@ def test_a_captured_exchange_is_replayed(kind: str, tmp_path: Path) -> None:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step(groups)
         for seed in range(1, 5):
-            dispatch.set_placement(placement(R, True, seed))
+            dispatch.set_placement(placement(R, True, seed), np.ones(R))
             fresh = routing(16, seed, SHAPE.dtype)
             for tensor, value in zip((x_TD, weights_TK, ids_TK), fresh, strict=True):
                 tensor.copy_(value)

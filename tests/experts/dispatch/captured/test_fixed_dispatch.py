@@ -44,7 +44,7 @@ def test_steps_in_the_same_memory(triton_device, num_tokens, num_ranks, num_node
     for step in range(3):
         slots_LER = placement(num_ranks, replicas, seed=step)
         work_R = np.arange(num_ranks) + 2 if step else np.ones(num_ranks, np.int64)
-        dispatch.set_placement(slots_LER, work_R if step else None)
+        dispatch.set_placement(slots_LER, work_R)
         for layer in range(shape.num_layers):
             x_TD, weights_TK, ids_TK = routing(num_tokens, 10 * step + layer, dtype)
             dispatch.send_RB.fill_(0xA5)
@@ -72,7 +72,7 @@ def test_pairs_that_nobody_serves_are_counted(triton_device, replicas):
     dispatch = FixedDispatch(SHAPE, 9, 3, 1, replicas, triton_device)
     slots_LER = placement(3, replicas, seed=4)
     slots_LER[:, [2, 7]] = -1
-    dispatch.set_placement(slots_LER)
+    dispatch.set_placement(slots_LER, np.ones(3))
     x_TD, weights_TK, ids_TK = routing(9, 1, torch.float32)
     dispatch.pack(1, *(t.to(triton_device) for t in (x_TD, weights_TK, ids_TK)))
     gone_TK = (ids_TK == 2) | (ids_TK == 7)
@@ -90,9 +90,11 @@ def test_what_does_not_fit_is_refused(triton_device):
 
     dispatch = FixedDispatch(SHAPE, 4, 3, 1, False, triton_device)
     with pytest.raises(ValueError, match="has replicas"):
-        dispatch.set_placement(np.zeros((2, 12, 3), np.int32))
+        dispatch.set_placement(np.zeros((2, 12, 3), np.int32), np.ones(3))
     with pytest.raises(ValueError, match="expected \\[2, 12, 3\\]"):
-        dispatch.set_placement(np.zeros((2, 12, 4), np.int32))
+        dispatch.set_placement(np.zeros((2, 12, 4), np.int32), np.ones(3))
+    with pytest.raises(ValueError, match="work is \\[4\\], expected \\[3\\]"):
+        dispatch.set_placement(np.full((2, 12, 3), -1, np.int32), np.ones(4))
     x_TD, weights_TK, ids_TK = (t.to(triton_device) for t in routing(5, 1, torch.float32))
     with pytest.raises(ValueError, match="5 tokens, this dispatch was made for 4"):
         dispatch.pack(0, x_TD, weights_TK, ids_TK)
@@ -115,7 +117,7 @@ def test_a_captured_step_is_replayed_with_other_tokens_and_another_epoch(triton_
 
     T, R = 16, 4
     dispatch = FixedDispatch(SHAPE, T, R, 1, replicas, triton_device)
-    dispatch.set_placement(placement(R, replicas, seed=0))
+    dispatch.set_placement(placement(R, replicas, seed=0), np.ones(R))
     x_TD, weights_TK, ids_TK = (t.to(triton_device) for t in routing(T, 0, SHAPE.dtype))
     y_TD = torch.empty_like(x_TD)
     layout = dispatch.layout
@@ -136,7 +138,7 @@ def test_a_captured_step_is_replayed_with_other_tokens_and_another_epoch(triton_
         step()
     for seed in range(1, 5):
         slots_LER = placement(R, replicas, seed)
-        dispatch.set_placement(slots_LER)
+        dispatch.set_placement(slots_LER, np.ones(R))
         fresh = routing(T, seed, SHAPE.dtype)
         for tensor, value in zip((x_TD, weights_TK, ids_TK), fresh, strict=True):
             tensor.copy_(value)
