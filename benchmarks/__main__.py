@@ -14,6 +14,7 @@ MODULES = (
     "benchmarks.data_plane.round_trip",
     "benchmarks.data_plane.many_routers",
     "benchmarks.data_plane.layer_cost",
+    "benchmarks.data_plane.two_halves",
     "benchmarks.data_plane.transport_pingpong",
     "benchmarks.data_plane.pair_memory",
     "benchmarks.data_plane.soak",

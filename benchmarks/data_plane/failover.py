@@ -34,7 +34,7 @@ def case(fault: str, replicas: int, new_tokens: int) -> dict[str, Any]:
         VLLM_CPU_OMP_THREADS_BIND=",".join(str(c) for c in sorted(os.sched_getaffinity(0))),
     )  # fmt: skip
     from benchmarks.common import real_prompts
-    from benchmarks.data_plane.mesh import ShardProcesses
+    from benchmarks.shard_processes import ShardProcesses
     from experts.checkpoint import ExpertCheckpoint
     from experts.protocol.settings import RouterSettings
     from placement.placement import Placement

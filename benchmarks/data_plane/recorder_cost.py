@@ -54,7 +54,7 @@ def measure(model: Path, dtype: str, batch: int, num_pairs: int, observed: bool)
     }  # fmt: skip
     llm = LLM(**router_engine_kwargs(settings, engine_kwargs))
     # Not earlier: on a CPU, vllm cannot set up an engine in a process that has imported numba.
-    from benchmarks.data_plane.mesh import ShardProcesses
+    from benchmarks.shard_processes import ShardProcesses
     from experts.vllm_plugin.layer import current_client
 
     rounds = -(-num_pairs // PAIRS_A_ROUND)  # short sequences keep steps alike

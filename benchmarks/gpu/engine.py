@@ -80,7 +80,7 @@ def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
     """Body of a side's process: {batch: {"tokens_per_s", "tokens"}}, and the router's status."""
     from vllm import LLM, SamplingParams
 
-    from benchmarks.data_plane.mesh import ShardProcesses
+    from benchmarks.shard_processes import ShardProcesses
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 

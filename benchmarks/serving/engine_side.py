@@ -74,7 +74,7 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from benchmarks.common import real_prompts
-    from benchmarks.data_plane.mesh import ShardProcesses
+    from benchmarks.shard_processes import ShardProcesses
     from experts.protocol.settings import RouterSettings
 
     engine_kwargs: dict[str, Any] = {

@@ -34,7 +34,7 @@ OFF = {
     "enable_expert_parallel": "the shards hold the experts",
     "enable_eplb": "the shards hold the experts, and the planner balances them",
     "enable_elastic_ep": "the shards hold the experts",
-    "enable_dbo": "a step's dispatch is not split",
+    "enable_dbo": "a step's dispatch is not split; let two routers share a GPU instead",
     "enable_lora": "adapters are not supported together with experts on shards",
 }
 
