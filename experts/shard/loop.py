@@ -5,10 +5,12 @@ Legend: M rows, D hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,7 @@ from experts.kernels import ExpertKernel
 from experts.native.structs import NativeShardCounts
 from experts.protocol.wire import (
     DTYPE_CODES,
+    H_LAYER,
     H_MAGIC,
     H_ROWS,
     H_SEQ,
@@ -28,6 +31,7 @@ from experts.protocol.wire import (
     header_of,
     no_slot_reply,
 )
+from experts.shard.batch import Work, batches, compute
 from experts.shard.compiled import SERVED, CompiledLoop, compiled_loop
 from experts.shard.request import BadRequestError, NoSlotError, Request, read_request, warm_up
 from experts.shard.slots import SlotTable
@@ -107,6 +111,7 @@ class ShardLoop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-compute", daemon=True)
         self._hidden_size = self.slots.checkpoint.spec.hidden_size
+        self._row_bytes = self._hidden_size * self.dtype.itemsize
         self._failures = 0  # without an answered request between them
         self._answered_before = 0  # requests that were answered before the last failure
         self._last_failure = ""
@@ -204,7 +209,7 @@ class ShardLoop:
             while not self._stopping.is_set():
                 if self._compiled is None:
                     self.bell.wait(_IDLE_WAIT_S)
-                    while self._serve_all():
+                    while self._serve(self._channels):
                         continue
                 else:
                     self._serve_compiled(self._compiled)
@@ -218,25 +223,36 @@ class ShardLoop:
         index = compiled.serve(0 if by_python else _IDLE_WAIT_S)
         if index >= 0:
             channel = compiled.channels[index]
-            self._serve(channel, self._channels.get(channel) or _Views.of(channel))
-        elif by_python:
-            served = sum(self._serve(channel, views) for channel, views in by_python.items())
-            if not served and index != SERVED:
-                self.bell.wait(_IDLE_WAIT_S)
+            self._serve({channel: self._channels.get(channel) or _Views.of(channel)})
+        elif by_python and not self._serve(by_python) and index != SERVED:
+            self.bell.wait(_IDLE_WAIT_S)
 
-    def _serve_all(self) -> int:
-        """Answer at most one request of each channel; returns the number answered."""
-        return sum(self._serve(channel, views) for channel, views in self._channels.items())
+    def _serve(self, channels: Mapping[ShardChannel, _Views]) -> int:
+        """Answer at most one request of each channel, those that want one layer together; returns the number."""
+        layers: dict[int, list[tuple[ShardChannel, int]]] = {}
+        for channel in channels:
+            nbytes = self._poll(channel)
+            if nbytes >= 0:
+                layer = int(header_of(channel.recv_buffer)[H_LAYER])  # only a hint: the router can write to it
+                layers.setdefault(layer, []).append((channel, nbytes))
+        for asked in layers.values():
+            for channel, length in self._answer([(channel, channels[channel], nbytes) for channel, nbytes in asked]):
+                with self._broken_pairs_end(channel):
+                    channel.reply(length)
+        return sum(map(len, layers.values()))
 
-    def _serve(self, channel: ShardChannel, views: _Views) -> bool:
-        """Answer the channel's request, if it has one; whether it had."""
+    def _poll(self, channel: ShardChannel) -> int:
+        """Bytes of the channel's request, -1 if it has none."""
         if channel.closed:
-            return False
+            return -1
+        with self._broken_pairs_end(channel):
+            return channel.poll()
+        return -1
+
+    @contextlib.contextmanager
+    def _broken_pairs_end(self, channel: ShardChannel) -> Iterator[None]:
         try:
-            nbytes = channel.poll()
-            if nbytes < 0:
-                return False
-            channel.reply(self._answer(channel, views, nbytes))
+            yield
         except Exception as error:  # one broken pair must not stop the others
             logger.exception("lost router %s", channel.router_id)
             self._count_error(f"router {channel.router_id}: {error}")
@@ -245,64 +261,77 @@ class ShardLoop:
                 # even connecting a router, so no later request would show the fault.
                 self._fail(str(error), _FAILURES_IN_A_ROW)
             channel.close()
-        return True
 
-    def _answer(self, channel: ShardChannel, views: _Views, nbytes: int) -> int:
-        """Write the reply into the channel's send buffer; returns its length in bytes."""
+    def _answer(self, asked: Sequence[tuple[ShardChannel, _Views, int]]) -> list[tuple[ShardChannel, int]]:
+        """Write replies to messages of some bytes into the channels' send buffers; returns their lengths in bytes."""
         start_ns = time.perf_counter_ns()
+        lengths: list[tuple[ShardChannel, int]] = []
+        done: list[Work] = []
         self.slots.begin_request()
         try:
-            request = read_request(
-                channel.recv_buffer,
-                nbytes,
-                self.slots.slot_of_expert_LE,
-                DTYPE_CODES[self.dtype],
-                self._hidden_size,
-                self.top_k,
-            )
-            length = HEADER_BYTES + request.num_rows * self._hidden_size * self.dtype.itemsize
-            if length > len(channel.send_buffer):
-                raise BadRequestError(f"{request.num_rows} rows do not fit the reply buffer")
-            self._compute(request, channel, views)
-        except Exception as error:
-            if not isinstance(error, BadRequestError):
-                logger.exception("a request of router %s failed", channel.router_id)
-                self._fail(f"{type(error).__name__}: {error}", 1)
-            self._count_error(str(error))
-            seq = int(header_of(channel.recv_buffer)[H_SEQ])
-            text = f"{type(error).__name__}: {error}"
-            if isinstance(error, NoSlotError):
-                return no_slot_reply(channel.send_buffer, seq, text, error.layer, error.expert)
-            return error_reply(channel.send_buffer, seq, text)
+            works = []
+            for channel, views, nbytes in asked:
+                try:
+                    works.append(self._read(channel, views, nbytes))
+                except Exception as error:
+                    lengths.append((channel, self._refuse(channel, error)))
+            for batch in batches(works):
+                failed = self._compute(batch)
+                lengths += [(work.channel, self._refuse(work.channel, error)) for work, error in failed]
+                done += [work for work in batch if all(work is not other for other, _ in failed)]
         finally:
             self.slots.end_request()
         spent_ns = time.perf_counter_ns() - start_ns
-        header = header_of(channel.send_buffer)
-        header[H_MAGIC], header[H_SEQ], header[H_ROWS], header[H_STATUS] = (
-            MAGIC, request.seq, request.num_rows, STATUS_OK,
-        )  # fmt: skip
-        self.counters.add(request, spent_ns)
-        return length
+        for work in done:
+            header = header_of(work.channel.send_buffer)
+            header[H_MAGIC], header[H_SEQ], header[H_ROWS], header[H_STATUS] = (
+                MAGIC, work.request.seq, work.request.num_rows, STATUS_OK,
+            )  # fmt: skip
+            self.counters.add(work.request, spent_ns // len(done))
+            lengths.append((work.channel, HEADER_BYTES + work.request.num_rows * self._row_bytes))
+        return lengths
 
-    def _compute(self, request: Request, channel: ShardChannel, views: _Views) -> None:
+    def _read(self, channel: ShardChannel, views: _Views, nbytes: int) -> Work:
+        request = read_request(
+            channel.recv_buffer,
+            nbytes,
+            self.slots.slot_of_expert_LE,
+            DTYPE_CODES[self.dtype],
+            self._hidden_size,
+            self.top_k,
+        )
+        nbytes = request.num_rows * self._row_bytes
+        if HEADER_BYTES + nbytes > len(channel.send_buffer):
+            raise BadRequestError(f"{request.num_rows} rows do not fit the reply buffer")
         recv, recv_at, send, send_at = views.recv, request.rows_at, views.send, HEADER_BYTES
         if channel.recv_tensor is not None and channel.send_tensor is not None:
             recv, recv_at, send, send_at = channel.recv_tensor, 0, channel.send_tensor, 0
-        nbytes = request.num_rows * self._hidden_size * self.dtype.itemsize
         rows_MD = recv[recv_at : recv_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
         out_MD = send[send_at : send_at + nbytes].view(self.dtype).view(-1, self._hidden_size)
-        staged = self._on_gpu and not rows_MD.is_cuda  # the router has no GPU
-        sums_MD = torch.empty_like(out_MD, device=self.device) if staged else out_MD
-        self.kernel.forward(
-            request.layer,
-            rows_MD.to(self.device) if staged else rows_MD,
-            torch.from_numpy(request.row_offsets_M1),
-            torch.from_numpy(request.slots_N),
-            torch.from_numpy(request.weights_N),
-            sums_MD,
-        )
-        if staged:
-            out_MD.copy_(sums_MD)
+        return Work(channel, request, rows_MD, out_MD)
+
+    def _compute(self, batch: list[Work]) -> list[tuple[Work, Exception]]:
+        """What failed. Where several do together, each has its own try: the others shall not pay for one."""
+        try:
+            compute(self.kernel, batch)
+        except Exception as error:
+            if len(batch) == 1:
+                return [(batch[0], error)]
+            logger.warning("%d requests are computed one by one: %s", len(batch), error)
+            return [failed for work in batch for failed in self._compute([work])]
+        return []
+
+    def _refuse(self, channel: ShardChannel, error: Exception) -> int:
+        """Write into the send buffer why there are no rows; returns the length in bytes."""
+        if not isinstance(error, BadRequestError):
+            logger.error("a request of router %s failed", channel.router_id, exc_info=error)
+            self._fail(f"{type(error).__name__}: {error}", 1)
+        self._count_error(str(error))
+        seq = int(header_of(channel.recv_buffer)[H_SEQ])
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, NoSlotError):
+            return no_slot_reply(channel.send_buffer, seq, text, error.layer, error.expert)
+        return error_reply(channel.send_buffer, seq, text)
 
     def _fail(self, text: str, count: int) -> None:
         """Note failures that are not a router's fault."""

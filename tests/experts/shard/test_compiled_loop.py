@@ -165,19 +165,45 @@ def test_both_forms_answer_with_the_same_bytes(model: Path, drawn: list, dtype: 
     assert counted[1] == counted[0]
 
 
-def test_requests_that_wait_for_one_layer_are_computed_together(model: Path) -> None:
-    with shard_of(model, FLOAT32, 6) as shard:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_requests_that_wait_for_one_layer_are_computed_together(model: Path, compiled: bool) -> None:
+    with shard_of(model, FLOAT32, 6, compiled) as shard:
         requests = [request_of(n + 1, layer, 8, FLOAT32, n) for n, layer in enumerate([0, 1, 0, 0, 1, 0])]
         shard.answers(requests)
         await_true(lambda: shard.loop.counters.requests == 6, "the counts")
         assert shard.loop.slots.requests_ended == 2, "one call of the kernel a layer"
 
 
-def test_a_small_request_does_not_wait_for_many_rows_of_others(model: Path) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_small_request_does_not_wait_for_many_rows_of_others(
+    model: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """300 rows and 8: both alone, since together they are over the limit."""
-    with shard_of(model, FLOAT32, 2) as shard:
+    with shard_of(model, FLOAT32, 2, compiled) as shard:
+        rows: list[int] = []
+        forward = shard.loop.kernel.forward
+        monkeypatch.setattr(shard.loop.kernel, "forward", lambda *a: (rows.append(len(a[1])), forward(*a)))
         shard.answers([request_of(1, 0, 300, FLOAT32, 1), request_of(2, 0, 8, FLOAT32, 2)])
-        assert shard.loop.slots.requests_ended == 2
+        assert shard.loop.slots.requests_ended == 2 if compiled else rows == [300, 8]
+
+
+def test_a_call_for_several_that_fails_is_made_for_each(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with shard_of(model, FLOAT32, 3, compiled=False) as shard:
+        requests = [request_of(n + 1, 0, rows, FLOAT32, n) for n, rows in enumerate([4, 5, 4])]
+        expected = [shard.answers([request])[0] for request in requests[:1]]
+        forward = shard.loop.kernel.forward
+
+        def picky(layer: int, rows_MD: torch.Tensor, *rest: torch.Tensor) -> None:
+            if len(rows_MD) > 4:
+                raise RuntimeError(f"{len(rows_MD)} rows are too many")
+            forward(layer, rows_MD, *rest)
+
+        monkeypatch.setattr(shard.loop.kernel, "forward", picky)
+        first, bad, last = shard.answers(requests)
+        assert first == expected[0]
+        assert b"5 rows are too many" in bad
+        assert last.startswith(repr((MAGIC, 3, 0, 4)).encode())
+        assert shard.loop.counters.errors == 1
 
 
 def test_a_bad_request_does_not_spoil_those_beside_it(model: Path) -> None:
