@@ -7,6 +7,9 @@ Shards are processes that run the real loop with an expert kernel that only copi
 but the experts. The bare side sends each shard as many bytes, receives as many, and waits for all; its peers answer
 without reading. Turns are interleaved, and medians are compared. Ranks that share a GPU take turns on it and may talk
 over sockets: their figures compare the two sides only, not links between GPUs.
+
+The last columns are memory of the router's GPU that a pair took, and what a router has vLLM leave for one. Shards on
+that GPU count, too, so look at those of a router with a GPU of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from benchmarks.common import median, percentile
 from benchmarks.gpu.common import Report, arguments
 from benchmarks.gpu.peers import LIMIT_S, Pool, make_group, pool
 from experts.dispatch.layer_shape import LayerShape
+from experts.transports.device_memory import pair_device_bytes
 from experts.transports.torch_groups import ROUTER, SHARD, PairGroup
 
 GOAL = 1.3
@@ -35,6 +39,14 @@ def dispatch_us(forward: Any, count: int, device: str) -> list[float]:
             torch.cuda.current_stream().synchronize()
         times.append((time.perf_counter() - start_s) * 1e6)
     return times
+
+
+def taken_bytes(device: str) -> int:
+    """Of the whole GPU, whoever has taken them."""
+    if device == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 class BareSide:
@@ -77,7 +89,9 @@ class BareSide:
 def measure(peers: Pool, transport: str, num_tokens: int, turns: int, count: int) -> dict[str, Any]:
     """One row of the table."""
     shape = peers.shape
+    before_bytes = taken_bytes(peers.device)
     dispatcher = peers.dispatcher(num_tokens, transport)
+    pair_bytes = (taken_bytes(peers.device) - before_bytes) / len(dispatcher.links)
     x_TD = torch.randn(num_tokens, shape.hidden_size).to(peers.device, shape.dtype)
     ids_TK = torch.rand(num_tokens, shape.num_experts).argsort(1)[:, : shape.top_k].int().to(peers.device)
     weights_TK = torch.rand(num_tokens, shape.top_k).to(peers.device)
@@ -112,6 +126,8 @@ def measure(peers: Pool, transport: str, num_tokens: int, turns: int, count: int
         "bare p99": percentile(bare, 0.99),
         "ratio": median(mesh) / median(bare),
         "goal": GOAL,
+        "MB a pair": pair_bytes / 1e6,
+        "MB reserved": pair_device_bytes(transport, num_tokens, shape.top_k, shape.row_bytes) / 1e6,
     }
 
 

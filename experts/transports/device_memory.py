@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from experts.protocol.settings import RouterSettings
+from typing import TYPE_CHECKING
+
 from experts.protocol.wire import reply_capacity, request_capacity
+
+if TYPE_CHECKING:  # it needs pydantic, which benchmarks on a GPU may lack
+    from experts.protocol.settings import RouterSettings
 
 # Of a communicator of two ranks that only send and receive: its channels' buffers (NCCL_BUFFSIZE is 4 MiB a channel)
 # and its kernels' arguments. Reasoned, not measured on a GPU.
