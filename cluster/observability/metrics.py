@@ -6,7 +6,7 @@ controller knows is in `controller_metrics`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -37,7 +37,7 @@ ROUTER_COUNTERS: tuple[Series[float], ...] = (
     Series("dispatches", lambda s: s.dispatches, "MoE layers dispatched to shards"),
     Series("rows", lambda s: s.rows, "Token rows that went through dispatched layers"),
     Series(
-        "fan_out_sum",
+        "visits",
         lambda s: s.fan_out_sum,
         "Shards visited, summed over rows and layers; divided by rows: the mean fan-out",
     ),
@@ -49,19 +49,19 @@ ROUTER_COUNTERS: tuple[Series[float], ...] = (
     ),
     Series("no_slot_pairs", lambda s: s.no_slot_pairs, "Experts of a shard given up for an epoch: it had no slot"),
     Series(
-        "fallback_ms",
-        lambda s: s.fallback_ms,
-        "Milliseconds spent on computing what no shard had, and on waiting for its weights",
+        "fallback_seconds",
+        lambda s: s.fallback_ms / 1e3,
+        "Time spent on computing what no shard had, and on waiting for its weights",
     ),
     Series("refused_requests", lambda s: s.refused_requests, "Requests ended because no shard had an expert they need"),
-    Series("bytes_sent", lambda s: s.bytes_sent, "Bytes sent to shards"),
-    Series("bytes_received", lambda s: s.bytes_received, "Bytes received from shards"),
+    Series("sent_bytes", lambda s: s.bytes_sent, "Bytes sent to shards"),
+    Series("received_bytes", lambda s: s.bytes_received, "Bytes received from shards"),
 )
 ROUTER_GAUGES: tuple[Series[float], ...] = (
     Series("epoch", lambda s: s.epoch, "Epoch of the placement that the router dispatches by"),
     Series("uncovered_pairs", lambda s: s.uncovered_pairs, "Experts of a layer that no shard of the router has now"),
     Series("fallback_cached_bytes", lambda s: s.fallback_cached_bytes, "Bytes of weights at hand for the fallback"),
-    Series("swap_max_us", lambda s: s.swap_max_us, "Longest stop of the steps for a new epoch, in microseconds"),
+    Series("swap_max_seconds", lambda s: s.swap_max_us / 1e6, "Longest stop of the steps for a new epoch"),
     Series("balancedness", lambda s: s.balancedness, "Mean over max of the shards' load in row-expert pairs"),
 )
 SHARD_COUNTERS: tuple[Series[list[int]], ...] = (
@@ -82,48 +82,48 @@ class _Snapshot:
         self._routers, self._controller, self._keys = routers, controller, keys
 
     def collect(self) -> Iterator[Any]:
-        yield from self._router_families(CounterMetricFamily, ROUTER_COUNTERS)
-        yield from self._router_families(GaugeMetricFamily, ROUTER_GAUGES)
-        for series in SHARD_COUNTERS:
-            family = CounterMetricFamily(PREFIX + series.name, series.description, labels=["router", "rank"])
-            for status in self._routers:
-                for rank, value in enumerate(series.value(status)):
-                    family.add_metric([status.router_id, str(rank)], value)
-            yield family
-        yield from self._engine_families()
-        yield from self._controller_families()
-        if self._keys is not None:
-            yield from key_families(PREFIX, self._keys)
-
-    def _router_families(self, kind: type, table: Iterable[Series[Any]]) -> Iterator[Any]:
-        for series in table:
-            family = kind(PREFIX + series.name, series.description, labels=["router"])
-            for status in self._routers:
-                family.add_metric([status.router_id], series.value(status))
-            yield family
-
-    def _engine_families(self) -> Iterator[Any]:
-        connected = GaugeMetricFamily(
-            PREFIX + "shard_connected", "1 if the router has the shard", labels=["router", "rank"]
-        )
-        pending = GaugeMetricFamily(PREFIX + "requests_unfinished", "Requests in the engine", labels=["router"])
-        stages = HistogramMetricFamily(
-            PREFIX + "dispatch_seconds", "Router's time in one MoE layer by stage", labels=["router", "stage"]
-        )
-        for status in self._routers:
-            for rank in range(status.num_ranks):
-                connected.add_metric([status.router_id, str(rank)], float(rank in status.connected))
-            pending.add_metric([status.router_id], status.unfinished_requests)
-            for stage, histogram in vars(status.stage_us).items():
-                stages.add_metric([status.router_id, stage], *_buckets(histogram))
-        yield from (connected, pending, stages)
-
-    def _controller_families(self) -> Iterator[Any]:
+        yield from router_families(self._routers)
         up = GaugeMetricFamily(PREFIX + "controller_up", "1 if the placement controller answers")
         up.add_metric([], float(self._controller is not None))
         yield up
         if self._controller is not None:
             yield from controller_families(PREFIX, self._controller)
+        if self._keys is not None:
+            yield from key_families(PREFIX, self._keys)
+
+
+def router_families(routers: Sequence[RouterStatus]) -> Iterator[Any]:
+    """Every family of routers, with or without samples."""
+    tables: tuple[tuple[type, tuple[Series[float], ...]], ...] = (
+        (CounterMetricFamily, ROUTER_COUNTERS),
+        (GaugeMetricFamily, ROUTER_GAUGES),
+    )
+    for kind, table in tables:
+        for series in table:
+            family = kind(PREFIX + series.name, series.description, labels=["router"])
+            for status in routers:
+                family.add_metric([status.router_id], series.value(status))
+            yield family
+    for of_shards in SHARD_COUNTERS:
+        family = CounterMetricFamily(PREFIX + of_shards.name, of_shards.description, labels=["router", "rank"])
+        for status in routers:
+            for rank, value in enumerate(of_shards.value(status)):
+                family.add_metric([status.router_id, str(rank)], value)
+        yield family
+    connected = GaugeMetricFamily(
+        PREFIX + "shard_connected", "1 if the router has the shard", labels=["router", "rank"]
+    )
+    pending = GaugeMetricFamily(PREFIX + "requests_unfinished", "Requests in the engine", labels=["router"])
+    stages = HistogramMetricFamily(
+        PREFIX + "dispatch_seconds", "Router's time in one MoE layer by stage", labels=["router", "stage"]
+    )
+    for status in routers:
+        for rank in range(status.num_ranks):
+            connected.add_metric([status.router_id, str(rank)], float(rank in status.connected))
+        pending.add_metric([status.router_id], status.unfinished_requests)
+        for stage, histogram in vars(status.stage_us).items():
+            stages.add_metric([status.router_id, stage], *_buckets(histogram))
+    yield from (connected, pending, stages)
 
 
 def _buckets(histogram: StageHistogram) -> tuple[list[tuple[str, float]], float]:

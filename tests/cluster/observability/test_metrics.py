@@ -17,18 +17,31 @@ COUNTERS = {
     "steps": 10,
     "dispatches": 40,
     "rows": 80,
-    "fan_out_sum": 120,
+    "visits": 120,
     "failovers": 1,
     "fallback_pairs": 2,
-    "fallback_ms": 2.5,
+    "fallback_seconds": 0.0025,
     "refused_requests": 6,
     "no_slot_pairs": 5,
-    "bytes_sent": 1000,
-    "bytes_received": 900,
+    "sent_bytes": 1000,
+    "received_bytes": 900,
+}
+# Series that are named by convention, with the field of a status and how many of its units one of theirs is.
+FIELDS = {
+    "visits": ("fan_out_sum", 1),
+    "fallback_seconds": ("fallback_ms", 1000),
+    "sent_bytes": ("bytes_sent", 1),
+    "received_bytes": ("bytes_received", 1),
 }
 SHARD_COUNTERS = {"shard_rows": [30, 50], "shard_pairs": [60, 100]}
-GAUGES = {"epoch": 4, "balancedness": 0.75, "uncovered_pairs": 12, "fallback_cached_bytes": 4096, "swap_max_us": 70.5}
-UNCHANGED = ("uncovered_pairs", "fallback_cached_bytes", "swap_max_us")
+GAUGES = {
+    "epoch": 4,
+    "balancedness": 0.75,
+    "uncovered_pairs": 12,
+    "fallback_cached_bytes": 4096,
+    "swap_max_seconds": 70.5e-6,
+}
+UNCHANGED = ("uncovered_pairs", "fallback_cached_bytes", "swap_max_seconds")
 MESH_GAUGES = {
     "controller_up": 1,
     "controller_epoch": 5,
@@ -213,7 +226,10 @@ def test_ray_gets_the_growth_of_every_counter_and_the_value_of_every_gauge(ray_m
     more = replace(wait, sum=wait.sum + 2e6, count=wait.count + 5)
     second = replace(
         first,
-        **{name: value + 3 for name, value in COUNTERS.items()},
+        **{
+            FIELDS.get(name, (name, 1))[0]: (value + 3) * FIELDS.get(name, (name, 1))[1]
+            for name, value in COUNTERS.items()
+        },
         shard_rows=[30, 54],
         shard_pairs=[67, 100],
         epoch=6,
@@ -224,7 +240,7 @@ def test_ray_gets_the_growth_of_every_counter_and_the_value_of_every_gauge(ray_m
     exporter.export(second)
     found = {name: metric.values for name, metric in ray_metrics.items()}
     assert found == {
-        **{name: {("r1",): [value, 3]} for name, value in COUNTERS.items()},
+        **{name: {("r1",): [pytest.approx(value), pytest.approx(3)]} for name, value in COUNTERS.items()},
         "shard_rows": {("r1", "0"): [30], ("r1", "1"): [50, 4]},
         "shard_pairs": {("r1", "0"): [60, 7], ("r1", "1"): [100]},
         "epoch": {("r1",): [4, 4, 6, 6]},
