@@ -267,7 +267,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--effort", type=float, help="size of the search, 1 for a thorough one; default: what suits --seconds"
     )
     command.add_argument("--seed", type=int, default=0, help="same seed, same placement (default 0)")
-    command.add_argument("--current", help="placement in use; the result is never worse")
+    command.add_argument(
+        "--current", help="placement in use, maybe of other ranks; the plan is made from there, and is never worse"
+    )
+    command.add_argument(
+        "--copy-price",
+        type=float,
+        default=0.02,
+        help="visits a token that each expert to be copied from --current must save in its layer (default 0.02)",
+    )
     command.add_argument("--max-moves", type=int, help="how many slots of a layer may change from --current")
     command.add_argument("--out", required=True, help="placement file to write (JSON)")
     command.set_defaults(run=run_optimize)

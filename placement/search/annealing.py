@@ -1,6 +1,6 @@
 """What the annealing searches share: how heat and penalty fall, and which of two states is better.
 
-R ranks (or other groups that carry load).
+R ranks (or other groups that carry load), M mixes of the traffic: all of it first, then each domain alone.
 """
 
 from __future__ import annotations
@@ -73,19 +73,30 @@ def excess_of(load: float, allowed: float) -> float:
 
 
 @compiled(forceinline=True)
-def total_excess(load_R: np.ndarray, allowed_R: np.ndarray) -> float:
+def total_excess(load_RM: np.ndarray, allowed_RM: np.ndarray) -> float:
     total = 0.0
-    for r in range(len(load_R)):
-        if load_R[r] > allowed_R[r]:
-            total += load_R[r] / allowed_R[r] - 1
+    for r in range(load_RM.shape[0]):
+        for m in range(load_RM.shape[1]):
+            if load_RM[r, m] > allowed_RM[r, m]:
+                total += load_RM[r, m] / allowed_RM[r, m] - 1
     return total
 
 
 @compiled(forceinline=True)
-def fullest(load_R: np.ndarray, allowed_R: np.ndarray, first: int = 0) -> int:
-    """The rank with most load for what it is allowed; `first` on a tie, then the lower index."""
-    most = first
-    for r in range(len(load_R)):
-        if load_R[r] / allowed_R[r] > load_R[most] / allowed_R[most]:
-            most = r
+def fullness(load_M: np.ndarray, allowed_M: np.ndarray) -> float:
+    """The load of a rank over what is allowed, in the mix where that is most."""
+    most = load_M[0] / allowed_M[0]
+    for m in range(1, len(load_M)):
+        most = max(most, load_M[m] / allowed_M[m])
+    return most
+
+
+@compiled(forceinline=True)
+def fullest(load_RM: np.ndarray, allowed_RM: np.ndarray, first: int = 0) -> int:
+    """The rank with most load for what it is allowed in any mix; `first` on a tie, then the lower index."""
+    most, found = first, fullness(load_RM[first], allowed_RM[first])
+    for r in range(len(load_RM)):
+        of_rank = fullness(load_RM[r], allowed_RM[r])
+        if of_rank > found:
+            most, found = r, of_rank
     return most

@@ -1,6 +1,7 @@
 """Annealing for balance alone: the least possible largest rank load when replicas share their expert's load evenly.
 
-E experts, R ranks, s slots of a rank. Slots are int32 [R, s]: -1 is an empty slot, -2 one that the rank does not have.
+E experts, R ranks, s slots of a rank, M mixes of the traffic. Slots are int32 [R, s]: -1 is an empty slot, -2 one that
+the rank does not have.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ COOLING_STEPS = 64  # proposals between two changes of heat
 
 
 class BalanceProblem(NamedTuple):
-    """Loads to even out: `load_E` and `target_R`, the load of each rank in perfect balance, float64.
+    """Loads to even out: `load_EM` and `target_RM`, the load of each rank in perfect balance, float64 of each mix.
 
     Every expert needs replicas on `min_replicas` different nodes; at most `max_filled` slots may hold an expert.
     """
 
-    load_E: np.ndarray
-    target_R: np.ndarray
+    load_EM: np.ndarray
+    target_RM: np.ndarray
     nodes: Nodes
     min_replicas: int
     max_filled: int
@@ -67,18 +68,20 @@ def _power(x: float) -> float:
 
 
 @compiled(forceinline=True)
-def _largest(load_R: np.ndarray, target_R: np.ndarray) -> float:
+def _largest(load_RM: np.ndarray, target_RM: np.ndarray) -> float:
     largest = 0.0
-    for r in range(len(load_R)):
-        largest = max(largest, load_R[r] / target_R[r])
+    for r in range(load_RM.shape[0]):
+        for m in range(load_RM.shape[1]):
+            largest = max(largest, load_RM[r, m] / target_RM[r, m])
     return largest
 
 
 @compiled(forceinline=True)
-def _energy(load_R: np.ndarray, target_R: np.ndarray) -> float:
+def _energy(load_RM: np.ndarray, target_RM: np.ndarray) -> float:
     energy = 0.0
-    for r in range(len(load_R)):
-        energy += _power(load_R[r] / target_R[r])
+    for r in range(load_RM.shape[0]):
+        for m in range(load_RM.shape[1]):
+            energy += _power(load_RM[r, m] / target_RM[r, m])
     return energy
 
 
@@ -90,15 +93,15 @@ def search_balance(
 
     Heat is in units of that quotient and ends at `LAST_HEAT`.
     """
-    target_R, num_ranks = problem.target_R, len(problem.target_R)
-    holders = holders_of(experts_Rs, len(problem.load_E))
+    target_RM, num_ranks = problem.target_RM, len(problem.target_RM)
+    holders = holders_of(experts_Rs, len(problem.load_EM))
     filled = holders.count_E.sum()
-    load_R = even_split(holders, problem.load_E)
-    energy = _energy(load_R, target_R)
+    load_RM = even_split(holders, problem.load_EM)
+    energy = _energy(load_RM, target_RM)
     norm = energy ** (1.0 / NORM)
-    best = _largest(load_R, target_R)
+    best = _largest(load_RM, target_RM)
     best_experts_Rs = experts_Rs.copy()
-    new_load_R = load_R.copy()
+    new_load_RM = load_RM.copy()
     heat = heat_from
     for step in range(iterations):
         if step % COOLING_STEPS == 0:
@@ -107,7 +110,7 @@ def search_balance(
         move = propose_move(rank, experts_Rs, holders, problem.max_filled - filled, THREE_IN_FOUR, random_1)
         if move.rank < 0:
             continue
-        new_energy = _energy_after(problem, holders, load_R, energy, move, new_load_R)
+        new_energy = _energy_after(problem, holders, load_RM, energy, move, new_load_RM)
         new_norm = max(new_energy, 1e-300) ** (1.0 / NORM)
         accepted = new_norm - norm <= -heat * np.log(random_unit(random_1))
         if accepted:
@@ -117,14 +120,15 @@ def search_balance(
                 restore_holders(holders, move)
         if not accepted:
             if move.other_rank >= 0:
-                new_load_R[move.rank], new_load_R[move.other_rank] = load_R[move.rank], load_R[move.other_rank]
+                for r in (move.rank, move.other_rank):
+                    new_load_RM[r] = load_RM[r]
             else:
-                new_load_R[:] = load_R
+                new_load_RM[:] = load_RM
             continue
-        load_R[:] = new_load_R
+        load_RM[:] = new_load_RM
         energy, norm = new_energy, new_norm
         filled += move_slots(experts_Rs, move)
-        largest = _largest(load_R, target_R)
+        largest = _largest(load_RM, target_RM)
         if largest < best - 1e-12:
             best = largest
             best_experts_Rs[:] = experts_Rs
@@ -134,34 +138,37 @@ def search_balance(
 
 @compiled(forceinline=True)
 def _energy_after(
-    problem: BalanceProblem, holders: Holders, load_R: np.ndarray, energy: float, move: Move, new_load_R: np.ndarray
+    problem: BalanceProblem, holders: Holders, load_RM: np.ndarray, energy: float, move: Move, new_load_RM: np.ndarray
 ) -> float:
-    """The energy after a move; `new_load_R` is `load_R` before and the loads after it afterwards."""
-    load_E, target_R = problem.load_E, problem.target_R
+    """The energy after a move; `new_load_RM` is `load_RM` before and the loads after it afterwards."""
+    load_EM, target_RM = problem.load_EM, problem.target_RM
     p, q = move.rank, move.other_rank
     if q >= 0:
-        moved = 0.0
+        for m in range(load_RM.shape[1]):
+            moved = 0.0
+            if move.leaving >= 0:
+                moved += load_EM[move.leaving, m] / holders.count_E[move.leaving]
+            if move.coming >= 0:
+                moved -= load_EM[move.coming, m] / holders.count_E[move.coming]
+            energy -= _power(load_RM[p, m] / target_RM[p, m]) + _power(load_RM[q, m] / target_RM[q, m])
+            new_load_RM[p, m] = load_RM[p, m] - moved
+            new_load_RM[q, m] = load_RM[q, m] + moved
+            energy += _power(new_load_RM[p, m] / target_RM[p, m]) + _power(new_load_RM[q, m] / target_RM[q, m])
+        return energy
+    for m in range(load_RM.shape[1]):
         if move.leaving >= 0:
-            moved += load_E[move.leaving] / holders.count_E[move.leaving]
+            count = holders.count_E[move.leaving]
+            before, after = load_EM[move.leaving, m] / count, load_EM[move.leaving, m] / (count - 1)
+            for h in range(count):
+                r = holders.rank_ER[move.leaving, h]
+                if r == p:
+                    new_load_RM[r, m] -= before
+                else:
+                    new_load_RM[r, m] += after - before
         if move.coming >= 0:
-            moved -= load_E[move.coming] / holders.count_E[move.coming]
-        energy -= _power(load_R[p] / target_R[p]) + _power(load_R[q] / target_R[q])
-        new_load_R[p] = load_R[p] - moved
-        new_load_R[q] = load_R[q] + moved
-        return energy + (_power(new_load_R[p] / target_R[p]) + _power(new_load_R[q] / target_R[q]))
-    if move.leaving >= 0:
-        count = holders.count_E[move.leaving]
-        before, after = load_E[move.leaving] / count, load_E[move.leaving] / (count - 1)
-        for h in range(count):
-            r = holders.rank_ER[move.leaving, h]
-            if r == p:
-                new_load_R[r] -= before
-            else:
-                new_load_R[r] += after - before
-    if move.coming >= 0:
-        count = holders.count_E[move.coming]
-        before, after = load_E[move.coming] / count, load_E[move.coming] / (count + 1)
-        for h in range(count):
-            new_load_R[holders.rank_ER[move.coming, h]] += after - before
-        new_load_R[p] += after
-    return _energy(new_load_R, target_R)
+            count = holders.count_E[move.coming]
+            before, after = load_EM[move.coming, m] / count, load_EM[move.coming, m] / (count + 1)
+            for h in range(count):
+                new_load_RM[holders.rank_ER[move.coming, h], m] += after - before
+            new_load_RM[p, m] += after
+    return _energy(new_load_RM, target_RM)

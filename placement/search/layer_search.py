@@ -7,6 +7,8 @@ T tokens, E experts, R ranks, s slots of a rank, N nodes.
   from the best of them, judged by the rule that dispatch uses.
 - Replicas on several nodes: the replica search first decides which experts each node holds, then on which rank.
 - Local replicas first: the plan without that preference, then the replica search with it.
+- From where it stands: a cool search from the placement in use, which pays for every copy, beside one from scratch,
+  whose ranks are named so that most stays. Whatever is better with its copies paid for is taken.
 - Too many tokens, experts and ranks for the time: one swap search on some of the tokens.
 """
 
@@ -19,18 +21,23 @@ from functools import cached_property
 import numpy as np
 
 from placement.search.balance import closed_slots, greedy_balance
+from placement.search.few_copies.relabel import relabel_rows
 from placement.search.problem import LayerProblem
 from placement.search.replicas.replica_search import proposal_seconds, search_replicas
 from placement.search.scoring import Scored, score_slots
 from placement.search.search_clock import SearchClock
+from placement.search.swaps.repair import repaired_slots
 from placement.search.swaps.swap_stages import SETTLE_ROUNDS, Stage, search_fixed_shares, search_swaps, settle_loads
+from placement.xorshift import random_state
 
 # Below so many proposals for each (slot, rank) a replica search does worse than swaps of replicas with fixed tokens.
 LEAST_PROPOSALS = 6
+SWAP_PROPOSALS = 20_000  # of single swaps from the placement in use
 SWAP_TOKENS = 4096  # what the swap search looks at in a layer that is too large for more
 
 # Each search draws from a random stream of its own, so that a change of one leaves what the others draw.
 SWAPS, LARGE, ONE_NODE_SWAPS, ONE_NODE_REPLICAS, NODES, RANKS, SEVERAL_NODES_REPLICAS, LOCAL = 1, 2, 3, 4, 5, 6, 7, 9
+IN_USE = 10
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ AFTER_NODES = Refinement(0.55, (0.1, 0.01))
 # Local replicas first: a plan for few visits comes close; the replica search then adds which ranks are local.
 WITHOUT_PREFERENCE_SHARE = 0.5
 AFTER_PREFERENCE = Refinement(0.4, (0.1, 0.01))
+# From where it stands, with replicas: less than from scratch is enough.
+FROM_IN_USE = Refinement(0.25, (0.1, 0.01))
 
 
 def search_layer(
@@ -75,7 +84,7 @@ def search_layer(
     """
     search = _LayerSearch(problem, tuple(starts), balanced_Rs, seconds, seed, clock)
     given = search.given
-    best = min([*given, *search.kind()()], key=search.guarded_key)
+    best = min([*given, *search.from_in_use(), *search.renamed(search.kind()())], key=search.guarded_key)
     # Whatever a guard is worth, none of the starts may be better on the tokens that were given.
     best = min([best, *given], key=search.plain_key)
     if search.plain_key(best)[0] > 0:
@@ -100,8 +109,8 @@ class _LayerSearch:
 
     @cached_property
     def limit(self) -> float:
-        """The largest load over its target. Where the cap is out of reach, that of the best start."""
-        return max(self.problem.load_cap, min(1 / entry.score.balancedness for entry in self.given))
+        """The largest load, in caps. Where the caps are out of reach, that of the best start."""
+        return max(1.0, min(entry.score.above for entry in self.given))
 
     def plain_key(self, entry: Scored) -> tuple[float, float]:
         return entry.score.plain_key(self.limit)
@@ -119,6 +128,30 @@ class _LayerSearch:
         if self.seconds / proposal_seconds(problem) < LEAST_PROPOSALS * self.starts[0].size * problem.num_ranks:
             return self.some_tokens
         return self.one_node if problem.num_nodes == 1 else self.several_nodes
+
+    def from_in_use(self) -> list[Scored]:
+        """From the last start, which is next to the placement in use; nothing if there is none."""
+        problem, start = self.problem, self.given[-1]
+        if problem.home is None or len(self.given) < 2:
+            return []
+        moves = problem.num_experts * problem.num_ranks  # no bound: copies have their price
+        random_1 = random_state(self.seed, IN_USE)
+        repaired = score_slots(problem, repaired_slots(problem, start.slots, moves, SWAP_PROPOSALS, random_1))
+        found = [repaired]
+        if problem.has_replicas:
+            for each in (start, repaired):
+                found.append(self._refined(each, FROM_IN_USE, IN_USE))
+        return found
+
+    def renamed(self, found: list[Scored]) -> list[Scored]:
+        """What was found from scratch, with ranks named so that most stays where it is."""
+        problem = self.problem
+        if problem.home is None:
+            return found
+        kinds = list(
+            zip(problem.node_of_rank.tolist(), problem.open_slots.tolist(), problem.target.tolist(), strict=True)
+        )
+        return [score_slots(problem, relabel_rows(problem.home, each.slots, kinds)) for each in found]
 
     def single_replicas(self) -> list[Scored]:
         slots_Rs = search_swaps(self.problem, self.given[0], self.seconds, (self.seed, SWAPS), self.clock)
@@ -179,6 +212,12 @@ def node_problem(problem: LayerProblem) -> LayerProblem:
     target_N = problem.target.reshape(nodes, -1).sum(1)
     # Ranks inside a node cannot be filled to the brim as well: half of what the cap leaves is theirs.
     allowed_N = (problem.allowed.reshape(nodes, -1).sum(1) + target_N) / 2
+    domains = problem.domains
+    if domains is not None:
+        num_domains = len(domains.cap_D)
+        target_ND = domains.target_RD.reshape(nodes, -1, num_domains).sum(1)
+        allowed_ND = (domains.allowed_RD.reshape(nodes, -1, num_domains).sum(1) + target_ND) / 2
+        domains = domains._replace(target_RD=target_ND, allowed_RD=allowed_ND)
     return LayerProblem(
         ids=problem.ids,
         load=problem.load,
@@ -193,6 +232,7 @@ def node_problem(problem: LayerProblem) -> LayerProblem:
         allowed=allowed_N,
         load_cap=problem.load_cap,
         speeds=None if problem.speeds is None else tuple(target_N.tolist()),
+        domains=domains,
     )
 
 

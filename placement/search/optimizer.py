@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,8 +21,17 @@ from placement.rule.replica_choice import check_top_k
 from placement.search.balance import even_split_load
 from placement.search.balance_search import best_balance
 from placement.search.eplb import packed_slots
+from placement.search.few_copies.resize import resize
 from placement.search.layer_search import search_layer
-from placement.search.problem import LayerProblem, PlanRequest, canonical_order, greedy_slots, load_guard, rank_targets
+from placement.search.problem import (
+    LayerProblem,
+    PlanRequest,
+    canonical_order,
+    domain_loads,
+    greedy_slots,
+    load_guard,
+    rank_targets,
+)
 from placement.search.replica_budget import spread_replicas
 from placement.search.replicas.holders import CLOSED
 from placement.search.scoring import score_slots
@@ -34,6 +43,8 @@ NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
 START_SECONDS = 0.6  # reading, loading compiled code: not for the searches
 TOKEN_SECONDS = 4.5e-6  # greedy starts and scoring, for each token of a layer: not for the searches either
 BALANCE_ITERATIONS = 40_000
+# Of an even load: what ranks added or gone leave uneven is for the search, which pays for copies.
+WITHIN_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,17 @@ class PlanResult:
 
 
 def build_problem(
-    ids_TK: np.ndarray, load_E: np.ndarray, request: PlanRequest, max_filled: int, iterations: int
+    ids_TK: np.ndarray,
+    load_E: np.ndarray,
+    request: PlanRequest,
+    max_filled: int,
+    iterations: int,
+    domain_T: np.ndarray | None = None,
 ) -> tuple[LayerProblem, np.ndarray, np.ndarray]:
     """The layer's problem and two balanced starts, slots int32 [R, s]; experts numbered as in the arguments.
 
-    Where no placement can keep to the cap, because one expert alone is above it or the slots are too few, the limit is
-    the least that the search for balance reaches.
+    Where no placement can keep to the caps, because one expert alone is above it or the slots are too few, the limit is
+    the least that the search for balance reaches. `domain_T` int [T], the domain of each token: each gets a cap.
     """
     order_T = np.random.default_rng(request.seed + 1).permutation(len(ids_TK))
     ids_TK = np.ascontiguousarray(ids_TK[order_T])
@@ -89,18 +105,45 @@ def build_problem(
         prefer_local_replicas=request.prefer_local_replicas,
         speeds=request.speeds,
     )
+    if domain_T is not None and len(ids_TK):
+        problem = replace(problem, domains=domain_loads(problem, domain_T[order_T]))
     greedy_Rs = greedy_slots(load_E, request, max_filled)
     balanced_Rs, _ = best_balance(problem.balance, greedy_Rs, iterations, request.seed)
     least = float((even_split_load(balanced_Rs, load_E) / target_R).max())
     if least > request.load_cap - guard:
         # Replicas let the rule do a little better than an even split; single replicas do not.
-        problem = LayerProblem(**{**problem.__dict__, "allowed": target_R * least})
+        problem = replace(problem, allowed=target_R * least)
+    if problem.domains is not None:
+        balanced_Rs, reached = best_balance(problem.joint_balance, balanced_Rs, iterations, request.seed)
+        domains = problem.domains
+        least_RD = domains.target_RD * domains.cap_D * reached
+        problem = replace(problem, domains=domains._replace(allowed_RD=np.maximum(domains.allowed_RD, least_RD)))
     return problem, greedy_Rs, balanced_Rs
 
 
 def _relabel(slots_Rs: np.ndarray, new_of_old_E: np.ndarray) -> np.ndarray:
     held = slots_Rs >= 0
     return np.where(held, new_of_old_E[np.where(held, slots_Rs, 0)], slots_Rs).astype(np.int32)
+
+
+def _near_current(current: Placement, request: PlanRequest, load_LE: np.ndarray) -> Placement | None:
+    """The placement in use in the shape of the request, with as few copies as that takes; None where none was found."""
+    slots_R = request.open_slots_R
+    try:
+        return resize(
+            current,
+            slots_R=slots_R.tolist(),
+            usable_R=(slots_R > 0).tolist(),
+            load_LE=load_LE,
+            min_replicas=request.min_replicas,
+            spare_slots=0,
+            nodes=None,
+            num_nodes=request.num_nodes,
+            speed_R=request.speeds,
+            tolerance=WITHIN_TOLERANCE,
+        )
+    except ValueError:
+        return None
 
 
 def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
@@ -115,6 +158,14 @@ def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.n
             slots_Rs[rank, : len(unique)] = unique
     slots_Rs[np.arange(slots_Rs.shape[1])[None, :] >= request.open_slots_R[:, None]] = CLOSED
     return slots_Rs
+
+
+def _held_ER(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
+    """bool [E, R]: which rank of the request holds which expert now."""
+    held_ER = np.zeros((current.num_experts, request.num_ranks), bool)
+    ranks = min(current.num_ranks, request.num_ranks)
+    held_ER[:, :ranks] = current.slots_LER[layer][:, :ranks] >= 0
+    return held_ER
 
 
 def is_legal(slots_Rs: np.ndarray, request: PlanRequest, num_experts: int, max_filled: int) -> bool:
@@ -138,7 +189,8 @@ def optimize(
 
     Args:
         trace: sets to plan fan-out on. From counts alone only balance can be planned, and a note says so.
-        current: the placement in use: one of the candidates, and what `max_moves` counts from.
+        current: the placement in use, maybe of other ranks or slots: what is near it is one of the candidates, every
+            copy costs `copy_price`, and `max_moves` counts from it.
         progress: called with the layers done and their total.
         stopped: asked now and then; once true, the layers left get the best so far.
         start_s: `time.perf_counter()` at the start of the call, if earlier than now; `seconds` count from there.
@@ -150,7 +202,7 @@ def optimize(
     check_top_k(trace.topk_ids.shape[2])
     if current is not None:
         check_same_model("the current placement", current, "the trace", trace)
-        if current.num_ranks != request.num_ranks:
+        if current.num_ranks != request.num_ranks and request.max_moves is not None:
             raise ValueError(f"the current placement has {current.num_ranks} ranks, {request.num_ranks} are asked for")
     if request.max_moves is not None and current is None:
         raise ValueError("max_moves needs the current placement")
@@ -164,11 +216,12 @@ def optimize(
     elif trace.counts is not None and request.load_source == "auto" and not trace.frequency_true():
         notes.append("the trace's sets are not a uniform sample of what it counted: load was taken from the sets")
     max_filled_L = spread_replicas(trace, load_LE, request)
+    near = None if current is None or request.max_moves is not None else _near_current(current, request, load_LE)
 
     rows, figures = [], []
     for layer in range(trace.num_layers):
         slots_Rs, figure = _plan_layer(
-            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, seconds, clock, notes
+            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, near, seconds, clock, notes
         )
         clock.layer_done()
         rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
@@ -204,6 +257,7 @@ def _plan_layer(
     request: PlanRequest,
     max_filled: int,
     current: Placement | None,
+    near: Placement | None,
     seconds: float,
     clock: SearchClock,
     notes: list[str],
@@ -217,18 +271,28 @@ def _plan_layer(
     if trace.has_sets:
         iterations = min(iterations, max(500, int(seconds * 20_000)))
     problem, greedy_Rs, balanced_Rs = build_problem(
-        np.sort(canonical_ids, axis=1)[:, ::-1], load_E[order_E], request, max_filled, iterations
-    )
+        np.sort(canonical_ids, axis=1)[:, ::-1], load_E[order_E], request, max_filled, iterations,
+        trace.domain if len(trace.domains) > 1 and request.objective == "fan_out" else None,
+    )  # fmt: skip
     starts = [greedy_Rs]
     given = None
     if current is not None:
-        given = _relabel(_current_slots(current, layer, request), new_of_old_E)
-        if is_legal(given, request, trace.num_experts, max_filled):
-            starts.append(given)
-        elif request.max_moves is not None:
-            raise ValueError(
-                f"layer {layer}: the current placement does not meet the request, bounded moves cannot start from it"
-            )
+        held_ER = _held_ER(current, layer, request)[order_E]
+        problem = replace(problem, home=held_ER, copy_cost=request.copy_price * problem.num_tokens)
+        for candidate in (current, near):
+            if candidate is None or candidate.num_ranks != request.num_ranks:
+                continue
+            given = _relabel(_current_slots(candidate, layer, request), new_of_old_E)
+            if is_legal(given, request, trace.num_experts, max_filled):
+                starts.append(given)
+                break
+        else:
+            given = None
+            if request.max_moves is not None:
+                raise ValueError(
+                    f"layer {layer}: the current placement does not meet the request, "
+                    "bounded moves cannot start from it"
+                )
     bounded: list[np.ndarray] = []
     if request.max_moves is not None and given is not None:
         bounded = [given, bounded_moves(problem, given, request.max_moves)]
@@ -245,7 +309,7 @@ def _plan_layer(
     else:
         if bounded:
             scored = [score_slots(problem, slots) for slots in bounded]
-            limit = max(request.load_cap, 1 / scored[0].score.balancedness)
+            limit = max(1.0, scored[0].score.above)
             best = min(scored, key=lambda one: one.score.plain_key(limit))
         else:
             best = search_layer(problem, starts, balanced_Rs, seconds, request.seed, clock)

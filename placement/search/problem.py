@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from placement.search.balance import greedy_balance
 from placement.search.balance_search import BalanceProblem
 from placement.speeds import check_speeds, work_of_speeds
 
+MOST_DOMAIN_EXCESS = 0.5  # of a domain's largest rank load over the mean, however many domains there are
 EXCESS_WEIGHT = 40.0  # cost of a rank's load above what is planned for: visits a token, for each mean load
 
 
@@ -35,6 +37,8 @@ class PlanRequest:
         replica_budget: replicas beyond the first `min_replicas`, in all layers together, spread over layers by what
             they gain; None fills every slot.
         speeds: relative speed of each rank; None: all equal.
+        copy_price: with a current placement, visits a token that each expert to be copied must save in its layer: what
+            its bytes take, spread over the time until the next plan.
         max_moves: with a current placement, how many slots of each layer may change; None: any number.
         load_source: `auto`, `sets` or `counts`, see `ActivationTrace.load`.
         seed: the same request, trace and seed give the same placement, unless `seconds` cut the search short.
@@ -54,6 +58,7 @@ class PlanRequest:
     prefer_local_replicas: bool = False
     replica_budget: int | None = None
     speeds: tuple[float, ...] | None = None
+    copy_price: float = 0.02
     max_moves: int | None = None
     load_source: str = "auto"
     seed: int = 0
@@ -86,6 +91,8 @@ class PlanRequest:
             check_speeds(self.speeds, self.num_ranks)
         if self.max_moves is not None and self.max_moves < 0:
             raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more")
+        if not self.copy_price >= 0:
+            raise ValueError(f"copy_price is {self.copy_price}, expected 0 or more")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected 0 or more")
         if self.seconds is not None and not self.seconds > 0:
@@ -146,6 +153,20 @@ def greedy_slots(load_E: np.ndarray, request: PlanRequest, max_filled: int) -> n
     )  # fmt: skip
 
 
+class DomainLoads(NamedTuple):
+    """The domains of a layer's tokens, and what ranks are allowed of each.
+
+    `domain_T` int [T]; `load_ED` float64 [E, D]; `target_RD` and `allowed_RD` float64 [R, D], as in `LayerProblem`;
+    `cap_D`, largest rank load over the mean.
+    """
+
+    domain_T: np.ndarray
+    load_ED: np.ndarray
+    target_RD: np.ndarray
+    allowed_RD: np.ndarray
+    cap_D: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
     """One layer: tokens in random order, experts in canonical order, and the limits that hold.
@@ -154,7 +175,9 @@ class LayerProblem:
     `target` float64 [R], load of each rank in perfect balance; `allowed` float64 [R], what is planned for, somewhat
     below `load_cap` times that. `arrival` int64 [T]: where the first, second, ... token to arrive stands in `ids`, None
     if in order. The order of arrival decides ties between replicas and, with `prefer_local_replicas`, which node's
-    router has a token: routers take turns.
+    router has a token: routers take turns. With `domains`, limits hold for each of them alone too: M mixes of the
+    traffic, all of it first. `home` bool [E, R]: who holds what now; every other copy costs `copy_cost` visits. None:
+    nothing is held.
     """
 
     ids: np.ndarray
@@ -172,6 +195,44 @@ class LayerProblem:
     arrival: np.ndarray | None = None
     prefer_local_replicas: bool = False
     speeds: tuple[float, ...] | None = None
+    domains: DomainLoads | None = None
+    home: np.ndarray | None = None
+    copy_cost: float = 0.0
+
+    @property
+    def num_mixes(self) -> int:
+        return 1 + (0 if self.domains is None else len(self.domains.cap_D))
+
+    @property
+    def mix_T(self) -> np.ndarray:
+        """int32 [T]: the mix of each token's domain; 0 without domains."""
+        if self.domains is None:
+            return np.zeros(self.num_tokens, np.int32)
+        return (1 + self.domains.domain_T).astype(np.int32)
+
+    @property
+    def load_EM(self) -> np.ndarray:
+        """float64 [E, M]."""
+        return self._of_mixes(self.load, None if self.domains is None else self.domains.load_ED)
+
+    @property
+    def target_RM(self) -> np.ndarray:
+        """float64 [R, M]."""
+        return self._of_mixes(self.target, None if self.domains is None else self.domains.target_RD)
+
+    @property
+    def allowed_RM(self) -> np.ndarray:
+        """float64 [R, M]."""
+        return self._of_mixes(self.allowed, None if self.domains is None else self.domains.allowed_RD)
+
+    @property
+    def cap_M(self) -> np.ndarray:
+        """float64 [M]."""
+        return np.concatenate([[self.load_cap], [] if self.domains is None else self.domains.cap_D])
+
+    def _of_mixes(self, of_all: np.ndarray, of_domains: np.ndarray | None) -> np.ndarray:
+        columns = [of_all[:, None]] if of_domains is None else [of_all[:, None], of_domains]
+        return np.ascontiguousarray(np.concatenate(columns, axis=1))
 
     @property
     def num_tokens(self) -> int:
@@ -199,7 +260,13 @@ class LayerProblem:
     @property
     def balance(self) -> BalanceProblem:
         """The part of the problem that is about loads alone."""
-        return BalanceProblem(self.load, self.target, self.nodes, self.min_replicas, self.max_filled)
+        return BalanceProblem(self.load[:, None], self.target[:, None], self.nodes, self.min_replicas, self.max_filled)
+
+    @property
+    def joint_balance(self) -> BalanceProblem:
+        """The same of all mixes, each against its cap."""
+        capped_RM = self.target_RM * self.cap_M
+        return BalanceProblem(self.load_EM, capped_RM, self.nodes, self.min_replicas, self.max_filled)
 
     @property
     def has_replicas(self) -> bool:
@@ -221,13 +288,46 @@ class LayerProblem:
         return self.node_weight if self.num_nodes > 1 else 0.0
 
 
+def domain_loads(problem: LayerProblem, domain_T: np.ndarray) -> DomainLoads:
+    """Loads and limits of each domain that has tokens.
+
+    What a domain is above an even load counts in all of the traffic by its share. So with D domains each may be D times
+    as far above as all of the traffic, at most `MOST_DOMAIN_EXCESS`; by the average share, since a rare domain must not
+    be left to be uneven.
+    """
+    _, domain_T = np.unique(domain_T, return_inverse=True)
+    num_domains, num_experts = int(domain_T.max()) + 1, problem.num_experts
+    used = problem.ids >= 0
+    key_P = problem.ids[used] * num_domains + np.broadcast_to(domain_T[:, None], used.shape)[used]
+    load_ED = np.bincount(key_P, problem.pair_weight[problem.ids[used]], num_experts * num_domains)
+    load_ED = load_ED.reshape(num_experts, num_domains)
+    load_D, tokens_D = load_ED.sum(0), np.bincount(domain_T, minlength=num_domains)
+    excess_D = np.full(num_domains, min((problem.load_cap - 1) * num_domains, MOST_DOMAIN_EXCESS))
+    guard_D = [
+        load_guard(1 + excess, int(tokens), problem.ids.shape[1], problem.num_ranks, problem.has_replicas)
+        for excess, tokens in zip(excess_D, tokens_D, strict=True)
+    ]
+    target_RD = np.maximum(problem.target[:, None] / problem.target.sum() * load_D, 1e-9)
+    return DomainLoads(domain_T, load_ED, target_RD, target_RD * (1 + excess_D - guard_D), 1 + excess_D)
+
+
 def first_tokens(problem: LayerProblem, num_tokens: int) -> LayerProblem:
     """The same layer with only its first tokens, a fair sample; loads stay those of all tokens."""
     if num_tokens >= problem.num_tokens:
         return problem
     ids_TK = problem.ids[:num_tokens]
     sets_E = np.bincount(ids_TK[ids_TK >= 0], minlength=problem.num_experts)
-    return replace(problem, ids=ids_TK, pair_weight=problem.load / np.maximum(sets_E, 1), arrival=None)
+    domains = problem.domains
+    if domains is not None:
+        domains = domains._replace(domain_T=domains.domain_T[:num_tokens])
+    return replace(
+        problem,
+        ids=ids_TK,
+        pair_weight=problem.load / np.maximum(sets_E, 1),
+        arrival=None,
+        domains=domains,
+        copy_cost=problem.copy_cost * num_tokens / problem.num_tokens,
+    )
 
 
 def load_guard(load_cap: float, num_tokens: int, top_k: int, num_ranks: int, has_replicas: bool) -> float:

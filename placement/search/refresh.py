@@ -27,7 +27,7 @@ from placement.search.judgement import (
     serve,
     worst_in_steps,
 )
-from placement.search.problem import LayerProblem, load_guard
+from placement.search.problem import LayerProblem, domain_loads, load_guard
 from placement.search.replica_budget import LOAD_WORTH
 from placement.search.replicas.holders import CLOSED
 from placement.search.swaps.repair import LAYER_PROPOSALS, repaired_slots
@@ -184,6 +184,10 @@ class _Layers:
         first_N, second_N = _halves(window.num_tokens, num_layers)
         self._search_LTK = _by_layer(window, first_N)
         self._judge_LTK = _by_layer(window, second_N)
+        several = window.domain is not None and len(window.domains) > 1 and len(first_N)
+        domain_T = window.domain if several else None
+        self._search_domain_T = None if domain_T is None else domain_T[first_N]
+        self._all_domain_T = None if domain_T is None else domain_T[np.concatenate([first_N, second_N])]
         self._counted = counted = window.counts is not None and (not window.has_sets or window.frequency_true())
         self._load_LE = window.load() if counted else _loads(window, first_N)
         self._judge_load_LE = self._load_LE if counted else _loads(window, second_N)
@@ -219,10 +223,7 @@ class _Layers:
         """What the search proposes for a layer, judged."""
         limits = self._limits
         given_Rs = self._given_Rs(layer)
-        searched = self._problem(layer, self._search_LTK[layer], self._load_LE[layer], limits.load_cap - self._guard)
-        slots_Rs = repaired_slots(
-            searched, given_Rs, limits.max_moves, limits.proposals, self._random_1, self._annealing
-        )
+        slots_Rs = self._repaired(layer, self._search_LTK[layer], self._load_LE[layer], self._search_domain_T)
         judge = self._problem(layer, self._judge_LTK[layer], self._judge_load_LE[layer], limits.load_cap)
         before = serve(judge, given_Rs)
         copies = _copies(given_Rs, slots_Rs, self._placement.num_experts)
@@ -262,11 +263,7 @@ class _Layers:
 
     def whole(self, layer: int) -> np.ndarray:
         """int32 [R, s]: what the search makes of all tokens."""
-        limits = self._limits
-        problem = self._problem(layer, *self._whole_window(layer), limits.load_cap - self._guard)
-        return repaired_slots(
-            problem, self._given_Rs(layer), limits.max_moves, limits.proposals, self._random_1, self._annealing
-        )
+        return self._repaired(layer, *self._whole_window(layer), self._all_domain_T)
 
     def _whole_window(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """(int32 [T, K], float64 [E]): experts of all tokens, and their loads."""
@@ -274,6 +271,15 @@ class _Layers:
         if not self._counted:
             load_E = load_E + self._judge_load_LE[layer]
         return np.concatenate([self._search_LTK[layer], self._judge_LTK[layer]]), load_E
+
+    def _repaired(self, layer: int, ids_TK: np.ndarray, load_E: np.ndarray, domain_T: np.ndarray | None) -> np.ndarray:
+        """Slots int32 [R, s] near those in use that cost less on some tokens; each of their domains has a cap."""
+        limits = self._limits
+        problem = self._problem(layer, ids_TK, load_E, limits.load_cap - self._guard)
+        if domain_T is not None:
+            problem = replace(problem, domains=domain_loads(problem, domain_T))
+        given_Rs = self._given_Rs(layer)
+        return repaired_slots(problem, given_Rs, limits.max_moves, limits.proposals, self._random_1, self._annealing)
 
     def _cost(self, problem: LayerProblem, slots_Rs: np.ndarray, copies: int) -> float:
         """Visits a token."""

@@ -22,11 +22,13 @@ class LayerScore:
     """Figures of a layer on its planning tokens.
 
     `excess`: load above what is allowed, in allowed loads, summed over ranks; `over`: that of the worst rank.
-    `far_fan_out`: ranks visited on other nodes than the token's router; NaN without `prefer_local_replicas`.
+    `above`: the largest load over its target, in caps: 1 for a rank at its cap, in the mix of traffic where that is
+    most. `far_fan_out`: ranks visited on other nodes than the token's router; NaN without `prefer_local_replicas`.
     """
 
     excess: float
     over: float
+    above: float
     energy: float
     fan_out: float
     node_fan_out: float
@@ -40,8 +42,8 @@ class LayerScore:
         return (max(0.0, self.over - EXCESS_TOLERANCE), self.energy)
 
     def plain_key(self, limit: float) -> tuple[float, float]:
-        """Less is better: first how far the largest rank load over its target is above the limit, then visits."""
-        return (max(0.0, 1 / self.balancedness - limit - 1e-9), self.energy)
+        """Less is better: first how far the largest rank load is above the limit, in caps, then visits."""
+        return (max(0.0, self.above - limit - 1e-9), self.energy)
 
     def guarded_key(self, limit: float, num_tokens: int) -> tuple[float, float]:
         """Like `plain_key`, but load below the limit and above what was planned for costs visits."""
@@ -64,6 +66,14 @@ def slot_table(experts_Rs: np.ndarray, num_experts: int) -> np.ndarray:
     rank_N, slot_N = np.nonzero(experts_Rs >= 0)
     table_ER[experts_Rs[rank_N, slot_N], rank_N] = rank_N * num_slots + slot_N
     return table_ER
+
+
+def copies_of(problem: LayerProblem, experts_Rs: np.ndarray) -> int:
+    """Slots whose expert their rank does not hold now; 0 where nothing is held."""
+    if problem.home is None:
+        return 0
+    rank_N, slot_N = np.nonzero(experts_Rs >= 0)
+    return int((~problem.home[experts_Rs[rank_N, slot_N], rank_N]).sum())
 
 
 def assign(problem: LayerProblem, experts_Rs: np.ndarray) -> np.ndarray:
@@ -89,7 +99,12 @@ def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
     rank_TK = assign(problem, experts_Rs)
     used = rank_TK >= 0
     weight = problem.pair_weight[np.where(used, problem.ids, 0)] * used
-    load_R = np.bincount(np.where(used, rank_TK, 0).ravel(), weights=weight.ravel(), minlength=problem.num_ranks)
+    load_RM = np.empty((problem.num_ranks, problem.num_mixes))
+    load_RM[:, 0] = np.bincount(np.where(used, rank_TK, 0).ravel(), weight.ravel(), minlength=problem.num_ranks)
+    if problem.domains is not None:
+        key_TK = np.where(used, rank_TK, 0) * problem.num_mixes + problem.mix_T[:, None]
+        load_RM[:, 1:] = np.bincount(key_TK.ravel(), weight.ravel(), load_RM.size).reshape(load_RM.shape)[:, 1:]
+    load_R = load_RM[:, 0]
     ranks = count_visits(rank_TK)
     nodes = problem.num_tokens
     if problem.num_nodes > 1:
@@ -99,11 +114,12 @@ def score_slots(problem: LayerProblem, experts_Rs: np.ndarray) -> Scored:
         is_remote = used & (problem.node_of_rank[rank_TK] != problem.home_T[:, None])
         weighted = count_visits(np.where(is_remote, rank_TK, -1))
         far_fan_out = weighted / problem.num_tokens
-    above_R = np.maximum(load_R / problem.allowed - 1, 0)
+    above_RM = np.maximum(load_RM / problem.allowed_RM - 1, 0)
     layer_score = LayerScore(
-        excess=float(above_R.sum()),
-        over=float(above_R.max()),
-        energy=ranks + problem.weight_of_node * weighted,
+        excess=float(above_RM.sum()),
+        over=float(above_RM.max()),
+        above=float((load_RM / (problem.target_RM * problem.cap_M)).max()),
+        energy=ranks + problem.weight_of_node * weighted + problem.copy_cost * copies_of(problem, experts_Rs),
         fan_out=ranks / problem.num_tokens,
         node_fan_out=nodes / problem.num_tokens,
         far_fan_out=far_fan_out,

@@ -7,7 +7,8 @@ routers run (`cover_token`). Most moves are bad and are given up after a few doz
     + penalty * T * sum over ranks of max(0, load / allowed - 1)
 
 Where routers prefer local replicas, each token's router has its own holders and counts its own loads, and `node_weight`
-is paid for ranks visited on other nodes instead. P (token, expert) pairs, E experts, R ranks.
+is paid for ranks visited on other nodes instead. Copies that the placement in use would need count as visits.
+P (token, expert) pairs, E experts, R ranks, M mixes.
 """
 
 from __future__ import annotations
@@ -55,26 +56,27 @@ def anneal_replicas(
     slots met, the start among them; loads up to `EXCESS_TOLERANCE` above the limits count as within.
     """
     filled, visits = cover_all(tokens, limits, state)
+    visits += _cost_of_copies(limits, state.experts_Rs)
     experts_Rs, routers, covering, trial = state.experts_Rs, state.routers, state.covering, state.trial
     holders, start_E = all_holders(routers), tokens.start_E
-    load_R, load_ER, trial_load_R = covering.load_R, covering.load_ER, trial.load_R
-    nodes, node_weight, allowed_R = limits.nodes, limits.node_weight, limits.allowed_R
-    excess = total_excess(load_R, allowed_R)
+    load_RM, load_ERM, trial_load_RM = covering.load_RM, covering.load_ERM, trial.load_RM
+    nodes, node_weight, allowed_RM = limits.nodes, limits.node_weight, limits.allowed_RM
+    excess = total_excess(load_RM, allowed_RM)
     keep_best(best, experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
     heat, penalty = 0.0, 0.0
     for step in range(schedule.iterations):
         if step % COOLING_STEPS == 0:
             heat, penalty = heat_and_penalty(schedule, step, len(covering.visits_T))
-        rank = random_below(random_1, len(load_R))
+        rank = random_below(random_1, len(load_RM))
         if excess > 0 and random_below(random_1, HOT_RANK_DRAWS) == 0:
-            rank = fullest(load_R, allowed_R, rank)
+            rank = fullest(load_RM, allowed_RM, rank)
         num_free = limits.max_filled - filled
         move = propose_move(rank, experts_Rs, holders, num_free, HALF_OF_MOVES, random_1)
         if move.rank < 0:
             continue
         threshold = -heat * np.log(random_unit(random_1))
         # Most moves above the limits need no look at tokens.
-        likely_excess = _likely_excess(load_R, load_ER, allowed_R, holders, move, excess)
+        likely_excess = _likely_excess(load_RM, load_ERM, allowed_RM, holders, move, excess)
         likely_limit = threshold - 0.5 * penalty * (likely_excess - excess)
         if likely_limit < -0.5 * (1 + node_weight) * _num_wanting(start_E, move):
             continue
@@ -83,11 +85,13 @@ def anneal_replicas(
         move_holders(holders, move)
         _update_routers(routers, nodes, move)
         accepted, rows, change = False, -1, 0.0
+        price = _price_of_move(limits, move)
         if keeps_spread(holders, move, nodes, limits.min_replicas):
-            rows, change = _cover_trial(tokens, limits, state, move, likely_limit)
+            rows, change = _cover_trial(tokens, limits, state, move, likely_limit - price)
+            change += price
         new_excess = excess
         if rows >= 0:
-            new_excess = total_excess(trial_load_R, allowed_R)
+            new_excess = total_excess(trial_load_RM, allowed_RM)
             accepted = change <= threshold - penalty * (new_excess - excess)
         if not accepted:
             restore_holders(holders, move)
@@ -100,28 +104,54 @@ def anneal_replicas(
         keep_best(best, experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
 
 
+@compiled()
+def _cost_of_copies(limits: Limits, experts_Rs: np.ndarray) -> float:
+    cost = 0.0
+    for r in range(experts_Rs.shape[0]):
+        for expert in experts_Rs[r]:
+            if expert >= 0 and not limits.home_ER[expert, r]:
+                cost += limits.copy_cost
+    return cost
+
+
+@compiled(forceinline=True)
+def _price_of_move(limits: Limits, move: Move) -> float:
+    """What the copies of a move cost more than those that it makes needless."""
+    home_ER, copies = limits.home_ER, 0
+    for sign, rank in ((1, move.rank), (-1, move.other_rank)):
+        if rank >= 0:
+            if move.coming >= 0 and not home_ER[move.coming, rank]:
+                copies += sign
+            if move.leaving >= 0 and not home_ER[move.leaving, rank]:
+                copies -= sign
+    return copies * limits.copy_cost
+
+
 @compiled(forceinline=True)
 def _likely_excess(
-    load_R: np.ndarray, load_ER: np.ndarray, allowed_R: np.ndarray, holders: Holders, move: Move, excess: float
+    load_RM: np.ndarray, load_ERM: np.ndarray, allowed_RM: np.ndarray, holders: Holders, move: Move, excess: float
 ) -> float:
     """The excess load after a move if replicas keep their shares: an estimate from loads alone."""
-    gone, came = 0.0, 0.0
-    if move.leaving >= 0:
-        gone = load_ER[move.leaving, move.rank]
-    if move.coming >= 0:
-        if move.other_rank >= 0:
-            came = load_ER[move.coming, move.other_rank]
-        else:
-            count_E, rank_ER = holders.count_E, holders.rank_ER
-            for h in range(count_E[move.coming]):
-                came += load_ER[move.coming, rank_ER[move.coming, h]]
-            came /= count_E[move.coming] + 1
-    after = excess - excess_of(load_R[move.rank], allowed_R[move.rank])
-    after += excess_of(load_R[move.rank] - gone + came, allowed_R[move.rank])
-    if move.other_rank >= 0:
-        after -= excess_of(load_R[move.other_rank], allowed_R[move.other_rank])
-        after += excess_of(load_R[move.other_rank] + gone - came, allowed_R[move.other_rank])
-    elif move.coming >= 0:
+    after = excess
+    p, q = move.rank, move.other_rank
+    for m in range(load_RM.shape[1]):
+        gone, came = 0.0, 0.0
+        if move.leaving >= 0:
+            gone = load_ERM[move.leaving, p, m]
+        if move.coming >= 0:
+            if q >= 0:
+                came = load_ERM[move.coming, q, m]
+            else:
+                count_E, rank_ER = holders.count_E, holders.rank_ER
+                for h in range(count_E[move.coming]):
+                    came += load_ERM[move.coming, rank_ER[move.coming, h], m]
+                came /= count_E[move.coming] + 1
+        after -= excess_of(load_RM[p, m], allowed_RM[p, m])
+        after += excess_of(load_RM[p, m] - gone + came, allowed_RM[p, m])
+        if q >= 0:
+            after -= excess_of(load_RM[q, m], allowed_RM[q, m])
+            after += excess_of(load_RM[q, m] + gone - came, allowed_RM[q, m])
+    if q < 0 and move.coming >= 0:
         after = min(after, excess)
     return after
 
@@ -153,7 +183,7 @@ def _cover_trial(tokens: Tokens, limits: Limits, state: State, move: Move, likel
     trial, token_P, start_E = state.trial, tokens.token_P, tokens.start_E
     token_T = trial.token_T
     trial.pairs_QR[:] = state.covering.pairs_QR
-    trial.load_R[:] = state.covering.load_R
+    trial.load_RM[:] = state.covering.load_RM
     at_a, end_a, at_b, end_b = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     if move.leaving >= 0:
         at_a, end_a = start_E[move.leaving], start_E[move.leaving + 1]

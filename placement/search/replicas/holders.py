@@ -69,13 +69,14 @@ def holders_of(experts_Rs: np.ndarray, num_experts: int) -> Holders:
 
 
 @compiled(forceinline=True)
-def even_split(holders: Holders, load_E: np.ndarray) -> np.ndarray:
-    """float64 [R]: load of each rank when the replicas of an expert share its load evenly."""
-    load_R = np.zeros(holders.rank_ER.shape[1])
-    for e in range(len(load_E)):
+def even_split(holders: Holders, load_EM: np.ndarray) -> np.ndarray:
+    """float64 [R, M]: load of each rank when the replicas of an expert share its load evenly, in each mix."""
+    load_RM = np.zeros((holders.rank_ER.shape[1], load_EM.shape[1]))
+    for e in range(len(load_EM)):
         for h in range(holders.count_E[e]):
-            load_R[holders.rank_ER[e, h]] += load_E[e] / holders.count_E[e]
-    return load_R
+            for m in range(load_EM.shape[1]):
+                load_RM[holders.rank_ER[e, h], m] += load_EM[e, m] / holders.count_E[e]
+    return load_RM
 
 
 @compiled()

@@ -1,7 +1,8 @@
 """The state of a search with replicas: slots, who holds what, and what the rule for choosing replicas makes of it.
 
-T tokens, K experts of one, E experts, R ranks, s slots of a rank, Q routers (see `holders`), P (token, expert) pairs.
-All are NamedTuples of arrays, which compiled code passes on at no cost.
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, Q routers (see `holders`), P (token, expert) pairs, M
+mixes of the traffic: all of it, then each domain. All are NamedTuples of arrays, which compiled code passes on at no
+cost.
 """
 
 from __future__ import annotations
@@ -25,47 +26,53 @@ class Tokens(NamedTuple):
     """What tokens want; never changed. Tokens are in random order.
 
     `ids_TK` int32, distinct experts, -1 at the end of a row; `width_T` int64, how many there are; `router_T` int32, the
-    token's router; `pair_weight_E` float64, the load of one pair. `token_P[start_E[e] : start_E[e + 1]]` are the tokens
-    that want expert e, int32, ascending.
+    token's router; `mix_T` int32, its domain's mix, 0 for none; `pair_weight_E` float64, the load of one pair.
+    `token_P[start_E[e] : start_E[e + 1]]` are the tokens that want expert e, int32, ascending.
     """
 
     ids_TK: np.ndarray
     width_T: np.ndarray
     router_T: np.ndarray
+    mix_T: np.ndarray
     pair_weight_E: np.ndarray
     token_P: np.ndarray
     start_E: np.ndarray
 
 
 class Limits(NamedTuple):
-    """What slots must keep to, and what a visited node costs, in visited ranks; `allowed_R` float64, largest loads."""
+    """What slots must keep to, and what a visited node costs, in visited ranks; `allowed_RM` float64, largest loads.
+
+    A slot whose expert its rank does not hold in `home_ER`, bool, costs `copy_cost`, in visits.
+    """
 
     nodes: Nodes
     node_weight: float
     min_replicas: int
     max_filled: int
-    allowed_R: np.ndarray
+    allowed_RM: np.ndarray
+    home_ER: np.ndarray
+    copy_cost: float
 
 
 class Covering(NamedTuple):
     """What the rule makes of the slots as they stand.
 
-    `pairs_QR` int64, the work that each router sent to each rank; `load_R` and `load_ER` float64; `rank_TK` int16, the
-    rank chosen for each expert of a token; `visits_T` float64, weighted visits.
+    `pairs_QR` int64, the work that each router sent to each rank; `load_RM` and `load_ERM` float64; `rank_TK` int16,
+    the rank chosen for each expert of a token; `visits_T` float64, weighted visits.
     """
 
     pairs_QR: np.ndarray
-    load_R: np.ndarray
-    load_ER: np.ndarray
+    load_RM: np.ndarray
+    load_ERM: np.ndarray
     rank_TK: np.ndarray
     visits_T: np.ndarray
 
 
 class Trial(NamedTuple):
-    """What a move would make of it: `pairs_QR` and `load_R` after it, and the tokens covered again, row by row."""
+    """What a move would make of it: `pairs_QR` and `load_RM` after it, and the tokens covered again, row by row."""
 
     pairs_QR: np.ndarray
-    load_R: np.ndarray
+    load_RM: np.ndarray
     token_T: np.ndarray
     rank_TK: np.ndarray
     visits_T: np.ndarray
@@ -109,12 +116,21 @@ def tokens_of(problem: LayerProblem) -> Tokens:
     token_P, start_E = pairs_by_expert(problem.ids, problem.num_experts)
     width_T = (problem.ids >= 0).sum(1)
     router_T = 1 + problem.home_T if problem.prefer_local_replicas else np.zeros(problem.num_tokens, np.int32)
-    return Tokens(problem.ids, width_T, router_T, problem.pair_weight, token_P, start_E)
+    return Tokens(problem.ids, width_T, router_T, problem.mix_T, problem.pair_weight, token_P, start_E)
 
 
 def limits_of(problem: LayerProblem) -> Limits:
     """The limits of a layer."""
-    return Limits(problem.nodes, problem.weight_of_node, problem.min_replicas, problem.max_filled, problem.allowed)
+    home_ER = np.ones((problem.num_experts, problem.num_ranks), bool) if problem.home is None else problem.home
+    return Limits(
+        problem.nodes,
+        problem.weight_of_node,
+        problem.min_replicas,
+        problem.max_filled,
+        problem.allowed_RM,
+        home_ER,
+        problem.copy_cost,
+    )
 
 
 def state_of(problem: LayerProblem, experts_Rs: np.ndarray) -> State:
@@ -129,14 +145,14 @@ def state_of(problem: LayerProblem, experts_Rs: np.ndarray) -> State:
         ),
         Covering(
             np.zeros((num_routers, num_ranks), np.int64),
-            np.zeros(num_ranks),
-            np.zeros((num_experts, num_ranks)),
+            np.zeros((num_ranks, problem.num_mixes)),
+            np.zeros((num_experts, num_ranks, problem.num_mixes)),
             np.empty((num_tokens, top_k), np.int16),
             np.zeros(num_tokens),
         ),
         Trial(
             np.empty((num_routers, num_ranks), np.int64),
-            np.empty(num_ranks),
+            np.empty((num_ranks, problem.num_mixes)),
             np.empty(num_tokens, np.int32),
             np.empty((num_tokens, top_k), np.int16),
             np.empty(num_tokens),
@@ -173,19 +189,27 @@ def cover(
     return ranks + limits.node_weight * nodes
 
 
+@compiled(forceinline=True)
+def add_load(load_RM: np.ndarray, rank: int, mix: int, weight: float) -> None:
+    """Add one pair's load to a rank, in all of the traffic and in its own mix, if it has one."""
+    load_RM[rank, 0] += weight
+    if mix > 0:
+        load_RM[rank, mix] += weight
+
+
 @compiled()
 def cover_all(tokens: Tokens, limits: Limits, state: State) -> tuple[int, float]:
     """Apply the rule to all tokens, from the slots alone; returns filled slots, and weighted visits of all tokens."""
     routers, covering, chosen_E, scratch = state.routers, state.covering, state.chosen_E, state.scratch
     ids_TK, width_T, router_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.router_T, tokens.pair_weight_E
-    pairs_QR, load_R, load_ER = covering.pairs_QR, covering.load_R, covering.load_ER
-    rank_TK, visits_T = covering.rank_TK, covering.visits_T
+    pairs_QR, load_RM, load_ERM = covering.pairs_QR, covering.load_RM, covering.load_ERM
+    rank_TK, visits_T, mix_T = covering.rank_TK, covering.visits_T, tokens.mix_T
     filled = collect_holders(all_holders(routers), state.experts_Rs)
-    for e in range(len(load_ER)):
+    for e in range(len(load_ERM)):
         update_local_holders(routers, e, limits.nodes)
     pairs_QR[:] = 0
-    load_R[:] = 0.0
-    load_ER[:] = 0.0
+    load_RM[:] = 0.0
+    load_ERM[:] = 0.0
     visits = 0.0
     for t in range(len(ids_TK)):
         width = width_T[t]
@@ -195,8 +219,8 @@ def cover_all(tokens: Tokens, limits: Limits, state: State) -> tuple[int, float]
             expert = ids_TK[t, k]
             rank = chosen_E[expert]
             rank_TK[t, k] = rank
-            load_R[rank] += pair_weight_E[expert]
-            load_ER[expert, rank] += pair_weight_E[expert]
+            add_load(load_RM, rank, mix_T[t], pair_weight_E[expert])
+            add_load(load_ERM[expert], rank, mix_T[t], pair_weight_E[expert])
     return filled, visits
 
 
@@ -213,8 +237,8 @@ def cover_rows(
     chosen_E, scratch = state.chosen_E, state.scratch
     ids_TK, width_T, router_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.router_T, tokens.pair_weight_E
     rank_TK, visits_T = covering.rank_TK, covering.visits_T
-    pairs_QR, load_R, token_T = trial.pairs_QR, trial.load_R, trial.token_T
     work_R = limits.nodes.work_R
+    pairs_QR, load_RM, token_T, mix_T = trial.pairs_QR, trial.load_RM, trial.token_T, tokens.mix_T
     new_rank_TK, new_visits_T = trial.rank_TK, trial.visits_T
     for row in range(first, end):
         t = token_T[row]
@@ -222,13 +246,13 @@ def cover_rows(
         for k in range(width):
             rank = rank_TK[t, k]
             pairs_QR[router, rank] -= work_R[rank]
-            load_R[rank] -= pair_weight_E[ids_TK[t, k]]
+            add_load(load_RM, rank, mix_T[t], -pair_weight_E[ids_TK[t, k]])
         of_token = cover(ids_TK, t, width, router, routers, limits, pairs_QR, chosen_E, scratch) - visits_T[t]
         for k in range(width):
             expert = ids_TK[t, k]
             rank = chosen_E[expert]
             new_rank_TK[row, k] = rank
-            load_R[rank] += pair_weight_E[expert]
+            add_load(load_RM, rank, mix_T[t], pair_weight_E[expert])
         new_visits_T[row] = visits_T[t] + of_token
         change += of_token
         squares += of_token * of_token
@@ -239,15 +263,15 @@ def cover_rows(
 def accept_trial(tokens: Tokens, covering: Covering, trial: Trial, num_rows: int) -> None:
     """Take over the first rows of the trial."""
     ids_TK, width_T, pair_weight_E = tokens.ids_TK, tokens.width_T, tokens.pair_weight_E
-    load_ER, rank_TK, visits_T = covering.load_ER, covering.rank_TK, covering.visits_T
+    load_ERM, rank_TK, visits_T, mix_T = covering.load_ERM, covering.rank_TK, covering.visits_T, tokens.mix_T
     token_T, new_rank_TK, new_visits_T = trial.token_T, trial.rank_TK, trial.visits_T
     for row in range(num_rows):
         t = token_T[row]
         for k in range(width_T[t]):
             expert = ids_TK[t, k]
-            load_ER[expert, rank_TK[t, k]] -= pair_weight_E[expert]
-            load_ER[expert, new_rank_TK[row, k]] += pair_weight_E[expert]
+            add_load(load_ERM[expert], rank_TK[t, k], mix_T[t], -pair_weight_E[expert])
+            add_load(load_ERM[expert], new_rank_TK[row, k], mix_T[t], pair_weight_E[expert])
             rank_TK[t, k] = new_rank_TK[row, k]
         visits_T[t] = new_visits_T[row]
     covering.pairs_QR[:] = trial.pairs_QR
-    covering.load_R[:] = trial.load_R
+    covering.load_RM[:] = trial.load_RM

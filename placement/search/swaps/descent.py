@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
-from placement.search.annealing import as_int64, fullest
+from placement.search.annealing import as_int64, fullest, fullness
 from placement.search.swaps.state import (
     Groups,
     Items,
@@ -41,11 +41,11 @@ def descend_swaps(
     `excess_weight` is that of one allowed load above the limit.
     """
     state = swap_state(items, groups, item_Gs)
-    num_items = len(items.load_I)
+    num_items = len(items.load_IM)
     moves = 0
     while moves < max_moves:
-        p = fullest(state.load_G, groups.allowed_G)
-        if state.load_G[p] <= groups.allowed_G[p]:
+        p = fullest(state.load_GM, groups.allowed_GM)
+        if fullness(state.load_GM[p], groups.allowed_GM[p]) <= 1:
             break
         a, b = _best_relief(items, groups, excess_weight, min_gain, state, p)
         if a < 0:
@@ -62,7 +62,7 @@ def descend_swaps(
         a, b = pair // num_items, pair % num_items
         if not differ(items, state, a, b):
             continue
-        change = excess_weight * _excess_change(items, groups, state, a, b)
+        change = excess_weight * excess_change(items, groups, state, a, b)
         if change > 0:
             continue
         change = add_visits(change, items, groups, state, a, b)
@@ -82,12 +82,6 @@ def _num_experts(items: Items, a: int, b: int) -> int:
     return int(items.expert_I[a] >= 0) + int(items.expert_I[b] >= 0)
 
 
-@compiled(forceinline=True)
-def _excess_change(items: Items, groups: Groups, state: SwapState, a: int, b: int) -> float:
-    moved = items.load_I[a] - items.load_I[b]
-    return excess_change(groups, state, state.group_I[a], state.group_I[b], moved)
-
-
 @compiled()
 def _best_relief(
     items: Items, groups: Groups, excess_weight: float, min_gain: float, state: SwapState, p: int
@@ -95,12 +89,16 @@ def _best_relief(
     """The swap of an item of group p for a lighter one that brings energy down most; -1, -1 if none saves enough."""
     best = -min_gain
     best_a, best_b = as_int64(-1), as_int64(-1)
+    mix = 0  # the one in which the group is fullest
+    for m in range(1, state.load_GM.shape[1]):
+        if state.load_GM[p, m] / groups.allowed_GM[p, m] > state.load_GM[p, mix] / groups.allowed_GM[p, mix]:
+            mix = m
     for slot in range(state.item_Gs.shape[1]):
         a = as_int64(state.item_Gs[p, slot])
-        for b in range(len(items.load_I)):
-            if not differ(items, state, a, b) or items.load_I[a] - items.load_I[b] <= 0:
+        for b in range(len(items.load_IM)):
+            if not differ(items, state, a, b) or items.load_IM[a, mix] <= items.load_IM[b, mix]:
                 continue
-            change = excess_weight * _excess_change(items, groups, state, a, b)
+            change = excess_weight * excess_change(items, groups, state, a, b)
             if change >= 0:
                 continue
             change = add_visits(change, items, groups, state, a, b)

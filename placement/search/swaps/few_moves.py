@@ -70,7 +70,7 @@ def anneal_few_moves(
     state = swap_state(items, groups, item_Gs)
     home_I = state.group_I.copy()
     num_items, num_slots = len(home_I), item_Gs.shape[1]
-    full = fullest(state.load_G, groups.allowed_G)
+    full = fullest(state.load_GM, groups.allowed_GM)
     best_item_Gs = item_Gs.copy()
     energy, best = 0.0, 0.0
     moves, best_moves = 0, 0
@@ -95,10 +95,8 @@ def anneal_few_moves(
         new_moves = _num_moved(items, state, home_I, moves, a, b)
         if new_moves > max_moves:
             continue
-        p, q = state.group_I[a], state.group_I[b]
-        moved = items.load_I[a] - items.load_I[b]
         change = prices.move_cost * (new_moves - moves)
-        change += prices.excess_weight * excess_change(groups, state, p, q, moved)
+        change += prices.excess_weight * excess_change(items, groups, state, a, b)
         limit = -heat * np.log(random_unit(random_1))
         if change > limit + 0.5 * prices.excess_weight or not is_legal_swap(items, groups, state, a, b):
             continue
@@ -113,7 +111,7 @@ def anneal_few_moves(
             if state.group_I[i] != home_I[i] and items.expert_I[i] >= 0:
                 away[num_away] = i
                 num_away += 1
-        full = fullest(state.load_G, groups.allowed_G)
+        full = fullest(state.load_GM, groups.allowed_GM)
         if energy < best - 1e-9:
             best, best_moves = energy, moves
             best_item_Gs[:] = item_Gs

@@ -3,7 +3,7 @@
 A hot expert gets another replica in the place of a spare one. Annealing then evens out loads with few moves. Moves that
 are left go where they save most visits.
 
-T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items.
+T tokens, K experts of one, E experts, R ranks, s slots of a rank, I items, M mixes of the traffic.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
     """Slots as items of the swap searches, with loads that an even split and the window's tokens suggest."""
     flat_I = slots_Rs.ravel()
     held = flat_I >= 0
-    load_I = np.zeros(slots_Rs.size)
+    load_IM = np.zeros((slots_Rs.size, problem.num_mixes))
     single = int(held.sum()) == problem.num_experts
     if single or not problem.num_tokens:
         bits_IW = np.zeros((slots_Rs.size, (problem.num_tokens + 63) // 64), np.uint64)
@@ -77,7 +77,7 @@ def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
         choose_replicas(problem.ids, table_ER, problem.node_of_rank, problem.num_nodes, problem.work, load_R, rank_TK)
         bits_IW = assigned_token_bits(problem.ids, rank_TK, table_ER, slots_Rs.size)
     if single:
-        load_I[held] = problem.load[flat_I[held]]
+        load_IM[held] = problem.load_EM[flat_I[held]]
     else:
         # Between an even split and what the rule makes of the window: ties even out small differences, not all.
         count_E = np.bincount(flat_I[held], minlength=problem.num_experts)
@@ -85,8 +85,9 @@ def _window_items(problem: LayerProblem, slots_Rs: np.ndarray) -> Items:
         served_I = np.bitwise_count(bits_IW[held]).sum(1)
         served_E = np.bincount(flat_I[held], served_I, minlength=problem.num_experts)
         share_I = np.where(served_E[flat_I[held]] > 0, served_I / np.maximum(served_E[flat_I[held]], 1), even_I)
-        load_I[held] = problem.load[flat_I[held]] * (RULE_SHARE * share_I + (1 - RULE_SHARE) * even_I)
-    return Items(bits_IW, load_I, flat_I.copy())
+        part_I = RULE_SHARE * share_I + (1 - RULE_SHARE) * even_I
+        load_IM[held] = problem.load_EM[flat_I[held]] * part_I[:, None]
+    return Items(bits_IW, load_IM, flat_I.copy())
 
 
 @compiled()

@@ -9,7 +9,7 @@ import numpy as np
 
 from placement.compiled import compiled
 from placement.rule.replica_choice import Holders, Nodes
-from placement.search.annealing import as_int64, excess_of, fullest
+from placement.search.annealing import as_int64, excess_of
 from placement.search.replicas.holders import (
     CLOSED,
     add_holder,
@@ -35,10 +35,10 @@ def repair_replicas(
     of one of its experts that brings the sum of excess loads down most. `experts_Rs` is changed.
     """
     holders = holders_of(experts_Rs, len(load_E))
-    load_R = even_split(holders, load_E)
+    load_R = np.ascontiguousarray(even_split(holders, load_E.reshape(-1, 1))[:, 0])
     moves = 0
     while moves < max_moves:
-        p = fullest(load_R, allowed_R)
+        p = _fullest(load_R, allowed_R)
         if load_R[p] <= allowed_R[p]:
             break
         expert, rank, slot = _best_replacement(load_E, experts_Rs, nodes, allowed_R, min_replicas, holders, load_R, p)
@@ -56,6 +56,15 @@ def repair_replicas(
         experts_Rs[rank, slot] = expert
         moves += 1
     return moves
+
+
+@compiled(forceinline=True)
+def _fullest(load_R: np.ndarray, allowed_R: np.ndarray) -> int:
+    most = 0
+    for r in range(len(load_R)):
+        if load_R[r] / allowed_R[r] > load_R[most] / allowed_R[most]:
+            most = r
+    return most
 
 
 @compiled()

@@ -2,8 +2,8 @@
 
 An item is what fills a slot: an expert, or one replica of it with the tokens it serves, or nothing (an empty slot). It
 serves a fixed set of tokens. T tokens, I items, G groups (ranks), s slots of a group, P parents (nodes), W words of 64
-tokens. For each group two sets are kept: the tokens with any item there, and those with exactly one. A swap's change of
-fan-out is then four popcounts a word, and nothing is approximated.
+tokens, M mixes of the traffic. For each group two sets are kept: the tokens with any item there, and those with exactly
+one. A swap's change of fan-out is then four popcounts a word, and nothing is approximated.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from placement.search.replicas.holders import CLOSED
 class Items(NamedTuple):
     """What each item is; never changed.
 
-    `bits_IW` uint64, its tokens; `load_I` float64; `expert_I` int32: -1 for an empty slot, -2 for a slot that its group
-    does not have, which never moves.
+    `bits_IW` uint64, its tokens; `load_IM` float64, its load in each mix; `expert_I` int32: -1 for an empty slot, -2
+    for a slot that its group does not have, which never moves.
     """
 
     bits_IW: np.ndarray
-    load_I: np.ndarray
+    load_IM: np.ndarray
     expert_I: np.ndarray
 
 
 class Groups(NamedTuple):
     """What items are swapped between; parents are groups of equally many groups, in order.
 
-    `parent_G` int32; `allowed_G` float64, largest loads; `parent_weight`, what visiting a parent costs, in visited
+    `parent_G` int32; `allowed_GM` float64, largest loads; `parent_weight`, what visiting a parent costs, in visited
     groups; `spread_parents`: the replicas of an expert must stand on different parents, not just groups.
     """
 
     parent_G: np.ndarray
-    allowed_G: np.ndarray
+    allowed_GM: np.ndarray
     parent_weight: float
     spread_parents: bool
 
@@ -51,14 +51,14 @@ class TokenSets(NamedTuple):
 
 
 class SwapState(NamedTuple):
-    """What swaps change. `item_Gs` int32, the item in each slot; `group_I` int32; `load_G` float64.
+    """What swaps change. `item_Gs` int32, the item in each slot; `group_I` int32; `load_GM` float64.
 
     `parents` has no rows where parents cost nothing or there is only one.
     """
 
     item_Gs: np.ndarray
     group_I: np.ndarray
-    load_G: np.ndarray
+    load_GM: np.ndarray
     groups: TokenSets
     parents: TokenSets
 
@@ -79,7 +79,7 @@ def collect_items(bits_IW: np.ndarray, item_s: np.ndarray, any_W: np.ndarray, on
 
 @compiled(forceinline=True)
 def _collect_parent(items: Items, state: SwapState, parent: int) -> None:
-    per_parent = len(state.load_G) // len(state.parents.any_GW)
+    per_parent = len(state.load_GM) // len(state.parents.any_GW)
     item_N = state.item_Gs[parent * per_parent : (parent + 1) * per_parent].ravel()
     collect_items(items.bits_IW, item_N, state.parents.any_GW[parent], state.parents.one_GW[parent])
 
@@ -93,8 +93,8 @@ def swap_state(items: Items, groups: Groups, item_Gs: np.ndarray) -> SwapState:
         num_parents = 0
     state = SwapState(
         item_Gs,
-        np.zeros(len(items.load_I), np.int32),
-        np.zeros(num_groups),
+        np.zeros(len(items.load_IM), np.int32),
+        np.zeros((num_groups, items.load_IM.shape[1])),
         TokenSets(np.empty((num_groups, num_words), np.uint64), np.empty((num_groups, num_words), np.uint64)),
         TokenSets(np.empty((num_parents, num_words), np.uint64), np.empty((num_parents, num_words), np.uint64)),
     )
@@ -102,7 +102,8 @@ def swap_state(items: Items, groups: Groups, item_Gs: np.ndarray) -> SwapState:
         collect_items(items.bits_IW, item_Gs[g], state.groups.any_GW[g], state.groups.one_GW[g])
         for i in item_Gs[g]:
             state.group_I[i] = g
-            state.load_G[g] += items.load_I[i]
+            for m in range(items.load_IM.shape[1]):
+                state.load_GM[g, m] += items.load_IM[i, m]
     for n in range(num_parents):
         _collect_parent(items, state, n)
     return state
@@ -156,15 +157,20 @@ def add_visits(energy: float, items: Items, groups: Groups, state: SwapState, a:
 
 
 @compiled(forceinline=True)
-def excess_change(groups: Groups, state: SwapState, p: int, q: int, moved: float) -> float:
-    """Change of excess load when `moved` goes from group p to group q."""
-    load_G, allowed_G = state.load_G, groups.allowed_G
-    return (
-        excess_of(load_G[p] - moved, allowed_G[p])
-        + excess_of(load_G[q] + moved, allowed_G[q])
-        - excess_of(load_G[p], allowed_G[p])
-        - excess_of(load_G[q], allowed_G[q])
-    )
+def excess_change(items: Items, groups: Groups, state: SwapState, a: int, b: int) -> float:
+    """Change of excess load, summed over mixes, when two items change places."""
+    load_GM, allowed_GM, load_IM = state.load_GM, groups.allowed_GM, items.load_IM
+    p, q = state.group_I[a], state.group_I[b]
+    change = 0.0
+    for m in range(load_IM.shape[1]):
+        moved = load_IM[a, m] - load_IM[b, m]
+        change += (
+            excess_of(load_GM[p, m] - moved, allowed_GM[p, m])
+            + excess_of(load_GM[q, m] + moved, allowed_GM[q, m])
+            - excess_of(load_GM[p, m], allowed_GM[p, m])
+            - excess_of(load_GM[q, m], allowed_GM[q, m])
+        )
+    return change
 
 
 @compiled(forceinline=True)
@@ -208,7 +214,7 @@ def is_legal_swap(items: Items, groups: Groups, state: SwapState, a: int, b: int
 @compiled(forceinline=True)
 def swap_items(items: Items, groups: Groups, state: SwapState, a: int, b: int) -> None:
     """Let two items of different groups change places."""
-    item_Gs, group_I, load_G = state.item_Gs, state.group_I, state.load_G
+    item_Gs, group_I, load_GM = state.item_Gs, state.group_I, state.load_GM
     p, q = group_I[a], group_I[b]
     for i in range(item_Gs.shape[1]):
         if item_Gs[p, i] == a:
@@ -216,9 +222,10 @@ def swap_items(items: Items, groups: Groups, state: SwapState, a: int, b: int) -
         if item_Gs[q, i] == b:
             item_Gs[q, i] = a
     group_I[a], group_I[b] = q, p
-    moved = items.load_I[a] - items.load_I[b]
-    load_G[p] -= moved
-    load_G[q] += moved
+    for m in range(items.load_IM.shape[1]):
+        moved = items.load_IM[a, m] - items.load_IM[b, m]
+        load_GM[p, m] -= moved
+        load_GM[q, m] += moved
     for g in (p, q):
         collect_items(items.bits_IW, item_Gs[g], state.groups.any_GW[g], state.groups.one_GW[g])
     if len(state.parents.any_GW) > 0 and groups.parent_G[p] != groups.parent_G[q]:

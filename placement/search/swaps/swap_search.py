@@ -1,7 +1,7 @@
 """Annealing by swaps on fan-out itself, over bit sets of tokens. Energy, in tokens:
 
     sum over tokens of (groups visited + parent_weight * parents visited)
-    + penalty * T * sum over groups of max(0, load / allowed - 1)
+    + penalty * T * sum over groups and mixes of max(0, load / allowed - 1)
 
 T tokens, I items, G groups (ranks), s slots of a group; see `placement.search.swaps.state`.
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 import numpy as np
 
 from placement.compiled import compiled
-from placement.search.annealing import Best, Schedule, excess_of, heat_and_penalty, keep_best
+from placement.search.annealing import Best, Schedule, heat_and_penalty, keep_best, total_excess
 from placement.search.swaps.state import (
     Groups,
     Items,
     add_visits,
     differ,
+    excess_change,
     is_legal_swap,
     swap_items,
     swap_state,
@@ -44,18 +45,16 @@ def anneal_swaps(
     `within_parents` keeps items in their parent.
     """
     state = swap_state(items, groups, item_Gs)
-    load_G, allowed_G, parent_G = state.load_G, groups.allowed_G, groups.parent_G
+    parent_G = groups.parent_G
     num_groups, num_slots = item_Gs.shape
     groups_of_parent = num_groups // (parent_G.max() + 1)
     visits = weighted_visits(groups, state)
-    excess = 0.0
-    for g in range(num_groups):
-        excess += excess_of(load_G[g], allowed_G[g])
+    excess = total_excess(state.load_GM, groups.allowed_GM)
     heat, penalty = 0.0, 0.0
     for step in range(schedule.iterations):
         if step % COOLING_STEPS == 0:
             heat, penalty = heat_and_penalty(schedule, step, num_tokens)
-        a = random_below(random_1, len(items.load_I))
+        a = random_below(random_1, len(items.load_IM))
         p = state.group_I[a]
         if within_parents:
             q = parent_G[p] * groups_of_parent + random_below(random_1, groups_of_parent)
@@ -64,14 +63,7 @@ def anneal_swaps(
         b = item_Gs[q, random_below(random_1, num_slots)]
         if not differ(items, state, a, b):
             continue
-        moved = items.load_I[a] - items.load_I[b]
-        new_excess = (
-            excess
-            - excess_of(load_G[p], allowed_G[p])
-            - excess_of(load_G[q], allowed_G[q])
-            + excess_of(load_G[p] - moved, allowed_G[p])
-            + excess_of(load_G[q] + moved, allowed_G[q])
-        )
+        new_excess = excess + excess_change(items, groups, state, a, b)
         limit = -heat * np.log(random_unit(random_1)) - penalty * (new_excess - excess)
         # A swap of two items saves at most the visits of all their tokens.
         if limit < -2.0 * num_tokens * (1.0 + groups.parent_weight) or not is_legal_swap(items, groups, state, a, b):

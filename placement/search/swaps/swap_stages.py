@@ -55,15 +55,21 @@ def as_items(problem: LayerProblem, slots: Scored) -> Items:
     item_ER[experts_Rs[rank_N, slot_N], rank_N] = rank_N * experts_Rs.shape[1] + slot_N
     used = rank_TK >= 0
     item_P = item_ER[problem.ids[used], rank_TK[used]]
-    load_I = np.bincount(item_P, problem.pair_weight[problem.ids[used]], minlength=experts_Rs.size)
+    weight_P = problem.pair_weight[problem.ids[used]]
+    load_IM = np.empty((experts_Rs.size, problem.num_mixes))
+    load_IM[:, 0] = np.bincount(item_P, weight_P, minlength=experts_Rs.size)
+    if problem.domains is not None:
+        key_P = item_P * problem.num_mixes + np.broadcast_to(problem.mix_T[:, None], used.shape)[used]
+        of_domain_IM = np.bincount(key_P, weight_P, minlength=load_IM.size).reshape(load_IM.shape)
+        load_IM[:, 1:] = of_domain_IM[:, 1:]
     bits_IW = assigned_token_bits(problem.ids, rank_TK, item_ER, experts_Rs.size)
-    return Items(bits_IW, load_I, experts_Rs.ravel().astype(np.int32))
+    return Items(bits_IW, load_IM, experts_Rs.ravel().astype(np.int32))
 
 
 def rank_groups(problem: LayerProblem, parent_weight: float | None = None) -> Groups:
     """Ranks as groups and nodes as their parents; `parent_weight` None: what the problem says of nodes."""
     weight = problem.weight_of_node if parent_weight is None else parent_weight
-    return Groups(problem.node_of_rank, problem.allowed, weight, problem.min_replicas > 1)
+    return Groups(problem.node_of_rank, problem.allowed_RM, weight, problem.min_replicas > 1)
 
 
 def _run_stage(
@@ -79,10 +85,10 @@ def _run_stage(
     """One stage, of nominal `seconds`; the best items int32 [R, s] and their (excess, visits)."""
     if stage.between == "nodes":
         # Ranks inside a node cannot be filled to the brim as well: half of what the cap leaves is theirs.
-        allowed_N = problem.allowed.reshape(problem.num_nodes, -1).sum(1)
-        target_N = problem.target.reshape(problem.num_nodes, -1).sum(1)
+        allowed_NM = problem.allowed_RM.reshape(problem.num_nodes, -1, problem.num_mixes).sum(1)
+        target_NM = problem.target_RM.reshape(problem.num_nodes, -1, problem.num_mixes).sum(1)
         node_N = np.arange(problem.num_nodes, dtype=np.int32)
-        groups = Groups(node_N, (allowed_N + target_N) / 2, 0.0, problem.min_replicas > 1)
+        groups = Groups(node_N, (allowed_NM + target_NM) / 2, 0.0, problem.min_replicas > 1)
         current_Gs = item_Rs.reshape(problem.num_nodes, -1)
     else:
         groups = rank_groups(problem, 0.0 if stage.between == "ranks" else None)
@@ -153,7 +159,7 @@ def search_fixed_shares(
     for turn, (share, stages) in enumerate(TURNS):
         best = score_slots(some, search_swaps(some, best, share * seconds, (*seed, turn), clock, stages))
     settled = settle_loads(some, best, SETTLE_ROUNDS)
-    best = min(settled, key=lambda entry: entry.score.guarded_key(some.load_cap, some.num_tokens))
+    best = min(settled, key=lambda entry: entry.score.guarded_key(1.0, some.num_tokens))
     return [best] if some is problem else settle_loads(problem, score_slots(problem, best.slots), 1)
 
 
