@@ -66,8 +66,8 @@ AFTER_NODES = Refinement(0.55, (0.1, 0.01))
 # Local replicas first: a plan for few visits comes close; the replica search then adds which ranks are local.
 WITHOUT_PREFERENCE_SHARE = 0.5
 AFTER_PREFERENCE = Refinement(0.4, (0.1, 0.01))
-# From where it stands, with replicas: less than from scratch is enough.
-FROM_IN_USE = Refinement(0.25, (0.1, 0.01))
+# From where it stands, with replicas: hot enough that an expert may move on before its former replica is back.
+IN_USE_RUNS, FROM_IN_USE = 3, Refinement(0.2, (1.0, 0.01))
 
 
 def search_layer(
@@ -83,12 +83,14 @@ def search_layer(
     `starts`, slots int32 [R, s], are among the candidates; `balanced_Rs` only where all else is above the limit.
     """
     search = _LayerSearch(problem, tuple(starts), balanced_Rs, seconds, seed, clock)
-    given = search.given
-    best = min([*given, *search.from_in_use(), *search.renamed(search.kind()())], key=search.guarded_key)
+    given, near = search.given, search.from_in_use()
+    if near and problem.has_replicas:
+        search = replace(search, seconds=seconds * (1 - IN_USE_RUNS * FROM_IN_USE.share))
+    best = min([*given, *near, *search.renamed(search.kind()())], key=search.guarded_key)
     # Whatever a guard is worth, none of the starts may be better on the tokens that were given.
     best = min([best, *given], key=search.plain_key)
     if search.plain_key(best)[0] > 0:
-        best = min([best, score_slots(problem, balanced_Rs)], key=search.plain_key)
+        best = min([best, search.balanced], key=search.plain_key)
     return best
 
 
@@ -108,9 +110,17 @@ class _LayerSearch:
         return [score_slots(self.problem, slots_Rs) for slots_Rs in self.starts]
 
     @cached_property
+    def balanced(self) -> Scored:
+        return score_slots(self.problem, self.balanced_Rs)
+
+    @cached_property
     def limit(self) -> float:
-        """The largest load, in caps. Where the caps are out of reach, that of the best start."""
-        return max(1.0, min(entry.score.above for entry in self.given))
+        """The largest load, in caps. Where the caps are out of reach, that of the best start.
+
+        Starts are even in all of the traffic together; with domains, what evens those out too is among them.
+        """
+        starts = self.given if self.problem.domains is None else [*self.given, self.balanced]
+        return max(1.0, min(entry.score.above for entry in starts))
 
     def plain_key(self, entry: Scored) -> tuple[float, float]:
         return entry.score.plain_key(self.limit)
@@ -139,8 +149,7 @@ class _LayerSearch:
         repaired = score_slots(problem, repaired_slots(problem, start.slots, moves, SWAP_PROPOSALS, random_1))
         found = [repaired]
         if problem.has_replicas:
-            for each in (start, repaired):
-                found.append(self._refined(each, FROM_IN_USE, IN_USE))
+            found += [self._refined(start, FROM_IN_USE, IN_USE, run) for run in range(IN_USE_RUNS)]
         return found
 
     def renamed(self, found: list[Scored]) -> list[Scored]:
@@ -187,9 +196,9 @@ class _LayerSearch:
         start = score_slots(self.problem, base.slots)
         return [start, self._refined(start, AFTER_PREFERENCE, LOCAL)]
 
-    def _refined(self, start: Scored, how: Refinement, stream: int) -> Scored:
+    def _refined(self, start: Scored, how: Refinement, *stream: int) -> Scored:
         seconds = how.share * self.seconds
-        return search_replicas(self.problem, start, seconds, how.heat, (self.seed, stream), self.clock)
+        return search_replicas(self.problem, start, seconds, how.heat, (self.seed, *stream), self.clock)
 
     def _experts_of_nodes(self) -> np.ndarray:
         """Slots int32 [N, s] of nodes, the best of several searches from a greedy start."""

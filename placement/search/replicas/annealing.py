@@ -35,6 +35,7 @@ from placement.search.replicas.moves import (
     move_holders,
     move_slots,
     propose_move,
+    propose_return,
     restore_holders,
 )
 from placement.search.replicas.state import Limits, State, Tokens, accept_trial, all_holders, cover_all, cover_rows
@@ -43,6 +44,7 @@ from placement.xorshift import random_below, random_unit
 HALF_OF_MOVES = SwapChance(0, 1, 2)
 FIRST_LOOK = 48  # tokens covered again before a move is first judged; doubled each time
 HOT_RANK_DRAWS = 4  # one in so many moves starts from the fullest rank while one is above its limit
+RETURN_DRAWS = 2  # where copies cost something, one in so many moves undoes one
 COOLING_STEPS = 16  # proposals between two changes of heat and penalty
 
 
@@ -71,10 +73,14 @@ def anneal_replicas(
         if excess > 0 and random_below(random_1, HOT_RANK_DRAWS) == 0:
             rank = fullest(load_RM, allowed_RM, rank)
         num_free = limits.max_filled - filled
-        move = propose_move(rank, experts_Rs, holders, num_free, HALF_OF_MOVES, random_1)
+        if limits.copy_cost > 0 and random_below(random_1, RETURN_DRAWS) == 0:
+            move = propose_return(rank, experts_Rs, holders, limits.home_ER, num_free, random_1)
+        else:
+            move = propose_move(rank, experts_Rs, holders, num_free, HALF_OF_MOVES, random_1)
         if move.rank < 0:
             continue
-        threshold = -heat * np.log(random_unit(random_1))
+        price = _price_of_move(limits, move)
+        threshold = -heat * np.log(random_unit(random_1)) - price
         # Most moves above the limits need no look at tokens.
         likely_excess = _likely_excess(load_RM, load_ERM, allowed_RM, holders, move, excess)
         likely_limit = threshold - 0.5 * penalty * (likely_excess - excess)
@@ -85,10 +91,8 @@ def anneal_replicas(
         move_holders(holders, move)
         _update_routers(routers, nodes, move)
         accepted, rows, change = False, -1, 0.0
-        price = _price_of_move(limits, move)
         if keeps_spread(holders, move, nodes, limits.min_replicas):
-            rows, change = _cover_trial(tokens, limits, state, move, likely_limit - price)
-            change += price
+            rows, change = _cover_trial(tokens, limits, state, move, likely_limit)
         new_excess = excess
         if rows >= 0:
             new_excess = total_excess(trial_load_RM, allowed_RM)
@@ -99,7 +103,7 @@ def anneal_replicas(
             continue
         accept_trial(tokens, covering, trial, rows)
         filled += move_slots(experts_Rs, move)
-        visits += change
+        visits += change + price
         excess = new_excess
         keep_best(best, experts_Rs, max(0.0, excess - EXCESS_TOLERANCE), visits)
 

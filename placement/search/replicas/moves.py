@@ -86,6 +86,32 @@ def propose_move(
 
 
 @compiled(forceinline=True)
+def propose_return(
+    rank: int, experts_Rs: np.ndarray, holders: Holders, home_ER: np.ndarray, num_free: int, random_1: np.ndarray
+) -> Move:
+    """A random move that brings an expert back to a `rank` that holds it now, so needs no copy of it, or no move."""
+    num_experts, slot = len(holders.count_E), random_below(random_1, experts_Rs.shape[1])
+    leaving = as_int64(experts_Rs[rank, slot])
+    first = random_below(random_1, num_experts)
+    coming = as_int64(-1)
+    for i in range(num_experts):
+        expert = (first + i) % num_experts
+        if home_ER[expert, rank] and not has_holder(holders, expert, rank):
+            coming = as_int64(expert)
+            break
+    if leaving == CLOSED or coming < 0 or (leaving == EMPTY and num_free <= 0):
+        return no_move()
+    if leaving == EMPTY or holders.count_E[leaving] > 1:
+        return Move(rank, slot, leaving, -1, 0, coming)
+    # The last replica goes where the expert that comes back stands.
+    other_rank = as_int64(holders.rank_ER[coming, random_below(random_1, holders.count_E[coming])])
+    for other_slot in range(experts_Rs.shape[1]):
+        if experts_Rs[other_rank, other_slot] == coming:
+            return Move(rank, slot, leaving, other_rank, as_int64(other_slot), coming)
+    return no_move()
+
+
+@compiled(forceinline=True)
 def move_holders(holders: Holders, move: Move) -> None:
     """Update the holders of both experts; slots stay as they are."""
     if move.leaving >= 0:
