@@ -40,6 +40,7 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@echo "==> compiling what would be compiled on first use"
 	@$(PY) -m experts.precompile
+	@$(PY) -m placement.precompile
 	@touch $@
 
 # In a folder of its own, so that vllm does not see it. Its interpreter and its compiler need no GPU.

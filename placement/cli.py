@@ -48,6 +48,14 @@ def slots_argument(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def step_tokens_argument(text: str) -> tuple[int, ...]:
+    """Sizes of steps in tokens: `32,256,2048`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like 32,256") from None
+
+
 def speeds_argument(text: str) -> tuple[float, ...]:
     """Relative speeds of the ranks: `1,1,0.5,0.5`."""
     try:
@@ -58,6 +66,7 @@ def speeds_argument(text: str) -> tuple[float, ...]:
 
 def run_optimize(args: argparse.Namespace) -> int:
     """Plan, write JSON, print how good the plan is."""
+    from placement.capacity.replica_worth import Worth
     from placement.search.optimizer import optimize
     from placement.search.problem import PlanRequest
     from placement.traces.importers import import_trace
@@ -66,7 +75,9 @@ def run_optimize(args: argparse.Namespace) -> int:
     if args.domain:
         trace = trace.of_domain(args.domain)
     # Options are named after the request's fields.
-    options = {field.name: getattr(args, field.name) for field in fields(PlanRequest)}
+    options = {field.name: getattr(args, field.name) for field in fields(PlanRequest) if field.name != "worth"}
+    if args.step_tokens:
+        options["worth"] = Worth(step_tokens=args.step_tokens)
     if args.slots_per_rank is None:
         # Ranks and replicas below 1 are for the request to refuse.
         needed = trace.num_experts * max(args.min_replicas, 1)
@@ -257,6 +268,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--replica-budget",
         type=int,
         help="replicas beyond --min-replicas, in all layers together; default: fill every slot",
+    )
+    command.add_argument(
+        "--step-tokens",
+        type=step_tokens_argument,
+        help="leave out replicas that do not save time in steps of so many tokens (32,256) on an H100, "
+        "where the load cap allows; default: fill every slot",
     )
     command.add_argument("--speeds", type=speeds_argument, help="relative speed of each rank: 1,1,0.5,0.5")
     command.add_argument(

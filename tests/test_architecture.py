@@ -28,10 +28,11 @@ ORDER = {
             "topology",
             "traces",
             "rule",
+            "capacity",
             "search",
             "migration",
         ),
-        *("capacity", "sizing", "report", "exports", "policy", "precompile", "cli", "__main__"),
+        *("sizing", "report", "exports", "policy", "precompile", "cli", "__main__"),
     ],
     "experts": [
         *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin"),

@@ -8,7 +8,7 @@ In a large one it is that of computing pairs, which a replica spreads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,7 +20,8 @@ from placement.rule.steps import count_steps, draw_steps
 from placement.topology import Links
 from placement.traces.trace import ActivationTrace, TraceError
 
-STEPS = 12  # of each size; loads of more steps say little more
+STEPS = 12  # of each size, at most; loads of more steps say little more
+ALL_TOKENS = 6000  # of the steps of one size, about: what a trial may take
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,17 @@ def layer_seconds(placement: Placement, trace: ActivationTrace, layer: int, wort
     return _seconds(placement, layer, _steps(trace, layer, worth), worth)
 
 
-def replica_gains(placement: Placement, trace: ActivationTrace, layer: int, worth: Worth) -> dict[int, float]:
+def replica_gains(
+    placement: Placement,
+    trace: ActivationTrace,
+    layer: int,
+    worth: Worth,
+    stopped: Callable[[], bool] | None = None,
+) -> dict[int, float]:
     """Seconds that a step saves, summed over sizes, by each slot of a layer that holds one of several replicas.
 
-    Negative: the layer is faster without it. Arguments and errors as for `layer_seconds`.
+    Negative: the layer is faster without it. Arguments and errors as for `layer_seconds`; once `stopped`, the slots
+    left are not among the answers.
     """
     layer_seconds(placement, trace, layer, worth)  # checks
     steps = _steps(trace, layer, worth)
@@ -67,38 +75,49 @@ def replica_gains(placement: Placement, trace: ActivationTrace, layer: int, wort
     return {
         int(slot): float(_seconds(_emptied(placement, layer, int(slot)), layer, steps, worth).sum() - present_s)
         for slot in spare
+        if stopped is None or not stopped()
     }
 
 
 def without_idle_replicas(
-    placement: Placement, trace: ActivationTrace, worth: Worth, min_replicas: int = 1, tolerance: float = 0.0
+    placement: Placement,
+    trace: ActivationTrace,
+    worth: Worth,
+    min_replicas: int = 1,
+    tolerance: float = 0.0,
+    allowed: Callable[[Placement, int], bool] | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Placement:
     """The placement without replicas that do not pay; their slots are empty.
 
     Replicas are looked at from the one that gains least, each against what is left. It stays if steps, each size's time
     over that with all replicas and then averaged, would be slower without it by more than `tolerance`. No expert gets
-    fewer than `min_replicas`. Errors as for `layer_seconds`.
+    fewer than `min_replicas`, and no layer gets what `allowed` (placement, layer) refuses. Once `stopped`, what is left
+    stays. Errors as for `layer_seconds`.
     """
     if min_replicas < 1 or tolerance < 0:
         raise ValueError(f"min_replicas is {min_replicas}, tolerance {tolerance}, expected at least 1 and at least 0")
     for layer in range(placement.num_layers):
         whole_B = layer_seconds(placement, trace, layer, worth)
         steps = _steps(trace, layer, worth)
-        gains = replica_gains(placement, trace, layer, worth)
+        gains = replica_gains(placement, trace, layer, worth, stopped)
         present = 1.0
         for slot in sorted(gains, key=lambda slot: (gains[slot], slot)):
+            if stopped is not None and stopped():
+                return placement
             if _replicas_of_slots(placement, layer)[slot] <= min_replicas:
                 continue
             tried = _emptied(placement, layer, slot)
             relative = float((_seconds(tried, layer, steps, worth) / whole_B).mean())
-            if relative <= present + tolerance:
+            if relative <= present + tolerance and (allowed is None or allowed(tried, layer)):
                 placement, present = tried, relative
     return placement
 
 
 def _steps(trace: ActivationTrace, layer: int, worth: Worth) -> list[np.ndarray]:
     ids_TK = trace.ids_of_layer(layer)
-    return [ids_TK[draw_steps(trace.num_tokens, tokens, STEPS, worth.seed)] for tokens in worth.step_tokens]
+    sizes = [(tokens, int(np.clip(ALL_TOKENS // tokens, 1, STEPS))) for tokens in worth.step_tokens]
+    return [ids_TK[draw_steps(trace.num_tokens, tokens, steps, worth.seed)] for tokens, steps in sizes]
 
 
 def _seconds(placement: Placement, layer: int, steps: Sequence[np.ndarray], worth: Worth) -> np.ndarray:

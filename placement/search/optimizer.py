@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placement.placement import EMPTY, Placement, check_same_model
+from placement.rule.evaluate import evaluate
 from placement.rule.replica_choice import check_top_k
 from placement.search.balance import even_split_load
 from placement.search.balance_search import best_balance
 from placement.search.eplb import packed_slots
-from placement.search.few_copies.resize import resize
+from placement.search.few_copies.in_use import current_slots, held_ER, is_legal, near_current
 from placement.search.layer_search import search_layer
+from placement.search.lean_replicas import TRIAL_SHARE, filled_that_pays, lean_replicas, narrowed
 from placement.search.problem import (
     LayerProblem,
     PlanRequest,
@@ -33,7 +35,6 @@ from placement.search.problem import (
     rank_targets,
 )
 from placement.search.replica_budget import spread_replicas
-from placement.search.replicas.holders import CLOSED
 from placement.search.scoring import score_slots
 from placement.search.search_clock import SearchClock
 from placement.search.swaps.repair import bounded_moves
@@ -43,8 +44,6 @@ NOMINAL_SECONDS_A_LAYER = 3.0  # of search, at effort 1
 START_SECONDS = 0.6  # reading, loading compiled code: not for the searches
 TOKEN_SECONDS = 4.5e-6  # greedy starts and scoring, for each token of a layer: not for the searches either
 BALANCE_ITERATIONS = 40_000
-# Of an even load: what ranks added or gone leave uneven is for the search, which pays for copies.
-WITHIN_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -126,57 +125,6 @@ def _relabel(slots_Rs: np.ndarray, new_of_old_E: np.ndarray) -> np.ndarray:
     return np.where(held, new_of_old_E[np.where(held, slots_Rs, 0)], slots_Rs).astype(np.int32)
 
 
-def _near_current(current: Placement, request: PlanRequest, load_LE: np.ndarray) -> Placement | None:
-    """The placement in use in the shape of the request, with as few copies as that takes; None where none was found."""
-    slots_R = request.open_slots_R
-    try:
-        return resize(
-            current,
-            slots_R=slots_R.tolist(),
-            usable_R=(slots_R > 0).tolist(),
-            load_LE=load_LE,
-            min_replicas=request.min_replicas,
-            spare_slots=0,
-            nodes=None,
-            num_nodes=request.num_nodes,
-            speed_R=request.speeds,
-            tolerance=WITHIN_TOLERANCE,
-        )
-    except ValueError:
-        return None
-
-
-def _current_slots(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
-    """Slots int32 [R, s] of the current placement in the shape of the request; what does not fit is left out."""
-    slots_Rs = np.full((request.num_ranks, int(request.open_slots_R.max())), EMPTY, np.int32)
-    for rank in range(request.num_ranks):
-        held = current.experts_of_rank(rank)[layer]
-        unique = list(dict.fromkeys(held[held >= 0].tolist()))[: int(request.open_slots_R[rank])]
-        if len(held) == slots_Rs.shape[1] and len(unique) == int((held >= 0).sum()):
-            slots_Rs[rank] = held
-        else:
-            slots_Rs[rank, : len(unique)] = unique
-    slots_Rs[np.arange(slots_Rs.shape[1])[None, :] >= request.open_slots_R[:, None]] = CLOSED
-    return slots_Rs
-
-
-def _held_ER(current: Placement, layer: int, request: PlanRequest) -> np.ndarray:
-    """bool [E, R]: which rank of the request holds which expert now."""
-    held_ER = np.zeros((current.num_experts, request.num_ranks), bool)
-    ranks = min(current.num_ranks, request.num_ranks)
-    held_ER[:, :ranks] = current.slots_LER[layer][:, :ranks] >= 0
-    return held_ER
-
-
-def is_legal(slots_Rs: np.ndarray, request: PlanRequest, num_experts: int, max_filled: int) -> bool:
-    """Whether slots hold every expert in enough replicas on different nodes (ranks, if there is one node)."""
-    on_ER = np.zeros((num_experts, request.num_ranks), bool)
-    rank_N, slot_N = np.nonzero(slots_Rs >= 0)
-    on_ER[slots_Rs[rank_N, slot_N], rank_N] = True
-    on_ED = on_ER if request.num_nodes == 1 else on_ER.reshape(num_experts, request.num_nodes, -1).any(2)
-    return bool((on_ED.sum(1) >= request.min_replicas).all()) and len(rank_N) <= max_filled
-
-
 def optimize(
     trace: ActivationTrace,
     request: PlanRequest,
@@ -216,13 +164,23 @@ def optimize(
     elif trace.counts is not None and request.load_source == "auto" and not trace.frequency_true():
         notes.append("the trace's sets are not a uniform sample of what it counted: load was taken from the sets")
     max_filled_L = spread_replicas(trace, load_LE, request)
-    near = None if current is None or request.max_moves is not None else _near_current(current, request, load_LE)
+    near = None if current is None or request.max_moves is not None else near_current(current, request, load_LE)
 
-    rows, figures = [], []
+    rows, figures, num_slots = [], [], int(request.open_slots_R.max())
     for layer in range(trace.num_layers):
+        filled, of_layer, left_s = int(max_filled_L[layer]), request, seconds
+        if request.worth is not None:
+
+            def trial(filled: int, layer: int = layer) -> np.ndarray:
+                asked, trial_s = narrowed(request, filled), TRIAL_SHARE * seconds
+                return _plan_layer(trace, layer, load_LE[layer], asked, filled, None, None, trial_s, clock, [])[0]
+
+            filled, trials = filled_that_pays(trial, trace, layer, request, request.worth, filled)
+            of_layer, left_s = narrowed(request, filled), (1 - trials * TRIAL_SHARE) * seconds
         slots_Rs, figure = _plan_layer(
-            trace, layer, load_LE[layer], request, int(max_filled_L[layer]), current, near, seconds, clock, notes
+            trace, layer, load_LE[layer], of_layer, filled, current, near, left_s, clock, notes
         )
+        slots_Rs = np.pad(slots_Rs, ((0, 0), (0, num_slots - slots_Rs.shape[1])), constant_values=EMPTY)
         clock.layer_done()
         rows.append(np.where(slots_Rs >= 0, slots_Rs, EMPTY).ravel())
         figures.append(figure)
@@ -236,9 +194,14 @@ def optimize(
             "the search was cut short: another machine, or this one when busier, may find another placement; "
             "allow more seconds or less effort"
         )
-    table = np.array(figures)
+    table_LF = np.array(figures)
+    if request.worth is not None and trace.has_sets:
+        placement = lean_replicas(placement, trace, request, request.worth, lambda: clock.left() <= 0)
+        found = evaluate(placement, trace, request.prefer_local_replicas)
+        table_LF[:] = np.stack([found.fan_out, found.node_fan_out, found.far_fan_out, found.balancedness], axis=1)
+    seconds = time.perf_counter() - start_s
     return PlanResult(
-        placement, table[:, 0], table[:, 1], table[:, 2], table[:, 3], time.perf_counter() - start_s, clock.cut,
+        placement, table_LF[:, 0], table_LF[:, 1], table_LF[:, 2], table_LF[:, 3], seconds, clock.cut,
         tuple(dict.fromkeys(notes)),
     )  # fmt: skip
 
@@ -277,12 +240,13 @@ def _plan_layer(
     starts = [greedy_Rs]
     given = None
     if current is not None:
-        held_ER = _held_ER(current, layer, request)[order_E]
-        problem = replace(problem, home=held_ER, copy_cost=request.copy_price * problem.num_tokens)
+        problem = replace(
+            problem, home=held_ER(current, layer, request)[order_E], copy_cost=request.copy_price * problem.num_tokens
+        )
         for candidate in (current, near):
             if candidate is None or candidate.num_ranks != request.num_ranks:
                 continue
-            given = _relabel(_current_slots(candidate, layer, request), new_of_old_E)
+            given = _relabel(current_slots(candidate, layer, request), new_of_old_E)
             if is_legal(given, request, trace.num_experts, max_filled):
                 starts.append(given)
                 break

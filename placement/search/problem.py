@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from placement.capacity.replica_worth import Worth
 from placement.linear import check_replicas_fit
 from placement.rule.replica_choice import Nodes, block_of_nodes
 from placement.search.balance import greedy_balance
@@ -36,6 +37,7 @@ class PlanRequest:
             equal shares of the tokens. `node_weight` is then the extra cost of a rank visited on another node.
         replica_budget: replicas beyond the first `min_replicas`, in all layers together, spread over layers by what
             they gain; None fills every slot.
+        worth: what steps and machines a replica must pay on to fill a slot; None: every slot is filled.
         speeds: relative speed of each rank; None: all equal.
         copy_price: with a current placement, visits a token that each expert to be copied must save in its layer: what
             its bytes take, spread over the time until the next plan.
@@ -57,6 +59,7 @@ class PlanRequest:
     node_weight: float = 4.0
     prefer_local_replicas: bool = False
     replica_budget: int | None = None
+    worth: Worth | None = None
     speeds: tuple[float, ...] | None = None
     copy_price: float = 0.02
     max_moves: int | None = None
@@ -288,6 +291,11 @@ class LayerProblem:
         return self.node_weight if self.num_nodes > 1 else 0.0
 
 
+def domain_excess(load_cap: float, num_domains: int) -> float:
+    """How far the largest rank load of a domain may be above the mean, in means; see `domain_loads`."""
+    return min((load_cap - 1) * num_domains, MOST_DOMAIN_EXCESS)
+
+
 def domain_loads(problem: LayerProblem, domain_T: np.ndarray) -> DomainLoads:
     """Loads and limits of each domain that has tokens.
 
@@ -302,7 +310,7 @@ def domain_loads(problem: LayerProblem, domain_T: np.ndarray) -> DomainLoads:
     load_ED = np.bincount(key_P, problem.pair_weight[problem.ids[used]], num_experts * num_domains)
     load_ED = load_ED.reshape(num_experts, num_domains)
     load_D, tokens_D = load_ED.sum(0), np.bincount(domain_T, minlength=num_domains)
-    excess_D = np.full(num_domains, min((problem.load_cap - 1) * num_domains, MOST_DOMAIN_EXCESS))
+    excess_D = np.full(num_domains, domain_excess(problem.load_cap, num_domains))
     guard_D = [
         load_guard(1 + excess, int(tokens), problem.ids.shape[1], problem.num_ranks, problem.has_replicas)
         for excess, tokens in zip(excess_D, tokens_D, strict=True)

@@ -68,7 +68,7 @@ def test_never_worse_than_greedy_balancing_nor_than_what_it_started_from(case, s
     elif start == "planned":
         current = optimize(trace, replace(request, load_cap=3.0, seed=request.seed + 1)).placement
     if current is not None:
-        request = replace(request, max_moves=moves)
+        request = replace(request, max_moves=moves, copy_price=0.0)  # greedy balancing does not ask what is held
     near = request.prefer_local_replicas
     ours = evaluate(optimize(trace, request, current).placement, trace, near)
     if near and request.slots_per_rank * request.num_ranks == trace.num_experts:
