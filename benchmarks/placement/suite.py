@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from benchmarks.common import print_table, save
+from benchmarks.placement.domains import domain_rows, drain_rows
 from benchmarks.placement.exact import exact_rows, golden_rows
 from benchmarks.placement.large import balance_rows, scaling_rows, time_rows
 from benchmarks.placement.olmoe import drift_rows, olmoe_rows
@@ -21,6 +22,8 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {
     "exact": ("Exact optimum", exact_rows),
     "olmoe": ("OLMoE-1B-7B, planned on half of the tokens, scored on the others", olmoe_rows),
     "drift": ("Drift between domains of OLMoE, one plan per window of 2,000 tokens", drift_rows),
+    "domains": ("Domains of OLMoE, one plan for all, scored on unseen tokens", domain_rows),
+    "drain": ("A rank of OLMoE's drained", drain_rows),
     "balance": ("Balance alone, lognormal loads, replicas share evenly", balance_rows),
     "time": ("Time on one core", time_rows),
     "scaling": ("Growth of cost", scaling_rows),
