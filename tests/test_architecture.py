@@ -32,7 +32,7 @@ ORDER = {
             "search",
             "migration",
         ),
-        *("sizing", "report", "exports", "policy", "precompile", "cli", "__main__"),
+        *("sizing", "report", "exports", "policy", "precompile", "arguments", "cli", "__main__"),
     ],
     "experts": [
         *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin"),
