@@ -9,6 +9,7 @@ MUTANTS_ARGS ?=
 FUZZ_EXAMPLES ?= 100000
 CONFIG ?= configs/tiny-cpu.yaml
 LOCK := requirements/cpu.lock
+GPU_LOCK := requirements/gpu.lock
 PYTHONS := 3.11 3.12 3.13
 TORCH := 2.13.0
 TRITON := 3.6.0
@@ -96,12 +97,15 @@ bench-quick: $(READY) ## the same, few runs: does it work, not how fast
 
 # Where PyTorch's CPU index is out of reach: LOCK_ARGS="--find-links FOLDER", with a folder that holds torch's CPU wheel.
 LOCK_ARGS ?= --torch-backend cpu
-lock: ## resolve the lock file anew, and check it for every Python that is promised
+lock: ## resolve the lock files anew, and check the first for every Python that is promised
 	$(VENV)/bin/uv pip compile -q --no-header --no-annotate $(LOCK_ARGS) --python-version $(firstword $(PYTHONS)) --override requirements/overrides.txt requirements/cpu.in -o $(LOCK)
 	@sed -i '1i # Resolved by `make lock`; installed with --no-deps, which leaves out torchvision, torchaudio, torchcodec and triton on purpose.' $(LOCK)
 	@grep -v '^torch==' $(LOCK) > $(VENV)/lock-without-torch.txt
 	@for python in $(PYTHONS); do echo "==> wheels for Python $$python"; \
 	  $(VENV)/bin/uv pip compile -q --no-deps --only-binary :all: --python-version $$python $(VENV)/lock-without-torch.txt -o $(VENV)/lock-$$python.txt || exit 1; done
+	@echo "==> $(GPU_LOCK)"
+	$(VENV)/bin/uv pip compile -q --no-header --no-annotate --only-binary :all: --python-version 3.11 --python-platform x86_64-manylinux_2_34 requirements/gpu.in -o $(GPU_LOCK)
+	@sed -i '1i # Resolved by `make lock` for Linux on x86_64 and Python 3.11, which configs/images/gpu.Dockerfile has.' $(GPU_LOCK)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache bench-results
