@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 @dataclass(frozen=True)
 class Shape:
-    """Published facts of a model; `dense_gb` is what a router holds, in GB."""
+    """Published facts of a model; `dense_gb` is what a router holds, in GB; `gpu` is Ray's name for its GPUs."""
 
     layers: int
     experts: int
@@ -21,19 +21,31 @@ class Shape:
     width: int
     dense_gb: float
     num_gpus: int
+    gpu: str
 
 
 SHAPES = {
-    "mixtral-8x7b-2gpu.yaml": Shape(32, 8, 4096, 14336, 3.2, 2),
-    "qwen3-30b-a3b-4gpu.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
-    "deepseek-v3-16gpu.yaml": Shape(58, 256, 7168, 2048, 17.0, 16),
-    "gpt-oss-120b-2gpu.yaml": Shape(36, 128, 2880, 2880, 4.3, 2),
-    "kuberay/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
-    "anyscale/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4),
+    "mixtral-8x7b-2gpu.yaml": Shape(32, 8, 4096, 14336, 3.2, 2, "H100"),
+    "qwen3-30b-a3b-4gpu.yaml": Shape(48, 128, 2048, 768, 3.1, 4, "L4"),
+    "deepseek-v3-16gpu.yaml": Shape(58, 256, 7168, 2048, 17.0, 16, "H200"),
+    "gpt-oss-120b-2gpu.yaml": Shape(36, 128, 2880, 2880, 4.3, 2, "H200"),
+    "kuberay/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4, "L4"),
+    "anyscale/qwen3-30b-a3b.yaml": Shape(48, 128, 2048, 768, 3.1, 4, "L4"),
 }
+
+
+# Files that hold the applications of a service. The parts that kuberay/ makes one of are tested in tests/configs.
+SERVED = [path for folder in (".", "kuberay", "anyscale") for path in sorted((CONFIGS / folder).glob("*.yaml"))]
+
+
+def ray_service(name: str) -> dict[str, Any]:
+    """The RayService among the resources of a manifest."""
+    [found] = [each for each in yaml.safe_load_all((CONFIGS / name).read_text()) if each["kind"] == "RayService"]
+    return found
 
 
 def serve_config(name: str) -> dict[str, Any]:
     """The Serve config inside a file of any kind: plain, KubeRay or Anyscale."""
-    data = yaml.safe_load((CONFIGS / name).read_text())
-    return yaml.safe_load(data["spec"]["serveConfigV2"]) if data.get("kind") == "RayService" else data
+    if name.startswith("kuberay/"):
+        return yaml.safe_load(ray_service(name)["spec"]["serveConfigV2"])
+    return yaml.safe_load((CONFIGS / name).read_text())
