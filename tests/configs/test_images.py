@@ -19,6 +19,7 @@ from cluster.serve_environment import ENVIRONMENT
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "configs/images"
 DOCKERFILES = sorted(IMAGES.glob("*.Dockerfile"))
+ANYSCALE = ROOT / "configs/anyscale/Containerfile"  # one stage on a base of theirs
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -45,7 +46,7 @@ def test_there_is_one_for_processors_and_one_for_gpus() -> None:
     assert [path.name for path in DOCKERFILES] == ["cpu.Dockerfile", "gpu.Dockerfile"]
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dockerfile", [*DOCKERFILES, ANYSCALE], ids=lambda path: path.stem)
 def test_hadolint_finds_nothing(dockerfile: Path) -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if hadolint is None:
@@ -77,7 +78,7 @@ def test_it_asks_a_health_route_at_a_port_that_it_exposes(dockerfile: Path) -> N
     assert port in exposed
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dockerfile", [*DOCKERFILES, ANYSCALE], ids=lambda path: path.stem)
 def test_its_environment_has_what_serve_reads_where_ray_starts(dockerfile: Path) -> None:
     [text] = [arguments for word, arguments in last_stage(dockerfile) if word == "ENV"]
     found = dict(pair.split("=", 1) for pair in text.split())
@@ -105,7 +106,7 @@ def kept_by_dockerignore(path: str) -> bool:
     return kept
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dockerfile", [*DOCKERFILES, ANYSCALE], ids=lambda path: path.stem)
 def test_what_it_copies_exists_and_reaches_the_builder(dockerfile: Path) -> None:
     copies = [text for word, text in instructions(dockerfile) if word == "COPY" and "--from" not in text]
     sources = [part for text in copies for part in text.split()[:-1] if not part.startswith("--")]
@@ -120,7 +121,7 @@ def test_what_it_copies_exists_and_reaches_the_builder(dockerfile: Path) -> None
 def test_the_build_has_what_setuptools_reads() -> None:
     """pyproject.toml names files of its own; without them `pip install .` fails in the build stage."""
     named = {PROJECT["project"]["readme"], *(f"{module}.py" for module in PROJECT["tool"]["setuptools"]["py-modules"])}
-    for dockerfile in DOCKERFILES:
+    for dockerfile in [*DOCKERFILES, ANYSCALE]:
         copied = {part for word, text in instructions(dockerfile) if word == "COPY" for part in text.split()}
         assert named <= copied
 

@@ -1,4 +1,4 @@
-"""What the manifest for KubeRay promises: pods for the config, drains, memory, keys, no shard restarted for a router."""
+"""What the manifest for KubeRay promises: a pod for each replica, drains, memory, keys, and no needless restarts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,12 @@ from cluster.config.llm_sections import DeadlinesSection
 from cluster.config.serve_file import MeshConfig
 from cluster.serve_environment import ENVIRONMENT
 from tests.support.serve.kuberay_manifest import KUBERAY, NAME, cluster_of, pods_of, resources
-from tests.support.serve.shipped_configs import CONFIGS, ray_service, serve_config
+from tests.support.serve.shipped_configs import CONFIGS, flat, ray_service, serve_config
 
 
 @pytest.fixture
 def service() -> dict[str, Any]:
     return ray_service(NAME)
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf by its path; items of a list that have names go by them."""
-    if isinstance(value, dict) and value:
-        return {k: v for name, each in value.items() for k, v in flat(each, f"{path}.{name}").items()}
-    if isinstance(value, list) and value:
-        named = [each.get("name", index) if isinstance(each, dict) else index for index, each in enumerate(value)]
-        return {k: v for name, each in zip(named, value, strict=True) for k, v in flat(each, f"{path}.{name}").items()}
-    return {path.removeprefix("."): value}
 
 
 def test_it_serves_what_the_config_that_it_stands_for_serves() -> None:

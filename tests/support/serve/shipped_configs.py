@@ -49,3 +49,13 @@ def serve_config(name: str) -> dict[str, Any]:
     if name.startswith("kuberay/"):
         return yaml.safe_load(ray_service(name)["spec"]["serveConfigV2"])
     return yaml.safe_load((CONFIGS / name).read_text())
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf by its path; items of a list that have names go by them."""
+    if isinstance(value, dict) and value:
+        return {k: v for name, each in value.items() for k, v in flat(each, f"{path}.{name}").items()}
+    if isinstance(value, list) and value:
+        named = [each.get("name", index) if isinstance(each, dict) else index for index, each in enumerate(value)]
+        return {k: v for name, each in zip(named, value, strict=True) for k, v in flat(each, f"{path}.{name}").items()}
+    return {path.removeprefix("."): value}
