@@ -220,3 +220,18 @@ def test_five_values_and_the_config_make_a_service_of_one_s_own(tmp_path: Path, 
     assert service["spec"]["serveConfigV2"] == (own / "serve.yaml").read_text()
     assert problems(service, schema) == refusals(service) == []
     assert not re.search(r"\b(IMAGE|GATEWAY_CLASS|SERVE_CONFIG)\b", str(made)), "no placeholder is left"
+
+
+def test_the_patches_of_the_page_leave_out_what_they_say(tmp_path: Path, schema: dict[str, Any]) -> None:
+    page = (CONFIGS.parent / "docs/kuberay.md").read_text()
+    [patches] = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    folder = tmp_path / "kuberay/qwen3-30b-a3b"
+    with (folder / "kustomization.yaml").open("a") as file:
+        file.write(patches)
+    made = kustomized(folder)
+    assert sorted(each["kind"] for each in made) == ["PodDisruptionBudget", "RayService"]
+    [service] = [each for each in made if each["kind"] == "RayService"]
+    assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+    assert cluster_of(service)["gcsFaultToleranceOptions"]["redisAddress"].startswith("rediss://")
+    assert problems(service, schema) == refusals(service) == []
