@@ -235,3 +235,12 @@ def test_the_patches_of_the_page_leave_out_what_they_say(tmp_path: Path, schema:
     assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
     assert cluster_of(service)["gcsFaultToleranceOptions"]["redisAddress"].startswith("rediss://")
     assert problems(service, schema) == refusals(service) == []
+
+
+def test_the_alerts_of_the_page_are_those_of_the_project() -> None:
+    page = (CONFIGS.parent / "docs/kuberay.md").read_text()
+    [command] = re.findall(r"^\$ (\(.*monitoring/rules.yaml\)) \| kubectl apply -f -$", page, re.MULTILINE)
+    done = subprocess.run(["bash", "-c", command], cwd=CONFIGS.parent, capture_output=True, text=True, timeout=60)
+    made = yaml.safe_load(done.stdout)
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert made["spec"] == yaml.safe_load((CONFIGS / "monitoring/rules.yaml").read_text())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster.config import parse as parse_module
 from cluster.config.llm_sections import DeadlinesSection
@@ -135,11 +136,40 @@ def test_requests_reach_a_pod_after_the_first_token(service: dict[str, Any]) -> 
     assert "livenessProbe" not in container, "no pod of a shard is restarted because a router is away"
 
 
+def test_the_figures_of_the_whole_service_are_scraped_once() -> None:
+    """What Prometheus does with two pods of one Service: the same target, once the labels of pods are gone."""
+    [monitor] = [each["spec"] for each in resources() if each["kind"] == "ServiceMonitor"]
+    for endpoint in monitor["endpoints"]:
+        targets = set()
+        for pod in ("a", "b"):
+            labels = {
+                "__address__": f"10.0.0.{ord(pod)}:8000",
+                "pod": pod,
+                "node": f"n{pod}",
+                "container": "ray-worker",
+            }
+            labels |= {"__meta_kubernetes_service_name": "x-serve-svc", "__meta_kubernetes_namespace": "moe"}
+            for rule in endpoint["relabelings"]:
+                if rule["action"] == "labeldrop":
+                    labels = {name: each for name, each in labels.items() if not re.fullmatch(rule["regex"], name)}
+                else:
+                    source = rule["separator"].join(labels[name] for name in rule["sourceLabels"])
+                    match = re.fullmatch(rule["regex"], source)
+                    assert match is not None
+                    labels[rule["targetLabel"]] = rule["replacement"].replace("$1", match[1])
+            assert labels["__address__"] == "x-serve-svc.moe.svc:8000"
+            targets.add(tuple(sorted(labels.items())))
+        assert len(targets) == 1
+
+
 def test_prometheus_finds_the_ports_that_pods_have(service: dict[str, Any]) -> None:
     [monitor] = [each["spec"] for each in resources() if each["kind"] == "ServiceMonitor"]
-    [endpoint] = monitor["endpoints"]
+    watched = yaml.safe_load((CONFIGS / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
+    assert [each["path"] for each in monitor["endpoints"]] == [job["metrics_path"] for job in watched]
+    assert {each["port"] for each in monitor["endpoints"]} == {"serve"}
     prefix = serve_config(NAME)["applications"][2]["route_prefix"]
-    assert (endpoint["port"], endpoint["path"]) == ("serve", f"{prefix}/metrics")
+    with_a_key = [each["path"] for each in monitor["endpoints"] if "authorization" in each]
+    assert with_a_key == [f"{prefix}/metrics"], "and no key is sent where none is needed"
     [pods] = [each["spec"] for each in resources() if each["kind"] == "PodMonitor"]
     [of_pods] = pods["podMetricsEndpoints"]
     for spec in pods_of(service):
