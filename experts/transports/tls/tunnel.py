@@ -18,8 +18,11 @@ from collections import deque
 from experts.transports.control_port.handshake import TLS_BEGINS, WANTS_TLS, TlsMismatchError
 
 _CHUNK = 1 << 16
+_RECORD = 1 << 14  # what TLS carries in one piece, and a read returns at most
 _TURNS = 32  # chunks of one tunnel before the others get their turn
 _HUNG_UP = select.EPOLLHUP | select.EPOLLERR
+_INWARDS, _OUTWARDS = 1, 2
+_BOTH = _INWARDS | _OUTWARDS
 
 
 class Tunnel:
@@ -32,25 +35,39 @@ class Tunnel:
         self.open = True
         self._shaking = True
         self._unseen = outer.server_side  # a peer that may speak without TLS
-        self._wants = select.EPOLLIN  # what TLS waits for, in whatever it is doing
+        self._wants = select.EPOLLIN  # what the handshake or a read waits for
         self._inwards, self._outwards = b"", b""  # on their way
+        self.heard = (0, 0)
+        """The interests that epoll knows."""
 
     def interests(self) -> tuple[int, int]:
         """Epoll's events for the outer and the inner socket."""
-        outer = self._wants if self._shaking or self._outwards or not self._inwards else 0
+        outer = (self._wants if self._shaking or not self._inwards else 0) | (select.EPOLLOUT if self._outwards else 0)
         inner = (select.EPOLLOUT if self._inwards else 0) | (0 if self._shaking or self._outwards else select.EPOLLIN)
         return outer, inner
 
-    def pump(self) -> bool:
-        """Move what can be moved. Whether there may be more at once."""
+    def pump(self, ways: int, to_the_end: bool = False) -> bool:
+        """Move what can be moved in these directions. Whether there may be more at once.
+
+        A read that found less than it asked for is the last one, as epoll tells what comes later. Not for a side that
+        hung up: `to_the_end` reads until nothing is left.
+        """
         try:
             if self._shaking:
+                ways = _BOTH
                 self._wants = select.EPOLLIN
                 if self._unseen:
                     self._look_at_first_byte()
                 self.outer.do_handshake()
                 self._shaking = False
-            return all(self._pump_inwards() | self._pump_outwards() for _ in range(_TURNS))
+            for _ in range(_TURNS):
+                if ways & _INWARDS and not self._pump_inwards(to_the_end):
+                    ways &= ~_INWARDS
+                if ways & _OUTWARDS and not self._pump_outwards(to_the_end):
+                    ways &= ~_OUTWARDS
+                if not ways:
+                    return False
+            return True
         except (ssl.SSLWantReadError, BlockingIOError):
             return False
         except ssl.SSLWantWriteError:
@@ -77,7 +94,8 @@ class Tunnel:
             raise TlsMismatchError("it speaks without TLS, and this side with it")
         self._unseen = False
 
-    def _pump_inwards(self) -> bool:
+    def _pump_inwards(self, to_the_end: bool) -> bool:
+        more = True
         if not self._inwards:
             self._wants = select.EPOLLIN
             try:
@@ -87,13 +105,15 @@ class Tunnel:
             if not self._inwards:
                 self.open = False
                 return False
+            more = to_the_end or len(self._inwards) >= _RECORD
         try:
             self._inwards = self._inwards[self.inner.send(self._inwards) :]
         except BlockingIOError:
             return False
-        return True
+        return more or bool(self._inwards)
 
-    def _pump_outwards(self) -> bool:
+    def _pump_outwards(self, to_the_end: bool) -> bool:
+        more = True
         if not self._outwards:
             try:
                 self._outwards = self.inner.recv(_CHUNK)
@@ -102,12 +122,12 @@ class Tunnel:
             if not self._outwards:
                 self.open = False
                 return False
+            more = to_the_end or len(self._outwards) == _CHUNK
         try:
             self._outwards = self._outwards[self.outer.send(self._outwards) :]
         except ssl.SSLWantWriteError:
-            self._wants = select.EPOLLIN | select.EPOLLOUT
             return False
-        return True
+        return more or bool(self._outwards)
 
 
 class TunnelThread:
@@ -142,31 +162,40 @@ class TunnelThread:
         busy: set[Tunnel] = set()
         while True:
             hung_up: set[Tunnel] = set()
-            ready = busy
+            ready = dict.fromkeys(busy, _BOTH)
             for fd, events in self._epoll.poll(0 if busy else -1):
                 if fd == self._bell:
                     os.eventfd_read(self._bell)
                     continue
                 tunnel = self._tunnels[fd]
-                ready.add(tunnel)
+                reads, writes = (_INWARDS, _BOTH) if fd == tunnel.outer.fileno() else (_OUTWARDS, _INWARDS)
+                ways = (reads if events & select.EPOLLIN else 0) | (writes if events & select.EPOLLOUT else 0)
                 if events & _HUNG_UP:
                     hung_up.add(tunnel)
+                    ways = _BOTH
+                ready[tunnel] = ready.get(tunnel, 0) | ways
             while self._new:
                 tunnel = self._new.popleft()
                 for descriptor in (tunnel.outer.fileno(), tunnel.inner.fileno()):
                     self._tunnels[descriptor] = tunnel
                     self._epoll.register(descriptor, 0)
-                ready.add(tunnel)
-            busy = {tunnel for tunnel in ready if tunnel.pump()}
+                ready[tunnel] = _BOTH
+            busy = {tunnel for tunnel, ways in ready.items() if tunnel.pump(ways, tunnel in hung_up)}
             for tunnel in ready:
                 # A side that hung up is told again and again, and what cannot be delivered by now will not be.
                 if not tunnel.open or (tunnel in hung_up and tunnel not in busy):
                     self._end(tunnel)
                 else:
-                    for descriptor, events in zip(
-                        (tunnel.outer.fileno(), tunnel.inner.fileno()), tunnel.interests(), strict=True
-                    ):
-                        self._epoll.modify(descriptor, events)
+                    self._hear(tunnel)
+
+    def _hear(self, tunnel: Tunnel) -> None:
+        interests = tunnel.interests()
+        for descriptor, wanted, heard in zip(
+            (tunnel.outer.fileno(), tunnel.inner.fileno()), interests, tunnel.heard, strict=True
+        ):
+            if wanted != heard:
+                self._epoll.modify(descriptor, wanted)
+        tunnel.heard = interests
 
     def _end(self, tunnel: Tunnel) -> None:
         for descriptor in (tunnel.outer.fileno(), tunnel.inner.fileno()):
