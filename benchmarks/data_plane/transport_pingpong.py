@@ -4,12 +4,14 @@
         [--peer-prefix "ip netns exec HOST" --peer-host ADDRESS]
 
 Both sides copy N bytes into their buffer, send them, and copy the N bytes of the answer out; peers answer without
-reading. Turns are interleaved; medians are over all round trips. Goals: 1.5 times in shared memory, 1.3 over TCP.
+reading. Turns are interleaved; medians are over all round trips. Goals: 1.5 times in shared memory, 1.3 over TCP. TLS,
+which has no goal, takes turns with TCP: `over_tcp` is what it costs a link.
 
     link  `RouterLink.post` and `wait` against a doorbell, poll and reply, with the length in the message; the peer's
           side is compiled where the transport has a compiled form, as in a shard
     bare  shm: two compiled loops on a shared page and a futex
           tcp: two blocking sockets, lengths known in advance
+          tls: the same two with TLS 1.3, without the tunnels that a link takes
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import ctypes
 import json
 import shlex
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -33,13 +38,16 @@ from benchmarks.common import median, print_table, save
 from benchmarks.processes import tied
 from experts.native.library import data_plane
 from experts.protocol.membership import ShardEndpoint, host_id
+from experts.protocol.settings import TlsFiles
 from experts.transports import atomics
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import Hello
 from experts.transports.control_port.listener import ControlListener
 from experts.transports.shared_region import SharedRegion
 from experts.transports.shm import ShmDoorbell
+from experts.transports.tls.identity import TlsIdentity
 from placement.compiled import compiled
+from tests.support.certificates import Authority
 
 GOALS = {"shm": 1.5, "tcp": 1.3}
 CAPACITY = 1 << 21
@@ -74,22 +82,22 @@ def _hello(transport: str) -> Hello:
     return Hello("bench", transport, "1", "float32", 16, 1, 1, CAPACITY // 64)
 
 
-def serve(mode: str, host: str, argument: int) -> None:
+def serve(mode: str, host: str, argument: int, tls: TlsFiles | None) -> None:
     """Body of a peer process. It prints the facts the other side needs as JSON, and ends with its standard input."""
     if mode == "link":
-        _serve_links(host)
+        _serve_links(host, tls)
     elif mode == "shm":
         _report({})
         _shm_peer(SharedRegion(argument, _PAGE + 2 * CAPACITY).address, int(_SPIN_US * 1000))
     else:
-        _serve_tcp(host)
+        _serve_tcp(host, tls)
 
 
 def _report(facts: dict[str, Any]) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def _serve_links(host: str) -> None:
+def _serve_links(host: str, tls: TlsFiles | None) -> None:
     bell = ShmDoorbell(_SPIN_US)
     channels: list[Any] = []
     listener = ControlListener(
@@ -98,6 +106,7 @@ def _serve_links(host: str) -> None:
         channels.append,
         channels.remove,
         _LIMIT_S,
+        tls=None if tls is None else TlsIdentity(tls),
     )
     _report({"port": listener.port, "host_id": host_id()})
     start_s = time.monotonic()
@@ -116,17 +125,38 @@ def _serve_links(host: str) -> None:
                 channel.reply(nbytes)
 
 
-def _serve_tcp(host: str) -> None:
+def _bare_tls(connection: socket.socket, files: TlsFiles, server: bool) -> ssl.SSLSocket:
+    """The connection with TLS as routers and shards have it, both certificates checked."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(files.cert_file, files.key_file)
+    context.load_verify_locations(files.ca_file)
+    return context.wrap_socket(connection, server_side=server)
+
+
+def _receive_all(connection: socket.socket, data: memoryview) -> None:
+    if not isinstance(connection, ssl.SSLSocket):
+        connection.recv_into(data, len(data), socket.MSG_WAITALL)
+        return
+    while len(data):
+        data = data[connection.recv_into(data) :]
+
+
+def _serve_tcp(host: str, tls: TlsFiles | None) -> None:
     with socket.create_server((host, 0)) as server:
         _report({"port": server.getsockname()[1]})
         connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls is not None:
+        connection = _bare_tls(connection, tls, server=True)
     view = memoryview(bytearray(CAPACITY))
     while length := int(sys.stdin.readline() or 0):
         _report({"ready": length})
         data, last = view[:length], False
         while not last:
-            connection.recv_into(data, length, socket.MSG_WAITALL)
+            _receive_all(connection, data)
             last = bool(data[0])
             connection.sendall(data)
 
@@ -134,12 +164,15 @@ def _serve_tcp(host: str) -> None:
 class Peer:
     """A peer's process, and the facts it printed."""
 
-    def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0) -> None:
+    def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0, tls: TlsFiles | None = None) -> None:
         command = [*prefix, sys.executable, "-m", "benchmarks.data_plane.transport_pingpong"]
         self._stack = contextlib.ExitStack()
         self.process = self._stack.enter_context(
             tied(
-                [*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)],
+                [
+                    *(*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)),
+                    *(["--tls", tls.model_dump_json()] if tls is not None else []),
+                ],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[argument] if argument else [],
             )
         )  # fmt: skip
@@ -178,11 +211,12 @@ def _timed(round_trip: Callable[[bool], None], count: int) -> list[float]:
     return times
 
 
-def link_turns(transport: str, prefix: list[str], host: str) -> tuple[Turn, Peer]:
+def link_turns(transport: str, prefix: list[str], host: str, tls: TlsFiles | None) -> tuple[Turn, Peer]:
     """Turns of our link."""
-    peer = Peer("link", prefix, host)
+    peer = Peer("link", prefix, host, tls=tls)
     endpoint = ShardEndpoint(0, "1", host, peer.facts["port"], peer.facts["host_id"], 0)
-    link = connect(endpoint, _hello(transport), "cpu", _SPIN_US, time.monotonic() + _LIMIT_S)
+    identity = None if tls is None else TlsIdentity(tls)
+    link = connect(endpoint, _hello(transport), "cpu", _SPIN_US, time.monotonic() + _LIMIT_S, tls=identity)
     payload, landing = np.ones(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
 
     def turn(nbytes: int, count: int) -> list[float]:
@@ -218,11 +252,13 @@ def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
     return turn, peer
 
 
-def bare_tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
+def bare_tcp_turns(prefix: list[str], host: str, tls: TlsFiles | None) -> tuple[Turn, Peer]:
     """Turns of a blocking socket."""
-    peer = Peer("tcp", prefix, host)
+    peer = Peer("tcp", prefix, host, tls=tls)
     connection = socket.create_connection((host, peer.facts["port"]))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls is not None:
+        connection = _bare_tls(connection, tls, server=False)
     out, back = np.zeros(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
     payload, landing = np.zeros(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
 
@@ -233,7 +269,7 @@ def bare_tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
             payload[0] = last
             out[:nbytes] = payload[:nbytes]
             connection.sendall(sent)
-            connection.recv_into(received, nbytes, socket.MSG_WAITALL)
+            _receive_all(connection, received)
             landing[:nbytes] = back[:nbytes]
 
         peer.write(str(nbytes))
@@ -243,25 +279,37 @@ def bare_tcp_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
     return turn, peer
 
 
-def measure(transport: str, sizes: tuple[int, ...], turns: int, count: int, prefix: list[str], host: str) -> list[Any]:
-    """The table's rows for one transport."""
-    bare_turns = bare_shm_turns if transport == "shm" else bare_tcp_turns
-    sides = {"link": link_turns(transport, prefix, host), "bare": bare_turns(prefix, host)}
+def measure(
+    transports: tuple[str, ...], sizes: tuple[int, ...], turns: int, count: int, prefix: list[str], host: str
+) -> list[dict[str, Any]]:
+    """The table's rows for transports that take turns with each other."""
     rows = []
-    try:
+    with contextlib.ExitStack() as stack:
+        sides: dict[tuple[str, str], Turn] = {}
+        for name in transports:
+            tls = None
+            if name == "tls":
+                tls = Authority(Path(stack.enter_context(tempfile.TemporaryDirectory())), "bench").issue("any")
+            bare = bare_shm_turns(prefix, host) if name == "shm" else bare_tcp_turns(prefix, host, tls)
+            for side, (turn, peer) in {
+                "link": link_turns("tcp" if name == "tls" else name, prefix, host, tls),
+                "bare": bare,
+            }.items():
+                stack.callback(peer.end)
+                sides[name, side] = turn
         for nbytes in sizes:
-            times: dict[str, list[float]] = {name: [] for name in sides}
+            times: dict[tuple[str, str], list[float]] = {key: [] for key in sides}
             for number in range(turns + 1):
-                for name, (turn, _) in sides.items():
+                for key, turn in sides.items():
                     measured = turn(nbytes, count)
                     if number:  # the first turn warms up
-                        times[name] += measured
-            link_us, bare_us = median(times["link"]), median(times["bare"])
-            row = {"transport": transport, "bytes": nbytes, "link_us": link_us, "bare_us": bare_us}
-            rows.append(row | {"ratio": link_us / bare_us, "goal": GOALS[transport]})
-    finally:
-        for _, peer in sides.values():
-            peer.end()
+                        times[key] += measured
+            medians = {key: median(values) for key, values in times.items()}
+            for name in transports:
+                link_us, bare_us = medians[name, "link"], medians[name, "bare"]
+                row = {"transport": name, "bytes": nbytes, "link_us": link_us, "bare_us": bare_us}
+                over_tcp = link_us / medians["tcp", "link"] if name == "tls" else None
+                rows.append(row | {"ratio": link_us / bare_us, "goal": GOALS.get(name), "over_tcp": over_tcp})
     return rows
 
 
@@ -273,16 +321,17 @@ def main() -> None:
     parser.add_argument("--peer-host", default="127.0.0.1", help="address of the peers there")
     parser.add_argument("--serve", choices=["link", "shm", "tcp"], help=argparse.SUPPRESS)
     parser.add_argument("--argument", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--tls", type=TlsFiles.model_validate_json, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.serve:
-        serve(args.serve, args.peer_host, args.argument)
+        serve(args.serve, args.peer_host, args.argument, args.tls)
         return
     turns, count = (5, 100) if args.quick else (11, 400)
     sizes = (128, 64 << 10) if args.quick else SIZES
     prefix = shlex.split(args.peer_prefix)
-    transports = ["tcp"] if prefix else ["shm", "tcp"]
-    rows = [row for name in transports for row in measure(name, sizes, turns, count, prefix, args.peer_host)]
+    groups: list[tuple[str, ...]] = [("tcp", "tls")] if prefix else [("shm",), ("tcp", "tls")]
+    rows = [row for group in groups for row in measure(group, sizes, turns, count, prefix, args.peer_host)]
     print_table("A pair's round trip against a bare ping-pong", list(rows[0]), [list(row.values()) for row in rows])
     suffix = "_across_hosts" if prefix else ""
     save(f"transport_pingpong{suffix}", {"rows": rows, "turns": turns, "round_trips_a_turn": count})
