@@ -199,13 +199,14 @@ def ray_head(
 
 
 @contextlib.contextmanager
-def running_service() -> Iterator[Service]:
-    """Start everything and wait for the first token; end it all afterwards."""
+def running_service(change: Callable[[dict[str, Any]], None] = lambda config: None) -> Iterator[Service]:
+    """Start everything, after a change to its config, and wait for the first token; end it all afterwards."""
     with ray_head() as head:
         [http] = free_ports(1)
         env = {**head.env, "RAY_ADDRESS": head.address}
         folder = head.folder
         running = Service(f"http://127.0.0.1:{http}", tiny_config(http, folder), folder, env, dashboard=head.dashboard)
+        change(running.config)
         config = running.write_config("mesh.yaml")
         command = [sys.executable, "-m", "serve_app", str(config), "--address", head.address, "--port", str(http)]
         with open(running.log, "w") as log:
