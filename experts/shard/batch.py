@@ -42,12 +42,10 @@ def batches(works: Sequence[Work]) -> Iterator[list[Work]]:
     yield from open_batches.values()
 
 
-def compute(kernel: ExpertKernel, works: Sequence[Work]) -> None:
-    """Fill `out_MD` of works of one layer. One whose buffers are where the kernel computes is not copied."""
-    device = torch.device(kernel.shape.device)
-    first = works[0].request
-    if len(works) == 1 and works[0].rows_MD.device.type == kernel.shape.device_type:
-        _forward(kernel, [first], works[0].rows_MD, works[0].out_MD)
+def compute(kernel: ExpertKernel, device: torch.device, works: Sequence[Work]) -> None:
+    """Fill `out_MD` of works of one layer. One whose buffers are on `device`, the kernel's, is not copied."""
+    if len(works) == 1 and works[0].rows_MD.device.type == device.type:
+        _forward(kernel, [works[0].request], works[0].rows_MD, works[0].out_MD)
         return
     rows_MD = torch.cat([work.rows_MD.to(device) for work in works])
     out_MD = torch.empty_like(rows_MD)

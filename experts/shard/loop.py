@@ -313,7 +313,7 @@ class ShardLoop:
     def _compute(self, batch: list[Work]) -> list[tuple[Work, Exception]]:
         """What failed. Where several do together, each has its own try: the others shall not pay for one."""
         try:
-            compute(self.kernel, batch)
+            compute(self.kernel, torch.device(self.device), batch)
         except Exception as error:
             if len(batch) == 1:
                 return [(batch[0], error)]

@@ -27,6 +27,9 @@ from tests.support.serve.statuses import shard_status
 MIGRATION = MigrationView(4, "command", "copying", True, False, 2, 5, 50, 3, 7, 70, 1, 8, 0, "")
 
 
+COUNTERS = ("reports", "tokens", "windows", "plans", "moves", "undone", "failures")  # of the autopilot
+
+
 def test_the_status_as_people_see_it() -> None:
     starting = SeatView("s0", "n", 0, False, "joining", 0, 0, 0, 1.5, None, None)
     serving = SeatView("s1", "n", 1, True, "filling", 5, 6, 2, 0.5, 11, shard_status(1))
@@ -51,6 +54,10 @@ def test_the_status_as_people_see_it() -> None:
         "routers": {"r1": {"epoch": 4, "lost": {0: "b"}, "silent_s": 0.25}},
         "shards": [seat, {**shard_status(1).to_dict(), **seat, **of_the_other}],
         "refusal": "",
+        "autopilot": {
+            **{"mode": "off", "state": "off", "frozen": "", "routers": 0, "drifting": 0, "cool_down_left_s": 0.0},
+            **{"window": None, "last": None, "problem": "", "counters": dict.fromkeys(COUNTERS, 0)},
+        },
     }
 
 

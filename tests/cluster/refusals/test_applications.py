@@ -69,6 +69,7 @@ def test_the_meshs_secret_has_to_be_where_the_controller_starts(monkeypatch: pyt
 @pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", *SHAPES])
 def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
+    monkeypatch.setenv("EXPERTMESH_MESH_SECRET", "0" * 64)  # a pod has it from a Secret
     mesh = MeshConfig.from_serve_config(serve_config(name))
     refuse_experts(mesh.experts)
     refuse_llm(mesh.llm, keys=not mesh.llm.http.names_keys)
