@@ -171,15 +171,21 @@ def test_dispatch_of_fixed_capacity(compiled, replicas, nodes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_row_mover(compiled, dtype):
-    from experts.dispatch.rows.triton_mover import TritonRowMover
+    """It compiles all that it launches later when it is made, so that no request waits for the compiler."""
+    from experts.dispatch.rows.triton_mover import TritonRowMover, warm_up
 
+    warm_up.cache_clear()
     shape = LayerShape(1, 2, 2, 128, dtype)
     links = {rank: LoopbackLink(rank, shape, 4) for rank in range(2)}
     for link in links.values():
         link.send_tensor = link.recv_tensor = torch.zeros(1 << 14, dtype=torch.uint8)
     mover = TritonRowMover(shape, 4, Membership(1, Placement.linear(1, 2, 2), (None, None)), links)
+    launches = ["pack_rows", *3 * ["combine_rows"]]
+    assert compiled.names == launches
+    when_made = set(compiled.codes)
     batch = mover.stage(0, torch.zeros(4, 128, dtype=dtype), torch.ones(4, 2), torch.tensor([[0, 1]] * 4))
     plan = mover.plan_and_pack(batch, 1, np.array([[0, -1], [-1, 0]], np.int32))
     for answered in ([True, True], [True, False], [False, True]):  # all, some are kept, the others are added
         mover.combine(batch, plan, np.array(answered))
-    assert compiled.names == ["pack_rows", *3 * ["combine_rows"]]
+    assert compiled.names == 2 * launches
+    assert set(compiled.codes) == when_made
