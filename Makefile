@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 MUTANTS_ARGS ?=
+MONITORING_ARGS ?=
 FUZZ_EXAMPLES ?= 100000
 CONFIG ?= configs/tiny-cpu.yaml
 LOCK := requirements/cpu.lock
@@ -18,7 +19,7 @@ TRITON_COMPILES := tests/experts/kernels/test_compiles.py
 TRITON_TESTS := tests/experts/kernels tests/experts/dispatch
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton test-cluster fuzz mutants rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
+.PHONY: help serve monitoring test test-triton test-cluster fuzz mutants rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
 
 help: ## list what `make` can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -53,6 +54,9 @@ $(TRITON_READY): $(READY)
 
 serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; prints the URL and a curl line when ready
 	@$(PY) -m serve_app $(CONFIG)
+
+monitoring: $(READY) ## Prometheus, and Grafana where it is installed, for what `make serve` serves; MONITORING_ARGS="--help" for ports
+	@$(PY) -m cluster.observability.monitoring $(MONITORING_ARGS)
 
 test: $(READY) ## the whole test suite but for Triton's programs and Ray's node autoscaler
 	$(PY) -m pytest -m "not triton and not autoscaling"

@@ -20,7 +20,13 @@ from typing import Any
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
 from cluster.haproxy_guard import HAProxyGuard
-from cluster.serve_environment import HAPROXY_SWITCH, MISSING_HAPROXY, environment_of_a_local_cluster, has_haproxy
+from cluster.serve_environment import (
+    HAPROXY_SWITCH,
+    MISSING_HAPROXY,
+    environment_of_a_local_cluster,
+    has_haproxy,
+    metrics_port,
+)
 from cluster.start_up import ServeFailedError, StartUp
 from experts.protocol.settings import StrictModel
 
@@ -162,10 +168,13 @@ def _connect_to_ray(options: Options) -> None:
         except Exception as error:
             raise ServeFailedError(f"no Ray cluster answers at {options.address}: {_one_line(error)}") from error
         return
+    port = metrics_port(os.environ)
+    local = {"num_cpus": max(os.cpu_count() or 1, 4), "include_dashboard": False, "_metrics_export_port": port}
     for attempt in (1, 2):
         _progress("starting Ray")
         try:
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, 4), include_dashboard=False, **logs)
+            ray.init(address="local", **local, **logs)
+            _progress(f"metrics for Prometheus: http://127.0.0.1:{port}/metrics (`make monitoring` shows them)")
             return
         except Exception as error:
             # Ray gives its first process 30 s, which a busy machine may exceed once.

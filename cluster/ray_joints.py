@@ -177,6 +177,11 @@ def wants_other_token(address: str, timeout_s: float) -> bool:
     return False
 
 
+def begin_at_zero(counter: Any, tags: dict[str, str]) -> None:
+    """Have a counter of `ray.serve.metrics` appear with the value 0, which its `inc` refuses."""
+    counter._record(0.0, tags=tags)
+
+
 def node_address() -> str:
     """IP address at which other nodes reach this one; 127.0.0.1 on a single machine without a network."""
     return ray.util.get_node_ip_address()

@@ -31,6 +31,9 @@ ENVIRONMENT = {
 # In routers: one event loop for Serve and vLLM, so that a chunk changes threads as rarely as in vLLM's own server.
 ROUTER_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
+METRICS_PORT = "EXPERTMESH_METRICS_PORT"
+USUAL_METRICS_PORT = 8080  # KubeRay's, too
+
 WITHOUT_HAPROXY = (
     "Serve's own proxy takes the requests, one more hop in Python for each token: up to a third fewer streamed tokens/s"
 )
@@ -66,6 +69,15 @@ def environment_of_a_local_cluster(folder: Path, base: Mapping[str, str]) -> dic
     if not has_haproxy():
         own[HAPROXY_SWITCH] = "0"
     return {name: value for name, value in own.items() if name not in base}
+
+
+def metrics_port(base: Mapping[str, str]) -> int:
+    """Port of Ray's metrics agent for a cluster here: of EXPERTMESH_METRICS_PORT, or 8080 if that is free."""
+    if METRICS_PORT in base:
+        return int(base[METRICS_PORT])
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", USUAL_METRICS_PORT)) == 0
+    return _free_ports(1)[0] if taken else USUAL_METRICS_PORT
 
 
 def _free_ports(count: int) -> list[int]:

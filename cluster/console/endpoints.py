@@ -1,4 +1,4 @@
-"""Endpoints for people and their tools: status, routing trace, metrics; those of `operations` join them in one app."""
+"""Endpoints for people and their tools: status, routing trace; those of `operations` join them in one app."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query
 from fastapi.responses import JSONResponse, Response
 
 from cluster.config.apps import ConsoleAppConfig
@@ -21,7 +21,6 @@ from cluster.http.errors import OpenAIApp, add_error_handlers, error_response
 from cluster.http.gate import Gate
 from cluster.keys.sources import source_of
 from cluster.mesh.messages import ControllerStatus
-from cluster.observability.metrics import render
 from cluster.router.client import RouterClient
 from experts.protocol.status import RouterStatus
 
@@ -32,7 +31,6 @@ STATUS_TIMEOUT_S = 5.0  # for the status of the controller and of all routers
 TRACE_TIMEOUT_S = 120.0  # a worker packs its whole sample between two steps
 
 ENDPOINTS: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {
-    "metrics": lambda app: app.get("/metrics"),
     "status": lambda app: app.get("/status"),
     "trace": lambda app: app.get("/trace"),
     "clear_trace": lambda app: app.delete("/trace", status_code=204),
@@ -72,13 +70,6 @@ class Console:
         self.usage = Usage(routers, ledgers)
         self._controller = controller
         self._routers = routers
-
-    async def metrics(self, request: Request) -> Response:
-        """Counters of the shards and of all routers that answer, as Prometheus text; of keys for an admin."""
-        (routers, controller, errors), keys = await asyncio.gather(self._ask_all(), self.usage.view(request))
-        for error in errors:
-            logger.warning("counters are missing: %s", error)
-        return Response(render(routers, controller, keys), media_type="text/plain; version=0.0.4")
 
     async def status(self) -> JSONResponse:
         """What the controller and each router know (epochs, shards, lost ranks, counters), and who did not answer."""

@@ -15,7 +15,6 @@ from cluster.http.gate import key_in
 from cluster.keys.deployment import usage_of
 from cluster.keys.leases import RouterKeys
 from cluster.keys.messages import LedgerUsage, Totals
-from cluster.observability.key_metrics import KeysView
 from cluster.router.client import RouterClient
 
 ROUTERS_TIMEOUT_S = 5.0
@@ -50,14 +49,6 @@ class Usage:
                 "errors": errors,
             }
         )
-
-    async def view(self, request: Request) -> KeysView | None:
-        """What a scrape shows to an admin; None for anybody else, who gets no names."""
-        key = key_in(request.scope)
-        if key is None or key.role != "admin":
-            return None
-        routers, ledgers, _ = await self._ask()
-        return KeysView(_totals(routers, ledgers), {one.router_id: not one.problem for one in routers})
 
     async def _ask(self) -> tuple[list[RouterKeys], list[LedgerUsage], list[str]]:
         """(what routers say, what ledgers say, one line for each that does not answer)."""

@@ -48,6 +48,8 @@ from cluster.mesh.messages import (
 from cluster.mesh.planning import ModelFacts
 from cluster.mesh.secret_keeper import SecretKeeper
 from cluster.mesh.target import Target
+from cluster.observability.controller_series import CONTROLLER_SERIES
+from cluster.observability.exporter import EXPORT_S, Exporter
 from cluster.priority import lower, threads_here
 from cluster.ray_joints import replica_identity
 from experts.protocol.secret import MeshSecret
@@ -78,8 +80,10 @@ class PlacementController(PeopleCalls, ScalingDesk):
         self._membership_news, self._order_news = News(), News()
         self._announced = (-1, (-1, -1))
         self._shard_status: dict[int, ShardStatus] = {}
+        self._exporter = Exporter(CONTROLLER_SERIES)
         self._watch = asyncio.create_task(self._watch_mesh())
         self._serve_watch = asyncio.create_task(self._serve.follow())
+        self._export_loop = asyncio.create_task(self._export_forever())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take on the sections `placement`, `migration`, `membership`, `autopilot`, `scaling`.
@@ -233,7 +237,7 @@ class PlacementController(PeopleCalls, ScalingDesk):
 
     async def check_health(self) -> None:
         """Raises when one of the watches has ended."""
-        for watch in (self._watch, self._serve_watch):
+        for watch in (self._watch, self._serve_watch, self._export_loop):
             if watch.done():
                 raise RuntimeError(f"a watch of the controller ended: {watch.exception()!r}")
 
@@ -286,6 +290,11 @@ class PlacementController(PeopleCalls, ScalingDesk):
         while True:
             await asyncio.sleep(self._live.membership.heartbeat_s / 2)
             self._look(time.monotonic())
+
+    async def _export_forever(self) -> None:
+        while True:
+            self._exporter.export(await self.status())
+            await asyncio.sleep(EXPORT_S)
 
     def _look(self, now_s: float) -> None:
         settings = self._live.membership

@@ -1,2 +1,2 @@
-"""Counters of routers and shards as series for Prometheus and Ray. The endpoints that show them are `cluster.console`;
-the counting itself is in `experts`."""
+"""Series of routers, shards and the controller for Ray's metrics agent, where Prometheus finds them, and what shows
+them: the reference page, Grafana's dashboards, `make monitoring`. The counting itself is in `experts`."""

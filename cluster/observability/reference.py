@@ -5,57 +5,43 @@ python -m cluster.observability.reference > docs/metrics.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from cluster.mesh.messages import ControllerStatus, MigrationView
-from cluster.observability.controller_metrics import controller_families
-from cluster.observability.key_metrics import KEY_COUNTERS, KEYS_CURRENT, KeysView, key_families
-from cluster.observability.metrics import PREFIX, ROUTER_COUNTERS, ROUTER_GAUGES, SHARD_COUNTERS, router_families
+from cluster.observability.controller_series import CONTROLLER_SERIES
+from cluster.observability.key_series import KEY_SERIES
+from cluster.observability.router_series import ROUTER_SERIES
+from cluster.observability.series import Series
+from cluster.observability.shard_series import SHARD_SERIES
+
+SECTIONS: dict[str, tuple[Series[Any], ...]] = {
+    "Routers": ROUTER_SERIES,
+    "Shards": SHARD_SERIES,
+    "Controller, placement and migration": CONTROLLER_SERIES,
+    "Keys": KEY_SERIES,
+}
 
 _HEAD = """# Metrics
 
 Made by `python -m cluster.observability.reference`; a test keeps it true.
 
-`GET /expertmesh/metrics` has these series of all routers, of the controller and of keys (those for an admin alone).
-Names follow Prometheus: base units (`_seconds`, `_bytes`), `_total` for counters. Routers also hand the series marked *
-to Ray's metrics agent, whose names begin with `ray_`. `GET /metrics` has vLLM's own, which begin with `vllm:`.
+Every process hands its series to Ray's metrics agent on its node, the one exporter. Serve's own series (`ray_serve_*`)
+and vLLM's (`ray_vllm_*`, by Ray Serve LLM's `log_engine_metrics`) come from the same port. How to scrape it:
+[monitoring.md](monitoring.md). Alerts are in `configs/monitoring/rules.yaml`, with [runbooks](runbooks.md).
 
-Alerts on them are in `configs/monitoring/rules.yaml`, with [runbooks](runbooks.md)."""
-
-
-_OF_RAY = {
-    *(series.name for series in (*ROUTER_COUNTERS, *ROUTER_GAUGES)),
-    *(series.name for series in SHARD_COUNTERS),
-    *(series.name for series in KEY_COUNTERS),
-    KEYS_CURRENT[0],
-}
-
-
-def families() -> Iterator[tuple[str, Any]]:
-    """(section, family) of every series, without samples."""
-    nothing = MigrationView(0, "", "idle", False, False, 0, 0, 0, 0, 0, 0, 0, 0, 0, "")
-    nobody = ControllerStatus("", 0, True, [], 0, nothing, {}, [])
-    for title, found in (
-        ("Routers", router_families([])),
-        ("Controller, shards and migration", controller_families(PREFIX, nobody)),
-        ("Keys", key_families(PREFIX, KeysView({}, {}))),
-    ):
-        for family in found:
-            yield title, family
+Names follow Prometheus: base units (`_seconds`, `_bytes`), `_total` for counters. Beside the labels below every series
+has those of Serve (`application`, `deployment`, and `replica`, which is a router's id) and those of Ray (`SessionName`,
+`NodeAddress`, `WorkerId`). Counters begin at 0 with their process. The agent forgets a gauge that was not set for 20 s,
+such as those of a process that has gone; vLLM sets its own in steps alone, so an idle router has none of them."""
 
 
 def page() -> str:
     """Markdown: a table for each part of the service."""
-    lines, section = [_HEAD], ""
-    for title, family in families():
-        if title != section:
-            section = title
-            lines += [f"\n## {title}\n", "| series | type | labels | |", "|---|---|---|---|"]
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        marked = "*" if family.name.removeprefix(PREFIX) in _OF_RAY else ""
-        labels = ", ".join(f"`{label}`" for label in family._labelnames)
-        lines.append(f"| `{name}`{marked} | {family.type} | {labels} | {family.documentation} |")
+    lines = [_HEAD]
+    for title, table in SECTIONS.items():
+        lines += [f"\n## {title}\n", "| series | type | labels | |", "|---|---|---|---|"]
+        for series in table:
+            labels = ", ".join(f"`{label}`" for label in series.labels)
+            lines.append(f"| `{series.exported_name}` | {series.kind} | {labels} | {series.description} |")
     return "\n".join(lines) + "\n"
 
 

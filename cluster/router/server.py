@@ -27,8 +27,9 @@ from cluster.http.health import GenerationHealth
 from cluster.keys.deployment import settle_of
 from cluster.keys.leases import Leases, RouterKeys
 from cluster.keys.sources import KeySource
-from cluster.observability.key_metrics import KeyMetrics
-from cluster.observability.metrics import PREFIX, RouterMetrics
+from cluster.observability.exporter import Exporter
+from cluster.observability.key_series import KEY_SERIES, KeysView
+from cluster.observability.router_series import ROUTER_SERIES
 from cluster.ray_joints import (
     deployment_handle,
     follow_engine,
@@ -93,7 +94,6 @@ class ExpertMeshLLMServer(LLMServer):
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
         self._start_s.update(started)
         self._leases = Leases(self._router_id, None if ledger is None else settle_of(ledger))
-        self._metrics = RouterMetrics(self._router_id)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra)
@@ -114,7 +114,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._start_s: dict[str, float] = {}  # seconds of each part of the start
         self._leases = Leases(router_id, None)
         self._keys: KeySource | None = None  # once the HTTP side is built
-        self._key_metrics = KeyMetrics(PREFIX, router_id)
+        self._exporter, self._key_exporter = Exporter(ROUTER_SERIES), Exporter(KEY_SERIES)
 
     async def start(self) -> None:
         """Start the engine and meanwhile wait for the shards; not healthy before the first epoch is applied."""
@@ -222,8 +222,9 @@ class ExpertMeshLLMServer(LLMServer):
 
     def _export(self, status: RouterStatus) -> None:
         """Hand all counters to Ray's metrics agent."""
-        self._metrics.export(status)
-        self._key_metrics.export(self._leases.usage, not self._key_problem())
+        self._exporter.export(replace(status, unfinished_requests=unfinished_requests(self)))
+        if self._leases.usage:  # nothing is told of keys before one was used
+            self._key_exporter.export(KeysView(self._leases.usage, not self._key_problem()))
 
     def _note_lost(self, status: RouterStatus) -> None:
         """The next poll tells the controller which shards this router gave up."""

@@ -17,8 +17,11 @@ from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardHolding, Told
+from cluster.observability.exporter import EXPORT_S, Exporter
+from cluster.observability.shard_series import SHARD_SERIES
 from cluster.priority import lower_all_but_one
 from cluster.ray_joints import node_address, replica_identity, show_data_plane_log
+from cluster.shard.memory import shard_facts
 from cluster.shard.orders import OrderFollower
 from experts.checkpoint.errors import UnreachableError
 from experts.protocol.membership import ShardEndpoint
@@ -48,7 +51,7 @@ class ExpertShard:
         self._told = Told()
         self._scaling: ScalingFacts | None = None
         self._scaling_s = 0.0  # when they were told, on the clock that replicas share
-        self._measure = ShardMeasure()
+        self._measure, self._exporter = ShardMeasure(), Exporter(SHARD_SERIES)
         self._tasks: list[asyncio.Task[None]] = []
         show_data_plane_log()
         serving = lower_all_but_one()  # only what `listen` starts computes; imports and copies can wait
@@ -82,6 +85,7 @@ class ExpertShard:
         if not seated and not await self._rejoin(endpoint, timeout_s):
             raise RuntimeError("the controller is of another model")
         self._tasks.append(asyncio.create_task(self._orders.follow(), name="orders"))
+        self._tasks.append(asyncio.create_task(self._export_forever(), name="metrics"))
 
     async def status(self) -> ShardStatus:
         """See `ShardServer.status`."""
@@ -153,6 +157,11 @@ class ExpertShard:
                 logger.exception("a heartbeat failed; the next one follows")
             await asyncio.sleep(self._times.heartbeat_s)
         await asyncio.Event().wait()  # `check_health` tells
+
+    async def _export_forever(self) -> None:
+        while True:
+            self._exporter.export(shard_facts(self._server.status()))
+            await asyncio.sleep(EXPORT_S)
 
     async def _heartbeat(self, timeout_s: float) -> None:
         endpoint = self._server.endpoint

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ import pytest
 import ray
 from ray import serve
 from ray._raylet import AuthenticationTokenLoader
+from ray.serve import metrics as serve_metrics
 from ray.serve.context import ReplicaContext
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaRank
@@ -33,6 +35,16 @@ def test_handles_broadcast() -> None:
 
     assert inspect.iscoroutinefunction(DeploymentBroadcastResponse._fetch_replica_results_async)
     assert "rr.get_async()" in inspect.getsource(DeploymentBroadcastResponse.results_async)
+
+
+def test_a_counter_can_begin_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = serve_metrics.Counter("begins_at_zero", "d", ("rank",))
+    recorded: list[tuple[float, dict[str, str]]] = []
+    joints.begin_at_zero(counter, {"rank": "0"})
+    monkeypatch.setattr(counter, "_metric", SimpleNamespace(record=lambda value, tags: recorded.append((value, tags))))
+    joints.begin_at_zero(counter, {"rank": "1"})
+    counter.inc(2, tags={"rank": "1"})
+    assert recorded == [(0.0, {"rank": "1"}), (2, {"rank": "1"})]
 
 
 def test_a_config_can_be_handed_to_a_running_serve() -> None:

@@ -20,7 +20,7 @@ from tests.support.strict_schema import problems, strict, version_schema
 
 DEFINITION = Path(__file__).parent / "data/ray.io_rayservices.yaml.gz"
 KUBERNETES = "1.33"
-SECRET_FILES = {"keys.yaml": "[]", "scrape-key": "sk-x", "mesh-secret": "m" * 64, "redis-password": "p" * 64}
+SECRET_FILES = {"keys.yaml": "[]", "mesh-secret": "m" * 64, "redis-password": "p" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +237,18 @@ def test_the_patches_of_the_page_leave_out_what_they_say(tmp_path: Path, schema:
     assert problems(service, schema) == refusals(service) == []
 
 
-def test_the_alerts_of_the_page_are_those_of_the_project() -> None:
-    page = (CONFIGS.parent / "docs/kuberay.md").read_text()
-    [command] = re.findall(r"^\$ (\(.*monitoring/rules.yaml\)) \| kubectl apply -f -$", page, re.MULTILINE)
-    done = subprocess.run(["bash", "-c", command], cwd=CONFIGS.parent, capture_output=True, text=True, timeout=60)
-    made = yaml.safe_load(done.stdout)
-    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
-    assert made["spec"] == yaml.safe_load((CONFIGS / "monitoring/rules.yaml").read_text())
+def test_alerts_and_dashboards_are_those_of_the_project() -> None:
+    """What `kubectl apply -k configs/kuberay/monitoring` sends."""
+    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate (cpu.lock has it)")
+    made = kustomized(KUBERAY / "monitoring")
+    [rule] = [each for each in made if each["kind"] == "PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load((CONFIGS / "monitoring/rules.yaml").read_text())
+    maps = [each for each in made if each["kind"] == "ConfigMap"]
+    found = {}
+    for each in maps:
+        validate.validate(each, KUBERNETES, strict=True)
+        assert each["metadata"]["labels"]["grafana_dashboard"] == "1"
+        found |= each["data"]
+    folder = CONFIGS / "monitoring/grafana/dashboards"
+    assert found == {path.name: path.read_text() for path in folder.iterdir()}
+    assert len(maps) + 1 == len(made)

@@ -136,41 +136,17 @@ def test_requests_reach_a_pod_after_the_first_token(service: dict[str, Any]) -> 
     assert "livenessProbe" not in container, "no pod of a shard is restarted because a router is away"
 
 
-def test_the_figures_of_the_whole_service_are_scraped_once() -> None:
-    """What Prometheus does with two pods of one Service: the same target, once the labels of pods are gone."""
-    [monitor] = [each["spec"] for each in resources() if each["kind"] == "ServiceMonitor"]
-    for endpoint in monitor["endpoints"]:
-        targets = set()
-        for pod in ("a", "b"):
-            labels = {
-                "__address__": f"10.0.0.{ord(pod)}:8000",
-                "pod": pod,
-                "node": f"n{pod}",
-                "container": "ray-worker",
-            }
-            labels |= {"__meta_kubernetes_service_name": "x-serve-svc", "__meta_kubernetes_namespace": "moe"}
-            for rule in endpoint["relabelings"]:
-                if rule["action"] == "labeldrop":
-                    labels = {name: each for name, each in labels.items() if not re.fullmatch(rule["regex"], name)}
-                else:
-                    source = rule["separator"].join(labels[name] for name in rule["sourceLabels"])
-                    match = re.fullmatch(rule["regex"], source)
-                    assert match is not None
-                    labels[rule["targetLabel"]] = rule["replacement"].replace("$1", match[1])
-            assert labels["__address__"] == "x-serve-svc.moe.svc:8000"
-            targets.add(tuple(sorted(labels.items())))
-        assert len(targets) == 1
-
-
-def test_prometheus_finds_the_ports_that_pods_have(service: dict[str, Any]) -> None:
-    [monitor] = [each["spec"] for each in resources() if each["kind"] == "ServiceMonitor"]
-    watched = yaml.safe_load((CONFIGS / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
-    assert [each["path"] for each in monitor["endpoints"]] == [job["metrics_path"] for job in watched]
-    assert {each["port"] for each in monitor["endpoints"]} == {"serve"}
-    prefix = serve_config(NAME)["applications"][2]["route_prefix"]
-    with_a_key = [each["path"] for each in monitor["endpoints"] if "authorization" in each]
-    assert with_a_key == [f"{prefix}/metrics"], "and no key is sent where none is needed"
-    [pods] = [each["spec"] for each in resources() if each["kind"] == "PodMonitor"]
-    [of_pods] = pods["podMetricsEndpoints"]
-    for spec in pods_of(service):
-        assert {"serve", of_pods["port"]} <= {each["name"] for each in spec["containers"][0]["ports"]}
+def test_prometheus_asks_every_pods_metrics_agent(service: dict[str, Any]) -> None:
+    """One way out of the cluster, and without a key."""
+    monitors = [each for each in resources() if each["apiVersion"].startswith("monitoring.coreos.com")]
+    assert [each["kind"] for each in monitors] == ["PodMonitor"]
+    [of_pods] = monitors[0]["spec"]["podMetricsEndpoints"]
+    assert "authorization" not in of_pods
+    [job] = yaml.safe_load((CONFIGS / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
+    [target] = job["static_configs"][0]["targets"]
+    groups = [cluster_of(service)["headGroupSpec"], *cluster_of(service)["workerGroupSpecs"]]
+    for group, spec in zip(groups, pods_of(service), strict=True):
+        ports = {each["name"]: each["containerPort"] for each in spec["containers"][0]["ports"]}
+        assert f":{ports[of_pods['port']]}" in target, "KubeRay has Ray's agent listen on 8080"
+        labels = group["template"]["metadata"]["labels"]
+        assert monitors[0]["spec"]["selector"]["matchLabels"].items() <= labels.items()

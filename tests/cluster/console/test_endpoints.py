@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -80,12 +79,11 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "TRACE_TIMEOUT_S", TIMEOUT_S)
 
 
-def test_every_endpoint_but_the_metrics_needs_the_key() -> None:
+def test_every_endpoint_needs_the_key() -> None:
     replicas = [router_status("a")]
     for path in ("/expertmesh/status", "/expertmesh/placement", "/expertmesh/trace"):
         assert get(path, replicas, keys=("secret",)).status_code == 401
         assert get(path, replicas, keys=("secret",), key="secret").status_code != 401
-    assert get("/expertmesh/metrics", replicas, keys=("secret",)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -94,8 +92,8 @@ def test_every_endpoint_but_the_metrics_needs_the_key() -> None:
 def test_pages_of_other_origins_read_nothing_unless_they_are_named(
     origins: tuple[str, ...], allowed: str | None
 ) -> None:
-    metrics = get("/expertmesh/metrics", [router_status("a")], origins=origins)
-    assert metrics.headers.get("access-control-allow-origin") == allowed
+    status = get("/expertmesh/status", [router_status("a")], origins=origins)
+    assert status.headers.get("access-control-allow-origin") == allowed
 
 
 @pytest.mark.parametrize(
@@ -115,13 +113,6 @@ def test_routers_that_do_not_answer_hide_nothing_else(
     assert [router["router_id"] for router in body["routers"]] == names
     assert (body["controller"]["epoch"], body["errors"]) == (5, errors)
 
-    metrics = get("/expertmesh/metrics", replicas)
-    assert metrics.status_code == 200
-    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
-    assert [sample.labels["router"] for sample in families["expertmesh_epoch"].samples] == names
-    assert families["expertmesh_controller_epoch"].samples[0].value == 5
-
 
 def test_the_status_is_what_each_process_reports() -> None:
     body = get("/expertmesh/status", [router_status("a")]).json()
@@ -137,9 +128,6 @@ def test_a_controller_that_is_away_hides_no_router() -> None:
         "a router did not answer mesh_status in 0.2 s",
         "the placement controller does not answer",
     ]
-    text = get("/expertmesh/metrics", [router_status("a")], controller_lost=True).text
-    assert "expertmesh_controller_up 0.0" in text
-    assert 'expertmesh_steps_total{router="a"} 10.0' in text
 
 
 def test_the_placement_is_the_controllers() -> None:

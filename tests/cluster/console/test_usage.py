@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -69,17 +68,6 @@ class Applications:
                 return await asyncio.wait_for(client.get(f"/expertmesh{path}", headers=headers), 30)
 
         return run_async(run())
-
-    def series(self, key: str) -> dict[tuple[str, str], float]:
-        """The series of keys in a scrape, by name and by key or router."""
-        response = self.get("/metrics", key)
-        assert response.status_code == 200
-        return {
-            (sample.name.removeprefix("expertmesh_"), sample.labels.get("key") or sample.labels["router"]): sample.value
-            for family in text_string_to_metric_families(response.text)
-            for sample in family.samples
-            if sample.name.startswith("expertmesh_key")
-        }
 
 
 @dataclass
@@ -182,23 +170,3 @@ def test_of_several_applications_those_without_names_of_keys_have_no_ledger_to_a
     assert body["complete"]
     assert (bare.asked, named.asked) == (0, 1)
     assert body["keys"]["team"]["requests"] == 4
-
-
-def test_a_scrape_with_an_admin_key_has_the_usage_of_each_key(file: Path) -> None:
-    assert Applications(file, ledgers=[LedgerHandle()]).series(ADMIN) == {
-        ("key_requests_total", "team"): 7,
-        ("key_requests_total", "other"): 1,
-        ("key_refused_total", "team"): 1,
-        ("key_refused_total", "other"): 0,
-        ("key_prompt_tokens_total", "team"): 70,
-        ("key_prompt_tokens_total", "other"): 5,
-        ("key_completion_tokens_total", "team"): 25,
-        ("key_completion_tokens_total", "other"): 6,
-        ("keys_current", "r1"): 1,
-        ("keys_current", "r2"): 0,
-    }
-
-
-@pytest.mark.parametrize("key", ["", "sk-other", TEAM])
-def test_a_scrape_without_one_names_nobody(file: Path, key: str) -> None:
-    assert Applications(file, ledgers=[LedgerHandle()]).series(key) == {}

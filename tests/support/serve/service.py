@@ -169,6 +169,7 @@ def ray_head(
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "RAY_metrics_report_interval_ms": "2000",  # 10 s by default, which every test of a figure would wait for
         **environment_of_a_local_cluster(folder, {}),
         "PYTHONPATH": str(code),
         "OMP_NUM_THREADS": "1",

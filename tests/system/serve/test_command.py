@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def test_it_starts_ray_itself_and_leaves_nothing_when_stopped(number: signal.Sig
                 lambda: "experts/ExpertShard" in log.read_text() or process.poll() is not None, 200, "shards to start"
             )
             assert process.poll() is None, log.read_text()
+            found = re.search(r"metrics for Prometheus: (\S+)", log.read_text())
+            assert found is not None
+            url = found[1]
+            wait_for(
+                lambda: b"ray_" in urllib.request.urlopen(url, timeout=10).read(), 60, "Ray's agent to tell figures"
+            )
             process.send_signal(number)
             assert process.wait(90) == 0, log.read_text()
             assert "Traceback" not in log.read_text()

@@ -9,20 +9,10 @@ import urllib.request
 
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.serve.metrics_agent import totals_of
 from tests.support.serve.service import API_KEY, Service
 from tests.support.waiting import wait_for
-
-
-def metrics(service: Service) -> dict[str, float]:
-    code, body = service.get("/expertmesh/metrics")
-    assert code == 200
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(body.decode()):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    return totals
 
 
 def test_health_tells_that_tokens_came_through_the_shards(service: Service) -> None:
@@ -34,45 +24,36 @@ def test_health_tells_that_tokens_came_through_the_shards(service: Service) -> N
     assert router["connected"] == [0, 1, 2]
 
 
-def test_metrics_count_what_a_request_does(service: Service) -> None:
-    before = metrics(service)
+def test_series_count_what_a_request_does(service: Service) -> None:
+    """Every process tells Ray's metrics agent its figures every second, and Ray takes them there every two."""
+    names = ("steps", "dispatches", "rows", "visits", "sent_rows", "sent_pairs", "shard_rows", "shard_pairs")
+    layers, top_k = 4, 4
+
+    def settled() -> dict[str, float]:
+        found = totals_of(service)
+        same = {name: found.get(f"ray_expertmesh_{name}_total", 0.0) for name in names}
+        sound = (
+            same["dispatches"] == layers * same["steps"]
+            and same["sent_pairs"] == top_k * same["rows"]
+            and same["rows"] <= same["sent_rows"] == same["visits"]
+            and found["ray_expertmesh_epoch"] == found["ray_expertmesh_controller_epoch"] > 0
+            and found["ray_expertmesh_ranks_missing"] == 0
+        )
+        return found if sound else {}
+
+    before = wait_for(settled, 60, "figures of one moment")
     service.greedy(16)
-    after = metrics(service)
 
-    def grown(name: str) -> float:
-        return after[f"expertmesh_{name}"] - before[f"expertmesh_{name}"]
-
-    steps, layers, top_k = grown("steps_total"), 4, 4
-    assert steps >= 16
-    assert grown("dispatches_total") == layers * steps
-    assert grown("shard_pairs_total") == top_k * grown("rows_total"), "every expert of every row went to one shard"
-    assert grown("rows_total") <= grown("shard_rows_total") == grown("visits_total")
-    assert grown("dispatch_seconds_count") == 3 * grown("dispatches_total")
-    assert grown("sent_bytes_total") > 0
-    assert (after["expertmesh_controller_up"], after["expertmesh_ranks_missing"]) == (1, 0)
-    assert after["expertmesh_epoch"] == after["expertmesh_controller_epoch"] > 0
-
-
-def test_ray_exports_the_same_counters(service: Service) -> None:
-    """Through Ray's metrics agent, whose port Ray writes down for Prometheus."""
-    discovery = service.folder / "ray" / "prom_metrics_service_discovery.json"
-
-    def exported() -> bool:
-        if not discovery.exists():
+    def counted() -> bool:
+        after = settled()
+        if not after:
             return False
-        for target in [t for group in json.loads(discovery.read_text()) for t in group["targets"]]:
-            import urllib.request
+        grown = {name: after[f"ray_expertmesh_{name}_total"] - before[f"ray_expertmesh_{name}_total"] for name in names}
+        by_both = [(grown[f"sent_{what}"], grown[f"shard_{what}"]) for what in ("rows", "pairs")]
+        return grown["steps"] >= 16 and all(router == shards for router, shards in by_both)
 
-            try:
-                with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as response:
-                    if b"ray_expertmesh_dispatches_total" in response.read():
-                        return True
-            except OSError:
-                continue
-        return False
-
-    service.greedy(4)
-    wait_for(exported, 60, "expertmesh counters on Ray's metrics endpoint")
+    wait_for(counted, 60, "the same rows and pairs to be counted by the router and by the shards")
+    assert service.get("/expertmesh/metrics")[0] == 404, "there is one exporter"
 
 
 def test_placement_says_where_each_expert_stands(service: Service) -> None:
