@@ -245,7 +245,7 @@ def _welcome(config: MeshConfig, url: str) -> None:
     }
     _progress("ready: the first token was generated")
     print(f"\n  {base}/v1   (OpenAI API, model {config.llm.model.id!r})")
-    print(f"  {base}/health   {base}/metrics   {_console_links(config, url)}\n")
+    print(f"  {base}/health   {_console_links(config, url)}\n")
     print(
         f"  curl {base}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
     )
@@ -256,7 +256,7 @@ def _console_links(config: MeshConfig, url: str) -> str:
     if config.console is None:
         return ""
     base = url + config.console_route_prefix.rstrip("/")
-    return f"{base}/status   {base}/metrics"
+    return f"{base}/status"
 
 
 def _watch(config: MeshConfig) -> None:
