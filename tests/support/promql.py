@@ -19,7 +19,7 @@ PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool, of Debian's prometheus, is not installed")
 
 # What Grafana puts in place of its variables, with everything chosen.
-GRAFANA = {"$application": ".*", "$router": ".*", "$rank": ".*", "$__rate_interval": "1m"}
+GRAFANA = {"$namespace": ".*", "$application": ".*", "$router": ".*", "$rank": ".*", "$__rate_interval": "1m"}
 
 
 def with_everything_chosen(expr: str) -> str:

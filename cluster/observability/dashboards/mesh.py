@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from cluster.observability.dashboards.model import APPLICATION, ROUTER, Dashboard, Panel, Query, Row
+from cluster.observability.dashboards.model import APPLICATION, NAMESPACE, ROUTER, Dashboard, Panel, Query, Row
 from cluster.observability.dashboards.moves import AUTOPILOT, MIGRATION
-from cluster.observability.dashboards.queries import OURS, RATE, ROUTERS, max_by, quantiles, rate_by
+from cluster.observability.dashboards.queries import OURS, RATE, ROUTERS, max_by, quantiles, rate_by, selected
 
-_COUNT = 'ray_expertmesh_dispatch_stages_within_total{application=~"$application", replica=~"$router", le="+Inf"}'
+_ALL = selected('le="+Inf"', ROUTERS)
+_COUNT = f"ray_expertmesh_dispatch_stages_within_total{_ALL}"
 
 GLANCE = Row(
     "At a glance",
@@ -240,6 +241,6 @@ MESH = Dashboard(
     "mesh",
     "expertmesh: mesh",
     "Between routers and shards: stages of a layer, placement, faults, migration, autopilot.",
-    (APPLICATION, ROUTER),
+    (NAMESPACE, APPLICATION, ROUTER),
     (GLANCE, STAGES, PLACEMENT, FAULTS, MIGRATION, AUTOPILOT),
 )

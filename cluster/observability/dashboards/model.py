@@ -141,13 +141,21 @@ class Variable:
         }
 
 
+_EPOCHS = '__name__=~"ray_expertmesh_epoch|ray_expertmesh_controller_epoch"'
+NAMESPACE = Variable("namespace", "Namespace", f"label_values({{{_EPOCHS}}}, namespace)")
 APPLICATION = Variable(
-    "application",
-    "Application",
-    'label_values({__name__=~"ray_expertmesh_epoch|ray_expertmesh_controller_epoch"}, application)',
+    "application", "Application", f'label_values({{{_EPOCHS}, namespace=~"$namespace"}}, application)'
 )
-ROUTER = Variable("router", "Router", 'label_values(ray_expertmesh_steps_total{application=~"$application"}, replica)')
-RANK = Variable("rank", "Rank", 'label_values(ray_expertmesh_rank_state{application=~"$application"}, rank)')
+ROUTER = Variable(
+    "router",
+    "Router",
+    'label_values(ray_expertmesh_steps_total{namespace=~"$namespace", application=~"$application"}, replica)',
+)
+RANK = Variable(
+    "rank",
+    "Rank",
+    'label_values(ray_expertmesh_rank_state{namespace=~"$namespace", application=~"$application"}, rank)',
+)
 
 
 @dataclass(frozen=True)

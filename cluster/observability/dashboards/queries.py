@@ -5,11 +5,17 @@ from __future__ import annotations
 from cluster.observability.dashboards.model import Query
 
 RATE = "[$__rate_interval]"
-OURS = '{application=~"$application"}'
-ROUTERS = '{application=~"$application", replica=~"$router"}'
-SHARDS = '{application=~"$application", rank=~"$rank"}'
-VLLM = '{ReplicaId=~"$router"}'  # vLLM's label for what Serve calls replica
-SERVE = '{application=~"$application"}'
+_HERE = 'namespace=~"$namespace"'  # a label on Kubernetes alone; elsewhere "all of them" matches its absence
+OURS = f'{{{_HERE}, application=~"$application"}}'
+ROUTERS = f'{{{_HERE}, application=~"$application", replica=~"$router"}}'
+SHARDS = f'{{{_HERE}, application=~"$application", rank=~"$rank"}}'
+VLLM = f'{{{_HERE}, ReplicaId=~"$router"}}'  # vLLM's label for what Serve calls replica
+SERVE = OURS
+
+
+def selected(more: str, select: str) -> str:
+    """`select` with one more condition."""
+    return f"{select[:-1]}, {more}}}"
 
 
 def rate_by(labels: str, name: str, select: str) -> str:

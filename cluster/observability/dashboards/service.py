@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.observability.dashboards.model import APPLICATION, ROUTER, Dashboard, Panel, Query, Row
-from cluster.observability.dashboards.queries import OURS, ROUTERS, SERVE, VLLM, max_by, quantiles, rate_by
+from cluster.observability.dashboards.model import APPLICATION, NAMESPACE, ROUTER, Dashboard, Panel, Query, Row
+from cluster.observability.dashboards.queries import OURS, ROUTERS, SERVE, VLLM, max_by, quantiles, rate_by, selected
 
 IDLE = "vLLM sets its gauges in steps alone"
 NO_KEYS = "keys have no names, or none was used"
@@ -13,6 +13,7 @@ _TTFT = "ray_vllm_time_to_first_token_seconds_bucket"
 _BETWEEN = "ray_vllm_inter_token_latency_seconds_bucket"
 _WHOLE = "ray_vllm_e2e_request_latency_seconds_bucket"
 _HTTP, _HTTP_ERRORS = "ray_serve_num_http_requests_total", "ray_serve_num_http_error_requests_total"
+_5XX = selected('status_code=~"5.."', SERVE)
 
 GLANCE = Row(
     "At a glance",
@@ -69,8 +70,8 @@ GLANCE = Row(
             "percentunit",
             (
                 Query(
-                    f'(sum(rate(ray_serve_num_http_requests_total{{application=~"$application", status_code=~"5.."}}'
-                    f"[$__rate_interval])) or vector(0)) / sum(rate({_HTTP}{SERVE}[$__rate_interval]))",
+                    f"(sum(rate({_HTTP}{_5XX}[$__rate_interval])) or vector(0)) / "
+                    f"sum(rate({_HTTP}{SERVE}[$__rate_interval]))",
                     "5xx",
                 ),
             ),
@@ -310,6 +311,6 @@ SERVICE = Dashboard(
     "service",
     "expertmesh: service",
     "What users notice: latency, tokens, queue, KV cache, errors, keys.",
-    (APPLICATION, ROUTER),
+    (NAMESPACE, APPLICATION, ROUTER),
     (GLANCE, LATENCY, THROUGHPUT, QUEUE, ERRORS, KEYS),
 )

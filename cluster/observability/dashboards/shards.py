@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from cluster.observability.dashboards.model import APPLICATION, RANK, Dashboard, Panel, Query, Row
-from cluster.observability.dashboards.queries import OURS, SHARDS, max_by, rate_by
+from cluster.observability.dashboards.model import APPLICATION, NAMESPACE, RANK, Dashboard, Panel, Query, Row
+from cluster.observability.dashboards.queries import OURS, SHARDS, max_by, rate_by, selected
 
+_SERVING = selected('state="serving"', SHARDS)
 IDLE = "no shard computed anything in the last minutes"
 
 
@@ -41,8 +42,7 @@ STATE = Row(
             "short",
             (
                 Query(
-                    "sum(max by (application, rank) "
-                    '(ray_expertmesh_rank_state{application=~"$application", rank=~"$rank", state="serving"}))',
+                    f"sum(max by (application, rank) (ray_expertmesh_rank_state{_SERVING}))",
                     "serving",
                 ),
             ),
@@ -193,6 +193,6 @@ SHARDS_PAGE = Dashboard(
     "shards",
     "expertmesh: shards",
     "One shard beside the others: state, memory, work, copies.",
-    (APPLICATION, RANK),
+    (NAMESPACE, APPLICATION, RANK),
     (STATE, MEMORY, WORK, COPIES),
 )

@@ -125,9 +125,14 @@ def test_choices_above_the_panels_have_values(service: Service, prometheus: Prom
             parts = re.fullmatch(r"label_values\((.+), (\w+)\)", variable.query)
             assert parts is not None
             samples = prometheus.query(with_everything_chosen(parts[1]))
-            found[variable.name] = {sample["metric"][parts[2]] for sample in samples}
+            found[variable.name] = {sample["metric"].get(parts[2], "") for sample in samples}
     [router] = service.status()["routers"]
-    assert found == {"application": {"experts", "llm"}, "router": {router["router_id"]}, "rank": {"0", "1", "2"}}
+    assert found == {
+        "namespace": {""},
+        "application": {"experts", "llm"},
+        "router": {router["router_id"]},
+        "rank": {"0", "1", "2"},
+    }
     assert prometheus.query(f'ray_vllm_generation_tokens_total{{ReplicaId="{router["router_id"]}"}}'), "one name for it"
 
 
