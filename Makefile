@@ -53,7 +53,7 @@ $(TRITON_READY): $(READY)
 	@touch $@
 
 serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; prints the URL and a curl line when ready
-	@$(PY) -m serve_app $(CONFIG)
+	@$(VENV)/bin/expertmesh serve $(CONFIG)
 
 monitoring: $(READY) ## Prometheus, and Grafana where it is installed, for what `make serve` serves; MONITORING_ARGS="--help" for ports
 	@$(PY) -m cluster.observability.monitoring $(MONITORING_ARGS)

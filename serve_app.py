@@ -1,4 +1,4 @@
-"""The builders of the Serve applications, and the command that serves them on this machine.
+"""The builders of the Serve applications.
 
 Import paths in a Serve config (see configs/):
 
@@ -6,7 +6,7 @@ Import paths in a Serve config (see configs/):
     import_path: serve_app:build_llm       args: sections model, routers, transport, deadlines, http
     import_path: serve_app:build_console   args: experts_app, llm_apps, http
 
-The command: `python -m serve_app configs/tiny-cpu.yaml`.
+`expertmesh serve FILE` serves such a file on this machine.
 """
 
 from __future__ import annotations
@@ -47,9 +47,3 @@ def build_console(args: dict[str, Any]) -> Application:
 
     with refusals_for_serve():
         return console_application(parse(ConsoleAppConfig, args))
-
-
-if __name__ == "__main__":
-    from cluster.cli import main
-
-    main()

@@ -19,6 +19,7 @@ ROOMS = ["placement", "experts", "cluster", "serve_app"]  # each may import thos
 ORDER = {
     "placement": [
         *(
+            "compile_cache",
             "compiled",
             "xorshift",
             "progress",
@@ -32,7 +33,7 @@ ORDER = {
             "search",
             "migration",
         ),
-        *("sizing", "report", "exports", "policy", "precompile", "arguments", "cli", "__main__"),
+        *("sizing", "report", "exports", "policy", "precompile", "command"),
     ],
     "experts": [
         *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin"),
@@ -55,7 +56,8 @@ ORDER = {
             "router",
             "console",
         ),
-        *("refusals", "build", "start_up", "haproxy_guard", "cli", "placement_command", "sizing_command", "__main__"),
+        *("refusals", "build", "start_up", "haproxy_guard", "serving", "placement_command", "sizing_command"),
+        *("status_command", "check_command", "command"),
     ],
 }
 

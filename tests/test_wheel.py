@@ -52,19 +52,38 @@ def test_the_wheel_holds_every_source_and_nothing_else(wheel: Path, sources: dic
     assert packed == sources
 
 
-def test_the_planner_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+def test_the_command_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
     with ZipFile(wheel) as archive:
         archive.extractall(installed)
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     for command, shown in (
-        (("-m", "placement", "--help"), "optimize"),
-        (("-c", "import placement.cli as cli; print(cli.__file__)"), str(installed)),
-        (("-m", "serve_app", "--help"), "--port"),
+        (("-m", "cluster.command", "placement", "--help"), "optimize"),
+        (("-c", "import placement.command.app as app; print(app.__file__)"), str(installed)),
+        (("-m", "cluster.command", "serve", "--help"), "--port"),
+        (("-m", "cluster.command", "version"), str(installed)),
     ):
         done = subprocess.run(
             [sys.executable, *command], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
+
+
+def test_the_wheel_has_the_command_and_no_benchmarks(wheel: Path, tmp_path: Path) -> None:
+    with ZipFile(wheel) as archive:
+        [scripts] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt")]
+        archive.extractall(tmp_path)
+    assert scripts.split() == ["[console_scripts]", "expertmesh", "=", "cluster.command.main:main"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.command", "bench", "--list"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: there are no benchmarks in {tmp_path}: ")
+    assert done.stderr.count("\n") == 1

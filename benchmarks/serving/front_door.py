@@ -70,7 +70,7 @@ def mesh_command(port: int, folder: Path) -> list[str]:
     config["applications"][1]["args"]["http"]["max_pending_requests"] = 4096
     path = folder / "mesh.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return [sys.executable, "-m", "serve_app", str(path), "--port", str(port)]
+    return [sys.executable, "-m", "cluster.command", "serve", str(path), "--port", str(port)]
 
 
 @contextlib.contextmanager

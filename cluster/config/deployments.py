@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.live_sections import LiveConfig
-from cluster.config.parse import ConfigError, parse, portable
+from cluster.config.parse import ConfigError, MissingPath, parse, portable
 from cluster.config.replicas import shard_count
 
 CONTROLLER = "PlacementController"
@@ -26,8 +26,10 @@ class DeploymentOverrides:
     scaling: dict[str, Any] | None = None  # autoscaling_config of the shards
 
     @classmethod
-    def of(cls, data: Any, where: str, folder: Path | None) -> DeploymentOverrides:
-        """Check a list of deployments. Raises ConfigError that starts with `where`."""
+    def of(
+        cls, data: Any, where: str, folder: Path | None, missing: list[MissingPath] | None = None
+    ) -> DeploymentOverrides:
+        """Check a list of deployments. Raises ConfigError that starts with `where`. `missing`: as `parse` has it."""
         if not isinstance(data, list) or not all(isinstance(each, dict) for each in data):
             raise ConfigError(f"{where}: expected a list of deployments, each with a name")
         num_shards, live, scaling = 1, LiveConfig(), None
@@ -46,7 +48,7 @@ class DeploymentOverrides:
             elif "num_replicas" in each or "autoscaling_config" in each:
                 raise ConfigError(f"{place}: there is one {CONTROLLER}: remove num_replicas and autoscaling_config")
             elif each.get("user_config") is not None:
-                live = parse(LiveConfig, each["user_config"], f"{place}.user_config", folder)
+                live = parse(LiveConfig, each["user_config"], f"{place}.user_config", folder, missing)
                 each = {**each, "user_config": portable(each["user_config"], live)}
             listed.append(each)
         return cls(num_shards, live, listed, scaling)

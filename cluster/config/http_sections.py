@@ -16,7 +16,7 @@ class KeysSection(StrictModel):
     keys_file: str | None = Field(
         default=None,
         description="Absolute path of a list of keys by their SHA-256 hashes, with names, roles and limits, as "
-        "`python -m cluster keys new` prints them. A change takes effect within seconds; a file that breaks leaves the "
+        "`expertmesh keys new` prints them. A change takes effect within seconds; a file that breaks leaves the "
         "last good keys in use.",
     )
     keys_env: str | None = Field(

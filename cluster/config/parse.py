@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,19 +41,35 @@ MOVED = {
 M = TypeVar("M", bound=BaseModel)
 
 
+@dataclass(frozen=True)
+class MissingPath:
+    """A path of a config that is not on this machine. `reason` begins with `place` and says where it was looked for."""
+
+    place: str
+    value: str
+    reason: str
+
+
 class ConfigError(ValueError):
     """A config that cannot be served. The message names the place in the file, the value and what was expected."""
 
 
-def parse(schema: type[M], data: Any, where: str = "args", folder: Path | None = None) -> M:
+def parse(
+    schema: type[M],
+    data: Any,
+    where: str = "args",
+    folder: Path | None = None,
+    missing: list[MissingPath] | None = None,
+) -> M:
     """Check `data` against `schema`, with the paths in it made absolute.
 
-    `folder` is where relative paths are looked up first. Raises ConfigError; each line of it starts with `where`.
+    `folder` is where relative paths are looked up first. Raises ConfigError; each line of it starts with `where`. With
+    a list `missing`, paths that do not exist are put there and stay as they are.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
     try:
-        config = schema.model_validate(_with_absolute_paths(data, where, folder))
+        config = schema.model_validate(_with_absolute_paths(data, where, folder, missing))
     except ValidationError as error:
         raise ConfigError("\n".join(_lines(error, where))) from None
     return config
@@ -101,7 +118,9 @@ def find_model(value: str, where: str, folder: Path | None) -> str:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _with_absolute_paths(data: dict[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
+def _with_absolute_paths(
+    data: dict[str, Any], where: str, folder: Path | None, missing: list[MissingPath] | None
+) -> dict[str, Any]:
     """A copy of an application's arguments in which the values of PATHS are absolute and exist."""
     data = dict(data)
     for section, keys in PATHS.items():
@@ -112,7 +131,13 @@ def _with_absolute_paths(data: dict[str, Any], where: str, folder: Path | None) 
             value = data[section].get(key)
             if isinstance(value, str) and value:
                 find = find_model if f"{section}.{key}" in NAMES else find_path
-                data[section][key] = str(find(value, f"{where}.{section}.{key}", folder))
+                place = f"{where}.{section}.{key}"
+                try:
+                    data[section][key] = str(find(value, place, folder))
+                except ConfigError as error:
+                    if missing is None:
+                        raise
+                    missing.append(MissingPath(place, value, str(error)))
     return data
 
 

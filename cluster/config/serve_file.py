@@ -26,7 +26,7 @@ from cluster.config.deployments import DeploymentOverrides
 from cluster.config.devices import device_disagreements
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
-from cluster.config.parse import ConfigError, parse, portable
+from cluster.config.parse import ConfigError, MissingPath, parse, portable
 from cluster.config.replicas import router_scaling, scaling_problems
 from experts.protocol.settings import StrictModel
 
@@ -73,6 +73,16 @@ class MeshConfig(StrictModel):
 
         Relative paths are looked up in `folder` first. Raises ConfigError that starts with `source`.
         """
+        mesh = cls.assembled(data, source, folder)
+        for problem in mesh.disagreements():
+            raise ConfigError(f"{source}: {problem}")
+        return mesh
+
+    @classmethod
+    def assembled(
+        cls, data: Any, source: str, folder: Path | None, missing: list[MissingPath] | None = None
+    ) -> MeshConfig:
+        """The same, without checking the applications against each other. `missing`: as `parse` has it."""
         if not isinstance(data, dict) or not isinstance(data.get("applications"), list):
             raise ConfigError(f"{source}: expected a Serve config with a list of applications")
         serve = {**data, "applications": list(data["applications"])}
@@ -80,7 +90,7 @@ class MeshConfig(StrictModel):
         def checked(index: int, schema: type[BaseModel]) -> Any:
             app = data["applications"][index]
             args = app.get("args", {})
-            config = parse(schema, args, f"{source}: applications[{index}].args", folder)
+            config = parse(schema, args, f"{source}: applications[{index}].args", folder, missing)
             serve["applications"][index] = {**app, "args": portable(args, config)}
             return config
 
@@ -89,13 +99,16 @@ class MeshConfig(StrictModel):
         console = _find(CONSOLE_BUILDER, applications, source)
         checked_experts = checked(experts, ExpertsAppConfig)
         deployments = DeploymentOverrides.of(
-            applications[experts].get("deployments", []), f"{source}: applications[{experts}].deployments", folder
+            applications[experts].get("deployments", []),
+            f"{source}: applications[{experts}].deployments",
+            folder,
+            missing,
         )
         if deployments.listed:
             serve["applications"][experts]["deployments"] = deployments.listed
         checked_llm: LLMAppConfig = checked(llm, LLMAppConfig)
         routers = router_scaling(applications[llm], checked_llm.routers, f"{source}: applications[{llm}]")
-        mesh = cls(
+        return cls(
             experts=checked_experts,
             live=deployments.live,
             num_shards=deployments.num_shards,
@@ -108,9 +121,6 @@ class MeshConfig(StrictModel):
             serve=serve,
             **({} if console is None else _console(applications[console], checked(console, ConsoleAppConfig))),
         )
-        for problem in mesh.disagreements():
-            raise ConfigError(f"{source}: {problem}")
-        return mesh
 
     @property
     def names(self) -> list[str]:

@@ -18,8 +18,8 @@ FOR_CLIENTS = frozenset({*OPEN_PATHS, "/usage"})
 
 NO_ADMIN = (
     "nobody may change the service over HTTP, since the console has no admin keys: let http.keys_file of the "
-    "application with serve_app:build_console name a file with a line of `python -m cluster keys new --name NAME "
-    "--role admin`, or use `python -m cluster placement` where the cluster runs"
+    "application with serve_app:build_console name a file with a line of `expertmesh keys new --name NAME "
+    "--role admin`, or use `expertmesh placement` where the cluster runs"
 )
 
 

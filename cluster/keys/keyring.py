@@ -74,9 +74,7 @@ class KeyLine(StrictModel):
     @classmethod
     def _is_a_digest(cls, value: str) -> str:
         if not SHA256.fullmatch(value):  # the value may be the key itself
-            raise ValueError(
-                "expected 64 hexadecimal digits in lower case, as `python -m cluster keys new` prints them"
-            )
+            raise ValueError("expected 64 hexadecimal digits in lower case, as `expertmesh keys new` prints them")
         return value
 
     def key(self) -> Key:
@@ -124,7 +122,7 @@ def parse_keys(text: str, where: str) -> Keyring:
         at = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
         raise KeysError(f"{where} is no YAML{at}") from None  # without the line, in which a key may stand
     if not data:
-        raise KeysError(f"{where} holds no key: add a line that `python -m cluster keys new` prints")
+        raise KeysError(f"{where} holds no key: add a line that `expertmesh keys new` prints")
     if isinstance(data, dict) and set(data) == {"keys"}:
         data = data["keys"]
     try:

@@ -1,2 +1,3 @@
-"""`python -m cluster placement ...`: show and change where a running service's experts are, through the controller.
-What is the same over HTTP is `cluster.console.operations`; what it means is `cluster.controller`."""
+"""The commands of `expertmesh placement` that need a running service: they show and change where its experts are.
+They ask the controller. What is the same over HTTP is `cluster.console.operations`; what it means is
+`cluster.controller`."""

@@ -2,73 +2,85 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+from typing import TextIO
 
 from cluster.mesh.messages import ControllerStatus, PlanView
 from cluster.placement_command.follow import follow
 from cluster.placement_command.session import (
     CALL_TIMEOUT_S,
     PLAN_TIMEOUT_S,
-    CommandError,
     Session,
     answered,
     read_placement,
 )
 from cluster.placement_command.tables import count, seconds, size
+from placement.command.ending import CommandError, tell
 
 
-async def apply(session: Session, options: argparse.Namespace) -> None:
+async def apply(session: Session, file: Path, *, dry_run: bool, wait: bool, timeout_s: float, as_json: bool) -> None:
     """Make a file's placement the target, and follow until it is reached."""
-    placement = read_placement(options.file)
-    plan = await answered(session.client.apply(placement, options.dry_run, timeout_s=PLAN_TIMEOUT_S))
+    placement, out = read_placement(file), _progress_stream(as_json)
+    plan = await answered(session.client.apply(placement, dry_run, timeout_s=PLAN_TIMEOUT_S))
     if not plan.accepted:
-        raise CommandError(f"{options.file} does not fit: {plan.reason}")
-    if options.dry_run:
-        print(f"{_takes(plan)}; nothing was changed")
-        return
+        raise CommandError(f"{file} does not fit: {plan.reason}")
     target = plan.target_version
-    print(f"target {target}: {_takes(plan)}", flush=True)
-    if not options.no_wait:
-        await follow(
-            session, lambda status: _reached(status, target), f"target {target} to be reached", options.timeout_s
-        )
+    if dry_run:
+        tell(as_json, plan.to_dict() | {"dry_run": True}, [f"{_takes(plan)}; nothing was changed"])
+        return
+    print(f"target {target}: {_takes(plan)}", file=out, flush=True)
+    if wait:
+        await follow(session, lambda status: _reached(status, target), f"target {target} to be reached", timeout_s, out)
+    if as_json:
+        tell(True, plan.to_dict() | {"dry_run": False, "reached": wait}, [])
 
 
-async def drain(session: Session, options: argparse.Namespace) -> None:
+async def drain(session: Session, shard: str, *, wait: bool, timeout_s: float, as_json: bool) -> None:
     """Let the other shards take over, and follow until the shard is empty."""
-    seat = await session.shard(options.shard)
+    seat, out = await session.shard(shard), _progress_stream(as_json)
     why_not = await answered(session.client.drain(seat.rank, False, timeout_s=PLAN_TIMEOUT_S))
     if why_not:
         raise CommandError(f"rank {seat.rank} cannot be drained: {why_not}")
-    print(f"rank {seat.rank}: draining; {count(seat.experts_held, 'expert')} held", flush=True)
-    if not options.no_wait:
+    print(f"rank {seat.rank}: draining; {count(seat.experts_held, 'expert')} held", file=out, flush=True)
+    if wait:
         await follow(
             session,
             lambda status: _emptied(status, seat.rank, seat.shard_id),
             f"rank {seat.rank} to be empty",
-            options.timeout_s,
+            timeout_s,
+            out,
         )
+    if as_json:
+        tell(True, {"rank": seat.rank, "shard_id": seat.shard_id, "draining": True, "empty": wait}, [])
 
 
-async def undrain(session: Session, options: argparse.Namespace) -> None:
+async def undrain(session: Session, shard: str, *, as_json: bool) -> None:
     """Let a drained shard take experts again."""
-    seat = await session.shard(options.shard)
+    seat = await session.shard(shard)
     why_not = await answered(session.client.drain(seat.rank, True, timeout_s=PLAN_TIMEOUT_S))
     if why_not:
         raise CommandError(f"rank {seat.rank} cannot be taken back: {why_not}")
-    print(f"rank {seat.rank}: takes experts again")
+    told = {"rank": seat.rank, "shard_id": seat.shard_id, "draining": False}
+    tell(as_json, told, [f"rank {seat.rank}: takes experts again"])
 
 
-async def pause(session: Session, options: argparse.Namespace) -> None:
+async def pause(session: Session, *, as_json: bool) -> None:
     """Move no more experts after the round at hand."""
     await answered(session.client.pause(True, timeout_s=CALL_TIMEOUT_S))
-    print("paused: nothing moves after the round at hand, lost shards' experts neither; `resume` goes on")
+    line = "paused: nothing moves after the round at hand, lost shards' experts neither; `resume` goes on"
+    tell(as_json, {"paused": True}, [line])
 
 
-async def resume(session: Session, options: argparse.Namespace) -> None:
+async def resume(session: Session, *, as_json: bool) -> None:
     """Go on moving experts."""
     await answered(session.client.pause(False, timeout_s=CALL_TIMEOUT_S))
-    print("goes on")
+    tell(as_json, {"paused": False}, ["goes on"])
+
+
+def _progress_stream(as_json: bool) -> TextIO:
+    """Where progress goes: standard output is for the document, if there is one."""
+    return sys.stderr if as_json else sys.stdout
 
 
 def _takes(plan: PlanView) -> str:
@@ -112,6 +124,6 @@ def _stuck(status: ControllerStatus, so_far: str) -> None:
     """CommandError if nothing will move any more by itself."""
     m = status.migration
     if m.paused:
-        raise CommandError(f"{so_far}, and the migration is paused: `python -m cluster placement resume` goes on")
+        raise CommandError(f"{so_far}, and the migration is paused: `expertmesh placement resume` goes on")
     if m.problem and not m.moving:
         raise CommandError(f"{so_far}: {m.problem}")

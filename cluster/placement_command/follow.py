@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TextIO
 
 from cluster.mesh.messages import ControllerStatus
-from cluster.placement_command.session import CommandError, Session
+from cluster.placement_command.session import Session
 from cluster.placement_command.tables import seconds, size
 from cluster.placement_command.views import progress_of
+from placement.command.ending import CommandError
 
 POLL_S = 0.5
 RATE_OVER_S = 5.0
 LINE_EVERY_S = 2.0  # where lines cannot be overwritten
 
 
-async def follow(session: Session, done: Callable[[ControllerStatus], str], what: str, timeout_s: float) -> None:
-    """Print progress until `done` says what to tell; it raises CommandError if that will never be.
+async def follow(
+    session: Session, done: Callable[[ControllerStatus], str], what: str, timeout_s: float, stream: TextIO
+) -> None:
+    """Print progress to `stream` until `done` says what to tell; it raises CommandError if that will never be.
 
     CommandError after `timeout_s`, or if it is interrupted; what moves goes on moving then.
     """
     start_s = time.monotonic()
-    line, rate, doing = _Line(start_s), _Rate(), "nothing is known yet"
+    line, rate, doing = _Line(start_s, stream), _Rate(), "nothing is known yet"
     try:
         while True:
             try:
@@ -64,7 +67,7 @@ class _Rate:
         self._seen.append((now_s, m.copied_bytes))
         while now_s - self._seen[0][0] > RATE_OVER_S and len(self._seen) > 2:
             self._seen.popleft()
-        text = progress_of(status)
+        text = progress_of(m)
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
         if last > first:
             rate = (last - first) / (last_s - first_s)
@@ -77,21 +80,22 @@ class _Rate:
 class _Line:
     """One line that is written over on a terminal; elsewhere one line now and then."""
 
-    def __init__(self, start_s: float) -> None:
+    def __init__(self, start_s: float, stream: TextIO) -> None:
         self._start_s, self._shown_s, self._shown = start_s, float("-inf"), ""
-        self._over = sys.stdout.isatty()
+        self._stream = stream
+        self._over = stream.isatty()
         self._open = False
 
     def show(self, text: str) -> None:
         now_s = time.monotonic()
         stamped = f"[{now_s - self._start_s:5.1f} s] {text}"
         if self._over:
-            sys.stdout.write(f"\r\x1b[K{stamped}")
+            self._stream.write(f"\r\x1b[K{stamped}")
             self._open = True
         elif text != self._shown and now_s - self._shown_s >= LINE_EVERY_S:
             self._shown, self._shown_s = text, now_s
-            sys.stdout.write(f"{stamped}\n")
-        sys.stdout.flush()
+            self._stream.write(f"{stamped}\n")
+        self._stream.flush()
 
     def last(self, text: str) -> None:
         """Show a line that stays."""
@@ -101,6 +105,6 @@ class _Line:
 
     def end(self) -> None:
         if self._open:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            self._stream.write("\n")
+            self._stream.flush()
             self._open = False

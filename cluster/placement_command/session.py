@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from placement.command.ending import CommandError, Ending
 from placement.placement import Placement
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ PLAN_TIMEOUT_S = 120.0  # the rounds of a large placement take seconds to plan
 T = TypeVar("T")
 
 # Ray is imported inside functions, so that wrong usage is told at once.
-
-
-class CommandError(RuntimeError):
-    """Why a command was refused or failed: one line."""
 
 
 class Session:
@@ -56,7 +53,7 @@ async def answered(call: Awaitable[T]) -> T:
     try:
         return await call
     except ControllerLostError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(str(error), ending=Ending.UNREACHABLE) from error
 
 
 def read_placement(path: Path) -> Placement:
@@ -82,11 +79,13 @@ def connected(address: str, app_name: str) -> Iterator[Session]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
-            raise CommandError(f"no Ray cluster answers at {address}: {error} (--address names one)") from error
+            told = f"no Ray cluster answers at {address}: {error} (--address names one)"
+            raise CommandError(told, ending=Ending.UNREACHABLE) from error
         applications = serve.status().applications
         if app_name not in applications:
             there = ", ".join(sorted(applications)) or "none: Serve does not run there"
-            raise CommandError(f"no application is named {app_name!r}; there are {there} (--app names another)")
+            told = f"no application is named {app_name!r}; there are {there} (--app names another)"
+            raise CommandError(told, ending=Ending.UNREACHABLE)
         # Here, since it connects to Serve.
         from cluster.controller.client import ControllerClient
 
@@ -104,8 +103,8 @@ def _show_token(address: str) -> None:
     if found is not None and wants_other_token(found, REACH_TIMEOUT_S):
         raise CommandError(
             f"the Ray cluster at {found} wants another token than this process has: set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN as they were when it was started (serve_app makes up one that nobody else has, unless "
-            "both are set)"
+            "RAY_AUTH_TOKEN as they were when it was started (`expertmesh serve` makes up one that nobody else has, "
+            "unless both are set)"
         )
 
 
@@ -117,4 +116,5 @@ def _reach(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise CommandError(f"nothing listens at {address}: {error}; name the Ray cluster with --address") from None
+        told = f"nothing listens at {address}: {error}; name the Ray cluster with --address"
+        raise CommandError(told, ending=Ending.UNREACHABLE) from None

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+from pathlib import Path
 
 from cluster.autopilot.messages import AutopilotView
-from cluster.mesh.messages import ControllerStatus, SeatView
+from cluster.mesh.messages import ControllerStatus, MigrationView, SeatView
 from cluster.placement_command.difference import Difference, difference
-from cluster.placement_command.session import CALL_TIMEOUT_S, CommandError, Session, answered, read_placement
+from cluster.placement_command.session import CALL_TIMEOUT_S, Session, answered, read_placement
 from cluster.placement_command.tables import count, local_time, seconds, size, table
+from placement.command.ending import CommandError, tell
 
 
-async def show(session: Session, options: argparse.Namespace) -> None:
+async def show(session: Session, *, save: Path | None, as_json: bool) -> None:
     """Print who is where and what moves; write the published placement to a file."""
     status = await session.status()
-    if options.save is not None:
+    if save is not None:
         view = await answered(session.client.placement(timeout_s=CALL_TIMEOUT_S))
         try:
-            view.placement.save(options.save)
+            view.placement.save(save)
         except OSError as error:
-            raise CommandError(f"{options.save}: cannot be written: {error.strerror}") from None
-    if options.json:
-        print(json.dumps(status.to_dict(), indent=2))
-        return
-    print("\n".join([*_lines(status), "", _shards(status.shards)]))
-    if options.save is not None:
+            raise CommandError(f"{save}: cannot be written: {error.strerror}") from None
+    lines = [*_lines(status), "", _shards(status.shards)]
+    if save is not None:
         lacks = ", which lacks experts and so is no target" if view.placement.partial else ""
-        print(f"\n{options.save}: the placement of epoch {view.epoch}{lacks}")
+        lines += ["", f"{save}: the placement of epoch {view.epoch}{lacks}"]
+    tell(as_json, status.to_dict(), lines)
 
 
-def progress_of(status: ControllerStatus) -> str:
+def progress_of(m: MigrationView) -> str:
     """What moves, in one line."""
-    m = status.migration
     if m.paused and m.moving:
         return f"paused, {count(m.copies_left, 'copy', 'copies')} left"
     if not m.moving:
@@ -43,12 +40,12 @@ def progress_of(status: ControllerStatus) -> str:
     return f"{m.phase}, {left}, {m.copies_in_flight} in flight"
 
 
-async def diff(session: Session, options: argparse.Namespace) -> None:
+async def diff(session: Session, file: Path | None, *, as_json: bool) -> None:
     """Print what differs between what is published and the target, or a file."""
     status = await session.status()
     view = await answered(session.client.placement(timeout_s=CALL_TIMEOUT_S))
-    if options.file is not None:
-        wanted, name = read_placement(options.file), str(options.file)
+    if file is not None:
+        wanted, name = read_placement(file), str(file)
     elif view.target is not None:
         wanted, name = view.target, f"target {view.target_version}"
     else:
@@ -58,21 +55,15 @@ async def diff(session: Session, options: argparse.Namespace) -> None:
     except ValueError as error:
         raise CommandError(f"{name}: {error}") from None
     expert_bytes = _expert_bytes(status)
-    if options.json:
-        print(json.dumps(found.to_dict(expert_bytes)))
-        return
+    lines = [f"from epoch {view.epoch} to {name}:", "", _by_rank(found, expert_bytes), "", _by_layer(found)]
     if not found.copies and not found.releases:
-        print(f"nothing: epoch {view.epoch} gives every rank the experts of {name}")
-        return
-    print(f"from epoch {view.epoch} to {name}:\n\n{_by_rank(found, expert_bytes)}\n\n{_by_layer(found)}")
+        lines = [f"nothing: epoch {view.epoch} gives every rank the experts of {name}"]
+    tell(as_json, found.to_dict(expert_bytes), lines)
 
 
-async def history(session: Session, options: argparse.Namespace) -> None:
+async def history(session: Session, *, as_json: bool) -> None:
     """Print what became of each target in this life of the controller."""
     entries = await answered(session.client.history(timeout_s=CALL_TIMEOUT_S))
-    if options.json:
-        print(json.dumps([entry.to_dict() for entry in entries]))
-        return
     rows = [
         (
             entry.version,
@@ -85,18 +76,14 @@ async def history(session: Session, options: argparse.Namespace) -> None:
         )
         for entry in entries
     ]
-    print(table(("target", "origin", "since", "took", "outcome", "copies", "copied"), rows))
+    lines = [table(("target", "origin", "since", "took", "outcome", "copies", "copied"), rows)]
+    tell(as_json, [entry.to_dict() for entry in entries], lines)
 
 
-async def autopilot(session: Session, options: argparse.Namespace) -> None:
+async def autopilot(session: Session, *, as_json: bool) -> None:
     """Print what the autopilot sees and does, and what became of its plans."""
     status = await session.status()
     decisions = await answered(session.client.decisions(timeout_s=CALL_TIMEOUT_S))
-    if options.json:
-        told = {"autopilot": status.autopilot.to_dict(), "decisions": [decision.to_dict() for decision in decisions]}
-        print(json.dumps(told))
-        return
-    print("\n".join(autopilot_lines(status.autopilot)))
     header = ("plan", "since", "outcome", "predicted", "measured", "copies", "moved", "target", "why")
     rows = [
         (
@@ -112,7 +99,8 @@ async def autopilot(session: Session, options: argparse.Namespace) -> None:
         )
         for each in decisions
     ]
-    print(f"\n{table(header, rows)}")
+    told = {"autopilot": status.autopilot.to_dict(), "decisions": [decision.to_dict() for decision in decisions]}
+    tell(as_json, told, [*autopilot_lines(status.autopilot), "", table(header, rows)])
 
 
 def autopilot_lines(view: AutopilotView) -> list[str]:
@@ -147,7 +135,7 @@ def _lines(status: ControllerStatus) -> list[str]:
     lines = [
         f"epoch       {status.epoch}; {'; '.join(lacking) or 'every expert is served'}",
         f"target      {m.target_version} ({m.origin})" if m.target_version else "target      none yet",
-        f"migration   {'paused; ' if m.paused and not m.moving else ''}{progress_of(status)}",
+        f"migration   {'paused; ' if m.paused and not m.moving else ''}{progress_of(m)}",
         f"done        {count(m.rounds, 'round')}, {count(m.copies, 'copy', 'copies')}, {size(m.copied_bytes)}, "
         f"{m.failed_copies} failed (since the controller started)",
         f"sole copies {m.sole_copies} (experts of a layer that one shard alone serves)",

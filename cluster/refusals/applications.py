@@ -1,7 +1,7 @@
 """Everything about an application that can be refused before Serve touches a replica, one line each.
 
-`serve_app` asks when it builds an application, and the command before it starts anything. Nothing here imports vllm or
-torch.
+`serve_app` asks when it builds an application, and the commands `serve` and `check` before anything starts. Nothing
+here imports vllm or torch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def refuse_experts(
 def refuse_console(config: ConsoleAppConfig, where: str = "args", keys: bool = True) -> None:
     """Raise ConfigError with every reason why the console would not come up. Arguments: `refuse_llm`."""
     problems = deployment_problems(config.deployment_config, "deployment_config")
-    _raise(where, [*problems, *(_key_problems(config.http) if keys else ())])
+    _raise(where, [*problems, *(key_problems(config.http) if keys else ())])
 
 
 def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys: bool = True) -> Iterator[str]:
@@ -77,7 +77,7 @@ def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys
     yield from _router_problems(routers)
     yield from router_device_problems(routers, config.transport)
     if keys:
-        yield from _key_problems(config.http)
+        yield from key_problems(config.http)
     if folder is not None:
         own_tokenizer = options.get("tokenizer") is None and not options.get("skip_tokenizer_init")
         yield from _model_problems(folder, complete, options, {**os.environ, **routers.env_vars}, own_tokenizer)
@@ -92,7 +92,7 @@ def experts_problems(config: ExpertsAppConfig, folder: Path | None, complete: bo
     if shards.device == "cpu" and shards.ray_actor_options.get("num_gpus"):
         yield f"shards.ray_actor_options.num_gpus is {shards.ray_actor_options['num_gpus']}, but shards.device is cpu"
     if keys:
-        yield from _secret_problems(config)
+        yield from secret_problems(config)
     if folder is not None:
         yield from _model_problems(folder, complete, {}, {}, own_tokenizer=False)
 
@@ -106,7 +106,8 @@ def llm_warnings(config: LLMAppConfig) -> Iterator[str]:
         )
 
 
-def _key_problems(http: KeysSection) -> Iterator[str]:
+def key_problems(http: KeysSection) -> Iterator[str]:
+    """One line for each reason why keys that the section names cannot be had in this process."""
     told = set()
     for read in (http.keys, *([http.admins] if isinstance(http, ConsoleHttpSection) else []), lambda: source_of(http)):
         try:
@@ -117,7 +118,7 @@ def _key_problems(http: KeysSection) -> Iterator[str]:
                 yield from str(error).splitlines()
 
 
-def _secret_problems(config: ExpertsAppConfig) -> Iterator[str]:
+def secret_problems(config: ExpertsAppConfig) -> Iterator[str]:
     """What the controller will find, as far as its environment is this process's."""
     name, options = config.mesh.secret_env, config.controller.ray_actor_options
     of_its_own = (options.get("runtime_env") or {}).get("env_vars", {})

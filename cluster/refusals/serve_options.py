@@ -41,9 +41,9 @@ def deployment_problems(options: dict[str, Any], where: str) -> Iterator[str]:
         yield from actor_problems(actor, f"{where}.ray_actor_options")
     scaling = options.get("autoscaling_config")
     if isinstance(scaling, dict):
-        yield from _by_schema(AutoscalingConfig, scaling, f"{where}.autoscaling_config")
+        yield from schema_problems(AutoscalingConfig, scaling, f"{where}.autoscaling_config")
     judged = DeploymentSchema.model_fields.keys() & options.keys() - {"name", "ray_actor_options", "autoscaling_config"}
-    yield from _by_schema(DeploymentSchema, {key: options[key] for key in judged}, where, {"name": "deployment"})
+    yield from schema_problems(DeploymentSchema, {key: options[key] for key in judged}, where, {"name": "deployment"})
 
 
 def actor_problems(options: Any, where: str) -> Iterator[str]:
@@ -53,7 +53,7 @@ def actor_problems(options: Any, where: str) -> Iterator[str]:
     if not isinstance(options, dict):
         yield f"{where} is {options!r}, expected a mapping"
         return
-    yield from _by_schema(RayActorOptionsSchema, options, where)
+    yield from schema_problems(RayActorOptionsSchema, options, where)
     gpus = options.get("num_gpus")
     if isinstance(gpus, float | int) and gpus > 1 and gpus != int(gpus):
         yield f"{where}.num_gpus is {gpus}, expected a fraction of one GPU or a whole number"
@@ -124,7 +124,7 @@ def _runtime_env_problems(runtime_env: Any, where: str) -> Iterator[str]:
             yield f"{where}.env_vars.{name} is {value!r}, expected a string: put it in quotes"
 
 
-def _by_schema(
+def schema_problems(
     schema: type[BaseModel], values: dict[str, Any], where: str, needed: dict[str, Any] | None = None
 ) -> Iterator[str]:
     """What a schema of Serve says of values. Schemas that ignore unknown keys have them refused here."""

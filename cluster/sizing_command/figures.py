@@ -13,15 +13,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from cluster.sizing_command.models import figure, model_as_json
 from placement.sizing.memory import MemoryUse
-from placement.sizing.model import Basis, ModelFacts
 from placement.sizing.plan import Engines, Layout
 from placement.sizing.sizing import Sizing, shares
-
-
-def figure(value: float | None, unit: str, basis: Basis) -> dict[str, Any]:
-    """One figure."""
-    return {"value": round(value, 6) if isinstance(value, float) else value, "unit": unit, "basis": basis}
 
 
 def as_json(sizing: Sizing) -> dict[str, Any]:
@@ -57,27 +52,6 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
             "equal_gpus": _engines(sizing, sizing.engines_equal),
         },
         "verdict": {"pays": verdict.pays, "why": list(verdict.why), "basis": "estimated"},
-    }
-
-
-def model_as_json(facts: ModelFacts, kv_value_bytes: float = 2.0) -> dict[str, Any]:
-    """A model's sizes."""
-    return {
-        "name": facts.name,
-        "model_type": facts.model_type,
-        "parameters": figure(facts.parameters(), "", "config"),
-        "active_parameters": figure(facts.active_parameters, "", "config"),
-        "experts": {"layers": facts.moe_layers, "of_each": facts.num_experts, "for_a_token": facts.top_k},
-        "router_weights": figure(facts.weight_bytes("router"), "bytes", facts.basis),
-        "expert_weights": figure(facts.weight_bytes("experts"), "bytes", facts.basis),
-        "parts": [
-            {"part": part, "side": side, **figure(nbytes, "bytes", facts.basis)} for part, side, nbytes in facts.parts()
-        ],
-        "stored": facts.stored.form or f"floats of {8 * facts.stored.float_bytes} bits",
-        "attention": facts.kinds,
-        "kv_cache_of_a_token": figure(facts.kv_token_bytes(kv_value_bytes), "bytes", "config"),
-        "served": facts.unserved is None,
-        "notes": [*([facts.unserved] if facts.unserved else []), *facts.notes],
     }
 
 

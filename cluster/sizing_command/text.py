@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from placement.sizing.gpus import Gpu
 from placement.sizing.memory import MemoryUse
-from placement.sizing.model import ModelFacts
 from placement.sizing.plan import Engines, Layout
 from placement.sizing.sizing import Sizing, shares
 
@@ -27,23 +26,6 @@ def lines_of(sizing: Sizing) -> Iterator[str]:
         yield from (f"note: {note}" for note in notes)
     yield ""
     yield "headers, config: exact. nominal: data sheets. estimated: rooflines and assumed costs (docs/sizing.md)."
-
-
-def table_of(models: Iterable[ModelFacts]) -> Iterator[str]:
-    """One row for each model: what guides of this field print, what the checkpoint takes, and how that splits."""
-    yield (
-        f"{'name':19s}{'parameters':>12s}{'active':>9s}{'16 bits':>10s}{'8 bits':>10s}{'stored':>10s}{'router':>9s}"
-        f"{'experts':>10s}{'KV a token':>12s}  stored as, attention"
-    )
-    for facts in models:
-        total = facts.parameters()
-        router, experts = facts.weight_bytes("router"), facts.weight_bytes("experts")
-        form = facts.stored.form or f"{8 * facts.stored.float_bytes} bits"
-        yield (
-            f"{facts.name:19s}{total / 1e9:10.1f} B{facts.active_parameters / 1e9:7.1f} B{2 * total / 1e9:7.1f} GB"
-            f"{total / 1e9:7.1f} GB{(router + experts) / 1e9:7.1f} GB{router / 1e9:6.1f} GB{experts / 1e9:7.1f} GB"
-            f"{facts.kv_token_bytes() / 1e3:9.1f} kB  {form}, {facts.kinds}"
-        )
 
 
 def _model(sizing: Sizing) -> Iterator[str]:

@@ -49,4 +49,4 @@ EXPOSE 8000 8265 8080
 HEALTHCHECK --interval=10s --timeout=15s --start-period=15m --retries=6 \
     CMD ["wget", "-q", "-T", "10", "-O", "/dev/null", "http://127.0.0.1:8000/live"]
 ENTRYPOINT ["tini", "--"]
-CMD ["python", "-m", "serve_app", "configs/tiny-cpu.yaml"]
+CMD ["expertmesh", "serve", "configs/tiny-cpu.yaml"]

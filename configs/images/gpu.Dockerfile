@@ -45,4 +45,4 @@ HEALTHCHECK --interval=10s --timeout=15s --start-period=60m --retries=6 \
     CMD ["wget", "-q", "-T", "10", "-O", "/dev/null", "http://127.0.0.1:8000/live"]
 ENTRYPOINT ["tini", "--"]
 # A config is mounted, with its checkpoint: docker run --gpus all --shm-size 8g -v FOLDER:/config ...
-CMD ["python", "-m", "serve_app", "/config/serve.yaml"]
+CMD ["expertmesh", "serve", "/config/serve.yaml"]

@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from placement.compiled import cache_folder
+from placement.compile_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +30,23 @@ def build_library(source: Path) -> Path:
     NativeBuildError says why it cannot be.
     """
     compiler = find_compiler()
-    key = hashlib.sha256()
-    texts = [path.read_text() for path in (*sorted(source.parent.glob("*.h")), source)]
-    for text in (*texts, *FLAGS, compiler, _version(compiler), _machine()):
-        key.update(text.encode() + b"\0")
-    cache = cache_folder()
-    target = cache / f"{source.stem.replace('_', '-')}-{key.hexdigest()[:16]}.so"
+    target = library_path(source, compiler)
     if target.exists():
         return target
-    with open(cache / "build.lock", "w") as lock:
+    with open(target.parent / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # bounded: the holder's compiler has a time-out
         if not target.exists():
             compile_source(compiler, source, target)
     return target
+
+
+def library_path(source: Path, compiler: str) -> Path:
+    """Where the library of `source` is, once it has been compiled here."""
+    key = hashlib.sha256()
+    texts = [path.read_text() for path in (*sorted(source.parent.glob("*.h")), source)]
+    for text in (*texts, *FLAGS, compiler, _version(compiler), _machine()):
+        key.update(text.encode() + b"\0")
+    return cache_folder() / f"{source.stem.replace('_', '-')}-{key.hexdigest()[:16]}.so"
 
 
 def compile_source(compiler: str, source: Path, target: Path, *more_flags: str) -> None:

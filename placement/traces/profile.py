@@ -29,6 +29,10 @@ class ServerError(ValueError):
     """The server did not answer as expected. The message is one line for a person."""
 
 
+class NoServerError(ServerError):
+    """Nothing answers at the URL."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One request: an OpenAI chat, or a text to continue; and the domain of text it stands for."""
@@ -118,7 +122,7 @@ class Server:
         except TimeoutError:
             raise ServerError(f"{method} {url}: no answer within {self._timeout_s:g} s") from None
         except (OSError, ValueError) as error:
-            raise ServerError(f"{method} {url}: {getattr(error, 'reason', error)}; is the server up?") from None
+            raise NoServerError(f"{method} {url}: {getattr(error, 'reason', error)}; is the server up?") from None
 
     def model(self) -> str:
         """The first model the server lists."""

@@ -18,8 +18,8 @@ config = MeshConfig.from_file("configs/tiny-cpu.yaml")
 experts, llm, console = (app["args"] for app in config.serve["applications"])
 """
 PROCESSES = {
-    "the command that serves": "import cluster.cli\ncluster.cli._check_plan(config)",
-    "the command for a running service": "import cluster.__main__, cluster.controller.client",
+    "the command that serves": "import cluster.serving\ncluster.serving._check_plan(config)",
+    "the command for a running service": "import cluster.placement_command.changes, cluster.controller.client",
     "the build task of experts": "import serve_app\nserve_app.build_experts(experts)",
     "the build task of llm": "import serve_app\nserve_app.build_llm(llm)",
     "the build task of console": "import serve_app\nserve_app.build_console(console)",

@@ -16,11 +16,11 @@ import yaml
 from ray import serve
 from ray.exceptions import RayActorError
 
-from cluster import cli as command
 from cluster import ray_joints, start_up
-from cluster.cli import Options
+from cluster import serving as command
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
+from cluster.serving import Options
 from cluster.start_up import ServeFailedError, StartUp, ask, reason_of
 from tests.support.serve.statuses import controller_status
 

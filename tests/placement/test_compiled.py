@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.compiled import compiled_sources
+from placement.compile_cache import compiled_sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,8 @@ def package(tmp_path: Path) -> Path:
     (folder / "constants.py").write_text("STEP = 1\n")
     (folder / "callee.py").write_text(CALLEE)
     (folder / "caller.py").write_text(CALLER)
-    shutil.copy(ROOT / "placement" / "compiled.py", folder)
+    for name in ("compiled.py", "compile_cache.py"):
+        shutil.copy(ROOT / "placement" / name, folder)
     return folder
 
 

@@ -6,13 +6,13 @@ import io
 
 import pytest
 
-from cluster.__main__ import main
 from cluster.keys.keyring import Key, Limits, parse_keys
+from tests.support.command import run_here
 
 
 def test_the_line_lets_the_key_in_and_does_not_hold_it(capsys: pytest.CaptureFixture[str]) -> None:
     limits = ["--requests-per-minute", "60", "--tokens-per-minute", "9000", "--concurrency", "4"]
-    assert main(["keys", "new", "--name", "team-a", *limits, "--models", "m", "n"]) == 0
+    assert run_here("keys", "new", "--name", "team-a", *limits, "--model", "m", "--model", "n") == 0
     told = capsys.readouterr()
     key = told.err.split()[-1]
     assert key.startswith("sk-")
@@ -21,13 +21,13 @@ def test_the_line_lets_the_key_in_and_does_not_hold_it(capsys: pytest.CaptureFix
     assert parse_keys(told.out, "out").find(key) == Key(
         "team-a", limits=Limits(60, 9000, 4), models=frozenset({"m", "n"})
     )
-    main(["keys", "new", "--name", "team-a"])
+    run_here("keys", "new", "--name", "team-a")
     assert capsys.readouterr().err.split()[-1] != key
 
 
 def test_a_key_in_use_keeps_its_holder(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("sk-known\n"))
-    assert main(["keys", "new", "--name", "ops", "--role", "admin", "--stdin"]) == 0
+    assert run_here("keys", "new", "--name", "ops", "--role", "admin", "--stdin") == 0
     told = capsys.readouterr()
     assert parse_keys(told.out, "out").find("sk-known") == Key("ops", "admin")
     assert told.err == ""
@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert main(["keys", "new", *options]) == 1
+    assert run_here("keys", "new", *options) == 1
     told = capsys.readouterr()
-    assert told.err.startswith(message)
+    assert told.err.startswith(f"error: {message}")
     assert told.out == ""

@@ -91,7 +91,7 @@ def test_nothing_is_open_because_a_file_is_missing_at_the_start(tmp_path: Path) 
     with pytest.raises(KeysError, match=r"^http\.keys_file .*keys\.yaml cannot be read"):
         source_of(HttpSection(keys_file=str(tmp_path / "keys.yaml")))
     (tmp_path / "keys.yaml").write_text("# none yet")
-    with pytest.raises(KeysError, match=r"holds no key: add a line that `python -m cluster keys new` prints"):
+    with pytest.raises(KeysError, match=r"holds no key: add a line that `expertmesh keys new` prints"):
         source_of(HttpSection(keys_file=str(tmp_path / "keys.yaml")))
 
 

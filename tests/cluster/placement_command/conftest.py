@@ -1,4 +1,4 @@
-"""Runs `python -m cluster placement` in this process against a simulated mesh."""
+"""Runs `expertmesh placement` in this process against a simulated mesh."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster import __main__ as command
-from cluster.placement_command import follow, options
+from cluster.placement_command import follow, session
 from cluster.placement_command.session import Session
+from tests.support.command import run_here
 from tests.support.simulated.client import Done, Run, SimulatedClient
 from tests.support.simulated.mesh import SimulatedMesh
 
@@ -30,12 +30,12 @@ def run(client: SimulatedClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def connected(address: str, app_name: str) -> Iterator[Session]:
         yield Session(client)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(options, "connected", connected)
+    monkeypatch.setattr(session, "connected", connected)
     monkeypatch.setattr(follow, "POLL_S", 0.0)
     monkeypatch.setattr(follow, "LINE_EVERY_S", 0.0)
 
     def run(*words: object) -> Done:
-        status = command.main(["placement", *map(str, words)])
+        status = run_here("placement", *words)
         out, err = capsys.readouterr()
         return Done(status, out, err)
 

@@ -73,7 +73,7 @@ def test_what_show_saves_can_be_applied(run: Run, client: SimulatedClient, tmp_p
 def test_show_saves_nowhere_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     done = run("show", "--save", tmp_path / "no" / "p.json")
     assert (done.status, done.out) == (1, "")
-    assert done.err == f"placement: {tmp_path / 'no' / 'p.json'}: cannot be written: No such file or directory\n"
+    assert done.err == f"error: {tmp_path / 'no' / 'p.json'}: cannot be written: No such file or directory\n"
 
 
 def test_apply_follows_until_the_target_is_reached(run: Run, client: SimulatedClient, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_placement_that_does_not_fit_is_refused(run: Run, tmp_path: Path, plac
     placement.save(path := tmp_path / "p.json")
     for more in ([], ["--dry-run"]):
         done = run("apply", path, *more)
-        assert (done.status, done.out, done.err) == (1, "", f"placement: {path} does not fit: {told}\n")
+        assert (done.status, done.out, done.err) == (1, "", f"error: {path} does not fit: {told}\n")
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_a_file_that_is_no_placement_is_refused(
     done = run(action, path)
     assert (done.status, done.out) == (1, "")
     [line] = done.err.splitlines()
-    assert line.startswith(f"placement: {path}: {told}")
+    assert line.startswith(f"error: {path}: {told}")
 
 
 def test_following_ends_in_time_and_says_what_goes_on(run: Run, client: SimulatedClient, tmp_path: Path) -> None:
     done = run("apply", other(tmp_path / "p.json"), "--timeout-s", "1e-9")
     assert done.status == 1
-    assert done.err.startswith("placement: waited 1e-09 s for target 2 to be reached (")
+    assert done.err.startswith("error: waited 1e-09 s for target 2 to be reached (")
     assert done.err.endswith("); it goes on without this command\n")
     client.mesh.run_until_still()
     assert same_experts(published(client), Placement.load(tmp_path / "p.json"))
@@ -202,7 +202,7 @@ def test_a_target_that_is_replaced_is_told(run: Run, client: SimulatedClient, tm
 
     client.status = replaced  # type: ignore[assignment,method-assign]
     done = run("apply", other(tmp_path / "p.json"))
-    assert (done.status, done.err) == (1, "placement: target 2 was replaced by target 3 (config)\n")
+    assert (done.status, done.err) == (1, "error: target 2 was replaced by target 3 (config)\n")
 
 
 def test_a_paused_migration_is_not_waited_for(run: Run, client: SimulatedClient, tmp_path: Path) -> None:
@@ -233,14 +233,14 @@ def test_a_drain_without_room_is_refused_with_the_controllers_reason(run: Run, c
     assert run("drain", "0").status == 0
     done = run("drain", "1")
     told = "rank 1 cannot be drained: without rank 1, 1 shards have 6 slots in a layer for 8 experts"
-    assert (done.status, done.out, done.err) == (1, "", f"placement: {told}\n")
+    assert (done.status, done.out, done.err) == (1, "", f"error: {told}\n")
 
 
 def test_a_shard_that_is_not_there_is_answered_with_those_that_are(run: Run) -> None:
     done = run("drain", "7")
     assert done.status == 1
     assert done.err == (
-        "placement: no shard has the rank, process id or replica id '7'; there are 0 (pid 1, s0), 1 (pid 1, s1), "
+        "error: no shard has the rank, process id or replica id '7'; there are 0 (pid 1, s0), 1 (pid 1, s1), "
         "2 (pid 1, s2)\n"
     )
 

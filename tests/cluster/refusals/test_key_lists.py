@@ -15,7 +15,7 @@ from cluster.refusals.applications import refuse_console
     ("text", "problem"),
     [
         (None, "cannot be read: "),
-        ("", "holds no key: add a line that `python -m cluster keys new` prints"),
+        ("", "holds no key: add a line that `expertmesh keys new` prints"),
         ("- {name: team, sha256: sk-a-key-itself}", "[0].sha256: expected 64 hexadecimal digits"),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cluster.__main__ import main
 from cluster.config.serve_file import MeshConfig
 from cluster.refusals.applications import refuse_experts, refuse_llm
 from experts.checkpoint.sizes.known_models import known_models
+from tests.support.command import run_here
 
 ROOT = Path(__file__).parents[3]
 TINY_MOE = ROOT / "examples" / "tiny-moe"
@@ -21,7 +21,7 @@ SMALL = ["--isl", "200", "--osl", "100", "--rate", "5"]
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    status = main(["size", *arguments])
+    status = run_here("size", *arguments)
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -97,11 +97,11 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["mixtral-8x7b", "--gpu", "l4"], 1, "shards needs"),
         (["deepseek-moe-16b", *SMALL, "--write", "/dev/null"], 1, "has no loader for model type deepseek"),
-        (["no-such-model"], 2, "is no folder"),
+        (["no-such-model"], 1, "is no folder"),
         (["mixtral-8x7b", "--gpu", "h999"], 2, "GPU 'h999' is unknown"),
         (["mixtral-8x7b", "--rate", "0"], 2, "rate is 0.0"),
         (["mixtral-8x7b", "--alternatives", "-1"], 2, "alternatives is -1"),
-        ([], 2, "a model is missing"),
+        ([], 2, "expected either a model"),
     ],
 )
 def test_refusals_are_one_line_with_a_status(
@@ -116,7 +116,7 @@ def test_refusals_are_one_line_with_a_status(
 def test_sizing_needs_no_torch() -> None:
     """Nor an engine: it runs on a laptop in seconds."""
     code = (
-        "import sys, cluster.sizing_command.options, cluster.sizing_command.serve_config\n"
+        "import sys, cluster.command.size, cluster.sizing_command.run, cluster.sizing_command.serve_config\n"
         "from experts.checkpoint.sizes.find import find_facts\n"
         f"find_facts({str(TINY_MOE)!r})\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'torch', 'vllm', 'ray', 'transformers'})"

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from placement.cli import main
+from placement.command.app import app
 from placement.placement import Placement
 from placement.report.page import moved_experts, write_report
 from placement.rule.evaluate import evaluate
@@ -35,7 +35,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = tmp_path / "report"
     paths = ["--trace", str(tmp_path / "t.npz"), "--placement", str(tmp_path / "p.json"), "--out", str(folder)]
-    assert main(["explain", *paths]) == 2
+    assert app(["explain", *paths], standalone_mode=False) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: reports need matplotlib: pip install")
     assert not folder.exists()

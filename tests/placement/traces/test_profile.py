@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from placement.cli import main
+from placement.command.app import app
 from placement.traces.profile import KEY_VARIABLE, Prompt, ServerError, profile_server, read_prompts
 from placement.traces.profile import Server as Http
 from placement.traces.trace import ActivationTrace
@@ -88,8 +88,9 @@ def prompts(tmp_path):
 
 
 def profile(prompts, url, *more):
-    return main(["profile", "--url", url, "--prompts", str(prompts), "--out", str(prompts.parent / "new.npz"),
-                 "--max-tokens", "3", "--timeout-s", "20", *more])  # fmt: skip
+    words = ["profile", "--url", url, "--prompts", str(prompts), "--out", str(prompts.parent / "new.npz"),
+             "--max-tokens", "3", "--timeout-s", "20", *more]  # fmt: skip
+    return app(words, standalone_mode=False)
 
 
 def one_line(capsys) -> str:
@@ -134,7 +135,7 @@ def test_tokens_get_the_domain_of_their_prompts(prompts, server) -> None:
 def test_the_key_comes_from_the_environment_or_the_caller(prompts, server, monkeypatch, capsys) -> None:
     Server.key = "secret"
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    assert profile(prompts, server) == 2
+    assert profile(prompts, server) == 1
     said = one_line(capsys)
     assert "status 401: no such key" in said
     assert KEY_VARIABLE in said
@@ -145,15 +146,15 @@ def test_the_key_comes_from_the_environment_or_the_caller(prompts, server, monke
 
 def test_what_the_server_says_ends_in_one_line(prompts, server, capsys) -> None:
     Server.broken = True
-    assert profile(prompts, server) == 2
+    assert profile(prompts, server) == 1
     assert "/v1/completions: status 503: out of shards" in one_line(capsys)
 
 
 def test_a_server_that_is_down_or_no_url(prompts, server, capsys) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    assert profile(prompts, url) == 2
+    assert profile(prompts, url) == 3
     assert f"{url}/v1/models: [Errno 111] Connection refused; is the server up?" in one_line(capsys)
-    assert profile(prompts, "localhost:8000") == 2
+    assert profile(prompts, "localhost:8000") == 1
     assert "localhost:8000: expected a URL like http://" in one_line(capsys)
 
 

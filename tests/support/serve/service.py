@@ -1,6 +1,6 @@
 """The whole service on a Ray cluster of its own, as its users and its operator see it.
 
-It is started as a user starts it: `ray start`, then `python -m serve_app CONFIG`. Everything is on free ports and in
+It is started as a user starts it: `ray start`, then `expertmesh serve CONFIG`. Everything is on free ports and in
 folders of its own, including a copy of the model, and gone at the end: the head node is a child, in its own session.
 """
 
@@ -26,6 +26,7 @@ import openai
 import yaml
 
 from cluster.serve_environment import environment_of_a_local_cluster
+from tests.support.command import COMMAND
 from tests.support.serve.node_autoscaler import ENVIRONMENT as AUTOSCALER_ENVIRONMENT
 from tests.support.serve.node_autoscaler import write_config
 from tests.support.waiting import free_ports, wait_for
@@ -209,7 +210,7 @@ def running_service(change: Callable[[dict[str, Any]], None] = lambda config: No
         running = Service(f"http://127.0.0.1:{http}", tiny_config(http, folder), folder, env, dashboard=head.dashboard)
         change(running.config)
         config = running.write_config("mesh.yaml")
-        command = [sys.executable, "-m", "serve_app", str(config), "--address", head.address, "--port", str(http)]
+        command = [*COMMAND, "serve", str(config), "--address", head.address, "--port", str(http)]
         with open(running.log, "w") as log:
             process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
         try:

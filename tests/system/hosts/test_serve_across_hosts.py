@@ -20,6 +20,7 @@ import yaml
 
 from benchmarks.serving.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
 from benchmarks.serving.ray_hosts import Node, ray_environment, start_ray
+from tests.support.command import COMMAND
 from tests.support.waiting import join
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -106,7 +107,7 @@ def _start(hosts: list[Host]) -> Mesh:
     path.write_text(yaml.safe_dump(config()))
     log_path = Path(head.disk) / "serve_app.log"
     with log_path.open("w") as log:
-        command = [sys.executable, "-m", "serve_app", f"{head.folder}/{path.name}", "--verbose"]
+        command = [*COMMAND, "serve", f"{head.folder}/{path.name}", "--verbose"]
         command += [f"--address={address}"]
         server = head.popen(*command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     client = Client(head)

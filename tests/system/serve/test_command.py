@@ -1,4 +1,4 @@
-"""`python -m serve_app`, as `make serve` calls it."""
+"""`expertmesh serve`, as `make serve` calls it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.command import COMMAND, run_command
 from tests.support.serve.service import API_KEY, REPOSITORY, Service, session_members, tiny_config
 from tests.support.waiting import free_ports, wait_for
 
@@ -27,8 +27,7 @@ def test_a_bad_config_ends_it_at_once_with_the_reason(tmp_path: Path, text: str 
     config = tmp_path / "bad.yaml"
     if text is not None:
         config.write_text(text)
-    command = [sys.executable, "-m", "serve_app", str(config)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = run_command("serve", config)
     assert done.returncode == 1
     assert told in done.stderr
     assert "Traceback" not in done.stderr
@@ -53,7 +52,7 @@ def test_it_starts_ray_itself_and_leaves_nothing_when_stopped(number: signal.Sig
         env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         with open(log, "w") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", "serve_app", str(config), "--port", str(port)],
+                [*COMMAND, "serve", str(config), "--port", str(port)],
                 cwd=REPOSITORY,
                 env={**env, "RAY_TMPDIR": str(folder), "PYTHONPATH": str(REPOSITORY)},
                 stdout=sink,

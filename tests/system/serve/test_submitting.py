@@ -115,6 +115,8 @@ def test_changed_code_runs_once_the_release_changes(cluster: Cluster) -> None:
 
 def test_a_job_runs_the_code_of_its_working_directory(cluster: Cluster, tmp_path: Path) -> None:
     for words in ("first words", "second words"):
-        (tmp_path / "told.py").write_text(f"import placement.cli\nprint('{words}', placement.cli.__name__)\n")
+        (tmp_path / "told.py").write_text(
+            f"import placement.command.app\nprint('{words}', placement.command.app.__name__)\n"
+        )
         told = cluster.run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "told.py")
-        assert f"{words} placement.cli" in told
+        assert f"{words} placement.command.app" in told

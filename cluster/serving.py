@@ -1,8 +1,7 @@
-"""`python -m serve_app CONFIG`: serve on this machine, report progress, and clean up on Ctrl-C."""
+"""`expertmesh serve CONFIG`: serve on this machine, report progress, and clean up on Ctrl-C."""
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cluster.serve_environment import (
     metrics_port,
 )
 from cluster.start_up import ServeFailedError, StartUp
-from experts.protocol.settings import StrictModel
+from placement.command.ending import CommandError, Ending, tell
 
 START_S = time.monotonic()
 STATUS_TIMEOUT_S = 10.0
@@ -42,51 +42,45 @@ RAY_ENVIRONMENT = {
 }
 
 
-class Options(StrictModel):
+class NoClusterError(ServeFailedError):
+    """Nothing answers where a Ray cluster was named."""
+
+
+@dataclass(frozen=True)
+class Options:
     """The command line."""
 
     config: str
-    port: int | None
-    address: str | None
-    timeout_s: float
-    verbose: bool
+    port: int | None = None
+    address: str | None = None
+    timeout_s: float = 900.0
+    verbose: bool = False
+    as_json: bool = False
+
+    def progress(self, message: str) -> None:
+        """Print a line with the seconds since the command started."""
+        out = sys.stderr if self.as_json else sys.stdout
+        print(f"[{time.monotonic() - START_S:5.1f} s] {message}", file=out, flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command. Exits with status 1 and the reason if the config is wrong or the start fails."""
-    options = _options(argv)
+def serve(options: Options) -> None:
+    """Serve until Ctrl-C. Raises CommandError with the reasons if the config is wrong or the start fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = MeshConfig.from_file(options.config)
         with serving(config, options) as url:
-            StartUp(config, _progress).wait_until_ready(url, options.timeout_s)
-            _welcome(config, url)
-            _watch(config)
-    except (ConfigError, ServeFailedError) as error:
-        print(f"serve_app: {error}", file=sys.stderr)
-        sys.exit(1)
+            StartUp(config, options.progress).wait_until_ready(url, options.timeout_s)
+            options.progress("ready: the first token was generated")
+            tell(options.as_json, _addresses(config, url), _welcome(config, url))
+            _watch(config, options)
+    except ConfigError as error:
+        raise CommandError(*str(error).splitlines()) from None
+    except NoClusterError as error:
+        raise CommandError(str(error), ending=Ending.UNREACHABLE) from None
+    except ServeFailedError as error:
+        raise CommandError(str(error)) from None
     except KeyboardInterrupt:
-        _progress("stopped")
-
-
-def _options(argv: list[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog="python -m serve_app", description=__doc__)
-    parser.add_argument("config", help="Serve config with the two applications, such as configs/tiny-cpu.yaml")
-    port = os.environ.get("EXPERTMESH_HTTP_PORT")
-    parser.add_argument("--port", type=int, default=port, help="HTTP port (EXPERTMESH_HTTP_PORT, or the config's)")
-    parser.add_argument(
-        "--address", default=os.environ.get("RAY_ADDRESS"), help="Ray cluster to use (RAY_ADDRESS, or a new one here)"
-    )
-    parser.add_argument(
-        "--timeout-s", type=float, default=900.0, help="give up if no token is generated within this time (%(default)s)"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show the logs of all processes")
-    return Options(**vars(parser.parse_args(argv)))
-
-
-def _progress(message: str) -> None:
-    """Print a line with the seconds since the command started."""
-    print(f"[{time.monotonic() - START_S:5.1f} s] {message}", flush=True)
+        options.progress("stopped")
 
 
 # Start and stop -------------------------------------------------------------------------------------------------------
@@ -103,17 +97,17 @@ def serving(config: MeshConfig, options: Options) -> Iterator[str]:
             # Short: it holds Unix sockets, whose paths may have 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="expertmesh-"))
             stack.callback(HAProxyGuard(folder).close)
-            _set_environment(folder)
+            _set_environment(folder, options)
         with _applications(config, options) as url:
             yield url
 
 
-def _set_environment(folder: Path) -> None:
+def _set_environment(folder: Path, options: Options) -> None:
     """The environment of the cluster to start here; what the user has set stays."""
     os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
     os.environ.update(environment_of_a_local_cluster(folder, os.environ))
     if os.environ[HAPROXY_SWITCH] != "1" and not has_haproxy():
-        _progress(MISSING_HAPROXY)
+        options.progress(MISSING_HAPROXY)
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray asks for a token by default. One that lives as long as this cluster leaves no file in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
@@ -133,15 +127,15 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
         _connect_to_ray(options)
         # Ray installs a handler of its own, which aborts the process three seconds later.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        _progress("starting Serve")
+        options.progress("starting Serve")
         _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
-        _progress(f"deploying {', '.join(config.names)} ({config.num_shards} shards)")
+        options.progress(f"deploying {', '.join(config.names)} ({config.num_shards} shards)")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     finally:
         if ray.is_initialized():
-            _progress("shutting down")
-            _undeploy(config)
+            options.progress("shutting down")
+            _undeploy(config, options)
             ray.shutdown()
 
 
@@ -162,26 +156,26 @@ def _connect_to_ray(options: Options) -> None:
 
     logs = {"log_to_driver": options.verbose, "logging_level": "INFO" if options.verbose else "WARNING"}
     if options.address is not None:
-        _progress(f"connecting to Ray at {options.address}")
+        options.progress(f"connecting to Ray at {options.address}")
         try:
             ray.init(address=options.address, **logs)
         except Exception as error:
-            raise ServeFailedError(f"no Ray cluster answers at {options.address}: {_one_line(error)}") from error
+            raise NoClusterError(f"no Ray cluster answers at {options.address}: {_one_line(error)}") from error
         return
     port = metrics_port(os.environ)
     local = {"num_cpus": max(os.cpu_count() or 1, 4), "include_dashboard": False, "_metrics_export_port": port}
     for attempt in (1, 2):
-        _progress("starting Ray")
+        options.progress("starting Ray")
         try:
             ray.init(address="local", **local, **logs)
-            _progress(f"metrics for Prometheus: http://127.0.0.1:{port}/metrics (`make monitoring` shows them)")
+            options.progress(f"metrics for Prometheus: http://127.0.0.1:{port}/metrics (`make monitoring` shows them)")
             return
         except Exception as error:
             # Ray gives its first process 30 s, which a busy machine may exceed once.
             ray.shutdown()
             if attempt == 2:
                 raise ServeFailedError(f"Ray does not start: {error}") from error
-            _progress(f"Ray did not start, trying again: {error}")
+            options.progress(f"Ray did not start, trying again: {error}")
 
 
 def _start_serve(proxy_location: str, http_options: dict[str, Any]) -> None:
@@ -214,14 +208,14 @@ def _check_plan(config: MeshConfig) -> None:
     check_plan(config.live.placement, ModelFacts(spec.num_layers, spec.num_experts), shards)
 
 
-def _undeploy(config: MeshConfig) -> None:
+def _undeploy(config: MeshConfig, options: Options) -> None:
     from cluster.ray_joints import delete_applications
 
     try:
         delete_applications(config.names)
     except Exception as error:
         # The user must see the error that led here.
-        _progress(f"not everything was deleted: {_one_line(error)}")
+        options.progress(f"not everything was deleted: {_one_line(error)}")
 
 
 def _reachable(host: str) -> str:
@@ -235,7 +229,15 @@ def _one_line(error: Exception) -> str:
 # While it runs --------------------------------------------------------------------------------------------------------
 
 
-def _welcome(config: MeshConfig, url: str) -> None:
+def _addresses(config: MeshConfig, url: str) -> dict[str, Any]:
+    """Where the service is, for programs."""
+    base = url + config.llm_route_prefix.rstrip("/")
+    console = None if config.console is None else url + config.console_route_prefix.rstrip("/")
+    return {"url": base, "openai": f"{base}/v1", "model": config.llm.model.id, "console": console, "pid": os.getpid()}
+
+
+def _welcome(config: MeshConfig, url: str) -> Iterator[str]:
+    """The same for people, with a first request."""
     base = url + config.llm_route_prefix.rstrip("/")
     key = '-H "Authorization: Bearer $API_KEY" ' if config.llm.http.asks_for_keys else ""
     body = {
@@ -243,13 +245,11 @@ def _welcome(config: MeshConfig, url: str) -> None:
         "messages": [{"role": "user", "content": "def read_lines(path):"}],
         "max_tokens": 64,
     }
-    _progress("ready: the first token was generated")
-    print(f"\n  {base}/v1   (OpenAI API, model {config.llm.model.id!r})")
-    print(f"  {base}/health   {_console_links(config, url)}\n")
-    print(
-        f"  curl {base}/v1/chat/completions {key}-H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
-    )
-    print("Ctrl-C stops it.", flush=True)
+    yield f"\n  {base}/v1   (OpenAI API, model {config.llm.model.id!r})"
+    yield f"  {base}/health   {_console_links(config, url)}\n"
+    yield f"  curl {base}/v1/chat/completions {key}-H 'Content-Type: application/json' \\"
+    yield f"    -d '{json.dumps(body)}'\n"
+    yield "Ctrl-C stops it."
 
 
 def _console_links(config: MeshConfig, url: str) -> str:
@@ -259,7 +259,7 @@ def _console_links(config: MeshConfig, url: str) -> str:
     return f"{base}/status"
 
 
-def _watch(config: MeshConfig) -> None:
+def _watch(config: MeshConfig, options: Options) -> None:
     """Print a line whenever the set of shards changes, until Ctrl-C."""
     from ray import serve
 
@@ -277,5 +277,5 @@ def _watch(config: MeshConfig) -> None:
                 line += f"; missing ranks {', '.join(map(str, status.missing_ranks))}"
         if line != shown:
             shown = line
-            _progress(line)
+            options.progress(line)
         time.sleep(WATCH_PERIOD_S)
