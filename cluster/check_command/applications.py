@@ -20,6 +20,7 @@ from cluster.config.replicas import router_scaling
 from cluster.config.serve_file import CONSOLE_BUILDER, EXPERTS_BUILDER, LLM_BUILDER, MeshConfig
 from cluster.refusals.applications import key_problems, llm_warnings, secret_problems
 from cluster.refusals.serve_options import deployment_problems, schema_problems
+from experts.vllm_plugin.engine_options import refused_by_vllm
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     EXPERTS_BUILDER: ExpertsAppConfig,
@@ -47,6 +48,7 @@ def check_config(config: ServeConfig, findings: Findings) -> None:
             parsed[builder] = parse(SCHEMAS[builder], app.get("args", {}), f"{where}.args", config.folder, missing)
         except ConfigError as error:
             findings.refuse(error)
+            findings.refuse(f"{where}.args.{line}" for line in _engine_problems(app.get("args")))
             broken = True
         else:
             _check_environment(parsed[builder], f"{where}.args", findings)
@@ -58,7 +60,7 @@ def check_config(config: ServeConfig, findings: Findings) -> None:
 
 def _serve_problems(data: dict[str, Any], place: str) -> Iterator[str]:
     """What Serve's schemas say of the file and of each application, without arguments and deployments."""
-    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema, gRPCOptionsSchema
 
     applications = data["applications"]
     names = [
@@ -68,6 +70,10 @@ def _serve_problems(data: dict[str, Any], place: str) -> Iterator[str]:
         for app in applications
     ]
     yield from schema_problems(ServeDeploySchema, {**data, "applications": names}, f"{place}: config")
+    # Serve ignores keys that it does not know there.
+    for key, schema in (("http_options", HTTPOptionsSchema), ("grpc_options", gRPCOptionsSchema)):
+        if isinstance(data.get(key), dict):
+            yield from schema_problems(schema, data[key], f"{place}: {key}")
     for index, app in enumerate(applications):
         where = f"{place}: applications[{index}]"
         if not isinstance(app, dict):
@@ -101,6 +107,14 @@ def _check_deployments(
         findings.refuse(error)
         return False
     return True
+
+
+def _engine_problems(args: Any) -> Iterator[str]:
+    """What vLLM refuses of the engine's options, in arguments that are refused for something else."""
+    routers = args.get("routers") if isinstance(args, dict) else None
+    options = routers.get("engine_kwargs") if isinstance(routers, dict) else None
+    if isinstance(options, dict):
+        yield from (f"routers.engine_kwargs.{line}" for line in refused_by_vllm(options))
 
 
 def _check_overrides(data: Any, where: str, folder: Path, missing: list[MissingPath]) -> None:
@@ -163,6 +177,8 @@ def _absent_keys(http: KeysSection) -> Iterator[str]:
 def _tell_missing(missing: list[MissingPath], findings: Findings) -> None:
     """An absolute path may exist where the service will run; a relative one is looked up beside the file."""
     for each in missing:
+        if each.place.endswith(".model.path") and Path(each.value).is_absolute():
+            continue  # `check_model` tells what that means
         if Path(each.value).is_absolute():
             findings.add(Kind.not_checked, f"{each.place}: {each.value} is not on this machine")
         else:

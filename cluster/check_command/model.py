@@ -62,7 +62,7 @@ def find_model(path: str) -> ModelHere:
     if folder.is_dir():
         return ModelHere(folder, complete=True, indexed=True)
     if folder.is_absolute():
-        return ModelHere(None, why=f"{path} is not on this machine, so nothing of the model")
+        return ModelHere(None, why=f"{path} is not on this machine, so none of its files")
     try:
         source = open_source(path)
         if not source.remote:
