@@ -40,8 +40,6 @@ def bench(
         return
     if name is not None and name not in known:
         raise CommandError(f"no benchmark is named {name!r}, expected one of {', '.join(known)}", ending=Ending.USAGE)
-    if name is None and context.args:
-        raise CommandError(f"no such option: {context.args[0]}, where no benchmark is named", ending=Ending.USAGE)
     module = "benchmarks" if name is None else f"benchmarks.{name}"
     command = [sys.executable, "-m", module, *(["--quick"] if quick else []), *context.args]
     since = time.time()

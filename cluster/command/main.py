@@ -21,12 +21,17 @@ app = typer.Typer(
     help="Serve Mixture-of-Experts models with the experts apart from the engine.",
     epilog=f"Exit codes:\n\n{_CODES}",
 )
-for each in (serve, status, check, size):
-    app.command()(getattr(each, each.__name__.rpartition(".")[2]))
-app.add_typer(placement.app, name="placement")
-app.add_typer(keys.app, name="keys")
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
-app.command()(version.version)
+A_SERVICE, BEFORE, HERE = "A service", "Before there is one", "This installation"
+app.command(rich_help_panel=A_SERVICE)(serve.serve)
+app.command(rich_help_panel=A_SERVICE)(status.status)
+app.add_typer(placement.app, name="placement", rich_help_panel=A_SERVICE)
+app.add_typer(keys.app, name="keys", rich_help_panel=A_SERVICE)
+app.command(rich_help_panel=BEFORE)(size.size)
+app.command(rich_help_panel=BEFORE)(check.check)
+# What it does not know is the benchmark's.
+own = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(rich_help_panel=HERE, context_settings=own)(bench.bench)
+app.command(rich_help_panel=HERE)(version.version)
 
 
 def main() -> None:

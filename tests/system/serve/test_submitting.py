@@ -120,3 +120,5 @@ def test_a_job_runs_the_code_of_its_working_directory(cluster: Cluster, tmp_path
         )
         told = cluster.run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "told.py")
         assert f"{words} placement.command.app" in told
+    command = ("python", "-m", "cluster.command", "placement", "--help")
+    assert "optimize" in cluster.run("ray", "job", "submit", "--working-dir", str(tmp_path), "--", *command)
