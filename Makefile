@@ -19,7 +19,7 @@ TRITON_COMPILES := tests/experts/kernels/test_compiles.py
 TRITON_TESTS := tests/experts/kernels tests/experts/dispatch
 
 .DEFAULT_GOAL := help
-.PHONY: help serve monitoring test test-triton test-cluster fuzz mutants rehearse-gpu test-gpu lint bench bench-quick bench-gpu lock clean
+.PHONY: help serve monitoring test test-triton test-cluster fuzz mutants rehearse-gpu test-gpu lint docs bench bench-quick bench-gpu lock clean
 
 help: ## list what `make` can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,7 +42,6 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@echo "==> compiling what would be compiled on first use"
 	@$(PY) -m experts.precompile
-	@$(PY) -m placement.precompile
 	@touch $@
 
 # In a folder of its own, so that vllm does not see it. Its interpreter and its compiler need no GPU.
@@ -59,6 +58,7 @@ monitoring: $(READY) ## Prometheus, and Grafana where it is installed, for what 
 	@$(PY) -m cluster.observability.monitoring $(MONITORING_ARGS)
 
 test: $(READY) ## the whole test suite but for Triton's programs and Ray's node autoscaler
+	@$(PY) -m placement.precompile
 	$(PY) -m pytest -m "not triton and not autoscaling"
 
 test-triton: $(TRITON_READY) ## Triton's programs in its interpreter and through its compiler, without a GPU (fetches 190 MB)
@@ -111,5 +111,10 @@ lock: ## resolve the lock files anew, and check the first for every Python that 
 	$(VENV)/bin/uv pip compile -q --no-header --no-annotate --only-binary :all: --python-version 3.11 --python-platform x86_64-manylinux_2_34 requirements/gpu.in -o $(GPU_LOCK)
 	@sed -i '1i # Resolved by `make lock` for Linux on x86_64 and Python 3.11, which configs/images/gpu.Dockerfile has.' $(GPU_LOCK)
 
+docs: $(READY) ## the docs as a site, in build/site; fails on a broken link, a wrong anchor, a misspelt word
+	$(VENV)/bin/codespell docs README.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache bench-results
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache bench-results build

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +63,14 @@ class Callback:
         with _cache_of(self._function):
             self._compiled = numba.cfunc(self._signature, nopython=True, cache=True)(self._function)
         return int(self._compiled.address)
+
+
+def mark_compiled(package: str) -> Path:
+    """The file that says, once it exists, that this machine has compiled all of a package; another one may lack it."""
+    from llvmlite import binding
+
+    processor = re.sub(r"\W+", "-", binding.get_host_cpu_name())
+    return _made_folder(package) / f"complete-{sys.implementation.cache_tag}-{numba.__version__}-{processor}"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from placement.placement import ModelSize, Placement, check_same_model
 from placement.search.few_copies.resize import resize
 
 LEAVE_LOADS_ALONE = 0.9  # a tolerance of `resize`: the policy has balanced them
-PLANNING_GRACE_S = 120.0  # beyond placement.max_seconds, for a busy machine
+PLANNING_GRACE_S = 300.0  # beyond placement.max_seconds: a planner that is compiled first, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Plan:
 async def plan_in_a_process(section: PlacementSection, model: ModelFacts, shards: ShardsAtHand) -> Plan:
     """`plan_placement`; a search runs in a process of its own, whose memory and imports go with it.
 
-    Raises ConfigError, also if it takes `placement.max_seconds` and two minutes.
+    Raises ConfigError, also if it takes `placement.max_seconds` and five minutes.
     """
     if section.file is None and section.policy == "linear":
         return Plan(with_protected(section, plan_placement(section, model, shards), shards, None), None)
@@ -232,6 +232,7 @@ def _by_policy(
 ) -> Placement:
     # Here, since they import numba, which takes seconds and memory.
     from placement.policy import build_placement, fewest_slots
+    from placement.precompile import ensure_compiled
     from placement.search.problem import PlanRequest
     from placement.traces.trace import ActivationTrace
 
@@ -247,6 +248,8 @@ def _by_policy(
             seed=section.seed,
             seconds=section.max_seconds,
         )
+        if section.policy == "optimized":
+            ensure_compiled()
         return build_placement(section.policy, request, model, ActivationTrace.load_npz(section.trace))
     except (ValueError, OSError) as error:
         raise ConfigError(f"placement: {error}") from None

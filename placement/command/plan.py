@@ -10,6 +10,7 @@ from typing import Any
 from placement.capacity.replica_worth import Worth
 from placement.command.ending import note, tell
 from placement.placement import Placement
+from placement.precompile import ensure_compiled
 from placement.progress import ProgressBar
 from placement.rule import evaluate as rule
 from placement.search import optimizer
@@ -39,6 +40,7 @@ def optimize(
         options["slots_per_rank"] = -(-needed // max(options["num_ranks"], 1))
     asked = PlanRequest(**options)
     now = Placement.load(current) if current else None
+    start_s += ensure_compiled(note)
     with ProgressBar("layers planned") as bar:
         result = optimizer.optimize(trace, asked, now, progress=bar.update, start_s=start_s)
     planned = {

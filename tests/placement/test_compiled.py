@@ -80,3 +80,21 @@ def test_every_cached_function_of_numba_is_cached_by_content():
     own = [path for room in ("placement", "experts", "cluster") for path in (ROOT / room).rglob("*.py")]
     wrong = [str(path) for path in own if "cache=True" in path.read_text() and path.name != "compiled.py"]
     assert wrong == []
+
+
+def test_the_planner_is_compiled_once_for_each_version(tmp_path: Path) -> None:
+    """The first call on a machine compiles and says so; the next process finds that it was done."""
+    code = (
+        "from placement import precompile\n"
+        "precompile.compile_all = lambda: print('compiled')\n"
+        "print(precompile.ensure_compiled(lambda line: print('said')) > 0)"
+    )
+    environment = {**os.environ, "EXPERTMESH_CACHE": str(tmp_path)}
+
+    def run() -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert run() == ["said", "compiled", "True"]
+    assert run() == ["False"]
