@@ -1,7 +1,7 @@
 """What Ray Serve reads from its cluster's environment: HAProxy in front of the routers, and streams that may be long.
 
 Serve takes these from the environment of `ray start`; a job or a config cannot set them. The command sets them for the
-cluster that it starts; README.md has the lines for one's own, and the Kubernetes and Anyscale files have them too.
+cluster that it starts; docs/http.md has the lines for one's own, and the Kubernetes and Anyscale files have them too.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ ORDER = {
             "http",
             "router",
             "console",
+            "reference",
         ),
         *("refusals", "build", "start_up", "haproxy_guard", "serving", "placement_command", "sizing_command"),
         *("status_command", "check_command", "command"),

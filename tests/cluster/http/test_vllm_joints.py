@@ -13,6 +13,7 @@ from fastapi import FastAPI
 pytest.importorskip("vllm", reason="vLLM's HTTP side")
 
 from cluster.http import vllm_joints
+from cluster.reference.http_page import VLLM
 from tests.support.waiting import run_async
 
 
@@ -41,6 +42,7 @@ def test_clients_reach_what_they_need_and_nothing_that_controls_the_engine(vllm_
         *("/v1/messages", "/v1/messages/count_tokens", "/v1/systemone", "/generative_scoring"),
         *("/tokenize", "/detokenize", "/load", "/version", "/metrics", "/docs", "/openapi.json"),
     }
+    assert {path for _, path in VLLM} == served, "cluster/reference/http_page.py has words for each"
     dangerous = {"/collective_rpc", "/sleep", "/pause", "/server_info", "/scale_elastic_ep", "/reset_prefix_cache"}
     assert dangerous <= paths - served, "what VLLM_SERVER_DEV_MODE brings is on the other side"
 
