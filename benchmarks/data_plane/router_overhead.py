@@ -1,10 +1,10 @@
 """A router's own work in a MoE layer, without wire and experts: plan, pack, unpack, combine.
 
-    python -m benchmarks.data_plane.router_overhead [--quick]
+    python -m benchmarks.data_plane.router_overhead [--quick] [--tracing]
 
 One core, 4 shards, 64 tokens, top-8, hidden 512, float32 and bf16: the time of a whole dispatch, Python included, with
 links that answer immediately. Goal: a median of at most 25 microseconds for 64 tokens in bfloat16.
-`benchmarks.data_plane.round_trip` measures round trips.
+`benchmarks.data_plane.round_trip` measures round trips. `--tracing`: what tracing adds, with the sides taking turns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from benchmarks.common import median, print_table, save
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.loopback import loopback_dispatcher
+from experts.dispatch.tracing.dispatcher import TracedDispatcher
 
 OVERHEAD_GOAL_US = 25.0
 
@@ -48,12 +49,42 @@ def measure_overhead(dtype: torch.dtype, tokens: int, ranks: int, runs: int) -> 
     }
 
 
+def measure_tracing(tokens: int, ranks: int, rounds: int) -> dict[str, Any]:
+    """One row: median microseconds of a layer without tracing, with it in a step that is not traced, and in one that is."""
+    shape = LayerShape(num_layers=1, num_experts=64, top_k=8, hidden_size=512, dtype=torch.bfloat16)
+    off = loopback_dispatcher(shape, ranks, tokens)
+    on = loopback_dispatcher(shape, ranks, tokens, TracedDispatcher)
+    assert isinstance(on, TracedDispatcher)
+    x_TD, weights_TK = torch.randn(tokens, 512).bfloat16(), torch.rand(tokens, 8)
+    ids_TK = torch.stack([torch.randperm(64)[:8] for _ in range(tokens)]).int()
+    times: dict[str, list[float]] = {"off_us": [], "on_us": [], "traced_us": []}
+    for _ in range(rounds):
+        for side, found in times.items():
+            dispatcher = off if side == "off_us" else on
+            for _ in range(20):
+                if side == "traced_us":
+                    on.start_step({}, 1)
+                start_ns = time.perf_counter_ns()
+                dispatcher.forward(0, x_TD, weights_TK, ids_TK)
+                found.append((time.perf_counter_ns() - start_ns) / 1000)
+                on.end_step()
+    return {"tokens": tokens, "shards": ranks, **{side: median(found) for side, found in times.items()}}
+
+
 def main() -> None:
     """Print the table and write bench-results/router_overhead.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tracing", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.tracing:
+        rows = [
+            measure_tracing(tokens, ranks, 10 if args.quick else 200) for tokens, ranks in ((1, 4), (64, 4), (64, 8))
+        ]
+        print_table("A MoE layer with and without tracing", list(rows[0]), [list(row.values()) for row in rows])
+        save("tracing", {"tracing": rows})
+        return
     runs = 200 if args.quick else 3000
     rows = [
         measure_overhead(dtype, tokens, ranks, runs)

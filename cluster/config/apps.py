@@ -73,15 +73,17 @@ class LLMAppConfig(StrictModel):
             fallback_max_ms_per_step=self.routers.fallback.max_ms_per_step,
             reserve_for_shards=self.transport.reserve_for_shards,
             tls=self.transport.tls,
+            tracing=None if self.routers.tracing is None else self.routers.tracing.of_steps(),
             membership_by_rpc=True,
         )
 
     def engine_kwargs(self) -> dict[str, Any]:
         """The user's engine options plus those the project sets: dtype, worker extension, router settings."""
         device = "cuda" if self.routers.accelerator == "gpu" else "cpu"
-        return router_engine_kwargs(
-            self.router_settings(), {**self.routers.engine_kwargs, "dtype": self.model.dtype}, device
-        )
+        options = {**self.routers.engine_kwargs, "dtype": self.model.dtype}
+        if self.routers.tracing is not None:
+            options["otlp_traces_endpoint"] = self.routers.tracing.otlp_endpoint
+        return router_engine_kwargs(self.router_settings(), options, device)
 
 
 class ConsoleAppConfig(StrictModel):

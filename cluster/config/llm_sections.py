@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from experts.protocol.settings import RouterSettings, StrictModel, TlsFiles, TransportName
+from experts.protocol.settings import RouterSettings, StepTracing, StrictModel, TlsFiles, TransportName
 from experts.vllm_plugin.engine_options import refused_by_project
 
 
@@ -27,6 +28,43 @@ class FallbackSection(StrictModel):
         ge=0,
         description="Bytes of expert weights that are kept, in the model's dtype, on the router's device.",
     )
+
+
+class TracingSection(StepTracing):
+    """OpenTelemetry spans of requests, steps, layers and shards. Headers, certificates and the like of the exporter are
+    in its standard environment variables (OTEL_EXPORTER_OTLP_HEADERS, OTEL_RESOURCE_ATTRIBUTES)."""
+
+    otlp_endpoint: str = Field(description="Where spans go, OTLP over HTTP, such as http://collector:4318/v1/traces.")
+    sample_ratio: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of requests that are traced, of those without a traceparent header, which decides itself.",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _whole(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.netloc:
+            raise ValueError(f"{value!r} is no http:// or https:// URL")
+        if url.path in ("", "/"):
+            raise ValueError(f"{value!r} has no path; a collector takes spans at {url.scheme}://{url.netloc}/v1/traces")
+        return value
+
+    def environment(self) -> dict[str, str]:
+        """What the SDK and vLLM read, in the router's process and in its engine's."""
+        return {
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.otlp_endpoint,
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+            "OTEL_TRACES_SAMPLER_ARG": str(self.sample_ratio),
+            "OTEL_SERVICE_NAME": "expertmesh",
+        }
+
+    def of_steps(self) -> StepTracing:
+        """The part that the engine's worker has to know."""
+        return StepTracing(step_interval=self.step_interval, layers_per_step=self.layers_per_step)
 
 
 class RoutersSection(StrictModel):
@@ -71,6 +109,7 @@ class RoutersSection(StrictModel):
     fallback: FallbackSection = Field(
         default=FallbackSection(), description="What a router computes itself because no shard holds it."
     )
+    tracing: TracingSection | None = Field(default=None, description="OpenTelemetry; by default none.")
 
     @field_validator("engine_kwargs")
     @classmethod
@@ -92,6 +131,16 @@ class RoutersSection(StrictModel):
         if value.get("lora_config") is not None:
             raise ValueError("lora_config is set, but LoRA adapters are not supported: the engine would refuse them")
         return value
+
+    @model_validator(mode="after")
+    def _one_way_to_trace(self) -> RoutersSection:
+        for key, why in (
+            ("otlp_traces_endpoint", "tracing.otlp_endpoint sets it"),
+            ("disable_log_stats", "vLLM's spans are made of its statistics"),
+        ):
+            if self.tracing is not None and self.engine_kwargs.get(key):
+                raise ValueError(f"engine_kwargs.{key} and tracing are both set: {why}")
+        return self
 
     @model_validator(mode="after")
     def _one_count(self) -> RoutersSection:

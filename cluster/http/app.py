@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,13 +34,19 @@ HANDLED: tuple[type[Exception], ...] = (
 
 
 def front_door(
-    app: FastAPI, *, http: HttpSection, model_id: str, health: HealthSource, leases: Leases | None = None
+    app: FastAPI,
+    *,
+    http: HttpSection,
+    model_id: str,
+    health: HealthSource,
+    leases: Leases | None = None,
+    traced: bool = False,
 ) -> FastAPI:
     """Keys, limits, OpenAI's error format and health routes on vLLM's app, in place.
 
     Call it once the app's state is set; `app.state.expertmesh_keys` is the source of keys afterwards. Raises ValueError
     if http names a file or a variable that holds no key, RuntimeError if vLLM's routes are not found. Usage
-    counts where keys have names; without `leases` no limit holds.
+    counts where keys have names; without `leases` no limit holds. `traced`: requests that generate have spans.
     """
     source = source_of(http, vllm_joints.take_keys(app))
     app.state.expertmesh_keys = source
@@ -92,6 +99,7 @@ def front_door(
         refusals.append((Quota, quota))
     app.user_middleware[:] = [
         *close_where_haproxy_is(),
+        *_http_spans(paths, traced),
         Middleware(OneErrorFormat, retry_after_s=http.retry_after_s),
         *open_to_origins(http.cors_origins),
         *app.user_middleware,
@@ -101,3 +109,12 @@ def front_door(
     vllm_joints.forget_http_metrics()
     app.title = f"{model_id} on expertmesh"
     return app
+
+
+def _http_spans(paths: Collection[str], traced: bool) -> list[Middleware]:
+    """The middleware that traces, outside of what may refuse, so that refusals have spans too."""
+    if not traced:
+        return []
+    from cluster.observability.http_spans import HttpSpans  # imports OpenTelemetry
+
+    return [Middleware(HttpSpans, paths=paths)]

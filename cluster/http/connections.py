@@ -22,7 +22,7 @@ def open_to_origins(origins: Collection[str]) -> list[Middleware]:
     """What lets pages of these origins read answers; nothing without any, as browsers forbid it then."""
     if not origins:
         return []
-    told = ["Retry-After", *HEADERS]
+    told = ["Retry-After", "traceresponse", *HEADERS]
     return [
         Middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"], expose_headers=told

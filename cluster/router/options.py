@@ -28,7 +28,8 @@ DEFAULTS: dict[str, Any] = {
 def runtime_env_of(routers: RoutersSection) -> dict[str, Any]:
     """Environment of routers and their engines."""
     own = CPU_ROUTER_ENV if routers.accelerator == "cpu" else {}
-    return {"env_vars": {**ROUTER_ENVIRONMENT, **own, **routers.env_vars}}
+    traced = {} if routers.tracing is None else routers.tracing.environment()
+    return {"env_vars": {**ROUTER_ENVIRONMENT, **own, **traced, **routers.env_vars}}
 
 
 def router_options(routers: RoutersSection) -> dict[str, Any]:

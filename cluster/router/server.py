@@ -143,7 +143,8 @@ class ExpertMeshLLMServer(LLMServer):
         """vLLM's FastAPI app behind the project's keys, limits, error format and health."""
         app = await super().__serve_build_asgi_app__()
         http, model_id = self._mesh.http, self._mesh.model.id
-        front = front_door(app, http=http, model_id=model_id, health=self, leases=self._leases)
+        traced = self._mesh.routers.tracing is not None
+        front = front_door(app, http=http, model_id=model_id, health=self, leases=self._leases, traced=traced)
         self._keys = front.state.expertmesh_keys
         self._leases.start()
         return front

@@ -46,10 +46,12 @@ class LoopbackLink(RouterLink):
         """Nothing is open."""
 
 
-def loopback_dispatcher(shape: LayerShape, num_ranks: int, max_rows: int) -> Dispatcher:
-    """A dispatcher over a linear placement whose shards are loopback links."""
+def loopback_dispatcher(
+    shape: LayerShape, num_ranks: int, max_rows: int, kind: type[Dispatcher] = Dispatcher
+) -> Dispatcher:
+    """A dispatcher of a `kind` over a linear placement whose shards are loopback links."""
     links: dict[int, RouterLink] = {rank: LoopbackLink(rank, shape, max_rows) for rank in range(num_ranks)}
-    dispatcher = Dispatcher(shape, max_rows, 5.0, fallback=None)
+    dispatcher = kind(shape, max_rows, 5.0, fallback=None)
     placement = Placement.linear(shape.num_layers, shape.num_experts, num_ranks)
     dispatcher.apply(Membership(1, placement, (None,) * num_ranks), links, {})
     return dispatcher

@@ -10,6 +10,8 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,9 +35,27 @@ from experts.transports.control import Hello
 from experts.transports.memory_limit import PairRoom
 from experts.transports.tls.identity import TlsIdentity
 
+if TYPE_CHECKING:
+    from experts.dispatch.tracing.spans import SpanThread
+
 logger = logging.getLogger(__name__)
 
 TRIM_EVERY_S = 30.0  # a message that needs more afterwards pays some microseconds a page
+
+
+def _dispatcher_class(settings: RouterSettings) -> type[Dispatcher]:
+    """Dispatch that notes times costs a little in each layer, so only a router that traces has it."""
+    if settings.tracing is None:
+        return Dispatcher
+    from experts.dispatch.tracing.dispatcher import TracedDispatcher
+
+    return TracedDispatcher
+
+
+def _span_thread(router_id: str, layer_ids: tuple[int, ...]) -> SpanThread:
+    from experts.dispatch.tracing.spans import SpanThread  # imports OpenTelemetry
+
+    return SpanThread(router_id, layer_ids)
 
 
 class MeshClient:
@@ -65,7 +85,7 @@ class MeshClient:
         self.shape = shape
         self.device = device
         self.router_id = settings.router_id or f"router-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.dispatcher = Dispatcher(
+        self.dispatcher = _dispatcher_class(settings)(
             shape,
             settings.max_rows_per_dispatch,
             settings.dispatch_timeout_ms / 1000,
@@ -85,6 +105,7 @@ class MeshClient:
         self._secret = secret
         self._tls = None if settings.tls is None else TlsIdentity(settings.tls)
         self._trimmed_s = time.monotonic()
+        self._spans = None if settings.tracing is None else _span_thread(self.router_id, spec.layer_ids)
         self._facts = checkpoint.facts
         self._fingerprint = checkpoint.start_fingerprint()
 
@@ -182,6 +203,17 @@ class MeshClient:
         """The layer's weighted sums [T, D]; see `Dispatcher.finish`."""
         return self.dispatcher.finish(pending)
 
+    def start_traced_step(self, traces: Mapping[str, Mapping[str, str]]) -> None:
+        """The next step holds requests whose trace is sampled: W3C headers by id. Only with `settings.tracing`."""
+        assert self.settings.tracing is not None, "who traces has said so in the settings"
+        self.dispatcher.start_step(traces, self.settings.tracing.layers_per_step)  # type: ignore[attr-defined]
+
+    def end_traced_step(self) -> None:
+        """The step is over; its spans follow in the background."""
+        step = self.dispatcher.end_step()  # type: ignore[attr-defined]
+        if step is not None and self._spans is not None:
+            self._spans.hand_over(step)
+
     def status(self) -> RouterStatus:
         """Counters and membership, for health checks and metrics. Also gives back memory that links need no more."""
         dispatcher = self.dispatcher
@@ -226,6 +258,8 @@ class MeshClient:
     def close(self) -> None:
         """Close every link."""
         self._epochs.close()
+        if self._spans is not None:
+            self._spans.close()
         if self.dispatcher.fallback is not None:
             self.dispatcher.fallback.close()
         self.dispatcher.close()

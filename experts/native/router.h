@@ -37,9 +37,13 @@ struct Router {
     int64_t* nbytes_R;
     RouterCounts* counts;
     int64_t *shard_rows_R, *shard_pairs_R;
+    int64_t* times;  // of the exchange in progress, see Times; null but for layers that are traced
 };
 
 namespace router {
+
+// Words of Router::times, all in ns; TIMES words, then for each rank when its answer came and how long it computed.
+enum Times { T_BEGIN, T_POSTED, T_WAIT, T_WAITED, T_COMBINED, TIMES };
 
 struct Cursor {  // where the next row and the next pair of a rank's message go
     int32_t *offsets, *experts;
@@ -169,8 +173,25 @@ inline int64_t begin(Router& r, int64_t layer, int64_t seq, int64_t T, const voi
         r.shard_pairs_R[rank] += r.pairs_R[rank];
         counts.fan_out_sum += r.rows_R[rank];
     }
-    if (post == POST) counts.plan_pack.add(now_ns() - start_ns);
+    const int64_t end_ns = now_ns();
+    if (post == POST) counts.plan_pack.add(end_ns - start_ns);
+    if (r.times) {
+        r.times[T_BEGIN] = start_ns;
+        r.times[T_POSTED] = end_ns;
+    }
     return unserved;
+}
+
+// What a trace says of an exchange that went well.
+inline void note_times(Router& r, int64_t wait_ns, int64_t waited_ns, int64_t combined_ns, const int64_t* arrived_ns) {
+    r.times[T_WAIT] = wait_ns;
+    r.times[T_WAITED] = waited_ns;
+    r.times[T_COMBINED] = combined_ns;
+    for (int64_t rank = 0, i = 0; rank < r.num_ranks; rank++) {
+        if (r.nbytes_R[rank] == 0) continue;
+        r.times[TIMES + rank] = arrived_ns[i++];
+        r.times[TIMES + r.num_ranks + rank] = reinterpret_cast<const int64_t*>(r.recv_R[rank])[H_COMPUTE_NS];
+    }
 }
 
 // Wait for all replies to request `seq`, combine and count: 1. 0 if anything is not as it should be: then nothing was
@@ -178,7 +199,7 @@ inline int64_t begin(Router& r, int64_t layer, int64_t seq, int64_t T, const voi
 inline int64_t finish(Router& r, int64_t seq, int64_t T, int64_t timeout_ns, bool accumulate, void* y) {
     const int64_t start_ns = now_ns();
     static thread_local std::vector<Link*> links;
-    static thread_local std::vector<int64_t> nbytes;
+    static thread_local std::vector<int64_t> nbytes, arrived_ns;
     links.clear();
     for (int64_t rank = 0; rank < r.num_ranks; rank++) {
         if (r.nbytes_R[rank] == 0) continue;
@@ -186,7 +207,9 @@ inline int64_t finish(Router& r, int64_t seq, int64_t T, int64_t timeout_ns, boo
         links.push_back(r.links_R[rank]);
     }
     nbytes.assign(links.size(), NOT_YET);
-    if (wait_for_all(links.data(), nbytes.data(), links.size(), start_ns + timeout_ns)) return 0;
+    if (r.times) arrived_ns.assign(links.size(), 0);
+    int64_t* arrived = r.times ? arrived_ns.data() : nullptr;
+    if (wait_for_all(links.data(), nbytes.data(), links.size(), start_ns + timeout_ns, arrived)) return 0;
     int64_t received = 0, i = 0;
     for (int64_t rank = 0; rank < r.num_ranks; rank++) {
         if (r.nbytes_R[rank] == 0) continue;
@@ -201,6 +224,7 @@ inline int64_t finish(Router& r, int64_t seq, int64_t T, int64_t timeout_ns, boo
     counts.wait.add(waited_ns - start_ns);
     counts.combine.add(end_ns - waited_ns);
     if (!links.empty()) counts.last_success_ns = end_ns;
+    if (r.times) note_times(r, start_ns, waited_ns, end_ns, arrived);
     return 1;
 }
 

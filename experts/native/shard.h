@@ -166,7 +166,8 @@ inline int64_t serve_batch(Shard& s, Channel** channels, int64_t count, Batch& b
     if (result != SERVED) return result;
     s.next = (batch.parts[0].channel + 1) % count;
     const int64_t row_bytes = s.hidden * (s.dtype == FLOAT32 ? 4 : 2);
-    s.counts->compute_ns += now_ns() - start_ns;
+    const int64_t spent_ns = now_ns() - start_ns;
+    s.counts->compute_ns += spent_ns;
     for (const Part& part : batch.parts) {
         s.counts->requests++;
         s.counts->rows += part.rows;
@@ -178,6 +179,7 @@ inline int64_t serve_batch(Shard& s, Channel** channels, int64_t count, Batch& b
         header[H_SEQ] = part.seq;
         header[H_ROWS] = part.rows;
         header[H_STATUS] = STATUS_OK;
+        header[H_COMPUTE_NS] = spent_ns;
         channel_reply(channel, HEADER_BYTES + part.rows * row_bytes);
     }
     return SERVED;

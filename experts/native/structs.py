@@ -79,7 +79,7 @@ class NativeRouter(ctypes.Structure):
         *((name, _pointer) for name in ("choose_ranks", "node_of_rank_R", "work_R", "load_LR", "header")),
         *((name, _pointer) for name in ("send_R", "recv_R", "links_R")),
         *((name, _pointer) for name in ("rank_TK", "row_TK", "rows_R", "pairs_R", "nbytes_R")),
-        *((name, _pointer) for name in ("counts", "shard_rows_R", "shard_pairs_R")),
+        *((name, _pointer) for name in ("counts", "shard_rows_R", "shard_pairs_R", "times")),
     )
 
 

@@ -8,13 +8,18 @@
 
 enum : int64_t { CHECK_INTERVAL_NS = 20000000 };  // how often a long wait looks whether the shard's process is there
 
-// Look at each link that has not answered yet; returns how many of those are left.
-inline int look_at_all(Link** links, int64_t* nbytes, int count) {
+// Look at each link that has not answered yet; returns how many of those are left. `arrived_ns`, if not null, gets the time of
+// each answer.
+inline int look_at_all(Link** links, int64_t* nbytes, int count, int64_t* arrived_ns) {
     int left = 0;
     for (int i = 0; i < count; i++) {
         if (nbytes[i] != NOT_YET) continue;
         nbytes[i] = link_progress(*links[i]);
-        left += nbytes[i] == NOT_YET;
+        if (nbytes[i] == NOT_YET) {
+            left++;
+        } else if (arrived_ns) {
+            arrived_ns[i] = now_ns();
+        }
     }
     return left;
 }
@@ -44,9 +49,10 @@ inline void sleep_for_any(Link** links, const int64_t* nbytes, int count, int64_
 }
 
 // Wait until every link has answered or is lost, at most until `deadline_ns`. `nbytes` is NOT_YET where a reply is awaited,
-// and becomes its length, LOST, or stays NOT_YET at the deadline. Returns how many are NOT_YET.
-inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadline_ns) {
-    int left = look_at_all(links, nbytes, count);
+// and becomes its length, LOST, or stays NOT_YET at the deadline. Returns how many are NOT_YET. `arrived_ns`: see
+// look_at_all.
+inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadline_ns, int64_t* arrived_ns = nullptr) {
+    int left = look_at_all(links, nbytes, count, arrived_ns);
     if (left == 0) return 0;
     int64_t spin_ns = 0, crowded_ns = INT64_MAX;
     for (int i = 0; i < count; i++) {
@@ -58,7 +64,7 @@ inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadli
     while (time_ns < spin_until_ns && time_ns - before_ns < crowded_ns) {
         before_ns = time_ns;
         sched_yield();
-        left = look_at_all(links, nbytes, count);
+        left = look_at_all(links, nbytes, count, arrived_ns);
         if (left == 0) return 0;
         time_ns = now_ns();
     }
@@ -67,7 +73,7 @@ inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadli
         if (start_ns >= deadline_ns) return left;
         const int64_t check_ns = std::min(deadline_ns, start_ns + CHECK_INTERVAL_NS);
         sleep_for_any(links, nbytes, count, check_ns);
-        left = look_at_all(links, nbytes, count);
+        left = look_at_all(links, nbytes, count, arrived_ns);
         if (left == 0) return 0;
         if (now_ns() < check_ns) continue;
         for (int i = 0; i < count; i++)
@@ -76,7 +82,7 @@ inline int wait_for_all(Link** links, int64_t* nbytes, int count, int64_t deadli
                 nbytes[i] = link_progress(*links[i]);
                 if (nbytes[i] == NOT_YET) nbytes[i] = LOST;
             }
-        left = look_at_all(links, nbytes, count);
+        left = look_at_all(links, nbytes, count, arrived_ns);
         if (left == 0) return 0;
     }
 }

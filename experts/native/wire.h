@@ -7,6 +7,7 @@
 enum { HEADER_WORDS = 16, HEADER_BYTES = 8 * HEADER_WORDS, SECTION_ALIGN = 64 };
 enum HeaderWord {
     H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT,
+    H_COMPUTE_NS = 12,
 };
 enum : int64_t { MAGIC = 0x45584D31, STATUS_OK = 0 };
 enum Dtype : int64_t { FLOAT32 = 1, BFLOAT16 = 2 };

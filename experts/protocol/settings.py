@@ -41,6 +41,22 @@ class TlsFiles(StrictModel):
         return value
 
 
+class StepTracing(StrictModel):
+    """Which steps and layers of a router become spans, for requests whose trace is sampled."""
+
+    step_interval: int = Field(
+        default=16,
+        ge=1,
+        description="Steps from one that is traced to the next, of those with a request whose trace is sampled. The "
+        "first one after others is always traced.",
+    )
+    layers_per_step: int = Field(
+        default=4,
+        ge=0,
+        description="MoE layers of a traced step that become spans, with one for each shard; others in the next step.",
+    )
+
+
 class RouterSettings(StrictModel):
     """Settings of a router's vLLM worker. They travel in vLLM's `additional_config["expertmesh"]`."""
 
@@ -94,6 +110,9 @@ class RouterSettings(StrictModel):
         default=1_000_000.0,
         gt=0,
         description="Tokens after which what was sampled counts half; null: all of a router's life counts alike.",
+    )
+    tracing: StepTracing | None = Field(
+        default=None, description="Spans of steps, layers and shards, where vLLM has set up OpenTelemetry."
     )
     observed_tokens: int = Field(
         default=4096, ge=0, description="Sampled tokens of one report to the controller; 0 observes nothing."

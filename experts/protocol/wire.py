@@ -25,13 +25,14 @@ Words of the header (constants H_*). A dash means that the word is neither writt
     9     TEXT    -                                             bytes of the error's text (not with STATUS_OK)
     10    NO_SLOT_LAYER   -                                     the request's layer (STATUS_NO_SLOT)
     11    NO_SLOT_EXPERT  -                                     an expert without a slot (STATUS_NO_SLOT)
-    12-15         free, zero                                    -
+    12    COMPUTE_NS  -                                         how long the shard computed (STATUS_OK); 0 for not said
+    13-15         free, zero                                    -
 
 STATUS_NO_SLOT: the request is sound, but the shard does not hold all of its experts (any more, or yet). Nothing was
 computed. The header names one such expert, the text says how many there are. The shard still serves the others.
 
 To add a word, take the next free one, extend this table, and raise `PROTOCOL_VERSION` (in
-experts.transports.control_port.handshake).
+experts.transports.control_port.handshake) unless zero, which the other version has there, will do.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ HEADER_BYTES = 8 * HEADER_WORDS
 ALIGN = 64
 
 H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT = range(10)
-H_NO_SLOT_LAYER, H_NO_SLOT_EXPERT = 10, 11
+H_NO_SLOT_LAYER, H_NO_SLOT_EXPERT, H_COMPUTE_NS = 10, 11, 12
 
 STATUS_OK = 0
 STATUS_REJECTED = 1

@@ -19,6 +19,7 @@ from experts.kernels import ExpertKernel
 from experts.native.structs import NativeShardCounts
 from experts.protocol.wire import (
     DTYPE_CODES,
+    H_COMPUTE_NS,
     H_LAYER,
     H_MAGIC,
     H_ROWS,
@@ -284,8 +285,8 @@ class ShardLoop:
         spent_ns = time.perf_counter_ns() - start_ns
         for work in done:
             header = header_of(work.channel.send_buffer)
-            header[H_MAGIC], header[H_SEQ], header[H_ROWS], header[H_STATUS] = (
-                MAGIC, work.request.seq, work.request.num_rows, STATUS_OK,
+            header[H_MAGIC], header[H_SEQ], header[H_ROWS], header[H_STATUS], header[H_COMPUTE_NS] = (
+                MAGIC, work.request.seq, work.request.num_rows, STATUS_OK, spent_ns,
             )  # fmt: skip
             self.counters.add(work.request, spent_ns // len(done))
             lengths.append((work.channel, HEADER_BYTES + work.request.num_rows * self._row_bytes))

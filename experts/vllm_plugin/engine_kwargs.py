@@ -13,6 +13,7 @@ CPU_ROUTER_ENV = {"GOMP_SPINCOUNT": "2000"}
 SCHEDULER = "experts.vllm_plugin.scheduler.scheduler"
 EXPERTS_UNAVAILABLE = "experts_unavailable"  # the stop reason of a request that ended for want of experts
 REFUSED = "expertmesh_refused"  # what a step's output has to say to the scheduler: ids of requests
+TRACES = "expertmesh_traces"  # what a step that is traced has to say to the worker: W3C headers by id of request
 _OWNED = ("worker_extension_cls", "load_format", "scheduler_cls")
 
 

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from experts.vllm_plugin.engine_kwargs import REFUSED
+from experts.vllm_plugin.engine_kwargs import REFUSED, TRACES
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,27 @@ def report_refused(
     runner.sample_tokens = sample_and_report
 
 
+def watch_traced_steps(
+    config: VllmConfig, start: Callable[[Mapping[str, Mapping[str, str]]], None], end: Callable[[], None]
+) -> None:
+    """Call `start` with requests' W3C headers, by id, before each step that `scheduler` traces, and `end` after it."""
+    runner = model_runner(config)
+    execute_model = runner.execute_model
+
+    @functools.wraps(execute_model)
+    def execute_and_tell(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        traces = getattr(scheduler_output, TRACES, None)
+        if traces is None:
+            return execute_model(self, scheduler_output, *args, **kwargs)
+        start(traces)
+        try:
+            return execute_model(self, scheduler_output, *args, **kwargs)
+        finally:
+            end()
+
+    runner.execute_model = execute_and_tell
+
+
 def requests_of_rows(runner: Any, state: Any, chosen_T: np.ndarray) -> list[str]:
     """Ids of the requests that have any of the rows `chosen_T` (bool [T]) in the step that `state` is of."""
     if hasattr(state, "input_batch"):  # model runner 2
@@ -211,4 +232,5 @@ __all__ = [
     "rows_of_prompts",
     "split_graphs_at_moe",
     "step_in_progress",
+    "watch_traced_steps",
 ]

@@ -41,6 +41,7 @@ from experts.vllm_plugin.joints import (
     routed_expert_classes,
     rows_of_prompts,
     step_in_progress,
+    watch_traced_steps,
 )
 from experts.vllm_plugin.refusals import check_engine, split_graphs
 
@@ -144,6 +145,8 @@ class MeshExpertsMixin:
             log_advice(shape.dtype, device)
             client = _engine.client = MeshClient(settings, checkpoint, shape, device)
             report_refused(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
+            if settings.tracing is not None:
+                watch_traced_steps(config, client.start_traced_step, client.end_traced_step)
         return NoLocalWeights(moe_config)
 
     def load_weights(self, weights: Any) -> Any:

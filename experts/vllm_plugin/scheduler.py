@@ -1,4 +1,4 @@
-"""vLLM's scheduler that ends the requests which a step computed without all of their experts.
+"""vLLM's scheduler that ends the requests which a step computed without all of their experts, and names traced ones.
 
 Everything here touches vLLM's internals (0.32); `tests/experts/vllm_plugin/test_joints.py` says what a later version
 moved. The worker names the requests in the step's output (`joints.report_refused`). They end before a token of the step
@@ -8,6 +8,7 @@ found by its prefix from the moment it is scheduled, so a second request may hav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,13 +18,20 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE, REFUSED
+from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE, REFUSED, TRACES
 
 
 def scheduler(*args: Any, **kwargs: Any) -> Scheduler:
     """The scheduler that vLLM would have chosen, which also ends refused requests. What `scheduler_cls` names."""
-    config = kwargs["vllm_config"].scheduler_config
-    return (_AsyncMeshScheduler if config.async_scheduling else _MeshScheduler)(*args, **kwargs)
+    config = kwargs["vllm_config"]
+    tracing = (config.additional_config.get("expertmesh") or {}).get("tracing")
+    if config.scheduler_config.async_scheduling:
+        made = (_AsyncTracedScheduler if tracing else _AsyncMeshScheduler)(*args, **kwargs)
+    else:
+        made = (_TracedScheduler if tracing else _MeshScheduler)(*args, **kwargs)
+    if tracing:
+        made.trace_every = int(tracing["step_interval"])  # type: ignore[union-attr]
+    return made
 
 
 class RefusalsMixin:
@@ -111,9 +119,54 @@ class RefusalsMixin:
         return [block for group in self.kv_cache_manager.get_block_ids(request_id) for block in group]
 
 
+class TracesMixin:
+    """What it adds for routers that trace: steps say which of their requests are traced, for the worker to note times.
+
+    One step in `trace_every` of those with a request whose trace is sampled, and the first of them after steps
+    without one.
+    """
+
+    requests: dict[str, Request]
+    trace_every = 1
+    _untraced = 0  # steps since the last one that was traced
+    _idle = True  # no request of the step before is traced
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's; the output bears the W3C headers of traced requests, by id, if this step is traced."""
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        traces = {}
+        for request_id in output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is not None and request.trace_headers and _is_sampled(request.trace_headers):
+                traces[request_id] = dict(request.trace_headers)
+        if traces:
+            self._untraced += 1
+            if self._idle or self._untraced >= self.trace_every:
+                self._untraced = 0
+                setattr(output, TRACES, traces)
+        self._idle = not traces
+        return output
+
+
+def _is_sampled(headers: Mapping[str, str]) -> bool:
+    """Whether the last flag of a traceparent (00-TRACE-SPAN-FLAGS) is set; OpenTelemetry judges the rest."""
+    try:
+        return bool(int(headers.get("traceparent", "").split("-")[3], 16) & 1)
+    except (IndexError, ValueError):
+        return False
+
+
 class _MeshScheduler(RefusalsMixin, Scheduler):
     pass
 
 
+class _TracedScheduler(TracesMixin, _MeshScheduler):
+    pass
+
+
 class _AsyncMeshScheduler(RefusalsMixin, AsyncScheduler):
+    pass
+
+
+class _AsyncTracedScheduler(TracesMixin, _AsyncMeshScheduler):
     pass

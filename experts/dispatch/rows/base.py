@@ -106,6 +106,10 @@ class RowMover(ABC):
         """
         return False
 
+    def time_into(self, words: np.ndarray | None) -> None:
+        """Have `send` and `receive` note their times in `words` (`dispatch.tracing.times`); None: no more."""
+        return None
+
     @abstractmethod
     def forget(self, rank: int) -> None:
         """The rank's link goes: its buffers are not touched any more. A message to it would be planned, not written."""

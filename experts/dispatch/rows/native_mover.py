@@ -82,6 +82,9 @@ class NativeRowMover(HostRowMover):
         router.shard_rows_R, router.shard_pairs_R = stats.shard_rows.ctypes.data, stats.shard_pairs.ctypes.data
         self._stats = stats, stats.shard_rows, stats.shard_pairs  # what the addresses point to
 
+    def time_into(self, words: np.ndarray | None) -> None:
+        self._router.times = None if words is None else words.ctypes.data
+
     def carry_over(self, before: RowMover) -> None:
         super().carry_over(before)
         self._router.load_LR = self._load_LR.ctypes.data

@@ -25,8 +25,9 @@ def test_the_words_of_the_header_stand_where_other_builds_expect_them() -> None:
         "TEXT",
         "NO_SLOT_LAYER",
         "NO_SLOT_EXPERT",
+        "COMPUTE_NS",
     )
-    assert [getattr(wire, f"H_{word}") for word in words] == list(range(12))
+    assert [getattr(wire, f"H_{word}") for word in words] == list(range(13))
     assert (wire.HEADER_WORDS, wire.HEADER_BYTES, wire.ALIGN) == (16, 128, 64)
     assert struct.pack("<q", wire.MAGIC) == b"1MXE\0\0\0\0"
     assert (wire.STATUS_OK, wire.STATUS_REJECTED, wire.STATUS_NO_SLOT) == (0, 1, 2)

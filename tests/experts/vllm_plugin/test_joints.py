@@ -132,6 +132,16 @@ def test_the_scheduler_ends_requests_as_it_did(ends: dict[str, Any]) -> None:
     assert ends["makes_scheduler"]
 
 
+def test_a_step_says_which_requests_are_traced(ends: dict[str, Any]) -> None:
+    """The scheduler marks the step's output, and the model runner is wrapped where it takes that."""
+    assert ends["schedule"] == ["self", "throttle_prefills"], f"vllm {ends['version']}"
+    assert ends["schedule_is_inherited"]
+    assert ends["headers_stay"], "requests keep the W3C headers that they came with"
+    assert ends["execute_model"] == {"1": ["self", "scheduler_output"], "2": ["self", "scheduler_output"]}
+    assert ends["execute_is_inherited"], "the CPU's model runner runs a step as the GPU's does"
+    assert ends["traces_travel"] == {"a": {"traceparent": "x"}}, "a worker in a process of its own gets the mark too"
+
+
 def test_a_step_says_what_it_computed_for_whom(ends: dict[str, Any]) -> None:
     assert ends["sample_tokens"] == {"1": ["self", "grammar_output"], "2": ["self", "grammar_output"]}
     assert ends["inherited"], "the CPU's model runner samples as the GPU's does"

@@ -14,8 +14,8 @@ pytest.importorskip("vllm.v1.core.sched.scheduler", reason="vLLM's scheduler")
 
 from vllm.v1.request import RequestStatus
 
-from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE, REFUSED
-from experts.vllm_plugin.scheduler import RefusalsMixin
+from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE, REFUSED, TRACES
+from experts.vllm_plugin.scheduler import RefusalsMixin, TracesMixin
 
 NULL = 0
 
@@ -151,3 +151,49 @@ def test_blocks_given_up_before_an_earlier_step_are_forgotten() -> None:
     scheduler.blocks["c"] = ([5],)
     assert update(scheduler, ["c"], c=0) == ["c"]
     assert scheduler.evicted == {5}
+
+
+class Steps:
+    """A scheduler whose steps hold what a test says."""
+
+    def __init__(self, **headers: dict[str, str] | None) -> None:
+        self.requests = {name: SimpleNamespace(trace_headers=each) for name, each in headers.items()}
+        self.next: list[str] = []
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        return SimpleNamespace(num_scheduled_tokens=dict.fromkeys(self.next, 1))
+
+
+class TracedSteps(TracesMixin, Steps):  # type: ignore[misc]
+    def traced(self, *names: str) -> list[str] | None:
+        """The requests that the next step, of these, says are traced; None for a step that is not."""
+        self.next = list(names)
+        found = getattr(self.schedule(), TRACES, None)
+        return None if found is None else list(found)
+
+
+SAMPLED = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
+UNSAMPLED = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-02"}
+
+
+def test_one_step_in_so_many_is_traced_and_the_first_after_others() -> None:
+    steps = TracedSteps(a=SAMPLED, b=SAMPLED, plain=None, off=UNSAMPLED)
+    steps.trace_every = 3
+    assert steps.traced("plain") is None
+    assert [steps.traced("a", "plain") for _ in range(7)] == [["a"], None, None, ["a"], None, None, ["a"]]
+    assert steps.traced("a", "b") is None, "others join without adding steps"
+    assert steps.traced("plain", "off") is None
+    assert steps.traced("b", "a", "gone") == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "headers", [None, {}, UNSAMPLED, {"tracestate": "a=b"}, {"traceparent": "x"}, {"traceparent": "00-a-b-zz"}]
+)
+def test_requests_that_are_not_sampled_trace_nothing(headers: dict[str, str] | None) -> None:
+    assert TracedSteps(a=headers).traced("a") is None
+
+
+def test_a_traced_step_bears_the_headers() -> None:
+    steps = TracedSteps(a=SAMPLED)
+    steps.next = ["a"]
+    assert getattr(steps.schedule(), TRACES) == {"a": SAMPLED}

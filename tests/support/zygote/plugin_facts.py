@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from experts.vllm_plugin.engine_kwargs import TRACES
 
 
 def error_of(function: Callable[..., Any], *arguments: Any) -> str | None:
@@ -136,8 +139,23 @@ def refusal_joints(emit: Any) -> None:
         gone_is_skipped="if request is None or request.is_finished():"
         in inspect.getsource(Scheduler.update_from_output),
         all_frees=inspect.getsource(Scheduler).count("self._free_request_blocks(request)"),
+        schedule=list(inspect.signature(Scheduler.schedule).parameters),
+        schedule_is_inherited="schedule" not in vars(AsyncScheduler),
+        execute_model={
+            name: list(inspect.signature(m.GPUModelRunner.execute_model).parameters)[:2] for name, m in runners.items()
+        },
+        execute_is_inherited="execute_model" not in vars(cpu_model_runner.CPUModelRunner),
+        traces_travel=getattr(pickle.loads(pickle.dumps(_marked(SchedulerOutput))), TRACES),
+        headers_stay="trace_headers" in inspect.signature(Request.__init__).parameters,
         makes_scheduler="vllm_config=vllm_config," in inspect.getsource(core.EngineCore.__init__),
     )
+
+
+def _marked(output_class: Any) -> Any:
+    """A step's output as the scheduler marks it."""
+    output = output_class.make_empty()
+    setattr(output, TRACES, {"a": {"traceparent": "x"}})
+    return output
 
 
 def _loader_of(load_format: str) -> str:
