@@ -14,6 +14,7 @@ from cluster.controller.client import ROUTER
 from cluster.controller.deployment import PlacementController
 from cluster.controller.pinned_model import with_pinned_model
 from cluster.keys.deployment import KEY_LEDGER, KeyLedger
+from cluster.ray_joints import logs_are_json
 from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
 from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import Router
@@ -21,26 +22,21 @@ from cluster.router.options import router_options
 from cluster.shard.deployment import ExpertShard
 from experts.model.spec import ExpertSpec
 
-# Shards and routers call dozens of times a second while experts move: a line for each would cost more than the call.
-QUIET = {"enable_access_log": False}
 # Many long polls and heartbeats are pending together; none of them costs anything.
-CONTROLLER_OPTIONS = {
-    "logging_config": QUIET,
+CONTROLLER_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 10_000,
     "health_check_period_s": 2,
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.1,
     "graceful_shutdown_timeout_s": 5,
 }
-SHARD_OPTIONS = {
-    "logging_config": QUIET,
+SHARD_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 100,
     "health_check_period_s": 5,
     "health_check_timeout_s": 30,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
 LEDGER_OPTIONS: dict[str, Any] = {
-    "logging_config": QUIET,
     "num_replicas": 1,  # whose memory is the state; routers tell a new one what they have used
     "max_ongoing_requests": 10_000,
     "ray_actor_options": {"num_cpus": 0},
@@ -56,6 +52,14 @@ CONSOLE_OPTIONS: dict[str, Any] = {
 }
 
 
+def quiet() -> dict[str, Any]:
+    """No line for each call: shards and routers make dozens a second while experts move. JSON if Serve's log is JSON.
+
+    A deployment's own logging_config replaces that of the Serve config whole.
+    """
+    return {"enable_access_log": False, **({"encoding": "JSON"} if logs_are_json() else {})}
+
+
 def experts_application(config: ExpertsAppConfig) -> Application:
     """Shards and their controller. Raises ConfigError, with nothing deployed, if model, slots or options do not fit."""
     config = with_pinned_model(config)
@@ -66,7 +70,7 @@ def experts_application(config: ExpertsAppConfig) -> Application:
 
     spec = read_spec(config)
     args = config.model_dump(exclude_unset=True)
-    options = {**SHARD_OPTIONS, **config.shards.deployment_config}
+    options = {"logging_config": quiet(), **SHARD_OPTIONS, **config.shards.deployment_config}
     options.setdefault("graceful_shutdown_timeout_s", stop_timeout_s(config, spec))
     shards = serve.deployment(
         ExpertShard,
@@ -83,6 +87,7 @@ def experts_application(config: ExpertsAppConfig) -> Application:
         num_replicas=1,
         ray_actor_options=config.controller.ray_actor_options,
         user_config={},  # as `deployments` in the file says
+        logging_config=quiet(),
         **CONTROLLER_OPTIONS,
     ).bind(args, {"num_layers": spec.num_layers, "num_experts": spec.num_experts}, shards)
 
@@ -104,7 +109,8 @@ def llm_application(config: LLMAppConfig) -> Application:
     router = serve.deployment(Router, name=ROUTER, **router_options(config.routers))
     if not config.http.names_keys:
         return router.bind(args)
-    return router.bind(args, serve.deployment(KeyLedger, name=KEY_LEDGER, **LEDGER_OPTIONS).bind())
+    ledger = serve.deployment(KeyLedger, name=KEY_LEDGER, logging_config=quiet(), **LEDGER_OPTIONS)
+    return router.bind(args, ledger.bind())
 
 
 def console_application(config: ConsoleAppConfig) -> Application:

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.autoscaling.measure import EngineMeasure
+from experts.protocol.log_lines import ProcessFields, set_log_fields
 
 FIND_REPLICAS_S = 3.0  # Serve pushes the list of replicas; a handle that is new waits for it
 
@@ -113,13 +114,47 @@ def any_replica_serves(path: str) -> bool | None:
         return None
 
 
-def show_data_plane_log() -> None:
-    """Send what `experts` logs, downloads and loading among it, where Serve's own log of this process goes."""
+def show_data_plane_log(**fields: Any) -> None:
+    """Send what `experts` logs, downloads and loading among it, where Serve's own log of this process goes.
+
+    Where that is JSON, all of it is, on standard error too, and each line has `fields` (see `set_log_fields`).
+    """
     serve_log, ours = logging.getLogger("ray.serve"), logging.getLogger("experts")
+    set_log_fields(**fields)
+    if logs_are_json():
+        _log_json(serve_log)
     ours.setLevel(serve_log.getEffectiveLevel())
     for handler in serve_log.handlers:
         if handler not in ours.handlers:
             ours.addHandler(handler)
+
+
+def logs_are_json() -> bool:
+    """Whether Serve writes the log file of this process, a replica or an application's builder, as JSON."""
+    from ray._common.formatters import JSONFormatter
+
+    handlers = logging.getLogger("ray.serve").handlers
+    return any(isinstance(getattr(each, "target", each).formatter, JSONFormatter) for each in handlers)
+
+
+def _log_json(log: logging.Logger) -> None:
+    """Serve writes JSON to its file alone. The file's filters add fields to a record, so the stream comes after it."""
+    from ray._common.formatters import JSONFormatter
+
+    log.handlers.sort(key=lambda handler: type(handler) is logging.StreamHandler)
+    for handler in log.handlers:
+        if not any(isinstance(each, ProcessFields) for each in handler.filters):
+            handler.addFilter(ProcessFields())
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(JSONFormatter())
+
+
+def take_worker_lines(take: Callable[[dict[str, Any]], Any]) -> None:
+    """Hand what the cluster's processes print to `take` ({lines, pid, ip, actor_name}), instead of printing it here."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker_stdstream_dispatcher.add_handler("ray_print_logs", take)
 
 
 def agree(key: str, propose: Callable[[], str]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
 from cluster.haproxy_guard import HAProxyGuard
+from cluster.log_format import LogFormat, json_line, print_json_lines, with_json_logs
 from cluster.serve_environment import (
     HAPROXY_SWITCH,
     MISSING_HAPROXY,
@@ -56,11 +57,20 @@ class Options:
     timeout_s: float = 900.0
     verbose: bool = False
     as_json: bool = False
+    log_format: LogFormat = "text"
+
+    @property
+    def json_lines(self) -> bool:
+        """Whether logs, and what is shown, are lines of JSON."""
+        return self.log_format == "json"
 
     def progress(self, message: str) -> None:
         """Print a line with the seconds since the command started."""
-        out = sys.stderr if self.as_json else sys.stdout
-        print(f"[{time.monotonic() - START_S:5.1f} s] {message}", file=out, flush=True)
+        after_s = round(time.monotonic() - START_S, 1)
+        line = (
+            json_line(message, role="command", after_s=after_s) if self.json_lines else f"[{after_s:5.1f} s] {message}"
+        )
+        print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
 
 def serve(options: Options) -> None:
@@ -68,10 +78,11 @@ def serve(options: Options) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = MeshConfig.from_file(options.config)
+        if options.json_lines:
+            config = config.model_copy(update={"serve": with_json_logs(config.serve)})
         with serving(config, options) as url:
             StartUp(config, options.progress).wait_until_ready(url, options.timeout_s)
-            options.progress("ready: the first token was generated")
-            tell(options.as_json, _addresses(config, url), _welcome(config, url))
+            _tell_ready(config, url, options)
             _watch(config, options)
     except ConfigError as error:
         raise CommandError(*str(error).splitlines()) from None
@@ -128,7 +139,9 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
         # Ray installs a handler of its own, which aborts the process three seconds later.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         options.progress("starting Serve")
-        _start_serve(config.serve.get("proxy_location", "HeadOnly"), http_options)
+        if options.json_lines and options.verbose:
+            print_json_lines()
+        _start_serve(config.serve, http_options)
         options.progress(f"deploying {', '.join(config.names)} ({config.num_shards} shards)")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
@@ -154,7 +167,8 @@ def _connect_to_ray(options: Options) -> None:
     """Connect to the named cluster, or start one here."""
     import ray
 
-    logs = {"log_to_driver": options.verbose, "logging_level": "INFO" if options.verbose else "WARNING"}
+    level = "INFO" if options.verbose and not options.json_lines else "WARNING"
+    logs = {"log_to_driver": options.verbose, "logging_level": level}
     if options.address is not None:
         options.progress(f"connecting to Ray at {options.address}")
         try:
@@ -178,11 +192,12 @@ def _connect_to_ray(options: Options) -> None:
             options.progress(f"Ray did not start, trying again: {error}")
 
 
-def _start_serve(proxy_location: str, http_options: dict[str, Any]) -> None:
+def _start_serve(config: dict[str, Any], http_options: dict[str, Any]) -> None:
     from ray import serve
 
     try:
-        serve.start(proxy_location=proxy_location, http_options=http_options)
+        proxy_location, logging_config = config.get("proxy_location", "HeadOnly"), config.get("logging_config")
+        serve.start(proxy_location=proxy_location, http_options=http_options, logging_config=logging_config)
     except Exception as error:  # a port in use, an unknown option, a cluster that is too slow
         raise ServeFailedError(f"Serve does not start with {http_options}: {_one_line(error)}") from error
 
@@ -227,6 +242,15 @@ def _one_line(error: Exception) -> str:
 
 
 # While it runs --------------------------------------------------------------------------------------------------------
+
+
+def _tell_ready(config: MeshConfig, url: str, options: Options) -> None:
+    ready, addresses = "ready: the first token was generated", _addresses(config, url)
+    if options.json_lines and not options.as_json:
+        options.progress(f"{ready}; {addresses['openai']} has the OpenAI API. Ctrl-C stops it.")
+        return
+    options.progress(ready)
+    tell(options.as_json, addresses, _welcome(config, url))
 
 
 def _addresses(config: MeshConfig, url: str) -> dict[str, Any]:

@@ -57,8 +57,8 @@ ORDER = {
             "console",
             "reference",
         ),
-        *("refusals", "build", "start_up", "haproxy_guard", "serving", "placement_command", "sizing_command"),
-        *("status_command", "check_command", "command"),
+        *("refusals", "build", "start_up", "haproxy_guard", "log_format", "serving", "placement_command"),
+        *("sizing_command", "status_command", "check_command", "command"),
     ],
 }
 

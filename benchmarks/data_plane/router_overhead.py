@@ -50,7 +50,7 @@ def measure_overhead(dtype: torch.dtype, tokens: int, ranks: int, runs: int) -> 
 
 
 def measure_tracing(tokens: int, ranks: int, rounds: int) -> dict[str, Any]:
-    """One row: median microseconds of a layer without tracing, with it in a step that is not traced, and in one that is."""
+    """One row: median microseconds of a layer without tracing, with it between traced steps, and in a traced one."""
     shape = LayerShape(num_layers=1, num_experts=64, top_k=8, hidden_size=512, dtype=torch.bfloat16)
     off = loopback_dispatcher(shape, ranks, tokens)
     on = loopback_dispatcher(shape, ranks, tokens, TracedDispatcher)

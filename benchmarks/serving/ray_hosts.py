@@ -56,7 +56,7 @@ def start_ray(nodes: Sequence[Node], environment: dict[str, str]) -> str:
     as_head = ["--head", f"--port={GCS_PORT}", f"--temp-dir={head.folder}", "--no-monitor", "--include-dashboard=false"]
     # All in parallel, since most of a start is waiting; the other nodes wait for the head.
     starts = [
-        _start(node, environment, *(as_head if number == 0 else [f"--address={address}"]))
+        start_node(node, environment, *(as_head if number == 0 else [f"--address={address}"]))
         for number, node in enumerate(nodes)
     ]
     for node, start in zip(nodes, starts, strict=True):
@@ -65,7 +65,8 @@ def start_ray(nodes: Sequence[Node], environment: dict[str, str]) -> str:
     return address
 
 
-def _start(node: Node, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+def start_node(node: Node, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    """`ray start` on one host, with the options of a head or of another node; its output goes to `node.log`."""
     command = [
         *[sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node.host.address}", *options],
         *[f"--num-cpus={node.num_cpus}", f"--resources={json.dumps(node.resources)}"],

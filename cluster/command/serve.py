@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from placement.command.arguments import Json
+
+
+class Formats(StrEnum):
+    """Of log lines."""
+
+    text = "text"
+    json = "json"
 
 
 def serve(
@@ -23,6 +31,9 @@ def serve(
     timeout_s: Annotated[float, typer.Option(help="Give up if no token is generated within this time.")] = 900.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of all processes.")] = False,
     as_json: Json = False,
+    log_format: Annotated[
+        Formats, typer.Option(help="Of the logs of all processes, and of what is shown.")
+    ] = Formats.text,
 ) -> None:
     """Serve a config on this machine, until Ctrl-C.
 
@@ -31,4 +42,4 @@ def serve(
     from cluster.serving import Options
     from cluster.serving import serve as run
 
-    run(Options(str(config), port, address, timeout_s, verbose, as_json))
+    run(Options(str(config), port, address, timeout_s, verbose, as_json, log_format.value))

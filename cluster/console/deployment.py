@@ -8,6 +8,7 @@ from ray import serve
 
 from cluster.config.apps import ConsoleAppConfig
 from cluster.config.parse import parse
+from cluster.ray_joints import show_data_plane_log
 
 
 @serve.ingress()
@@ -16,6 +17,7 @@ class ConsoleServer:
 
     def __init__(self, console: dict[str, Any]) -> None:
         self._config = parse(ConsoleAppConfig, console)
+        show_data_plane_log(role="console")
 
     async def __serve_build_asgi_app__(self) -> Any:
         # Here, so that Serve's build task does without FastAPI.

@@ -51,7 +51,7 @@ from cluster.mesh.target import Target
 from cluster.observability.controller_series import CONTROLLER_SERIES
 from cluster.observability.exporter import EXPORT_S, Exporter
 from cluster.priority import lower, threads_here
-from cluster.ray_joints import replica_identity
+from cluster.ray_joints import replica_identity, show_data_plane_log
 from experts.protocol.secret import MeshSecret
 from experts.protocol.status import ShardStatus
 
@@ -71,6 +71,7 @@ class PlacementController(PeopleCalls, ScalingDesk):
         self._secrets = SecretKeeper(self._config.mesh.secret_env)
         self._live = LiveConfig()
         self._mesh = Mesh(ModelFacts(**model), self._live)
+        show_data_plane_log(role="controller", epoch=lambda: self._mesh.roster.epoch)
         self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance, self._secrets.refusal)
         self._autopilot = Autopilot(self._mesh, self._config, self._advance, lambda: self._planner.busy)
         self._history = History()

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.keys.leases import Settle
 from cluster.keys.ledger import Ledger
 from cluster.keys.messages import Answer, LedgerUsage, Report
+from cluster.ray_joints import show_data_plane_log
 
 KEY_LEDGER = "KeyLedger"
 
@@ -22,6 +23,7 @@ class KeyLedger:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._ahead_s, self._clock = time.time() - clock(), clock
         self._ledger = Ledger(self._now_s())
+        show_data_plane_log(role="keys")
 
     async def settle(self, report: Report) -> Answer:
         """One router's report."""

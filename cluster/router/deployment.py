@@ -10,6 +10,7 @@ the proxy's.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -17,8 +18,9 @@ from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
-from cluster.ray_joints import show_data_plane_log
+from cluster.ray_joints import logs_are_json, replica_identity, show_data_plane_log
 from experts.vllm_plugin.early_engine import EarlyEngine
+from experts.vllm_plugin.engine_kwargs import JSON_LOGGING
 
 
 @serve.ingress()
@@ -29,6 +31,9 @@ class Router:
 
     async def __init__(self, mesh: dict[str, Any], ledger: Any = None) -> None:  # type: ignore[misc]
         config = parse(LLMAppConfig, mesh)
+        show_data_plane_log(role="router", router=replica_identity().replica_id)
+        if logs_are_json():
+            os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(JSON_LOGGING))
         early_engine = EarlyEngine()  # it imports vllm while this process does
         importing_s = time.monotonic()
         from cluster.router.server import ExpertMeshLLMServer, llm_config_of
@@ -36,7 +41,7 @@ class Router:
 
         import_s = time.monotonic() - importing_s
         fetching_s = time.monotonic()
-        show_data_plane_log()
+        show_data_plane_log()  # again: what was imported may have set up logging
         folder = await asyncio.to_thread(fetch_rest, config.model.path)
         started = {"import": import_s, "fetch": time.monotonic() - fetching_s}
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.

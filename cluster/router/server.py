@@ -47,6 +47,7 @@ from cluster.router.options import runtime_env_of
 from cluster.router.scaling import RouterScaling
 from cluster.router.worker_calls import WorkerCalls
 from cluster.serve_environment import HAPROXY_SWITCH, NO_HAPROXY
+from experts.protocol.log_lines import set_log_fields
 from experts.protocol.status import RouterStatus
 from experts.vllm_plugin.early_engine import EarlyEngine
 
@@ -108,6 +109,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._controller = controller
         self._worker = WorkerCalls(self.collective_rpc, mesh.deadlines.apply_s)
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
+        set_log_fields(epoch=lambda: self._epochs.epoch)
         self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
         self.scaling = RouterScaling(router_id, controller, self._health.shared_reading)
         self._loops: list[asyncio.Task[None]] = []

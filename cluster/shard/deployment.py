@@ -24,6 +24,7 @@ from cluster.ray_joints import node_address, replica_identity, show_data_plane_l
 from cluster.shard.memory import shard_facts
 from cluster.shard.orders import OrderFollower
 from experts.checkpoint.errors import UnreachableError
+from experts.protocol.log_lines import set_log_fields
 from experts.protocol.membership import ShardEndpoint
 from experts.protocol.status import ShardStatus
 
@@ -53,13 +54,14 @@ class ExpertShard:
         self._scaling_s = 0.0  # when they were told, on the clock that replicas share
         self._measure, self._exporter = ShardMeasure(), Exporter(SHARD_SERIES)
         self._tasks: list[asyncio.Task[None]] = []
-        show_data_plane_log()
+        show_data_plane_log(role="shard")
         serving = lower_all_but_one()  # only what `listen` starts computes; imports and copies can wait
         server_class = await asyncio.to_thread(_import_server)
         answer = await self._join()
         assert answer.rank is not None
         assert answer.placement is not None
         self._rank, self._times = answer.rank, answer.times
+        set_log_fields(rank=lambda: self._rank, epoch=lambda: self._epoch)
         settings = self._config.shard_settings(node_address(), answer.num_slots)
         self._secret = await self._controller.mesh_secret(None, timeout_s=self._config.shards.join_timeout_s)
         self._server = server_class(settings, self._secret)

@@ -27,6 +27,7 @@ import torch
 from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.fingerprint import Fingerprint
 from experts.kernels import KernelShape, keep_quantized, pick_kernel
+from experts.protocol.log_lines import log_to_stderr
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.protocol.orders import CopyOrder, CopyResult
 from experts.protocol.secret import MeshSecret
@@ -325,10 +326,9 @@ def main() -> None:
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--epoch", default=0, type=int)
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started this one")
+    parser.add_argument("--log-format", choices=["text", "json"], default="text")
     args = parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s shard {args.rank} %(levelname)s %(message)s"
-    )
+    log_to_stderr(args.log_format, role="shard", rank=args.rank, epoch=args.epoch)
     server = ShardServer(ShardSettings.model_validate_json(args.settings))
     endpoint = server.start(Placement.load(args.placement), args.rank, args.epoch)
     print(json.dumps(asdict(endpoint)), flush=True)

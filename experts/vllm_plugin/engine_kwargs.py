@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from experts.protocol.settings import RouterSettings
@@ -10,6 +11,8 @@ WORKER_EXTENSION = "experts.vllm_plugin.worker.ExpertMeshWorker"
 # Environment of a router on CPUs. OpenMP's idle threads spin for milliseconds by default, on cores that the shards may
 # need. Two thousand spins take a few microseconds: enough to get from one parallel region to the next.
 CPU_ROUTER_ENV = {"GOMP_SPINCOUNT": "2000"}
+# What VLLM_LOGGING_CONFIG_PATH names where logs are JSON; vLLM reads it when it is imported.
+JSON_LOGGING = Path(__file__).with_name("json_logging.json")
 SCHEDULER = "experts.vllm_plugin.scheduler.scheduler"
 EXPERTS_UNAVAILABLE = "experts_unavailable"  # the stop reason of a request that ended for want of experts
 REFUSED = "expertmesh_refused"  # what a step's output has to say to the scheduler: ids of requests

@@ -9,6 +9,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from experts.protocol.log_lines import set_log_fields
 from experts.protocol.membership import Membership
 from experts.protocol.secret import MeshSecret
 from experts.vllm_plugin.layer import current_client, register
@@ -18,8 +19,18 @@ from experts.vllm_plugin.parent_watch import end_with_parent
 logger = logging.getLogger(__name__)
 
 
+def follow_vllm_log() -> None:
+    """Send what `experts` logs in an engine's process where vLLM's log goes, as text or JSON."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("experts")
+    set_log_fields(role="engine")
+    if not ours.handlers:
+        ours.setLevel(theirs.getEffectiveLevel())
+        ours.handlers = list(theirs.handlers)
+
+
 register()
 end_with_parent()
+follow_vllm_log()
 
 
 class ExpertMeshWorker:
@@ -46,6 +57,7 @@ class ExpertMeshWorker:
         client = current_client()
         if not client.attached:
             verify_model(self.model_runner.get_model())  # type: ignore[attr-defined]
+        set_log_fields(epoch=epoch)
         return client.apply(epoch).to_dict()
 
     def expertmesh_use_membership(self, membership: dict[str, Any]) -> dict[str, Any]:

@@ -201,8 +201,11 @@ def ray_head(
 
 
 @contextlib.contextmanager
-def running_service(change: Callable[[dict[str, Any]], None] = lambda config: None) -> Iterator[Service]:
-    """Start everything, after a change to its config, and wait for the first token; end it all afterwards."""
+def running_service(change: Callable[[dict[str, Any]], None] = lambda config: None, *flags: str) -> Iterator[Service]:
+    """Start everything, after a change to its config, and wait for the first token; end it all afterwards.
+
+    `flags` of the command, besides those it needs.
+    """
     with ray_head() as head:
         [http] = free_ports(1)
         env = {**head.env, "RAY_ADDRESS": head.address}
@@ -211,6 +214,7 @@ def running_service(change: Callable[[dict[str, Any]], None] = lambda config: No
         change(running.config)
         config = running.write_config("mesh.yaml")
         command = [*COMMAND, "serve", str(config), "--address", head.address, "--port", str(http)]
+        command += flags
         with open(running.log, "w") as log:
             process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
         try:

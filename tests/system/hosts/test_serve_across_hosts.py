@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import multiprocessing
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,18 +15,16 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.serving.hosts import Host, NamespacesRefusedError, enter, hosts_on_a_switch
+from benchmarks.serving.hosts import Host, NamespacesRefusedError, hosts_on_a_switch
 from benchmarks.serving.ray_hosts import Node, ray_environment, start_ray
 from tests.support.command import COMMAND
-from tests.support.waiting import join
+from tests.support.serve.host_client import ANSWER_TIMEOUT_S, HTTP_PORT, Client
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[3]
-HTTP_PORT = 8000
-START_TIMEOUT_S, ANSWER_TIMEOUT_S = 420.0, 120.0
+START_TIMEOUT_S = 420.0
 PROMPTS = ["def read_lines(path):", "The function returns", "import os", "class Node:"]
-NUM_TOKENS = 300
 
 
 def config() -> dict[str, Any]:
@@ -117,97 +112,6 @@ def _start(hosts: list[Host]) -> Mesh:
             raise RuntimeError(f"/health was not 200 within {START_TIMEOUT_S} s:\n{log_path.read_text()[-8000:]}")
         time.sleep(0.2)
     return Mesh(hosts, client, address, environment)
-
-
-class Client:
-    """A process on the router's host that sends HTTP requests to it."""
-
-    def __init__(self, host: Host) -> None:
-        self.pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_client, args=(host.name, theirs), daemon=True)
-        process.start()
-        theirs.close()
-
-    def ask(self, *command: Any) -> Any:
-        """The command's result."""
-        self.pipe.send(command)
-        return self.answer()
-
-    def answer(self) -> Any:
-        """The next message from the client."""
-        if not self.pipe.poll(ANSWER_TIMEOUT_S):
-            raise TimeoutError(f"the client sent nothing within {ANSWER_TIMEOUT_S} s")
-        return self.pipe.recv()
-
-
-def _client(netns: str, pipe: Any) -> None:
-    enter(netns)
-    while True:
-        try:
-            command, *details = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_get(*details) if command == "get" else _streams(pipe, *details))
-
-
-def _get(path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=60)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    except OSError as error:
-        return 0, str(error)
-    finally:
-        connection.close()
-
-
-def _streams(pipe: Any, prompts: list[str]) -> list[tuple[str, str]]:
-    """Complete all prompts in parallel, greedily; sends "midway" once every stream runs. (text, error) of each."""
-    results = [("", "not finished")] * len(prompts)
-    all_started = threading.Barrier(len(prompts) + 1, timeout=60)
-
-    def stream(number: int) -> None:
-        try:
-            results[number] = _stream(prompts[number], all_started)
-        except Exception as error:
-            results[number] = ("", repr(error))
-
-    threads = [threading.Thread(target=stream, args=(number,), daemon=True) for number in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    with contextlib.suppress(threading.BrokenBarrierError):
-        all_started.wait()
-    pipe.send("midway")
-    for thread in threads:
-        join(thread, "a stream to end", ANSWER_TIMEOUT_S)
-    return results
-
-
-def _stream(prompt: str, all_started: threading.Barrier) -> tuple[str, str]:
-    body = {"model": "tiny-moe", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-    connection = http.client.HTTPConnection("127.0.0.1", HTTP_PORT, timeout=100)
-    connection.request(
-        "POST", "/v1/completions", json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
-    )
-    response = connection.getresponse()
-    if response.status != 200:
-        return "", f"HTTP {response.status}: {response.read()!r}"
-    text, chunks = "", 0
-    for line in response:
-        data = line.decode().strip().removeprefix("data:").strip()
-        if data == "[DONE]":
-            return text, ""
-        if not data:
-            continue
-        message = json.loads(data)
-        if "error" in message:
-            return text, str(message["error"])
-        text += message["choices"][0]["text"]
-        chunks += 1
-        if chunks == 5:
-            all_started.wait()
-    return text, "the stream ended before [DONE]"
 
 
 def status_of(mesh: Mesh) -> dict[str, Any]:
