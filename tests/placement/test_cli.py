@@ -172,3 +172,15 @@ def test_a_bad_trace_ends_in_one_line(files, capsys) -> None:
     said = capsys.readouterr().err
     assert "trace.npz: not a usable trace" in said
     assert said.count("\n") == 1
+
+
+def test_every_command_tells_json_on_request(files, capsys) -> None:
+    plan, trace, report = files / "plan.json", files / "trace.npz", files / "report"
+    assert optimize(files, "--effort", "0.01", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["out"], told["planned"]) == (str(plan), json.loads(plan.read_text())["planned"])
+    assert main(["export", "--placement", str(plan), "--format", "vllm", "--out", str(files / "o"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(files / "o"), "format": "vllm"}
+    pytest.importorskip("matplotlib")
+    assert main(["explain", "--trace", str(trace), "--placement", str(plan), "--out", str(report), "--json"]) == 0
+    assert str(report / "report.html") in json.loads(capsys.readouterr().out)["written"]

@@ -266,3 +266,17 @@ def test_history_is_told_as_json_too(run: Run, tmp_path: Path) -> None:
         (1, "first", "reached"),
         (2, "command", "reached"),
     ]
+
+
+def test_changes_are_told_as_one_json_document_and_progress_apart(run: Run, tmp_path: Path) -> None:
+    done = run("apply", other(tmp_path / "p.json"), "--json")
+    told = json.loads(done.out)
+    assert (told["target_version"], told["reached"], told["dry_run"]) == (2, True, False)
+    assert "target 2 reached, epoch" in done.err
+    assert json.loads(run("apply", tmp_path / "p.json", "--dry-run", "--json").out)["copies"] == 0
+    assert json.loads(run("drain", "1", "--json").out) == {"rank": 1, "shard_id": "s1", "draining": True, "empty": True}
+    assert json.loads(run("undrain", "1", "--json").out)["draining"] is False
+    assert [json.loads(run(word, "--json").out) for word in ("pause", "resume")] == [
+        {"paused": True},
+        {"paused": False},
+    ]
