@@ -28,7 +28,7 @@ import torch
 from experts.dispatch import live_slots
 from experts.dispatch.epoch import PreparedEpoch, prepare_epoch
 from experts.dispatch.fallback_budget import FallbackBudget
-from experts.dispatch.layer_shape import LayerShape
+from experts.dispatch.layer_shape import CallCheck, LayerShape
 from experts.dispatch.live_slots import LiveSlots
 from experts.dispatch.pending import Pending
 from experts.dispatch.rows.base import RowMover
@@ -68,6 +68,7 @@ class Dispatcher:
         `fallback` computes what no live shard can, as long as it may; without it that is a RuntimeError.
         """
         self.shape = shape
+        self._check_call = CallCheck(shape)
         self.max_rows = max_rows
         self.timeout_s = timeout_s
         self.fallback = fallback
@@ -104,7 +105,7 @@ class Dispatcher:
 
         A link that this dispatcher gave up since the epoch was prepared stays given up.
         """
-        start_ns = time.perf_counter_ns()
+        start_ns = time.monotonic_ns()
         for rank in prepared.kept:
             if self.links.get(rank) is not prepared.links[rank]:
                 del prepared.links[rank]
@@ -119,7 +120,7 @@ class Dispatcher:
         self._mover, self._slots, self._answered_R = prepared.mover, prepared.slots, prepared.answered_R
         self.stats.resize(len(prepared.answered_R))
         prepared.mover.count_into(self.stats)
-        self.stats.add_swap(time.perf_counter_ns() - start_ns)
+        self.stats.add_swap(time.monotonic_ns() - start_ns)
         return unwanted
 
     @property
@@ -142,7 +143,7 @@ class Dispatcher:
         """
         if self.membership is None:
             raise RuntimeError("no membership was applied yet, so nobody holds the experts")
-        self.shape.check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
+        self._check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
         pending = Pending(self._mover.stage(layer, x_TD, topk_weights_TK, topk_ids_TK))
         self.stats.dispatches += 1
         if layer == 0:
@@ -162,10 +163,10 @@ class Dispatcher:
         y is where the rows travel from: on the device of x over links that carry its rows, else in host memory.
         """
         self._finish_batch(pending)
-        while pending.stop < len(pending.topk_ids_TK):
+        while pending.stop < pending.rows.num_tokens:
             self._begin_batch(pending)
             self._finish_batch(pending)
-        return pending.y_TD
+        return pending.rows.y_TD
 
     def take_refused(self) -> np.ndarray | None:
         """Which rows of the step so far lack an expert, since no time was left to compute it: bool [T]; None for none.
@@ -184,17 +185,24 @@ class Dispatcher:
 
     def _begin_batch(self, pending: Pending) -> None:
         """Plan, pack and post the next rows, at most one message's worth."""
-        start, num_tokens = pending.stop, len(pending.topk_ids_TK)
-        pending.stop = min(start + self.max_rows, num_tokens)
-        pending.batch = pending.rows.part(start, pending.stop)
-        pending.missing_slots.clear()
-        self._post(pending)
+        start, rows = pending.stop, pending.rows
+        if start or rows.num_tokens > self.max_rows:
+            pending.stop = min(start + self.max_rows, rows.num_tokens)
+            pending.batch, pending.missing_slots = rows.part(start, pending.stop), None
+        else:
+            pending.stop, pending.batch = rows.num_tokens, rows
         self.stats.rows += pending.stop - start
+        self._post(pending)
 
     def _finish_batch(self, pending: Pending) -> None:
         """Collect and combine what was posted; repeat elsewhere what failed."""
         while True:
-            self._collect(pending)
+            start_ns = time.monotonic_ns()
+            if pending.posted is None:
+                if self._mover.receive(pending.batch, pending.plan, self.timeout_s):
+                    return
+                pending.posted = np.flatnonzero(pending.plan.nbytes_R).tolist()  # what has come is still there
+            self._collect(pending, start_ns)
             if pending.plan.unserved:
                 self._compute_here(pending)
             if not pending.failed:
@@ -215,7 +223,7 @@ class Dispatcher:
         if sent is not None:
             pending.plan, pending.posted = sent, None
             return
-        start_ns = time.perf_counter_ns()
+        start_ns = time.monotonic_ns()
         plan = self._mover.plan_and_pack(batch, self._seq, slots_LER[batch.layer])
         pending.plan, pending.posted = plan, []
         for rank in np.flatnonzero(plan.nbytes_R).tolist():
@@ -230,20 +238,15 @@ class Dispatcher:
                 stats.native.bytes_sent += nbytes
         stats.add_rows(plan.rows_R, plan.pairs_R)
         if not batch.repeated:
-            stats.plan_pack.add(time.perf_counter_ns() - start_ns)
+            stats.plan_pack.add(time.monotonic_ns() - start_ns)
 
-    def _collect(self, pending: Pending) -> None:
-        """Wait for each shard's reply and combine those that came."""
-        start_ns = time.perf_counter_ns()
-        deadline_s = time.monotonic() + self.timeout_s
+    def _collect(self, pending: Pending, start_ns: int) -> None:
+        """Wait for each shard's reply, from `start_ns` on, and combine those that came."""
+        deadline_s = start_ns / 1e9 + self.timeout_s
         plan = pending.plan
-        if pending.posted is None:
-            if self._mover.receive(pending.batch, plan, self._seq, self.timeout_s):
-                return
-            pending.posted = np.flatnonzero(plan.nbytes_R).tolist()  # what has come is still there
         stats, answered_R = self.stats, self._answered_R
         answered_R[:] = False
-        for rank in pending.posted:
+        for rank in pending.posted or ():
             try:
                 stats.native.bytes_received += self._receive(rank, int(plan.rows_R[rank]), deadline_s)
                 answered_R[rank] = True
@@ -253,10 +256,10 @@ class Dispatcher:
             except ShardError as error:
                 self._lose(error)
                 pending.failed.append(rank)
-        waited_ns = time.perf_counter_ns()
+        waited_ns = time.monotonic_ns()
         stats.wait.add(waited_ns - start_ns)
         self._mover.combine(pending.batch, plan, answered_R)
-        stats.combine.add(time.perf_counter_ns() - waited_ns)
+        stats.combine.add(time.monotonic_ns() - waited_ns)
         if answered_R.any():
             stats.add_success(time.monotonic())
 
@@ -303,8 +306,8 @@ class Dispatcher:
         self.stats.fallback_pairs += int((ids_TK[wanted_M[~refused_M.numpy()]] >= 0).sum())
         if refused_M.any():
             if self._refused_T is None:
-                self._refused_T = np.zeros(len(pending.topk_ids_TK), np.bool_)
-            first = pending.stop - len(batch.topk_ids_TK)
+                self._refused_T = np.zeros(pending.rows.num_tokens, np.bool_)
+            first = pending.stop - batch.num_tokens
             self._refused_T[first + wanted_M[refused_M.numpy()]] = True
 
     def _lose_slots(self, pending: Pending, error: MissingSlotError) -> None:
@@ -313,8 +316,9 @@ class Dispatcher:
         if error.layer != layer or not self._slots.has(layer, error.expert, rank):
             self._lose(ShardRejectedError(rank, f"lacks what it was not asked for: {error.reason}"))
             return
-        pending.missing_slots[rank] = pending.missing_slots.get(rank, 0) + 1
-        if pending.missing_slots[rank] > MAX_MISSING_SLOTS:
+        missing_slots = pending.missing_slots = pending.missing_slots or {}
+        missing_slots[rank] = missing_slots.get(rank, 0) + 1
+        if missing_slots[rank] > MAX_MISSING_SLOTS:
             lost = self._slots.lose_layer(layer, rank)
         else:
             lost = self._slots.lose_expert(layer, error.expert, rank)

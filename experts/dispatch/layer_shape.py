@@ -45,3 +45,27 @@ class LayerShape:
                 f"top-k ids {list(topk_ids_TK.shape)} and weights {list(topk_weights_TK.shape)}, "
                 f"expected both {list(expected)}"
             )
+
+
+class CallCheck:
+    """`LayerShape.check_call` for calls that mostly look like the one before: those take it a microsecond less."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self._shape, self._num_layers, self._dtype = shape, shape.num_layers, shape.dtype
+        self._x_size = self._pairs_size = torch.Size()
+
+    def __call__(
+        self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
+    ) -> None:
+        """ValueError as `LayerShape.check_call`."""
+        x_size, pairs_size = x_TD.shape, topk_ids_TK.shape
+        if (
+            x_size == self._x_size
+            and pairs_size == self._pairs_size
+            and topk_weights_TK.shape == pairs_size
+            and x_TD.dtype is self._dtype
+            and 0 <= layer < self._num_layers
+        ):
+            return
+        self._shape.check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
+        self._x_size, self._pairs_size = x_size, pairs_size

@@ -26,8 +26,8 @@ class Pending:
     failed: list[int] = field(init=False)
     """Ranks of `plan`'s messages: those that wait for a reply (None: all that it has a message for), and those that
     failed."""
-    missing_slots: dict[int, int] = field(default_factory=dict)
-    """How often each rank had no slot for an expert of `batch`."""
+    missing_slots: dict[int, int] | None = None
+    """How often each rank had no slot for an expert of `batch`; None for never."""
 
     @property
     def y_TD(self) -> torch.Tensor:

@@ -35,14 +35,9 @@ int64_t data_plane_poll(Channel* channel) { return channel_poll(*channel); }
 int64_t data_plane_reply(Channel* channel, int64_t nbytes) { return channel_reply(*channel, nbytes); }
 
 // See router.h.
-int64_t data_plane_begin(Router* router, int64_t layer, int64_t seq, int64_t T, const void* x, const int32_t* ids_TK,
-                         const float* weights_TK, const int32_t* slots_ER, int64_t post) {
-    return router::begin(*router, layer, seq, T, x, ids_TK, weights_TK, slots_ER, post);
-}
+int64_t data_plane_begin(Router* router) { return router::begin(*router); }
 
-int64_t data_plane_finish(Router* router, int64_t seq, int64_t T, int64_t timeout_ns, int64_t accumulate, void* y) {
-    return router::finish(*router, seq, T, timeout_ns, accumulate, y);
-}
+int64_t data_plane_finish(Router* router, void* y) { return router::finish(*router, y); }
 
 int64_t data_plane_combine(const Router* router, int64_t T, const uint8_t* answered_R, int64_t accumulate, void* y) {
     router::combine_any(*router, T, answered_R, accumulate, y);

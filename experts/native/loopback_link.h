@@ -16,5 +16,5 @@ inline int64_t loopback_post(Link& link) {
 
 inline int64_t loopback_progress(const Link& link) {
     const auto* sent = reinterpret_cast<const int64_t*>(link.send);
-    return HEADER_BYTES + sent[H_ROWS] * sent[H_HIDDEN] * (sent[H_DTYPE] == FLOAT32 ? 4 : 2);
+    return HEADER_BYTES + sent[H_ROWS] * sent[H_HIDDEN] * value_bytes(sent[H_DTYPE]);
 }

@@ -92,7 +92,7 @@ inline Verdict take(const Shard& s, const int32_t* slot_of_expert_LE, int64_t in
     if (!batch.parts.empty() &&
         (layer != batch.layer || int64_t(batch.rows.size()) + M > s.max_merged_rows))
         return NOT_NOW;
-    const int64_t row_bytes = s.hidden * (s.dtype == FLOAT32 ? 4 : 2);
+    const int64_t row_bytes = s.hidden * value_bytes(s.dtype);
     const RequestLayout layout(M, N, row_bytes);
     if (layout.nbytes != nbytes || HEADER_BYTES + M * row_bytes > channel.send_capacity) return UNSOUND;
     const auto* offsets = reinterpret_cast<const int32_t*>(channel.recv + layout.offsets_at);
@@ -165,7 +165,7 @@ inline int64_t serve_batch(Shard& s, Channel** channels, int64_t count, Batch& b
     if (result >= 0) s.next = (result + 1) % count;
     if (result != SERVED) return result;
     s.next = (batch.parts[0].channel + 1) % count;
-    const int64_t row_bytes = s.hidden * (s.dtype == FLOAT32 ? 4 : 2);
+    const int64_t row_bytes = s.hidden * value_bytes(s.dtype);
     const int64_t spent_ns = now_ns() - start_ns;
     s.counts->compute_ns += spent_ns;
     for (const Part& part : batch.parts) {

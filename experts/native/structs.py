@@ -80,6 +80,9 @@ class NativeRouter(ctypes.Structure):
         *((name, _pointer) for name in ("send_R", "recv_R", "links_R")),
         *((name, _pointer) for name in ("rank_TK", "row_TK", "rows_R", "pairs_R", "nbytes_R")),
         *((name, _pointer) for name in ("counts", "shard_rows_R", "shard_pairs_R", "times")),
+        *((name, _i64) for name in ("layer", "seq", "T")),
+        *((name, _pointer) for name in ("x", "ids_TK", "weights_TK", "slots_ER")),
+        *((name, _i64) for name in ("post", "timeout_ns")),
     )
 
 

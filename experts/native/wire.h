@@ -10,7 +10,9 @@ enum HeaderWord {
     H_COMPUTE_NS = 12,
 };
 enum : int64_t { MAGIC = 0x45584D31, STATUS_OK = 0 };
-enum Dtype : int64_t { FLOAT32 = 1, BFLOAT16 = 2 };
+enum Dtype : int64_t { FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
+
+inline int64_t value_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 inline int64_t aligned(int64_t nbytes) { return (nbytes + SECTION_ALIGN - 1) / SECTION_ALIGN * SECTION_ALIGN; }
 

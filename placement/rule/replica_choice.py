@@ -21,6 +21,7 @@ import numpy as np
 from placement.compiled import compiled
 from placement.rule.bits import lowest_bit, popcount
 from placement.rule.even_out import even_out
+from placement.rule.sole_holders import take_sole_holders
 
 MAX_TOP_K = 63  # the experts a token still wants are bits of an int64
 
@@ -277,6 +278,9 @@ def choose_replicas(
     if top_k > 63:
         raise ValueError("top-k above 63")
     before_R = rank_load_R.copy()
+    start = take_sole_holders(topk_ids_TK, slots_ER, work_R, rank_load_R, rank_TK)
+    if start == num_tokens:
+        return
     choosing_T = np.empty(num_tokens, np.int32)
     num_choosing = 0
     # Holders are looked up when an expert is first met: -1 not yet, else their number.
@@ -289,7 +293,7 @@ def choose_replicas(
     nodes = Nodes(node_of_rank_R, num_nodes, block_of_nodes(node_of_rank_R, num_nodes), work_R)
     scratch = cover_scratch(num_ranks, num_nodes)
 
-    for t in range(num_tokens):
+    for t in range(start, num_tokens):
         num_wanted = 0
         several = False
         for k in range(top_k):

@@ -23,29 +23,65 @@ import torch
 from experts.dispatch.stats import RouterStats
 
 
-@dataclass(slots=True)
 class RowBatch:
     """Rows of one layer, and their sums: all of a step's, or as many as one message to each rank may carry."""
 
-    layer: int
-    x_TD: torch.Tensor
-    y_TD: torch.Tensor
-    """The sums, in x's dtype and on x's device."""
-    topk_ids_TK: np.ndarray
-    """int32, logical experts; -1 where a pair is not wanted, or no longer."""
-    topk_weights_TK: np.ndarray
-    """float32."""
-    repeated: bool = False
-    """y already holds the sums of an earlier attempt; combining adds to them."""
-    sum_TD: torch.Tensor | None = None
-    """float32: y before it is rounded, for movers that keep it."""
+    __slots__ = ("_ids_TK", "_weights_TK", "_y_TD", "addresses", "layer", "num_tokens", "repeated", "sum_TD", "x_TD")
+
+    def __init__(
+        self,
+        layer: int,
+        num_tokens: int,
+        x_TD: torch.Tensor,
+        topk_ids_TK: np.ndarray | torch.Tensor,
+        topk_weights_TK: np.ndarray | torch.Tensor,
+        addresses: tuple[int, int, int] | None = None,
+        y_TD: torch.Tensor | None = None,
+    ) -> None:
+        """x is contiguous. Ids (int32, logical experts; -1 where a pair is not wanted) and weights (float32) are in
+        host memory; arrays of tensors, and y, are made when somebody asks for them: the shards compute by then.
+
+        `addresses` of x, ids and weights, if they are in host memory.
+        """
+        self.layer, self.num_tokens, self.x_TD, self._y_TD = layer, num_tokens, x_TD, y_TD
+        self._ids_TK, self._weights_TK, self.addresses = topk_ids_TK, topk_weights_TK, addresses
+        self.repeated = False
+        """y already holds the sums of an earlier attempt; combining adds to them."""
+        self.sum_TD: torch.Tensor | None = None
+        """float32: y before it is rounded, for movers that keep it."""
+
+    @property
+    def y_TD(self) -> torch.Tensor:
+        """Where the sums go, in x's dtype and on x's device."""
+        if self._y_TD is None:
+            self._y_TD = torch.empty_like(self.x_TD)
+        return self._y_TD
+
+    @property
+    def topk_ids_TK(self) -> np.ndarray:
+        """int32, logical experts; -1 where a pair is not wanted, or no longer."""
+        if isinstance(self._ids_TK, torch.Tensor):
+            self._ids_TK = self._ids_TK.numpy()
+        return self._ids_TK
+
+    @topk_ids_TK.setter
+    def topk_ids_TK(self, ids_TK: np.ndarray) -> None:
+        self._ids_TK, self.addresses = ids_TK, None
+
+    @property
+    def topk_weights_TK(self) -> np.ndarray:
+        """float32."""
+        if isinstance(self._weights_TK, torch.Tensor):
+            self._weights_TK = self._weights_TK.numpy()
+        return self._weights_TK
 
     def part(self, start: int, stop: int) -> RowBatch:
         """The rows from `start` up to `stop`; views."""
-        if stop - start == len(self.topk_ids_TK):
+        if stop - start == self.num_tokens:
             return self
         x_TD, y_TD = self.x_TD[start:stop], self.y_TD[start:stop]
-        return RowBatch(self.layer, x_TD, y_TD, self.topk_ids_TK[start:stop], self.topk_weights_TK[start:stop])
+        ids_TK, weights_TK = self.topk_ids_TK[start:stop], self.topk_weights_TK[start:stop]
+        return RowBatch(self.layer, stop - start, x_TD, ids_TK, weights_TK, y_TD=y_TD)
 
     def narrow(self, wanted_TK: np.ndarray) -> None:
         """Keep only the pairs in `wanted_TK` (bool) for another attempt."""
@@ -99,8 +135,8 @@ class RowMover(ABC):
         """
         return None
 
-    def receive(self, batch: RowBatch, plan: DispatchPlan, seq: int, timeout_s: float) -> bool:
-        """Wait for all replies to `send`, check, `combine` and count at once; whether all was as it should be.
+    def receive(self, batch: RowBatch, plan: DispatchPlan, timeout_s: float) -> bool:
+        """Wait for all replies to the last `send`, check, `combine` and count at once; whether all was as it should be.
 
         If it was not, nothing was combined or counted, and every link can be waited for again.
         """

@@ -51,7 +51,7 @@ class HostRowMover(RowMover):
             pairs_R=np.zeros(num_ranks, np.int32),
             nbytes_R=np.zeros(num_ranks, np.int64),
         )
-        self._plan = self._whole_plan
+        self._plan, self._plan_tokens = self._whole_plan, max_rows
 
     def carry_over(self, before: RowMover) -> None:
         if isinstance(before, HostRowMover):
@@ -73,11 +73,10 @@ class HostRowMover(RowMover):
         if self._rows_in_messages:
             x_TD = x_TD.cpu()
         x_TD = x_TD.contiguous()
-        y_TD = torch.empty_like(x_TD)
-        return RowBatch(layer, x_TD, y_TD, *self._routing(topk_ids_TK, topk_weights_TK))
+        return RowBatch(layer, len(x_TD), x_TD, *self._routing(topk_ids_TK, topk_weights_TK))
 
     def plan_and_pack(self, batch: RowBatch, seq: int, slots_ER: np.ndarray) -> DispatchPlan:
-        plan = self._plan_of(len(batch.topk_ids_TK))
+        plan = self._plan_of(batch.num_tokens)
         header = self._header
         header[H_LAYER], header[H_SEQ] = batch.layer, seq
         plan.unserved = plan_and_pack(
@@ -123,8 +122,9 @@ class HostRowMover(RowMover):
 
     def _plan_of(self, num_tokens: int) -> DispatchPlan:
         """The plan's memory for so many tokens. Decode steps repeat their size, so the latest views are kept."""
-        if len(self._plan.rank_TK) != num_tokens:
+        if num_tokens != self._plan_tokens:
             whole = self._whole_plan
             rank_TK, row_TK = whole.rank_TK[:num_tokens], whole.row_TK[:num_tokens]
             self._plan = DispatchPlan(rank_TK, row_TK, whole.rows_R, whole.pairs_R, whole.nbytes_R)
+            self._plan_tokens = num_tokens
         return self._plan

@@ -6,6 +6,7 @@ Legend: T tokens, K top-k, E logical experts, R ranks, D hidden size.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +16,7 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.host_mover import HostRowMover
 from experts.dispatch.rows.host_programs import choose_ranks_callback
+from experts.dispatch.rows.torch_mover import TorchRowMover
 from experts.dispatch.stats import RouterStats
 from experts.native.library import data_plane
 from experts.native.structs import NativeRouter
@@ -24,6 +26,9 @@ from experts.transports.base import RouterLink
 from placement.rule.replica_choice import check_top_k
 
 PACK_ONLY, POST, POST_AGAIN = range(3)  # router.h
+_BATCH = struct.Struct(
+    "@8q"
+)  # the words of Router from `layer` on: one write costs less than eight arguments of a call
 
 
 class NativeRowMover(HostRowMover):
@@ -70,11 +75,11 @@ class NativeRowMover(HostRowMover):
             nbytes_R=plan.nbytes_R.ctypes.data,
         )
         self._address = ctypes.addressof(self._router)
+        self._batch_at = NativeRouter.layer.offset
         # Addresses cost more to look up than to keep.
         self._slots_LER: np.ndarray | None = None
         self._slots_address = self._slots_stride = 0
-        self._staged_ids_TK: np.ndarray | None = None
-        self._staged_addresses = (0, 0)
+        self._timeout_s = -1.0
 
     def count_into(self, stats: RouterStats) -> None:
         router = self._router
@@ -97,13 +102,19 @@ class NativeRowMover(HostRowMover):
     def stage(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
     ) -> RowBatch:
-        if not _is_ready(x_TD, x_TD.dtype) or not (
-            _is_ready(topk_ids_TK, torch.int32) and _is_ready(topk_weights_TK, torch.float32)
+        if not (
+            topk_ids_TK.dtype is torch.int32
+            and topk_weights_TK.dtype is torch.float32
+            and x_TD.is_cpu
+            and topk_ids_TK.is_cpu
+            and topk_weights_TK.is_cpu
+            and x_TD.is_contiguous()
+            and topk_ids_TK.is_contiguous()
+            and topk_weights_TK.is_contiguous()
         ):
             return super().stage(layer, x_TD, topk_weights_TK, topk_ids_TK)
-        ids_TK = self._staged_ids_TK = topk_ids_TK.numpy()
-        self._staged_addresses = topk_ids_TK.data_ptr(), topk_weights_TK.data_ptr()
-        return RowBatch(layer, x_TD, torch.empty_like(x_TD), ids_TK, topk_weights_TK.numpy())
+        addresses = x_TD.data_ptr(), topk_ids_TK.data_ptr(), topk_weights_TK.data_ptr()
+        return RowBatch(layer, x_TD.shape[0], x_TD, topk_ids_TK, topk_weights_TK, addresses)
 
     def send(self, batch: RowBatch, seq: int, slots_LER: np.ndarray) -> DispatchPlan | None:
         if not self._all_native:
@@ -115,40 +126,47 @@ class NativeRowMover(HostRowMover):
         slots_address = self._slots_address + batch.layer * self._slots_stride
         return self._write(batch, seq, slots_address, POST_AGAIN if batch.repeated else POST)
 
-    def receive(self, batch: RowBatch, plan: DispatchPlan, seq: int, timeout_s: float) -> bool:
+    def receive(self, batch: RowBatch, plan: DispatchPlan, timeout_s: float) -> bool:
         if plan.unserved:
             return False
-        num_tokens, y_address = len(plan.rank_TK), batch.y_TD.data_ptr()
-        return bool(self._finish(self._address, seq, num_tokens, int(timeout_s * 1e9), int(batch.repeated), y_address))
+        if timeout_s != self._timeout_s:
+            self._timeout_s, self._router.timeout_ns = timeout_s, int(timeout_s * 1e9)
+        return bool(self._finish(self._address, batch.y_TD.data_ptr()))
 
     def plan_and_pack(self, batch: RowBatch, seq: int, slots_ER: np.ndarray) -> DispatchPlan:
         return self._write(batch, seq, slots_ER.ctypes.data, PACK_ONLY)
 
     def combine(self, batch: RowBatch, plan: DispatchPlan, answered_R: np.ndarray) -> None:
-        num_tokens, y_address = len(plan.rank_TK), batch.y_TD.data_ptr()
-        self._combine(self._address, num_tokens, answered_R.ctypes.data, int(batch.repeated), y_address)
+        y_address = batch.y_TD.data_ptr()
+        self._combine(self._address, batch.num_tokens, answered_R.ctypes.data, int(batch.repeated), y_address)
 
     def _write(self, batch: RowBatch, seq: int, slots_address: int, post: int) -> DispatchPlan:
-        ids_TK = batch.topk_ids_TK
-        if ids_TK is self._staged_ids_TK:
-            ids_address, weights_address = self._staged_addresses
-        else:
-            ids_address, weights_address = ids_TK.ctypes.data, batch.topk_weights_TK.ctypes.data
-        plan = self._plan_of(len(ids_TK))
-        plan.unserved = self._begin(
-            self._address,
-            batch.layer,
-            seq,
-            len(ids_TK),
-            batch.x_TD.data_ptr(),
-            ids_address,
-            weights_address,
-            slots_address,
-            post,
+        x, ids, weights = batch.addresses or (
+            batch.x_TD.data_ptr(), batch.topk_ids_TK.ctypes.data, batch.topk_weights_TK.ctypes.data,
+        )  # fmt: skip
+        num_tokens = batch.num_tokens
+        plan = self._plan if num_tokens == self._plan_tokens else self._plan_of(num_tokens)
+        _BATCH.pack_into(
+            self._router, self._batch_at, batch.layer, seq, num_tokens, x, ids, weights, slots_address, post
         )
+        plan.unserved = self._begin(self._address)
         return plan
 
 
-def _is_ready(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether compiled code can read the tensor as it is."""
-    return tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+class NativeFloat16Mover(NativeRowMover):
+    """The same for float16. A batch that takes several attempts is rare and left to torch: its sums stay in float32."""
+
+    def __init__(
+        self, shape: LayerShape, max_rows: int, membership: Membership, links: Mapping[int, RouterLink]
+    ) -> None:
+        super().__init__(shape, max_rows, membership, links)
+        self._in_torch = TorchRowMover(shape, max_rows, membership, links)
+
+    def receive(self, batch: RowBatch, plan: DispatchPlan, timeout_s: float) -> bool:
+        return not batch.repeated and super().receive(batch, plan, timeout_s)
+
+    def combine(self, batch: RowBatch, plan: DispatchPlan, answered_R: np.ndarray) -> None:
+        self._in_torch.combine(batch, plan, answered_R)
+
+    def add(self, batch: RowBatch, tokens_M: torch.Tensor, rows_MD: torch.Tensor) -> None:
+        self._in_torch.add(batch, tokens_M, rows_MD)

@@ -11,7 +11,7 @@ from numba import config
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows.base import RowMover
 from experts.dispatch.rows.host_mover import HostRowMover
-from experts.dispatch.rows.native_mover import NativeRowMover
+from experts.dispatch.rows.native_mover import NativeFloat16Mover, NativeRowMover
 from experts.dispatch.rows.torch_mover import TorchRowMover
 from experts.native.library import data_plane
 from experts.protocol.membership import Membership
@@ -29,7 +29,10 @@ def pick_row_mover(
         from experts.dispatch.rows.triton_mover import TritonRowMover
 
         return TritonRowMover(shape, max_rows, membership, links)
-    if devices <= {None} and shape.dtype != torch.float16:  # numba knows no float16
-        kind = HostRowMover if data_plane() is None or config.DISABLE_JIT else NativeRowMover
-        return kind(shape, max_rows, membership, links)
+    if devices <= {None}:
+        is_float16 = shape.dtype == torch.float16
+        if data_plane() is not None and not config.DISABLE_JIT:
+            return (NativeFloat16Mover if is_float16 else NativeRowMover)(shape, max_rows, membership, links)
+        if not is_float16:  # which numba does not know
+            return HostRowMover(shape, max_rows, membership, links)
     return TorchRowMover(shape, max_rows, membership, links)

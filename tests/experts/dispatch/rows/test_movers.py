@@ -17,7 +17,7 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.loopback import LoopbackLink
 from experts.dispatch.rows.base import RowBatch, RowMover
 from experts.dispatch.rows.host_mover import HostRowMover
-from experts.dispatch.rows.native_mover import NativeRowMover
+from experts.dispatch.rows.native_mover import NativeFloat16Mover, NativeRowMover
 from experts.dispatch.rows.pick import pick_row_mover
 from experts.dispatch.rows.torch_mover import TorchRowMover
 from experts.native.library import data_plane
@@ -35,6 +35,7 @@ NEEDS_COMPILER = pytest.mark.skipif(data_plane() is None, reason="no C++ compile
 FORMS = [
     *[("host", dtype, "messages") for dtype in (FLOAT32, BFLOAT16)],
     *[pytest.param(("native", dtype, "messages"), marks=NEEDS_COMPILER) for dtype in (FLOAT32, BFLOAT16)],
+    pytest.param(("native float16", FLOAT16, "messages"), marks=NEEDS_COMPILER),
     *[("torch", FLOAT16, "messages"), *[("torch", dtype, "tensors") for dtype in (FLOAT32, BFLOAT16, FLOAT16)]],
     *[pytest.param(("triton", dtype, "tensors"), marks=ON_TRITON) for dtype in (FLOAT32, BFLOAT16, FLOAT16)],
 ]
@@ -94,9 +95,13 @@ def make_bench(
 
         mover: RowMover = TritonRowMover(*arguments)
     else:
-        mover = {"host": HostRowMover, "native": NativeRowMover, "torch": TorchRowMover}[kind](*arguments)
+        kinds = {
+            "host": HostRowMover, "native": NativeRowMover,
+            "native float16": NativeFloat16Mover, "torch": TorchRowMover,
+        }  # fmt: skip
+        mover = kinds[kind](*arguments)
         picked = type(pick_row_mover(*arguments))
-        assert picked is type(mover) or (kind == "host" and picked is NativeRowMover)
+        assert picked is type(mover) or (travels == "messages" and issubclass(picked, NativeRowMover))
     x_TD = torch.randn(T, hidden_size, generator=torch.Generator().manual_seed(hidden_size)).to(dtype)
     on_device = (
         tensor.to(device) for tensor in (x_TD, torch.from_numpy(case.weights_TK), torch.from_numpy(case.ids_TK))
