@@ -116,7 +116,8 @@ class ShardLoop:
         self._failures = 0  # without an answered request between them
         self._answered_before = 0  # requests that were answered before the last failure
         self._last_failure = ""
-        self._on_gpu = self.device.startswith("cuda")
+        self._torch_device = torch.device(self.device)
+        self._on_gpu = self._torch_device.type == "cuda"
         self._compiled = None
         if self.compiled:
             self._compiled = compiled_loop(
@@ -314,7 +315,7 @@ class ShardLoop:
     def _compute(self, batch: list[Work]) -> list[tuple[Work, Exception]]:
         """What failed. Where several do together, each has its own try: the others shall not pay for one."""
         try:
-            compute(self.kernel, torch.device(self.device), batch)
+            compute(self.kernel, self._torch_device, batch)
         except Exception as error:
             if len(batch) == 1:
                 return [(batch[0], error)]
