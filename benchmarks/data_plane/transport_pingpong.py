@@ -7,11 +7,12 @@ Both sides copy N bytes into their buffer, send them, and copy the N bytes of th
 reading. Turns are interleaved; medians are over all round trips. Goals: 1.5 times in shared memory, 1.3 over TCP. TLS,
 which has no goal, takes turns with TCP: `over_tcp` is what it costs a link.
 
-    link  `RouterLink.post` and `wait` against a doorbell, poll and reply, with the length in the message; the peer's
-          side is compiled where the transport has a compiled form, as in a shard
-    bare  shm: two compiled loops on a shared page and a futex
-          tcp: two blocking sockets, lengths known in advance
-          tls: the same two with TLS 1.3, without the tunnels that a link takes
+    link    `RouterLink.post` and `wait` against a doorbell, poll and reply, with the length in the message; the peer's
+            side is compiled where the transport has a compiled form, as in a shard
+    bare    shm: two compiled loops on a shared page and a futex
+            tcp: two blocking sockets, lengths known in advance
+            tls: the same two with TLS 1.3, without the tunnels that a link takes
+    shm c++ both sides of shared memory without Python, as a dispatch posts and waits (experts/native/exchange.h)
 """
 
 from __future__ import annotations
@@ -23,59 +24,31 @@ import json
 import shlex
 import socket
 import ssl
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.common import median, print_table, save
-from benchmarks.processes import tied
+from benchmarks.data_plane.pingpong.peers import CAPACITY, LIMIT_S, SPIN_US, Peer, Turn, timed
+from benchmarks.data_plane.pingpong.shm import COMPILED, answer, bare_shm_turns, compiled_turns
 from experts.native.library import data_plane
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.protocol.settings import TlsFiles
-from experts.transports import atomics
+from experts.transports.base import RouterLink
 from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import Hello
 from experts.transports.control_port.listener import ControlListener
-from experts.transports.shared_region import SharedRegion
 from experts.transports.shm import ShmDoorbell
 from experts.transports.tls.identity import TlsIdentity
-from placement.compiled import compiled
 from tests.support.certificates import Authority
 
-GOALS = {"shm": 1.5, "tcp": 1.3}
-CAPACITY = 1 << 21
+GOALS = {COMPILED: 1.5, "tcp": 1.3}
 SIZES = (128, 8 << 10, 64 << 10, 256 << 10, 1 << 20)
-_LIMIT_S = 60.0
-_SPIN_US = 50.0
-_PAGE = 4096
-_PING, _PONG, _PEER_SLEEPS, _OWN_SLEEPS = 0, 64, 128, 192
-
-
-@compiled()
-def _shm_peer(address: int, spin_ns: int) -> None:
-    """Answer pings 1, 2, 3, ... until 0xFFFFFFFF."""
-    seen = 0
-    while True:
-        value = atomics.wait_while_equal(address + _PING, address + _PEER_SLEEPS, seen, spin_ns, 10_000_000_000)
-        if value == 0xFFFFFFFF:
-            return
-        if value != seen:
-            seen = value
-            atomics.publish(address + _PONG, seen, address + _OWN_SLEEPS)
-
-
-@compiled()
-def _shm_turn(address: int, seq: int, spin_ns: int) -> None:
-    """One ping and its pong."""
-    atomics.publish(address + _PING, seq, address + _PEER_SLEEPS)
-    atomics.wait_while_equal(address + _PONG, address + _OWN_SLEEPS, seq - 1, spin_ns, 60_000_000_000)
 
 
 def _hello(transport: str) -> Hello:
@@ -86,9 +59,9 @@ def serve(mode: str, host: str, argument: int, tls: TlsFiles | None) -> None:
     """Body of a peer process. It prints the facts the other side needs as JSON, and ends with its standard input."""
     if mode == "link":
         _serve_links(host, tls)
-    elif mode == "shm":
+    elif mode in ("shm", COMPILED):
         _report({})
-        _shm_peer(SharedRegion(argument, _PAGE + 2 * CAPACITY).address, int(_SPIN_US * 1000))
+        answer(mode, argument)
     else:
         _serve_tcp(host, tls)
 
@@ -98,20 +71,20 @@ def _report(facts: dict[str, Any]) -> None:
 
 
 def _serve_links(host: str, tls: TlsFiles | None) -> None:
-    bell = ShmDoorbell(_SPIN_US)
+    bell = ShmDoorbell(SPIN_US)
     channels: list[Any] = []
     listener = ControlListener(
         host,
-        lambda hello, line: open_shard_channel(hello, line, bell, "cpu", time.monotonic() + _LIMIT_S),
+        lambda hello, line: open_shard_channel(hello, line, bell, "cpu", time.monotonic() + LIMIT_S),
         channels.append,
         channels.remove,
-        _LIMIT_S,
+        LIMIT_S,
         tls=None if tls is None else TlsIdentity(tls),
     )
     _report({"port": listener.port, "host_id": host_id()})
     start_s = time.monotonic()
     library = data_plane()
-    while channels or time.monotonic() < start_s + _LIMIT_S:
+    while channels or time.monotonic() < start_s + LIMIT_S:
         native = [channel.native for channel in channels if channel.native is not None]
         if library is not None and native and len(native) == len(channels):
             table = (ctypes.c_void_p * len(native))(*map(ctypes.addressof, native))
@@ -161,93 +134,27 @@ def _serve_tcp(host: str, tls: TlsFiles | None) -> None:
             connection.sendall(data)
 
 
-class Peer:
-    """A peer's process, and the facts it printed."""
-
-    def __init__(self, mode: str, prefix: list[str], host: str, argument: int = 0, tls: TlsFiles | None = None) -> None:
-        command = [*prefix, sys.executable, "-m", "benchmarks.data_plane.transport_pingpong"]
-        self._stack = contextlib.ExitStack()
-        self.process = self._stack.enter_context(
-            tied(
-                [
-                    *(*command, "--serve", mode, "--peer-host", host, "--argument", str(argument)),
-                    *(["--tls", tls.model_dump_json()] if tls is not None else []),
-                ],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[argument] if argument else [],
-            )
-        )  # fmt: skip
-        self.facts = self.read()
-
-    def read(self) -> dict[str, Any]:
-        """The next line from the peer."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("a peer process ended early")
-        return json.loads(line)
-
-    def write(self, text: str) -> None:
-        """Send the peer a line."""
-        stdin: IO[str] | None = self.process.stdin
-        assert stdin is not None
-        stdin.write(text + "\n")
-        stdin.flush()
-
-    def end(self) -> None:
-        """End the process."""
-        self._stack.close()
-
-
-Turn = Callable[[int, int], list[float]]
-"""(message bytes, round trips) -> microseconds of each round trip, copies in and out included."""
-
-
-def _timed(round_trip: Callable[[bool], None], count: int) -> list[float]:
-    times = []
-    for turn in range(count):
-        start = time.perf_counter()
-        round_trip(turn == count - 1)
-        times.append((time.perf_counter() - start) * 1e6)
-    return times
-
-
-def link_turns(transport: str, prefix: list[str], host: str, tls: TlsFiles | None) -> tuple[Turn, Peer]:
-    """Turns of our link."""
+def open_link(transport: str, prefix: list[str], host: str, tls: TlsFiles | None) -> tuple[RouterLink, Peer]:
+    """A link to a peer of its own."""
     peer = Peer("link", prefix, host, tls=tls)
     endpoint = ShardEndpoint(0, "1", host, peer.facts["port"], peer.facts["host_id"], 0)
     identity = None if tls is None else TlsIdentity(tls)
-    link = connect(endpoint, _hello(transport), "cpu", _SPIN_US, time.monotonic() + _LIMIT_S, tls=identity)
+    return connect(endpoint, _hello(transport), "cpu", SPIN_US, time.monotonic() + LIMIT_S, tls=identity), peer
+
+
+def link_turns(transport: str, prefix: list[str], host: str, tls: TlsFiles | None) -> tuple[Turn, Peer]:
+    """Turns of our link, called from Python."""
+    link, peer = open_link(transport, prefix, host, tls)
     payload, landing = np.ones(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
 
     def turn(nbytes: int, count: int) -> list[float]:
         def round_trip(last: bool) -> None:
             link.send_buffer[:nbytes] = payload[:nbytes]
             link.post(nbytes)
-            link.wait(time.monotonic() + _LIMIT_S)
+            link.wait(time.monotonic() + LIMIT_S)
             landing[:nbytes] = link.recv_buffer[:nbytes]
 
-        return _timed(round_trip, count)
-
-    return turn, peer
-
-
-def bare_shm_turns(prefix: list[str], host: str) -> tuple[Turn, Peer]:
-    """Turns of two compiled loops."""
-    region = SharedRegion.create(_PAGE + 2 * CAPACITY, "bench")
-    peer = Peer("shm", prefix, host, region.descriptor)
-    out, back = region.bytes[_PAGE:][:CAPACITY], region.bytes[_PAGE + CAPACITY :]
-    payload, landing = np.ones(CAPACITY, np.uint8), np.zeros(CAPACITY, np.uint8)
-    seq = 0
-
-    def turn(nbytes: int, count: int) -> list[float]:
-        def round_trip(last: bool) -> None:
-            nonlocal seq
-            seq += 1
-            out[:nbytes] = payload[:nbytes]
-            _shm_turn(region.address, seq, int(_SPIN_US * 1000))
-            landing[:nbytes] = back[:nbytes]
-
-        return _timed(round_trip, count)
+        return timed(round_trip, count)
 
     return turn, peer
 
@@ -274,7 +181,7 @@ def bare_tcp_turns(prefix: list[str], host: str, tls: TlsFiles | None) -> tuple[
 
         peer.write(str(nbytes))
         assert peer.read() == {"ready": nbytes}
-        return _timed(round_trip, count)
+        return timed(round_trip, count)
 
     return turn, peer
 
@@ -288,6 +195,13 @@ def measure(
         sides: dict[tuple[str, str], Turn] = {}
         for name in transports:
             tls = None
+            if name == COMPILED:
+                link, link_peer = open_link("shm", prefix, host, None)
+                stack.callback(link_peer.end)
+                for side, turn, peer in compiled_turns(link, link_peer, prefix, host):
+                    stack.callback(peer.end)
+                    sides[name, side] = turn
+                continue
             if name == "tls":
                 tls = Authority(Path(stack.enter_context(tempfile.TemporaryDirectory())), "bench").issue("any")
             bare = bare_shm_turns(prefix, host) if name == "shm" else bare_tcp_turns(prefix, host, tls)
@@ -319,7 +233,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few sizes and turns")
     parser.add_argument("--peer-prefix", default="", help="command that starts peers elsewhere on this machine")
     parser.add_argument("--peer-host", default="127.0.0.1", help="address of the peers there")
-    parser.add_argument("--serve", choices=["link", "shm", "tcp"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=["link", "shm", COMPILED, "tcp"], help=argparse.SUPPRESS)
     parser.add_argument("--argument", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tls", type=TlsFiles.model_validate_json, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -330,7 +244,9 @@ def main() -> None:
     turns, count = (5, 100) if args.quick else (11, 400)
     sizes = (128, 64 << 10) if args.quick else SIZES
     prefix = shlex.split(args.peer_prefix)
-    groups: list[tuple[str, ...]] = [("tcp", "tls")] if prefix else [("shm",), ("tcp", "tls")]
+    groups: list[tuple[str, ...]] = [("tcp", "tls")]
+    if not prefix:
+        groups = [("shm",) if data_plane() is None else ("shm", COMPILED), *groups]
     rows = [row for group in groups for row in measure(group, sizes, turns, count, prefix, args.peer_host)]
     print_table("A pair's round trip against a bare ping-pong", list(rows[0]), [list(row.values()) for row in rows])
     suffix = "_across_hosts" if prefix else ""

@@ -1,5 +1,6 @@
 // The data plane's one library: what Python calls of it. Everything runs without the GIL (ctypes gives it up).
 
+#include "exchange.h"
 #include "links.h"
 #include "router.h"
 #include "shard.h"
@@ -59,6 +60,23 @@ int64_t data_plane_replace_table(SlotWords* words, const int32_t* slot_of_expert
 int64_t data_plane_echo(uint8_t* bell, SocketBell* sockets, Channel** channels, int64_t count, int64_t spin_ns,
                         int64_t timeout_ns) {
     return shard::echo(bell, sockets, channels, count, spin_ns, timeout_ns);
+}
+
+// See exchange.h.
+int64_t data_plane_answer(uint8_t* words, int64_t spin_ns) {
+    exchange::answer(words, spin_ns);
+    return 0;
+}
+
+int64_t data_plane_ping(uint8_t* words, uint8_t* out, const uint8_t* back, int64_t seq, const uint8_t* payload,
+                        uint8_t* landing, int64_t nbytes, int64_t spin_ns, int64_t count, int64_t* times_ns) {
+    exchange::ping(words, out, back, uint32_t(seq), payload, landing, nbytes, spin_ns, count, times_ns);
+    return 0;
+}
+
+int64_t data_plane_ping_link(Link* link, const uint8_t* payload, uint8_t* landing, int64_t nbytes, int64_t count,
+                             int64_t* times_ns) {
+    return exchange::ping_link(*link, payload, landing, nbytes, count, times_ns);
 }
 
 int64_t data_plane_copy_rows_address() { return reinterpret_cast<int64_t>(&shard::copy_rows); }
