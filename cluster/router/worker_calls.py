@@ -68,6 +68,10 @@ class WorkerCalls:
         """
         return await self._call("expertmesh_observation", go_on)
 
+    async def loads(self, watch_s: float) -> dict[str, Any]:
+        """How many tokens picked each expert since counting began; see `StepRecorder.loads`."""
+        return await self._call("expertmesh_loads", watch_s)
+
     async def _call(self, method: str, *args: Any) -> Any:
         """The time-out is kept here: vLLM takes one too, but neither an engine in another process nor the executor of a
         single worker heeds it.

@@ -8,12 +8,14 @@ left out; the plug-in does not pass on steps of warm-up.
 
 Nobody takes anything from another: the controller has an observer of its own, which counts only while the controller
 wants to know, and each reader of traces a sample that begins when that reader says so. The reader without a name is
-there from the start, and what it has fades.
+there from the start, and what it has fades. Loads of experts are counted only for as long as somebody asks for them
+again and again.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,8 @@ class StepRecorder:
         self._next_layer = 0
         self._readers: dict[str, TraceRecorder] = {}  # of names, the one heard of last at the end
         self._unnamed, self._observer, self._observing = None, None, False
+        self._loads: TraceRecorder | None = None  # of which only the counts are read
+        self._counting_since, self._counts_until_s = 0.0, 0.0  # seconds since 1970, and on time.monotonic()
         if capacity:
             self._unnamed = self._sample(half_life_tokens)
         if observed_tokens:
@@ -68,7 +72,7 @@ class StepRecorder:
 
         An interrupted step, whose layers do not follow one another, is left out.
         """
-        if self._unnamed is None and not self._observing:
+        if self._unnamed is None and not self._observing and self._loads is None:
             return
         num_tokens = len(topk_ids_TK)
         if layer == 0:
@@ -92,6 +96,27 @@ class StepRecorder:
         told = self._observer.take().to_bytes() if self._observer is not None and self._observing else b""
         self._observing = go_on and self._observer is not None
         return told
+
+    def loads(self, watch_s: float) -> dict[str, Any]:
+        """Tokens and their picks since counting began, which ends `watch_s` after this call if nobody asks again.
+
+        `counts`: int64 [L, E] as bytes; `since` in seconds since 1970 names the count, as it begins at 0 after a pause.
+        """
+        now_s = time.monotonic()
+        if self._loads is None:
+            self._loads = TraceRecorder(
+                self._shape.num_layers, self._shape.num_experts, self._shape.top_k, 1, layers=self._layers
+            )
+            self._counting_since = time.time()
+        self._counts_until_s = now_s + watch_s
+        counts_LE = self._loads.counts_LE
+        return {
+            "since": self._counting_since,
+            "tokens": int(self._loads.tokens_seen),
+            "layers": list(self._loads.layers),
+            "num_experts": self._shape.num_experts,
+            "counts": counts_LE.astype("<i8").tobytes(),
+        }
 
     def to_bytes(self, reader: str = "") -> bytes:
         """The sample of a reader as an .npz file's bytes, empty if nothing was recorded. RuntimeError when off.
@@ -130,6 +155,11 @@ class StepRecorder:
             if prefill_T is not None and len(prefill_T) < len(ids_TLK):
                 prefill_T = None  # of another step
             self._observer.add(ids_TLK, prefill_T, time.time())
+        if self._loads is not None:
+            if time.monotonic() < self._counts_until_s:
+                self._loads.add(ids_TLK)
+            else:
+                self._loads = None
         if self._unnamed is not None:
             self._unnamed.add(ids_TLK)
         for recorder in self._readers.values():

@@ -87,6 +87,10 @@ class ExpertMeshWorker:
         """What was observed since the last call; see `StepRecorder.observation`."""
         return current_client().recorder.observation(go_on)
 
+    def expertmesh_loads(self, watch_s: float) -> dict[str, Any]:
+        """How many tokens picked each expert; see `StepRecorder.loads`."""
+        return current_client().recorder.loads(watch_s)
+
 
 def _resident_bytes() -> int:
     """Anonymous memory of this process, which excludes pages of mapped files."""

@@ -107,6 +107,11 @@ class TraceRecorder:
     def capacity(self) -> int:
         return len(self._ids_CLK)
 
+    @property
+    def counts_LE(self) -> np.ndarray:
+        """int64 [L, E]: how many tokens picked each expert; those of long ago count for less, if they fade."""
+        return np.rint(self._counts_LE).astype(np.int64)
+
     def add(self, topk_ids_TLK: np.ndarray) -> None:
         """Record a batch: int [T, L, K] logical experts, -1 where a token picked none; no warm-up tokens.
 
@@ -142,7 +147,7 @@ class TraceRecorder:
             self._ids_CLK[: self._filled].copy(),
             self.num_experts,
             self.layers,
-            counts=np.rint(self._counts_LE).astype(np.int64) if self.tokens_seen else None,
+            counts=self.counts_LE if self.tokens_seen else None,
         )
 
     def clear(self) -> None:

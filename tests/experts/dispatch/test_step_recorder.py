@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from experts.dispatch import step_recorder
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from placement.traces.observation import Observation
@@ -89,3 +91,35 @@ def test_nothing_is_observed_before_it_is_asked_for_and_after_it_was_ended() -> 
     blind = StepRecorder(shape, capacity=0)
     assert blind.observation(go_on=True) == b""
     assert not blind.wants_phases
+
+
+def test_loads_are_counted_while_somebody_asks_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    now_s = 1000.0
+    monkeypatch.setattr(step_recorder.time, "monotonic", lambda: now_s)
+    recorder = StepRecorder(shape, capacity=0, layers=(3, 4))
+    step = [random_batch(5, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS)]
+    expected_LE = np.stack([np.bincount(ids_TK.ravel(), minlength=NUM_EXPERTS) for ids_TK in step])
+
+    def run_step() -> None:
+        for layer, ids_TK in enumerate(step):
+            recorder.add(layer, ids_TK)
+
+    def counts_LE(told: dict[str, Any]) -> np.ndarray:
+        return np.frombuffer(told["counts"], "<i8").reshape(NUM_LAYERS, NUM_EXPERTS)
+
+    run_step()
+    first = recorder.loads(30.0)
+    assert (first["tokens"], first["layers"], first["num_experts"]) == (0, [3, 4], NUM_EXPERTS)
+    assert not counts_LE(first).any(), "nothing was counted before it was asked for"
+    run_step()
+    run_step()
+    second = recorder.loads(30.0)
+    assert (second["tokens"], second["since"]) == (10, first["since"])
+    np.testing.assert_array_equal(counts_LE(second), 2 * expected_LE)
+    now_s += 29.0
+    run_step()
+    np.testing.assert_array_equal(counts_LE(recorder.loads(30.0)), 3 * expected_LE)
+    now_s += 31.0
+    run_step()
+    assert recorder.loads(30.0)["tokens"] == 0, "nobody asked for 30 s, so the count began anew"
