@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.autoscaling.pulse import Pulse, TimeCounts
 from cluster.autoscaling.told import Pace, ScalingFacts
 from experts.protocol.status import RouterStatus, ShardStatus
 
@@ -94,10 +95,13 @@ class EngineMeasure:
         self._totals = dict.fromkeys(("tokens", "token_s", "first_tokens", "first_token_s", "finished", "queue_s"), 0.0)
         self._now = {"running": 0.0, "waiting": 0.0, "kv_cache": 0.0}
         self._for_serve, self._for_controller = Rates(), Rates()
+        self._between, self._first = TimeCounts(), TimeCounts()
+        self._counted = False
 
     def record(self, running: int, waiting: int, kv_cache: float) -> None:
         """What the scheduler has in hand. `kv_cache`: the share in use."""
         with self._lock:
+            self._counted = True
             self._now = {"running": float(running), "waiting": float(waiting), "kv_cache": kv_cache}
 
     def add(self, *, between_s: list[float], first_s: list[float], queue_s: list[float]) -> None:
@@ -106,6 +110,21 @@ class EngineMeasure:
         with self._lock:
             for name, growth in zip(self._totals, grown, strict=True):
                 self._totals[name] += growth
+            self._between.add(between_s)
+            self._first.add(first_s)
+
+    def pulse(self) -> Pulse:
+        """All of it since the engine started."""
+        with self._lock:
+            return Pulse(
+                counted=self._counted,
+                tokens=int(self._totals["tokens"] + self._totals["first_tokens"]),
+                running=int(self._now["running"]),
+                waiting=int(self._now["waiting"]),
+                kv_cache=self._now["kv_cache"],
+                between=self._between.counts,
+                first=self._first.counts,
+            )
 
     def pace(self, status: RouterStatus, now_s: float) -> Pace:
         """What the controller is told."""

@@ -11,7 +11,7 @@ from cluster.http.errors import UnavailableError
 from cluster.http.health import GenerationHealth
 from cluster.keys.leases import RouterKeys
 from cluster.ray_joints import NoReplicaError, broadcast
-from cluster.router.messages import TraceSample
+from cluster.router.messages import RouterLive, TraceSample
 from experts.protocol.status import RouterStatus
 
 
@@ -28,6 +28,10 @@ class RouterClient:
     async def statuses(self, *, timeout_s: float) -> tuple[list[RouterStatus], list[str]]:
         """(statuses, one line for each router without one)."""
         return await self.ask_each("mesh_status", timeout_s)
+
+    async def live(self, watch_s: float, *, timeout_s: float) -> tuple[list[RouterLive], list[str]]:
+        """(what each router shows, one line for each without an answer). `watch_s`: see `Router.mesh_live`."""
+        return await self.ask_each("mesh_live", timeout_s, watch_s)
 
     async def generation_health(self, *, timeout_s: float) -> tuple[list[GenerationHealth], list[str]]:
         """(healths, one line for each router without one)."""

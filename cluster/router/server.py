@@ -41,7 +41,7 @@ from cluster.ray_joints import (
 from cluster.router.client import RouterClient
 from cluster.router.epochs import EpochFollower
 from cluster.router.health import RouterHealth
-from cluster.router.messages import TraceSample
+from cluster.router.messages import RouterLive, TraceSample
 from cluster.router.observations import report_observations
 from cluster.router.options import runtime_env_of
 from cluster.router.scaling import RouterScaling
@@ -167,6 +167,11 @@ class ExpertMeshLLMServer(LLMServer):
             pid=os.getpid(),
             unfinished_requests=unfinished_requests(self),
         )
+
+    async def mesh_live(self, watch_s: float) -> RouterLive:
+        """Status, tokens and times; with `watch_s` also loads of experts, which are counted that much longer."""
+        loads = await self._worker.loads(watch_s) if watch_s > 0 else None
+        return RouterLive(await self.mesh_status(), self.scaling.measure.pulse(), loads)
 
     async def mesh_trace(self, reader: str = "") -> TraceSample:
         """The routing decisions this router sampled for a reader."""
