@@ -28,6 +28,7 @@ from cluster.mesh.messages import (
     PlanView,
     RejoinRequest,
     ShardHolding,
+    WatchView,
 )
 from cluster.ray_joints import deployment_handle
 from experts.protocol.membership import Membership
@@ -124,6 +125,9 @@ class ControllerClient:
 
     async def placement(self, *, timeout_s: float) -> PlacementView:
         return await self.call("placement", timeout_s=timeout_s)
+
+    async def watch(self, term: str, epoch: int, *, timeout_s: float) -> WatchView:
+        return await self.call("watch", term, epoch, timeout_s=timeout_s)
 
     async def apply(self, placement: Placement, dry_run: bool, *, timeout_s: float) -> PlanView:
         return await self.call("apply", placement, dry_run, timeout_s=timeout_s)

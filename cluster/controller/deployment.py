@@ -25,6 +25,7 @@ from cluster.config.apps import ExpertsAppConfig
 from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import ConfigError, parse
 from cluster.controller.autopilot import Autopilot
+from cluster.controller.events import EventLog
 from cluster.controller.history import History
 from cluster.controller.news import News
 from cluster.controller.people import PeopleCalls
@@ -74,7 +75,7 @@ class PlacementController(PeopleCalls, ScalingDesk):
         show_data_plane_log(role="controller", epoch=lambda: self._mesh.roster.epoch)
         self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance, self._secrets.refusal)
         self._autopilot = Autopilot(self._mesh, self._config, self._advance, lambda: self._planner.busy)
-        self._history = History()
+        self._history, self._events = History(), EventLog()
         self._term, self._looked_s = uuid.uuid4().hex[:12], time.monotonic()
         self._serve = ServeWatch(self._mesh, replica_identity().app_name, self._looked_s, self._look_again)
         self._refused_settings = ""  # why the last user_config was not taken on
@@ -276,6 +277,7 @@ class PlacementController(PeopleCalls, ScalingDesk):
         """Wake those for whom there is news."""
         mesh, target = self._mesh, self._mesh.keeper.target
         self._history.note(target, mesh.conductor, time.time())
+        self._events.note(mesh, time.time())
         epoch = mesh.roster.epoch if mesh.open else -1
         # Shards keep the newest target, so they hear of it at once.
         orders = (mesh.conductor.orders.last_version, -1 if target is None else target.version)

@@ -8,12 +8,15 @@ from cluster.autopilot.messages import Decision
 from cluster.config.parse import ConfigError
 from cluster.controller import views
 from cluster.controller.autopilot import Autopilot
+from cluster.controller.events import EventLog
 from cluster.controller.history import History
 from cluster.controller.planner import Planner
 from cluster.mesh.mesh import Mesh
-from cluster.mesh.messages import ControllerStatus, HistoryEntry, PlacementView, PlanView
+from cluster.mesh.messages import ControllerStatus, HistoryEntry, PlacementView, PlanView, WatchView
 from experts.protocol.status import ShardStatus
 from placement.placement import Placement
+
+LAST = 20  # targets and decisions that the live page shows
 
 
 class PeopleCalls:
@@ -23,6 +26,7 @@ class PeopleCalls:
     _autopilot: Autopilot
     _planner: Planner
     _history: History
+    _events: EventLog
     _term: str
     _shard_status: dict[int, ShardStatus]
 
@@ -70,6 +74,17 @@ class PeopleCalls:
         """Stop moving experts after the round at hand, or go on."""
         self._mesh.conductor.pause(paused)
         self._advance()
+
+    async def watch(self, term: str, epoch: int) -> WatchView:
+        """What the live page shows. Where experts are is left out for who knows it of `epoch` in this life, `term`."""
+        same = (term, epoch) == (self._term, self._mesh.roster.epoch)
+        return WatchView(
+            status=await self.status(),
+            published=None if same else views.published(self._mesh),
+            history=self._history.entries[-LAST:],
+            decisions=self._autopilot.decisions[-LAST:],
+            events=self._events.events,
+        )
 
     async def history(self) -> list[HistoryEntry]:
         """The targets of this controller's life, oldest first."""

@@ -15,7 +15,7 @@ from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import ConfigError
 from cluster.mesh.holdings import experts_by_rank
 from cluster.mesh.mesh import Mesh
-from cluster.mesh.messages import ControllerStatus, MigrationView, PlacementView, PlanView, SeatView
+from cluster.mesh.messages import ControllerStatus, MigrationView, PlacementView, PlanView, PublishedView, SeatView
 from cluster.mesh.roster import Seat
 from experts.protocol.status import ShardStatus
 from placement.migration.price import CopyRates, expected_seconds
@@ -115,6 +115,12 @@ def placement(mesh: Mesh) -> PlacementView:
         0 if target is None else target.version,
         None if target is None else target.placement,
     )
+
+
+def published(mesh: Mesh) -> PublishedView:
+    """Where experts are, and nothing else."""
+    bits = {rank: np.packbits(each.published_LE).tobytes() for rank, each in mesh.holdings.ranks.items()}
+    return PublishedView(mesh.roster.epoch, mesh.model.num_layers, mesh.model.num_experts, bits)
 
 
 def plan(mesh: Mesh, wanted: Placement) -> PlanView:

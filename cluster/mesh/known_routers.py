@@ -22,6 +22,11 @@ class KnownRouters:
     def __init__(self) -> None:
         self._routers: dict[str, KnownRouter] = {}
 
+    @property
+    def ids(self) -> frozenset[str]:
+        """Those that are known."""
+        return frozenset(self._routers)
+
     def note(self, router_id: str, epoch: int, lost: dict[int, str], now_s: float) -> None:
         """The router polls, at `epoch`."""
         self._routers[router_id] = KnownRouter(epoch, lost, now_s)

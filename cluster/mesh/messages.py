@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.autopilot.messages import AutopilotView
+from cluster.autopilot.messages import AutopilotView, Decision
 from cluster.autoscaling.told import ScalingFacts
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.orders import CopyOrder, CopyResult
@@ -289,3 +289,36 @@ class HistoryEntry:
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class MeshEvent:
+    """Something that happened to the mesh, for people."""
+
+    number: int  # counts up in one life of the controller
+    at: float  # seconds since 1970
+    kind: str  # start, join, serve, lost, left, back, drain, target, unserved, served, router or epoch
+    text: str  # one line
+    epoch: int  # afterwards
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class PublishedView:
+    """Which experts routers find at which rank."""
+
+    epoch: int
+    num_layers: int
+    num_experts: int
+    bits: dict[int, bytes]  # by rank: bool [L, E], eight to a byte (numpy.packbits)
+
+
+@dataclass(frozen=True)
+class WatchView:
+    """All that the live page shows of the controller."""
+
+    status: ControllerStatus
+    published: PublishedView | None  # None: the caller has it
+    history: list[HistoryEntry]  # the last ones, oldest first, as the next two
+    decisions: list[Decision]
+    events: list[MeshEvent]
