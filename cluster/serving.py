@@ -280,7 +280,7 @@ def _console_links(config: MeshConfig, url: str) -> str:
     if config.console is None:
         return ""
     base = url + config.console_route_prefix.rstrip("/")
-    return f"{base}/status"
+    return f"{base}/ (live page)   {base}/status"
 
 
 def _watch(config: MeshConfig, options: Options) -> None:

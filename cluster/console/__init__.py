@@ -1,2 +1,4 @@
-"""What people who run the service look at: status, placement, routing trace, usage. What clients of the model see is
-`cluster.http`; series for Prometheus come from Ray's metrics agent (`cluster.observability`)."""
+"""What people who run the service look at: status, placement, routing trace, usage, and the live page.
+
+What clients of the model see is `cluster.http`; which series there are is `cluster.observability`.
+"""

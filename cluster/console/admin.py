@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,13 +24,16 @@ NO_ADMIN = (
 
 
 class AdminGate:
-    """ASGI middleware inside `Gate`: every request but those for FOR_CLIENTS needs an admin key.
+    """ASGI middleware inside `Gate`: every request but those for FOR_CLIENTS and `open_paths` needs an admin key.
 
     If keys have no roles (not `named`) and none is an admin key, whoever `Gate` lets in may read.
     """
 
-    def __init__(self, app: ASGIApp, keys: Callable[[], Keyring], named: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Callable[[], Keyring], named: bool, open_paths: Collection[str] = ()
+    ) -> None:
         self._app = app
+        self._open_paths = FOR_CLIENTS | frozenset(open_paths)
         self._keys = keys
         self._named = named
 
@@ -46,7 +49,7 @@ class AdminGate:
         if (
             (key is not None and key.role == "admin")
             or method == "OPTIONS"
-            or (method in READING and (all_read or path in FOR_CLIENTS))
+            or (method in READING and (all_read or path in self._open_paths))
             or (all_read and (method, path) in HARMLESS)
         ):
             await self._app(scope, receive, send)

@@ -13,7 +13,7 @@ from cluster.ray_joints import show_data_plane_log
 
 @serve.ingress()
 class ConsoleServer:
-    """One replica. It holds no state, so there may be any number of them."""
+    """One replica. There may be any number of them: what one keeps are time lines of its own for the live page."""
 
     def __init__(self, console: dict[str, Any]) -> None:
         self._config = parse(ConsoleAppConfig, console)

@@ -1,4 +1,7 @@
-"""Endpoints for people and their tools: status, routing trace; those of `operations` join them in one app."""
+"""Endpoints for people and their tools: status, routing trace.
+
+Those of `operations`, `usage` and `live` join them in one app.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from fastapi.responses import JSONResponse, Response
 
 from cluster.config.apps import ConsoleAppConfig
 from cluster.console.admin import AdminGate
+from cluster.console.live import LIVE, Live, open_paths
 from cluster.console.operations import OPERATIONS, Operations
 from cluster.console.usage import USAGE, Usage
 from cluster.controller.client import ControllerClient, ControllerLostError
 from cluster.http.connections import open_to_origins
 from cluster.http.errors import OpenAIApp, add_error_handlers, error_response
-from cluster.http.gate import Gate
+from cluster.http.gate import OPEN_PATHS, Gate
 from cluster.keys.sources import source_of
 from cluster.mesh.messages import ControllerStatus
 from cluster.router.client import RouterClient
@@ -43,8 +47,11 @@ def console_app(console: Console) -> FastAPI:
     source = source_of(http)
     app = OpenAIApp(title="expertmesh console")
     add_error_handlers(app, http.retry_after_s)
-    app.add_middleware(AdminGate, keys=source.ring, named=http.names_keys)
-    app.add_middleware(Gate, keys=source.ring, max_pending=0, retry_after_s=http.retry_after_s)
+    page = open_paths()
+    app.add_middleware(AdminGate, keys=source.ring, named=http.names_keys, open_paths=page)
+    app.add_middleware(
+        Gate, keys=source.ring, max_pending=0, retry_after_s=http.retry_after_s, open_paths=OPEN_PATHS | page
+    )
     app.user_middleware[:0] = open_to_origins(http.cors_origins)
     for name, route in ENDPOINTS.items():
         route(app)(getattr(console, name))
@@ -52,6 +59,8 @@ def console_app(console: Console) -> FastAPI:
         route(app)(getattr(console.operations, name))
     for name, route in USAGE.items():
         route(app)(getattr(console.usage, name))
+    for name, route in LIVE.items():
+        route(app)(getattr(console.live, name))
     return app
 
 
@@ -68,6 +77,7 @@ class Console:
         self.config = config
         self.operations = Operations(controller)
         self.usage = Usage(routers, ledgers)
+        self.live = Live(controller, routers)
         self._controller = controller
         self._routers = routers
 

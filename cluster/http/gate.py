@@ -16,8 +16,8 @@ KEY = "expertmesh.key"  # key of the scope
 class Gate:
     """Answers 401 to a request without a valid key (if there are keys), and 503 to one over the limit.
 
-    What is behind it finds whose key it was with `key_in`. `keys` gives the keys in use. The limit is on requests to
-    `limited_paths` that are running.
+    What is behind it finds whose key it was with `key_in`. `keys` gives the keys in use; `open_paths` need none. The
+    limit is on requests to `limited_paths` that are running.
     """
 
     def __init__(
@@ -27,9 +27,11 @@ class Gate:
         max_pending: int,
         retry_after_s: int,
         limited_paths: Collection[str] = (),
+        open_paths: Collection[str] = OPEN_PATHS,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = frozenset(open_paths)
         self._limited_paths = frozenset(limited_paths)
         self._max_pending = max_pending
         self._retry_after_s = retry_after_s
@@ -46,7 +48,7 @@ class Gate:
             if key is not None:
                 scope[KEY] = key
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
-        if keys and key is None and path not in OPEN_PATHS:
+        if keys and key is None and path not in self._open_paths:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
                 return
