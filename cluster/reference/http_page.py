@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from cluster.console.admin import FOR_CLIENTS, HARMLESS, READING
 from cluster.console.endpoints import ENDPOINTS, Console
+from cluster.console.live import LIVE
 from cluster.console.operations import OPERATIONS
 from cluster.console.usage import USAGE
 from cluster.http.gate import OPEN_PATHS
@@ -80,7 +81,12 @@ def _health() -> Iterator[tuple[str, str, str]]:
 def _console() -> Iterator[tuple[str, str, str]]:
     app = FastAPI(openapi_url=None)
     console: Any = Console(SimpleNamespace(), SimpleNamespace(), [])  # type: ignore[arg-type]
-    for routes, owner in ((ENDPOINTS, console), (OPERATIONS, console.operations), (USAGE, console.usage)):
+    for routes, owner in (
+        (ENDPOINTS, console),
+        (OPERATIONS, console.operations),
+        (USAGE, console.usage),
+        (LIVE, console.live),
+    ):
         for name, route in routes.items():
             route(app)(getattr(owner, name))
     yield from _routes(app)
@@ -95,7 +101,7 @@ def _routes(app: FastAPI) -> Iterator[tuple[str, str, str]]:
 
 
 def _key(method: str, path: str) -> str:
-    if path in OPEN_PATHS:
+    if path in OPEN_PATHS or path == "/" or path.startswith("/page/"):
         return "none"
     if path in FOR_CLIENTS and method in READING:
         return "any"

@@ -94,9 +94,8 @@ class TracedDispatcher(Dispatcher):
         self._exchange.failed |= {rank: self.lost[rank] for rank in self.lost.keys() - lost}
         self._layer.exchanges.append(self._exchange)
 
-    def _collect(self, pending: Pending) -> None:
-        start_ns = time.perf_counter_ns()
-        super()._collect(pending)
+    def _collect(self, pending: Pending, start_ns: int) -> None:
+        super()._collect(pending, start_ns)
         exchange = self._exchange
         if exchange is not None and not exchange.words[T_COMBINED]:
             words = exchange.words
