@@ -1,4 +1,4 @@
-"""The calls to the plug-in in an engine's worker, with time-outs. The other end is `experts.vllm_plugin.worker`."""
+"""The calls to the plug-in in an engine's workers, with time-outs. The other end is `experts.vllm_plugin.worker`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from experts.protocol.membership import AppliedMembership, Preparation
+from experts.protocol.merging import merged_applied, merged_preparation, merged_status
 from experts.protocol.secret import MeshSecret
 from experts.protocol.status import RouterStatus
 
@@ -16,10 +17,10 @@ class EngineSilentError(RuntimeError):
 
 
 class WorkerCalls:
-    """Methods of one engine's worker, which vLLM runs between steps.
+    """Methods of one engine's workers, which vLLM runs between steps.
 
-    `collective_rpc` is vLLM's: method and args to the answers of all workers, of which there is one. Each call raises
-    EngineSilentError after `timeout_s`.
+    `collective_rpc` is vLLM's: method and args to the answers of all workers, one for each rank of its tensor
+    parallelism. Each call raises EngineSilentError after `timeout_s`.
     """
 
     def __init__(self, collective_rpc: Callable[..., Awaitable[list[Any]]], timeout_s: float) -> None:
@@ -35,23 +36,27 @@ class WorkerCalls:
 
         New shards that take longer than `connect_s` are left out (None: longer than the worker's own time-out).
         """
-        return Preparation.from_dict(await self._call("expertmesh_prepare_membership", told, connect_s))
+        return merged_preparation(
+            [Preparation.from_dict(each) for each in await self._call("expertmesh_prepare_membership", told, connect_s)]
+        )
 
     async def preparation(self) -> Preparation:
         """How far the newest epoch is."""
-        return Preparation.from_dict(await self._call("expertmesh_preparation"))
+        return merged_preparation([Preparation.from_dict(each) for each in await self._call("expertmesh_preparation")])
 
     async def apply(self, epoch: int) -> AppliedMembership:
         """Use an epoch that is ready."""
-        return AppliedMembership.from_dict(await self._call("expertmesh_apply_membership", epoch))
+        return merged_applied(
+            [AppliedMembership.from_dict(each) for each in await self._call("expertmesh_apply_membership", epoch)]
+        )
 
     async def status(self) -> RouterStatus:
         """Counters and membership."""
-        return RouterStatus.from_dict(await self._call("expertmesh_status"))
+        return merged_status([RouterStatus.from_dict(each) for each in await self._call("expertmesh_status")])
 
     async def trace(self, reader: str = "") -> bytes:
         """A reader's sampled routing decisions as an .npz file; no bytes if nothing was recorded."""
-        return await self._call("expertmesh_trace", reader)
+        return (await self._call("expertmesh_trace", reader))[0]
 
     async def clear_trace(self, reader: str = "") -> None:
         """Let a reader of the sampled routing decisions begin anew."""
@@ -66,19 +71,20 @@ class WorkerCalls:
 
         `go_on`: whether to observe from now on.
         """
-        return await self._call("expertmesh_observation", go_on)
+        return (await self._call("expertmesh_observation", go_on))[0]
 
     async def loads(self, watch_s: float) -> dict[str, Any]:
         """How many tokens picked each expert since counting began; see `StepRecorder.loads`."""
-        return await self._call("expertmesh_loads", watch_s)
+        return (await self._call("expertmesh_loads", watch_s))[0]
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        """The time-out is kept here: vLLM takes one too, but neither an engine in another process nor the executor of a
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """All workers' answers, by rank.
+
+        The time-out is kept here: vLLM takes one too, but neither an engine in another process nor the executor of a
         single worker heeds it.
         """
         try:
             async with asyncio.timeout(self.timeout_s):
-                [answer] = await self._collective_rpc(method, args=args)
+                return await self._collective_rpc(method, args=args)
         except TimeoutError:
             raise EngineSilentError(f"the engine's worker did not answer {method} in {self.timeout_s} s") from None
-        return answer

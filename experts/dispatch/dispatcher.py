@@ -34,6 +34,7 @@ from experts.dispatch.pending import Pending
 from experts.dispatch.rows.base import RowMover
 from experts.dispatch.rows.host_programs import warm_up
 from experts.dispatch.stats import RouterStats
+from experts.dispatch.workers.row_share import RowShare
 from experts.protocol.errors import MissingSlotError, ShardError, ShardLostError, ShardRejectedError
 from experts.protocol.membership import Membership
 from experts.protocol.wire import (
@@ -62,14 +63,23 @@ MAX_MISSING_SLOTS = 8
 class Dispatcher:
     """Sends rows to shards and adds up what comes back; owns the links of one router."""
 
-    def __init__(self, shape: LayerShape, max_rows: int, timeout_s: float, fallback: FallbackBudget | None) -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        max_rows: int,
+        timeout_s: float,
+        fallback: FallbackBudget | None,
+        share: RowShare | None = None,
+    ) -> None:
         """`max_rows` bounds a message; `timeout_s` how long the shards may take to answer one.
 
-        `fallback` computes what no live shard can, as long as it may; without it that is a RuntimeError.
+        `fallback` computes what no live shard can, as long as it may; without it that is a RuntimeError. With a `share`
+        of the rows, the sums of all others are zero.
         """
         self.shape = shape
         self._check_call = CallCheck(shape)
-        self.max_rows = max_rows
+        self.share = share
+        self.max_rows = max_rows if share is None else max_rows * share.num_workers  # of which a message has its share
         self.timeout_s = timeout_s
         self.fallback = fallback
         self.membership: Membership | None = None
@@ -145,6 +155,8 @@ class Dispatcher:
             raise RuntimeError("no membership was applied yet, so nobody holds the experts")
         self._check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
         pending = Pending(self._mover.stage(layer, x_TD, topk_weights_TK, topk_ids_TK))
+        if self.share is not None:
+            pending.narrow(self.share.of)
         self.stats.dispatches += 1
         if layer == 0:
             self.stats.steps += 1
@@ -166,16 +178,18 @@ class Dispatcher:
         while pending.stop < pending.rows.num_tokens:
             self._begin_batch(pending)
             self._finish_batch(pending)
+        if self.share is not None and pending.rows.layer == self.shape.num_layers - 1:
+            self.share.end_step(self.stats.steps, self._refused_T)
         return pending.rows.y_TD
 
     def take_refused(self) -> np.ndarray | None:
         """Which rows of the step so far lack an expert, since no time was left to compute it: bool [T]; None for none.
 
         Their sums are worthless, and so is all that is computed from them: their requests must end without a token.
-        Called after a step's last layer; the next step begins with none.
+        Called after a step's last layer; the next step begins with none. Of several workers, one tells those of all.
         """
         refused_T, self._refused_T = self._refused_T, None
-        return refused_T
+        return refused_T if self.share is None else self.share.refused_by_any(self.stats.steps, refused_T)
 
     def close(self) -> None:
         """Close every link."""

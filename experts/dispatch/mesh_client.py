@@ -23,6 +23,7 @@ from experts.dispatch.fallback_budget import FallbackBudget
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.pending import Pending
 from experts.dispatch.step_recorder import StepRecorder
+from experts.dispatch.workers.row_share import RowShare
 from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
 from experts.protocol.secret import MeshSecret
@@ -68,8 +69,12 @@ class MeshClient:
         shape: LayerShape,
         device: str,
         secret: MeshSecret | None = None,
+        share: RowShare | None = None,
     ) -> None:
-        """`secret` None: whoever drives this router tells it (`use_secret`), or the environment has it."""
+        """`secret` None: whoever drives this router tells it (`use_secret`), or the environment has it.
+
+        `share`: of a router of several workers, this one's part of the rows.
+        """
         if shape.dtype not in DTYPE_CODES:
             raise UnsupportedModelError(f"dtype {shape.dtype} is not served, expected one of {list(DTYPE_CODES)}")
         spec = checkpoint.spec
@@ -85,6 +90,7 @@ class MeshClient:
         self.shape = shape
         self.device = device
         self.router_id = settings.router_id or f"router-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.share = share
         self.dispatcher = _dispatcher_class(settings)(
             shape,
             settings.max_rows_per_dispatch,
@@ -92,11 +98,13 @@ class MeshClient:
             FallbackBudget(
                 checkpoint, shape.dtype, device, settings.fallback_cache_bytes, settings.fallback_max_ms_per_step
             ),
+            share,
         )
+        self.records = share is None or share.speaks
         self.recorder = StepRecorder(
-            *(shape, settings.trace_tokens, spec.layer_ids),
+            *(shape, settings.trace_tokens if self.records else 0, spec.layer_ids),
             half_life_tokens=settings.trace_half_life_tokens,
-            observed_tokens=settings.observed_tokens,
+            observed_tokens=settings.observed_tokens if self.records else 0,
         )
         self._epochs = EpochPreparer(
             self.dispatcher, Connector(self._connect), settings.prefer_local_replicas, self._check_room
@@ -161,7 +169,8 @@ class MeshClient:
         if self.device == "cpu":
             rows, shape = self.settings.max_rows_per_dispatch, self.shape
             nbytes = request_capacity(rows, shape.top_k, shape.row_bytes) + reply_capacity(rows, shape.row_bytes)
-            PairRoom().check(sum(endpoint is not None for endpoint in membership.endpoints), nbytes)
+            workers = 1 if self.share is None else self.share.num_workers
+            PairRoom().check(workers * sum(endpoint is not None for endpoint in membership.endpoints), nbytes)
 
     def _connect(self, endpoint: ShardEndpoint) -> RouterLink:
         settings, shape = self.settings, self.shape
@@ -169,8 +178,9 @@ class MeshClient:
             weights = self._fingerprint.result().to_bytes()
         except CheckpointError as error:
             raise ShardRejectedError(endpoint.rank, f"this router cannot read its checkpoint: {error}") from error
+        worker = "" if self.share is None or self.share.speaks else f"#{self.share.worker}"
         hello = Hello(
-            router_id=self.router_id,
+            router_id=f"{self.router_id}{worker}",  # shards count the pairs of each process
             transport=settings.transport,
             incarnation=endpoint.incarnation,
             dtype=str(shape.dtype).removeprefix("torch."),
@@ -196,7 +206,7 @@ class MeshClient:
         pending = self.dispatcher.begin(layer, x_TD, topk_weights_TK, topk_ids_TK)
         if record:
             # The shards already compute: recording delays nobody but the router.
-            self.recorder.add(layer, pending.topk_ids_TK)
+            self.recorder.add(layer, pending.decided_TK)
         return pending
 
     def finish(self, pending: Pending) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,8 @@ class Pending:
     failed."""
     missing_slots: dict[int, int] | None = None
     """How often each rank had no slot for an expert of `batch`; None for never."""
+    whole_TK: np.ndarray | None = None
+    """The decisions of all rows, where other workers dispatch some of them."""
 
     @property
     def y_TD(self) -> torch.Tensor:
@@ -35,6 +38,16 @@ class Pending:
         return self.rows.y_TD
 
     @property
+    def decided_TK(self) -> np.ndarray:
+        """The routing decisions of all rows in host memory (int32), until finish()."""
+        return self.rows.topk_ids_TK if self.whole_TK is None else self.whole_TK
+
+    @property
     def topk_ids_TK(self) -> np.ndarray:
-        """The routing decisions in host memory (int32), until finish()."""
+        """Those of `decided_TK` that are dispatched here, -1 for the others."""
         return self.rows.topk_ids_TK
+
+    def narrow(self, share: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Dispatch just the rows that `share` leaves of the decisions."""
+        self.whole_TK = self.rows.topk_ids_TK
+        self.rows.topk_ids_TK = share(self.whole_TK)

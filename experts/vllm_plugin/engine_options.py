@@ -29,7 +29,12 @@ OWNED = {
     "dtype": "use model.dtype instead, which the shards use too",
     "distributed_executor_backend": "Ray Serve LLM chooses it by routers.accelerator",
 }
-ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+ONE = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+)
 OFF = {
     "enable_expert_parallel": "the shards hold the experts",
     "enable_eplb": "the shards hold the experts, and the planner balances them",

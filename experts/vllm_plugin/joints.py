@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm.envs as vllm_envs
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -193,6 +195,27 @@ def _with_refused(output: Any, refused: list[str]) -> Any:
     return output
 
 
+def gather_from_workers(told: Any) -> list[Any]:
+    """What every worker of this tensor-parallel engine hands to this function, by rank. All of them must call it."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return [told]
+    found: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, told, group=group.cpu_group)
+    return found
+
+
+def most_rows_of_a_step(config: VllmConfig) -> int:
+    """Rows that a forward pass may have: the tokens that may be scheduled, or the largest CUDA graph."""
+    largest_graph = config.compilation_config.max_cudagraph_capture_size or 0
+    return max(config.scheduler_config.max_num_batched_tokens, largest_graph)
+
+
+def longest_step_s() -> float:
+    """After so long the executor of several workers gives up a step, and with it the engine."""
+    return float(vllm_envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+
+
 def loaders_may_reserve() -> bool:
     """Whether vLLM takes what a loader says with `get_external_weight_memory` off the memory that it shares out.
 
@@ -221,9 +244,12 @@ __all__ = [
     "direct_register_custom_op",
     "expertmesh_settings",
     "extract_layer_index",
+    "gather_from_workers",
     "get_current_vllm_config",
     "loaders_may_reserve",
+    "longest_step_s",
     "model_runner",
+    "most_rows_of_a_step",
     "op_registry_oot",
     "register_model_loader",
     "report_refused",

@@ -10,6 +10,10 @@ Legend: T tokens, K top-k, D hidden size.
 that nobody reads any more. So both are declared to write x, which they only read: shared experts, which read x, stay
 between them, and the rows are intact for as long as they may have to be repeated. On GPUs vLLM wraps the whole layer in
 an op of its own, where CUDA graphs must split.
+
+With tensor parallelism every worker's layer gets all rows and the same top-k, and vLLM adds up what the workers return,
+routed and shared together. So each worker dispatches its share of the rows over links of its own, and returns zeros in
+the others.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.dispatch.pending import Pending
+from experts.dispatch.workers.refusal_board import make_board
+from experts.dispatch.workers.row_share import RowShare
 from experts.kernels.emulation import log_advice
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
@@ -34,7 +40,10 @@ from experts.vllm_plugin.joints import (
     SharedExpertsOrder,
     direct_register_custom_op,
     extract_layer_index,
+    gather_from_workers,
     get_current_vllm_config,
+    longest_step_s,
+    most_rows_of_a_step,
     op_registry_oot,
     output_of,
     report_refused,
@@ -43,7 +52,7 @@ from experts.vllm_plugin.joints import (
     step_in_progress,
     watch_traced_steps,
 )
-from experts.vllm_plugin.refusals import check_engine, split_graphs
+from experts.vllm_plugin.refusals import check_engine, check_layer, split_graphs
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +95,15 @@ def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
     return _engine.checkpoint
 
 
+def _share_of(moe_config: Any, config: Any) -> RowShare | None:
+    """This worker's part of the rows, None for an engine of one worker. All workers call it at the same time."""
+    worker, num_workers = moe_config.moe_parallel_config.tp_rank, moe_config.tp_size
+    if num_workers == 1:
+        return None
+    board = make_board(worker, num_workers, most_rows_of_a_step(config), longest_step_s(), gather_from_workers)
+    return RowShare(worker, num_workers, board)
+
+
 class NoLocalWeights(FusedMoEMethodBase):
     """A MoE method without parameters, so that the loader has nothing to fill."""
 
@@ -125,6 +143,7 @@ class MeshExpertsMixin:
         """Called by RoutedExperts.__init__; checks the engine and the model, and makes the process' client once."""
         config = get_current_vllm_config()
         settings = check_engine(config)
+        check_layer(prefix, moe_config, config)
         checkpoint = current_checkpoint(settings)
         layer_id = extract_layer_index(prefix)
         if layer_id not in checkpoint.spec.layer_ids:
@@ -143,7 +162,8 @@ class MeshExpertsMixin:
                 dtype=moe_config.in_dtype,
             )
             log_advice(shape.dtype, device)
-            client = _engine.client = MeshClient(settings, checkpoint, shape, device)
+            share = _share_of(moe_config, config)
+            client = _engine.client = MeshClient(settings, checkpoint, shape, device, share=share)
             report_refused(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
             if settings.tracing is not None:
                 watch_traced_steps(config, client.start_traced_step, client.end_traced_step)

@@ -75,6 +75,15 @@ class LoadRecord(TorchDispatchMode):
         offered = self._all_offered[-1]
         return f"{offered.where}: {offered.name} (shape {list(offered.shape)})"
 
+    def taken(self) -> dict[str, set[_Region]]:
+        """Which parts of each tensor were taken, by name."""
+        return {offered.name: offered.taken for offered in self._all_offered}
+
+    def add_taken(self, elsewhere: dict[str, set[_Region]]) -> None:
+        """What another worker of a tensor-parallel engine took: a tensor must fit the parameters of all together."""
+        for offered in self._all_offered:
+            offered.taken |= elsewhere.get(offered.name, set())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for argument, value in zip(func._schema.arguments, args, strict=False):

@@ -17,6 +17,7 @@ from experts.vllm_plugin.joints import (
     DefaultModelLoader,
     RoutedExperts,
     defaulted_parameters,
+    gather_from_workers,
     loaders_may_reserve,
     register_model_loader,
 )
@@ -129,6 +130,8 @@ class RouterModelLoader(DefaultModelLoader):
     ) -> None:
         """In place of vLLM's check, which passes over linear layers: every parameter must have come, whole."""
         assert self._record is not None
+        for taken in gather_from_workers(self._record.taken()):
+            self._record.add_taken(taken)
         problems = self._record.problems(loaded_weights)
         if problems:
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""

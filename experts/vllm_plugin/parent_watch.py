@@ -5,6 +5,7 @@ It would keep the GPU's memory from the router that replaces it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -18,8 +19,15 @@ logger = logging.getLogger(__name__)
 def end_with_parent() -> bool:
     """End this process with the one that started it, by a thread that waits for that. Returns whether it does.
 
+    An engine of one process calls it twice: as worker and as scheduler.
+
     False in a process that multiprocessing did not start: that is someone's own program with an engine inside.
     """
+    return _start(os.getpid())
+
+
+@functools.cache
+def _start(pid: int) -> bool:
     parent = multiprocessing.parent_process()
     if parent is None:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from experts.checkpoint.sources.opening import local_folder
 from experts.protocol.errors import UnsupportedModelError
@@ -10,6 +11,7 @@ from experts.protocol.settings import RouterSettings
 from experts.vllm_plugin.joints import (
     VllmConfig,
     expertmesh_settings,
+    longest_step_s,
     split_graphs_at_moe,
 )
 
@@ -23,8 +25,8 @@ def check_engine(config: VllmConfig) -> RouterSettings:
         )
     parallel = config.parallel_config
     for name, reason in (
-        ("tensor_parallel_size", "run more routers instead: attention is small without the experts"),
-        ("pipeline_parallel_size", "run more routers instead"),
+        ("pipeline_parallel_size", "run more routers instead, or set tensor_parallel_size"),
+        ("prefill_context_parallel_size", "run more routers instead, or set tensor_parallel_size"),
         ("data_parallel_size", "run more routers instead: they need no lockstep"),
     ):
         value = getattr(parallel, name, 1)
@@ -43,10 +45,34 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             "additional_config['expertmesh'] names no shards, so nobody would compute the experts: expected "
             "`membership`, or `membership_by_rpc: true` from whoever hands one over before the first request"
         )
+    dispatch_s, step_s = settings.dispatch_timeout_ms / 1000, longest_step_s()
+    if parallel.tensor_parallel_size > 1 and dispatch_s >= step_s:
+        raise UnsupportedModelError(
+            f"a dispatch may take {dispatch_s:g} s, but vLLM gives up an engine of several workers whose step takes "
+            f"{step_s:g} s: lower deadlines.dispatch_ms, or raise VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+        )
     model = config.model_config.model
     if os.path.isdir(model) and os.path.realpath(model) != os.path.realpath(local_folder(settings.model_path)):
         raise UnsupportedModelError(f"the engine serves {model}, but its experts are those of {settings.model_path}")
     return settings
+
+
+def check_layer(prefix: str, moe_config: Any, config: VllmConfig) -> None:
+    """Refuse a MoE layer whose output vLLM does not add up over the engine's workers: each computes some of the rows.
+
+    UnsupportedModelError, which names the layer.
+    """
+    if moe_config.is_sequence_parallel:
+        raise UnsupportedModelError(
+            f"{prefix} is sequence-parallel: every worker has rows of its own there, expected all rows; run more "
+            "routers instead of tensor_parallel_size"
+        )
+    workers = config.parallel_config.tensor_parallel_size
+    if moe_config.tp_size != workers:
+        raise UnsupportedModelError(
+            f"{prefix} is not split over the engine's {workers} workers (its tensor-parallel size is "
+            f"{moe_config.tp_size}), so vLLM would not add up what they compute; expected tensor_parallel_size=1"
+        )
 
 
 def split_graphs(config: VllmConfig, device: str) -> None:

@@ -19,10 +19,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE, REFUSED, TRACES
+from experts.vllm_plugin.parent_watch import end_with_parent
 
 
 def scheduler(*args: Any, **kwargs: Any) -> Scheduler:
     """The scheduler that vLLM would have chosen, which also ends refused requests. What `scheduler_cls` names."""
+    end_with_parent()  # where the workers are processes of their own, this one imports nothing else of the project
     config = kwargs["vllm_config"]
     tracing = (config.additional_config.get("expertmesh") or {}).get("tracing")
     if config.scheduler_config.async_scheduling:

@@ -72,12 +72,18 @@ class ExpertMeshWorker:
         return replace(current_client().status(), params=params, resident_bytes=_resident_bytes()).to_dict()
 
     def expertmesh_trace(self, reader: str = "") -> bytes:
-        """A reader's sampled routing decisions as the bytes of an .npz file; no bytes if nothing was recorded."""
-        return current_client().recorder.to_bytes(reader)
+        """A reader's sampled routing decisions as the bytes of an .npz file; no bytes if nothing was recorded.
+
+        Of several workers the first one records, for all.
+        """
+        client = current_client()
+        return client.recorder.to_bytes(reader) if client.records else b""
 
     def expertmesh_clear_trace(self, reader: str = "") -> None:
         """Let a reader of the sampled decisions begin anew."""
-        current_client().recorder.clear(reader)
+        client = current_client()
+        if client.records:
+            client.recorder.clear(reader)
 
     def expertmesh_end_trace(self, reader: str) -> None:
         """The reader is done."""
@@ -88,8 +94,9 @@ class ExpertMeshWorker:
         return current_client().recorder.observation(go_on)
 
     def expertmesh_loads(self, watch_s: float) -> dict[str, Any]:
-        """How many tokens picked each expert; see `StepRecorder.loads`."""
-        return current_client().recorder.loads(watch_s)
+        """How many tokens picked each expert; see `StepRecorder.loads`. Of several workers the first one counts."""
+        client = current_client()
+        return client.recorder.loads(watch_s) if client.records else {}
 
 
 def _resident_bytes() -> int:

@@ -42,6 +42,7 @@ class Client:
         return PREPARATION
 
     attached = True
+    records = True
 
     def use_secret(self, secret: MeshSecret) -> None:
         self.calls.append(("secret", secret))
@@ -95,6 +96,29 @@ def test_both_ends_agree_on_what_travels(mesh: tuple[WorkerCalls, Client]) -> No
     status = run(calls.status())
     assert status.resident_bytes > 1 << 20
     assert status == router_status(params=42, resident_bytes=status.resident_bytes)
+
+
+def test_two_workers_answer_as_one_router() -> None:
+    """What the first one records is the router's; all else is what `experts.protocol.merging` makes of both."""
+    behind = Preparation(3, False, [1], False, "")
+    answers = {
+        "expertmesh_prepare_membership": [PREPARATION.to_dict(), behind.to_dict()],
+        "expertmesh_apply_membership": [APPLIED.to_dict(), AppliedMembership(3, [], {0: "gone"}, []).to_dict()],
+        "expertmesh_status": [router_status(bytes_sent=sent).to_dict() for sent in (1, 2)],
+        "expertmesh_trace": [b"npz", b""],
+        "expertmesh_observation": [b"seen", b""],
+        "expertmesh_clear_trace": [None, None],
+    }
+
+    async def collective_rpc(method: str, args: tuple[Any, ...]) -> list[Any]:
+        return answers[method]
+
+    calls = WorkerCalls(collective_rpc, 10.0)
+    assert run(calls.prepare(b"", None)) == Preparation(3, False, [0, 1], False, "")
+    assert run(calls.apply(3)).connected == []
+    assert run(calls.status()).bytes_sent == 3
+    assert (run(calls.trace()), run(calls.observation(True))) == (b"npz", b"seen")
+    run(calls.clear_trace())
 
 
 def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:

@@ -72,6 +72,21 @@ def test_the_runner_calls_forward_modular_with_the_shared_experts_input(facts: d
     )
 
 
+def test_the_runner_adds_up_what_workers_return_once(facts: dict[str, Any]) -> None:
+    """Each worker returns the sums of its rows and zeros in the others. `skip_final_all_reduce`: the model adds up."""
+    assert facts["sums_over_workers"] == {
+        "adds": 1,
+        "unless": [
+            "not self.moe_config.is_sequence_parallel",
+            "not self.moe_config.skip_final_all_reduce",
+            "(self.moe_config.tp_size > 1 or self.moe_config.ep_size > 1)",
+            "not output_is_reduced",
+        ],
+        "config": ["tp_size", "is_sequence_parallel"],
+        "rank": True,
+    }, f"vllm {facts['version']}"
+
+
 def test_the_methods_base_wants_nothing_that_ours_lacks(facts: dict[str, Any]) -> None:
     assert facts["not_implemented"] == [], f"vllm {facts['version']} made these abstract: {facts['not_implemented']}"
     assert set(facts["abstract"]) == {"create_weights", "get_fused_moe_quant_config"}

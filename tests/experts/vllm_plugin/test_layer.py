@@ -239,6 +239,7 @@ def answers(vllm_zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathF
     cases = {
         "fine": {},
         "tensor": {"tensor_parallel_size": 2},
+        "slow": {"tensor_parallel_size": 2, "dispatch_timeout_ms": 300_000.0},
         "pipeline": {"pipeline_parallel_size": 2},
         "data": {"data_parallel_size": 2},
         "expert": {"enable_expert_parallel": True},
@@ -254,7 +255,12 @@ def answers(vllm_zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        ("tensor", "tensor_parallel_size=2 is not supported, expected 1; run more routers instead"),
+        ("slow", "a dispatch may take 300 s, but vLLM gives up an engine of several workers whose step takes 300 s"),
+        ("sequence", "model.layers.3.mlp.experts is sequence-parallel: every worker has rows of its own there"),
+        (
+            "whole",
+            "model.layers.3.mlp.experts is not split over the engine's 2 workers (its tensor-parallel size is 1)",
+        ),
         ("pipeline", "pipeline_parallel_size=2 is not supported, expected 1"),
         ("data", "data_parallel_size=2 is not supported, expected 1"),
         ("expert", "enable_expert_parallel is not supported: experts live on shards"),
@@ -270,7 +276,7 @@ def test_an_engine_setting_is_refused_by_name(answers: dict[str, str | None], ca
 
 
 def test_ordinary_settings_are_taken(answers: dict[str, str | None]) -> None:
-    assert answers["fine"] is None
+    assert (answers["fine"], answers["tensor"], answers["split"]) == (None, None, None)
 
 
 def test_layers_that_were_not_replaced_are_named(vllm_zygote: Zygote) -> None:

@@ -1,4 +1,5 @@
-"""Every supported family gives vLLM's own tokens and log-probabilities with its experts on 2 and on 3 shards.
+"""Every supported family gives vLLM's own tokens and log-probabilities with its experts on 2 and on 3 shards, and so
+does a router of two workers (tensor parallelism).
 
 Float32, random weights, 8 prompts at once, 64 new tokens. Tolerance: both engines sum the same products in different
 orders, which in models of this depth moves a log-probability by about 1e-5; 1e-4 leaves room without letting a wrong
@@ -25,7 +26,7 @@ from experts.protocol.settings import ShardSettings
 from placement.placement import Placement
 from tests.support.random_checkpoints import PARITY_FAMILIES
 from tests.support.zygote.engine_zygote import Zygote
-from tests.support.zygote.parity_jobs import NEW_TOKENS, NUM_PROMPTS
+from tests.support.zygote.parity_jobs import NEW_TOKENS, NUM_PROMPTS, TENSOR_TOKENS
 
 TOLERANCE = 1e-4
 SHARD_COUNTS = (2, 3)
@@ -97,6 +98,11 @@ def test_same_tokens_as_vllm(zygotes: Zygotes, tmp_path: Path, family: str, over
     )
     zygotes.engine.wait(reference, "result")
     zygotes.engine.wait(mesh, "result")
+    tensor_path = str(tmp_path / "tensor.json")
+    tensor = zygotes.engine.start(
+        "tensor", model=str(model), result=tensor_path, reference=expected_path, membership=memberships[0]
+    )
+    zygotes.engine.wait(tensor, "result")
     for _, jobs in started:
         for job in jobs:
             zygotes.shard.stop(job)
@@ -108,6 +114,21 @@ def test_same_tokens_as_vllm(zygotes: Zygotes, tmp_path: Path, family: str, over
         assert all(rows > 0 for rows in run["status"]["shard_rows"]), run["status"]["shard_rows"]
         check_logprobs(run["logprobs"], expected["logprobs"])
         check_tokens(run["ids"], expected["ids"], expected["gaps"])
+    check_workers(json.loads(Path(tensor_path).read_text()), expected)
+
+
+def check_workers(run: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Tokens, scores and counters of a router of two workers."""
+    assert [applied["connected"] for applied in run["applied"]] == [[0, 1], [0, 1]]
+    check_logprobs(run["logprobs"], expected["logprobs"])
+    check_tokens(run["ids"], [ids[:TENSOR_TOKENS] for ids in expected["ids"]], expected["gaps"])
+    first, second = run["status"]
+    assert first["rows"] == second["rows"]
+    assert first["steps"] == second["steps"] > TENSOR_TOKENS
+    assert [status["failovers"] + status["fallback_pairs"] for status in (first, second)] == [0, 0]
+    pairs = [sum(status["shard_pairs"]) for status in (first, second)]
+    assert sum(pairs) % first["rows"] == 0, "each row goes to as many experts, once"
+    assert min(pairs) > 0.4 * sum(pairs), "each worker has every other row"
 
 
 def check_logprobs(got: list[list[float]], expected: list[list[float]]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE
-from tests.support.small_mesh import Mesh, mesh_of, replicated
+from tests.support.small_mesh import mesh_of, replicated
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.refusal_jobs import NEW_TOKENS, PROMPTS
 
@@ -27,22 +26,19 @@ def model(vllm_zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.fixture(scope="module")
-def mesh(model: Path) -> Iterator[Mesh]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
+def facts(request: pytest.FixtureRequest, vllm_zygote: Zygote, model: Path) -> dict[str, Any]:
+    """Of an engine of one worker; and of two, of which the second refuses rows and the first one's output is heard."""
     with mesh_of(model, replicated(NUM_LAYERS, NUM_EXPERTS, 3, 1)) as mesh:
-        yield mesh
-
-
-@pytest.fixture(scope="module")
-def facts(vllm_zygote: Zygote, model: Path, mesh: Mesh) -> dict[str, Any]:
-    job = vllm_zygote.start(
-        "refusals_of_requests",
-        model=str(model),
-        membership=mesh.membership().to_dict(),
-        victim=mesh.shards[0].endpoint.pid,
-    )
-    vllm_zygote.wait(job, "done", ENGINE_S)
-    return vllm_zygote.events(job)
+        job = vllm_zygote.start(
+            "refusals_of_requests",
+            model=str(model),
+            membership=mesh.membership().to_dict(),
+            victim=mesh.shards[0].endpoint.pid,
+            workers=request.param,
+        )
+        vllm_zygote.wait(job, "done", ENGINE_S)
+    return {**vllm_zygote.events(job), "workers": request.param}
 
 
 def test_the_scene_is_what_the_tests_need(facts: dict[str, Any]) -> None:
@@ -60,7 +56,9 @@ def test_only_the_requests_that_need_lost_experts_end(facts: dict[str, Any]) -> 
     assert second == [[], *ERROR]
     assert others == facts["alone"][2:]
     status = facts["status_of_refused"]
-    assert (status["refused_requests"], status["fallback_pairs"]) == (1, 0)
+    assert status["refused_requests"] == 1
+    assert (status["fallback_pairs"] == 0) == (facts["workers"] == 1), "the first of two has time"
+    assert facts["refusing"] == [*[False] * (facts["workers"] - 1), True]
     assert status["uncovered_pairs"] == len(facts["lost"])
 
 

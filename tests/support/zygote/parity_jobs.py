@@ -14,6 +14,7 @@ from typing import Any
 
 NUM_PROMPTS = 8
 NEW_TOKENS = 64
+TENSOR_TOKENS = 8  # of a router of two workers, which wait for each other in each layer
 LONGEST_PROMPT = 24
 WAIT_S = 120.0
 _IMPORTED_BY_AN_ENGINE = (
@@ -116,6 +117,33 @@ def mesh(emit: Any, model: str, result: str, reference: str, memberships: list[d
     emit(result=result)
 
 
+def tensor(emit: Any, model: str, result: str, reference: str, membership: dict[str, Any]) -> None:
+    """A router of two workers: the first greedy tokens, and the scores of all of the reference's."""
+    from experts.protocol.settings import RouterSettings
+    from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
+
+    fork_workers()
+    settings = RouterSettings(model_path=model, membership_by_rpc=True, router_id="r")
+    engine = _engine(model, router_engine_kwargs(settings, dict(TWO_WORKERS)))
+    applied = engine.collective_rpc("expertmesh_use_membership", args=(membership,))
+    run = {"applied": applied, "ids": _greedy(engine, TENSOR_TOKENS)}
+    run["logprobs"] = _teacher_forced(engine, _load(reference)["ids"])
+    _save(result, {**run, "status": engine.collective_rpc("expertmesh_status")})
+    emit(result=result)
+
+
+TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+def fork_workers() -> None:
+    """Have an engine fork its workers from this process, which has imported vllm, instead of starting them anew."""
+    import multiprocessing
+
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
+
+
 def _engine(model: str, extra: dict[str, Any]) -> Any:
     from vllm import LLM
 
@@ -145,8 +173,8 @@ def _generate(engine: Any, token_ids: list[list[int]], **sampling: Any) -> list[
     )
 
 
-def _greedy(engine: Any) -> list[list[int]]:
-    outputs = _generate(engine, prompts(), max_tokens=NEW_TOKENS)
+def _greedy(engine: Any, count: int = NEW_TOKENS) -> list[list[int]]:
+    outputs = _generate(engine, prompts(), max_tokens=count)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -188,4 +216,4 @@ def _load(path: str) -> Any:
 
 
 PRELOAD = {"engine": preload_engine, "shard": preload_shard}
-JOBS = {"make": make, "shard": shard, "reference": reference, "mesh": mesh}
+JOBS = {"make": make, "shard": shard, "reference": reference, "mesh": mesh, "tensor": tensor}

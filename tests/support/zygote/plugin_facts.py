@@ -82,6 +82,7 @@ def joints(emit: Any) -> None:
         ],
         shared_orders=[order.name for order in SharedExpertsOrder],
         runner_calls=[part for part in ("forward_modular(", "shared_experts_input=") if part in runner_source],
+        sums_over_workers=_sums_over_workers(),
         source_fields=sorted(field.name for field in dataclasses.fields(DefaultModelLoader.Source)),
         abstract=sorted(FusedMoEMethodBase.__abstractmethods__),
         not_implemented=sorted(getattr(NoLocalWeights, "__abstractmethods__", ())),
@@ -172,19 +173,46 @@ def _clashes(extension: type) -> list[str]:
     return [name for name in dir(extension) if not name.startswith("__") and hasattr(CPUWorker, name)]
 
 
+def _sums_over_workers() -> dict[str, Any]:
+    """Where vLLM adds up what the workers of a tensor-parallel engine return of a MoE layer."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    final = inspect.getsource(moe_runner.MoERunner._maybe_reduce_final_output)
+    return {
+        "adds": final.count("tensor_model_parallel_all_reduce(states)"),
+        "unless": [
+            condition
+            for condition in (
+                "not self.moe_config.is_sequence_parallel",
+                "not self.moe_config.skip_final_all_reduce",
+                "(self.moe_config.tp_size > 1 or self.moe_config.ep_size > 1)",
+                "not output_is_reduced",
+            )
+            if condition in final
+        ],
+        "config": [name for name in ("tp_size", "is_sequence_parallel") if hasattr(FusedMoEConfig, name)],
+        "rank": "tp_rank" in FusedMoEParallelConfig.__dataclass_fields__,
+    }
+
+
 def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
     """What `check_engine` says of engine arguments: {case: message}, None where it takes them."""
     from vllm.engine.arg_utils import EngineArgs
 
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
-    from experts.vllm_plugin.refusals import check_engine
+    from experts.vllm_plugin.refusals import check_engine, check_layer
 
     answers: dict[str, str | None] = {}
     for case, arguments in cases.items():
         arguments = dict(arguments)
         by_rpc = arguments.pop("membership_by_rpc", True)
-        settings = RouterSettings(model_path=arguments.pop("model_path", model), membership_by_rpc=by_rpc)
+        settings = RouterSettings(
+            model_path=arguments.pop("model_path", model),
+            membership_by_rpc=by_rpc,
+            dispatch_timeout_ms=arguments.pop("dispatch_timeout_ms", 5000.0),
+        )
         kwargs = {"model": model, "dtype": "float32", "skip_tokenizer_init": True, **arguments}
         if not kwargs.pop("plain", False):
             kwargs = router_engine_kwargs(settings, kwargs)
@@ -193,6 +221,10 @@ def refusals(emit: Any, model: str, cases: dict[str, dict[str, Any]]) -> None:
             answers[case] = None
         except Exception as error:
             answers[case] = f"{type(error).__name__}: {error}"
+    two_workers = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    for case, sequence_parallel, workers in (("split", False, 2), ("sequence", True, 2), ("whole", False, 1)):
+        layer = SimpleNamespace(is_sequence_parallel=sequence_parallel, tp_size=workers)
+        answers[case] = error_of(check_layer, "model.layers.3.mlp.experts", layer, two_workers)
     emit(answers=answers)
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 from typing import Any
 
+from tests.support.zygote.parity_jobs import TWO_WORKERS, fork_workers
+
 NEW_TOKENS = 6
 BLOCK = 32
 SHARED = list(range(3, 3 + BLOCK))  # a block of the KV cache
@@ -14,14 +16,19 @@ SHARED = list(range(3, 3 + BLOCK))  # a block of the KV cache
 PROMPTS = [[*SHARED, 200], [*SHARED, 90], [7], [101], [55, 56], [9]]
 
 
-def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], victim: int) -> None:
-    """Each prompt alone; then all at once while experts are nowhere, with no time to compute them and with enough."""
+def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], victim: int, workers: int) -> None:
+    """Each prompt alone; then all at once while experts are nowhere, with no time to compute them and with enough.
+
+    Of several workers, all but the last have time from the start, so that what is refused is refused by that one.
+    """
     from vllm import LLM
 
     from experts.protocol.membership import Membership
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
+    parallel = TWO_WORKERS if workers == 2 else {}
+    fork_workers()
     settings = RouterSettings(
         model_path=model, trace_tokens=1000, membership_by_rpc=True, fallback_max_ms_per_step=0, router_id="r1"
     )
@@ -35,8 +42,9 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
         enable_prefix_caching=True,
         disable_log_stats=True,
         seed=0,
-        **router_engine_kwargs(settings, {}),
+        **router_engine_kwargs(settings, dict(parallel)),
     )
+    engine.collective_rpc(_take_time)
 
     def call(name: str, *arguments: Any) -> Any:
         return engine.collective_rpc(name, args=arguments)[0]
@@ -45,7 +53,8 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
         """An epoch whose placement has no slot for the pairs `lost`."""
         whole = Membership.from_dict(membership)
         told = Membership(epoch, _without(whole.placement, lost), whole.endpoints).to_dict()
-        assert call("expertmesh_use_membership", told)["lost"] == {}
+        applied = engine.collective_rpc("expertmesh_use_membership", args=(told,))
+        assert [one["lost"] for one in applied] == [{}] * workers
 
     use(1, set())
     alone, pairs = [], []
@@ -61,6 +70,7 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
     use(2, lost)
     engine.reset_prefix_cache()
     emit(refused=_all_at_once(engine, PROMPTS), status_of_refused=call("expertmesh_status"))
+    emit(refusing=engine.collective_rpc(_has_no_time))
     use(3, set())
     emit(after=_all_at_once(engine, PROMPTS))  # nothing of what was computed without experts may be found again
 
@@ -70,7 +80,7 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
     emit(computed=_all_at_once(engine, PROMPTS), status_of_computed=call("expertmesh_status"))
 
     use(5, set())
-    engine.collective_rpc(_take_time)
+    engine.collective_rpc(_take_all_time)
     of_victim = _held_by(Membership.from_dict(membership).placement, rank=0)
     needs = [bool(of_victim & set().union(*one)) for one in pairs]
     engine.reset_prefix_cache()
@@ -135,7 +145,19 @@ def _give_time(worker: Any) -> None:
 
 
 def _take_time(worker: Any) -> None:
+    _set_time(0 if _has_no_time(worker) else 600_000_000_000)
+
+
+def _take_all_time(worker: Any) -> None:
     _set_time(0)
+
+
+def _has_no_time(worker: Any) -> bool:
+    """Whether this is the engine's last worker."""
+    from experts.vllm_plugin.layer import current_client
+
+    share = current_client().share
+    return share is None or share.worker == share.num_workers - 1
 
 
 def _set_time(nanoseconds: int) -> None:
