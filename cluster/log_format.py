@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from experts.protocol.log_lines import json_formatter
 
@@ -25,6 +26,12 @@ def json_line(message: str, level: str = "INFO", **fields: Any) -> str:
     return json.dumps({"asctime": asctime, "levelname": level, "message": message, **fields})
 
 
+def say(line: str, out: TextIO) -> None:
+    """Print a line in one piece: those that several threads print must not run into one another."""
+    out.write(f"{line}\n")
+    out.flush()
+
+
 def print_json_lines() -> None:
     """Print what the cluster's processes write: JSON as it is, any other line inside an object. Once Ray is connected.
 
@@ -34,7 +41,7 @@ def print_json_lines() -> None:
 
     from cluster.ray_joints import take_worker_lines
 
-    take_worker_lines(lambda told: [print(line, flush=True) for line in _as_json(told)])
+    take_worker_lines(lambda told: say("\n".join(_as_json(told)), sys.stdout))
     for name in ("ray", "ray.serve"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(json_formatter())

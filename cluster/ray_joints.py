@@ -150,11 +150,16 @@ def _log_json(log: logging.Logger) -> None:
 
 
 def take_worker_lines(take: Callable[[dict[str, Any]], Any]) -> None:
-    """Hand what the cluster's processes print to `take` ({lines, pid, ip, actor_name}), instead of printing it here."""
+    """Hand what the cluster's processes print to `take` ({lines, pid, ip, actor_name}), instead of printing it here.
+
+    What Ray says of dead workers and nodes comes the same way, with the pid "raylet".
+    """
+    from ray._private import worker
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     global_worker_stdstream_dispatcher.add_handler("ray_print_logs", take)
+    worker.print_to_stdstream = lambda data, ignore_prefix: take(data)
 
 
 def agree(key: str, propose: Callable[[], str]) -> str:

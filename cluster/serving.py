@@ -20,7 +20,7 @@ from typing import Any
 from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
 from cluster.haproxy_guard import HAProxyGuard
-from cluster.log_format import LogFormat, json_line, print_json_lines, with_json_logs
+from cluster.log_format import LogFormat, json_line, print_json_lines, say, with_json_logs
 from cluster.serve_environment import (
     HAPROXY_SWITCH,
     MISSING_HAPROXY,
@@ -70,7 +70,7 @@ class Options:
         line = (
             json_line(message, role="command", after_s=after_s) if self.json_lines else f"[{after_s:5.1f} s] {message}"
         )
-        print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+        say(line, sys.stderr if self.as_json else sys.stdout)
 
 
 def serve(options: Options) -> None:

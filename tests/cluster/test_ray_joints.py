@@ -313,3 +313,12 @@ def test_serve_says_how_many_replicas_it_wants_and_how_many_run(monkeypatch: pyt
 
     monkeypatch.setattr(context, "_get_global_client", gone)
     assert joints.replicas_of("experts", "ExpertShard") is None, "the controller goes on without knowing"
+
+
+def test_ray_tells_of_dead_workers_through_what_is_replaced() -> None:
+    """`take_worker_lines` needs both: the handler's name, and that this function prints errors."""
+    from ray._private import worker
+
+    source = inspect.getsource(worker)
+    assert '"ray_print_logs"' in source
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
