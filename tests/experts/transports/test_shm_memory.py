@@ -14,6 +14,7 @@ from experts.transports.base import RouterLink
 from experts.transports.shared_region import SharedRegion
 from experts.transports.shm import ShmRouterLink
 from tests.support.echo_shard import HOLD, EchoShard, counted_up, deadline_in, echo_shard, post_body, reply_body
+from tests.support.waiting import wait_for
 
 LONG_S = 30.0
 PAGE = mmap.PAGESIZE
@@ -54,7 +55,7 @@ def echo(link: RouterLink, size: int) -> None:
 def test_a_pair_takes_what_its_messages_need(shard: EchoShard) -> None:
     link = connected(shard)
     assert len(link.region.bytes) > 2 * CAPACITY
-    assert taken(link.region) == PAGE
+    wait_for(lambda: taken(link.region) == PAGE, 10, "the shard's look at the words alone")
     echo(link, 10_000)
     assert taken(link.region) <= 9 * PAGE
     echo(link, CAPACITY - 128)

@@ -38,7 +38,8 @@ class Service:
     environment: dict[str, str]
 
     def start_head(self) -> None:
-        """`ray start --head`; RuntimeError with its output."""
+        """`ray start --head` on a disk that knows of no head before, as in a new pod; RuntimeError with its output."""
+        Path(self.head.disk, "ray_current_cluster").unlink(missing_ok=True)
         options = [f"--port={GCS_PORT}", f"--temp-dir={self.head.folder}", "--no-monitor", "--include-dashboard=false"]
         node = Node(self.head, 0)
         started = start_node(node, self.environment, "--head", *options)

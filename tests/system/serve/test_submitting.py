@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for name in ("cluster", "experts", "placement"):
         shutil.copytree(REPOSITORY / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "serve_app.py", code)
-    with ray_head(code, PYTHONDONTWRITEBYTECODE="1") as head:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as on a node whose environment is active
+    with ray_head(code, PYTHONDONTWRITEBYTECODE="1", PATH=path) as head:
         # The commands of jobs and of Serve go through the dashboard.
         env = {**head.env, "RAY_ADDRESS": head.dashboard, "RAY_DASHBOARD_ADDRESS": head.dashboard}
         yield Cluster(code, env, free_ports(1)[0])
