@@ -107,7 +107,8 @@ def test_evaluate_scores_all_placements_on_the_same_machines(files, capsys) -> N
     linear.save(files / "linear.json")
     replace(linear, speeds=(1, 1, 1, 9)).save(files / "other.json")
     names = [str(files / "linear.json"), str(files / "other.json")]
-    given = ["evaluate", "--trace", str(files / "trace.npz"), "--json", "--speeds", "1,1,0.5,1", "--placement", *names]
+    given = ["evaluate", "--trace", str(files / "trace.npz"), "--json", "--speeds", "1,1,0.5,1"]
+    given += [word for name in names for word in ("--placement", name)]
     assert main(given) == 0
     rows = json.loads(capsys.readouterr().out)
     expected = evaluate(replace(linear, speeds=(1, 1, 0.5, 1)), trace).summary()
