@@ -20,7 +20,7 @@ from benchmarks.serving.hosts import Host, NamespacesRefusedError, hosts_on_a_sw
 from benchmarks.serving.ray_hosts import GCS_PORT, Node, ray_environment, start_node
 from tests.support.command import COMMAND
 from tests.support.serve.host_client import Client
-from tests.system.hosts.test_serve_across_hosts import PROMPTS, ROOT, START_TIMEOUT_S, config, status_of
+from tests.support.serve.hosts_config import PROMPTS, ROOT, START_TIMEOUT_S, config, service_status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.autoscaling, pytest.mark.timeout(1500)]
 
@@ -65,7 +65,7 @@ class Service:
 
     def shards(self) -> dict[int, int]:
         """Process ids of the shards that serve, by rank."""
-        controller: dict[str, Any] = status_of(self)["controller"] or {}  # type: ignore[arg-type]
+        controller: dict[str, Any] = service_status(self.client)["controller"] or {}
         return {shard["rank"]: shard["pid"] for shard in controller.get("shards", ()) if shard["serving"]}
 
 

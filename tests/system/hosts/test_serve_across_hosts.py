@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -18,59 +17,10 @@ import yaml
 from benchmarks.serving.hosts import Host, NamespacesRefusedError, hosts_on_a_switch
 from benchmarks.serving.ray_hosts import Node, ray_environment, start_ray
 from tests.support.command import COMMAND
-from tests.support.serve.host_client import ANSWER_TIMEOUT_S, HTTP_PORT, Client
+from tests.support.serve.host_client import ANSWER_TIMEOUT_S, Client
+from tests.support.serve.hosts_config import PROMPTS, ROOT, START_TIMEOUT_S, config, service_status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-
-ROOT = Path(__file__).resolve().parents[3]
-START_TIMEOUT_S = 420.0
-PROMPTS = ["def read_lines(path):", "The function returns", "import os", "class Node:"]
-
-
-def config() -> dict[str, Any]:
-    """The applications, pinned by Ray resources: all but the shards run on the host with "router_host"."""
-    model = {"id": "tiny-moe", "path": str(ROOT / "examples" / "tiny-moe"), "dtype": "float32"}
-    here = {"router_host": 0.01}
-    experts = {
-        "model": model,
-        "shards": {"ray_actor_options": {"num_cpus": 0.25, "resources": {"shard_host": 1}}},
-        "controller": {"ray_actor_options": {"num_cpus": 0, "resources": here}},
-    }
-    deployments = [
-        {"name": "ExpertShard", "num_replicas": 2},
-        {"name": "PlacementController", "user_config": {"membership": {"lost_after_s": 30}}},
-    ]
-    llm = {
-        "model": model,
-        "routers": {
-            "engine_kwargs": {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True},
-            "placement_group_config": {"bundles": [{"CPU": 0.25, **here}]},
-            "deployment_config": {"ray_actor_options": {"num_cpus": 0.25}},
-            "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
-        },
-        "deadlines": {"dispatch_ms": 2000, "connect_s": 2},
-    }
-    console = {"deployment_config": {"ray_actor_options": {"num_cpus": 0.1, "resources": here}}}
-    return {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": HTTP_PORT},
-        "applications": [
-            {
-                "name": "experts",
-                "route_prefix": None,
-                "import_path": "serve_app:build_experts",
-                "args": experts,
-                "deployments": deployments,
-            },
-            {"name": "llm", "route_prefix": "/", "import_path": "serve_app:build_llm", "args": llm},
-            {
-                "name": "console",
-                "route_prefix": "/expertmesh",
-                "import_path": "serve_app:build_console",
-                "args": console,
-            },
-        ],
-    }
 
 
 @dataclass
@@ -115,9 +65,7 @@ def _start(hosts: list[Host]) -> Mesh:
 
 
 def status_of(mesh: Mesh) -> dict[str, Any]:
-    code, text = mesh.client.ask("get", "/expertmesh/status")
-    assert code == 200, text
-    return json.loads(text)
+    return service_status(mesh.client)
 
 
 def complete(mesh: Mesh, midway: Any) -> list[str]:
