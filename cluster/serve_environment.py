@@ -7,10 +7,11 @@ cluster that it starts; docs/http.md has the lines for one's own, and the Kubern
 from __future__ import annotations
 
 import importlib.util
+import random
 import shutil
 import socket
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -33,6 +34,10 @@ ROUTER_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
 METRICS_PORT = "EXPERTMESH_METRICS_PORT"
 USUAL_METRICS_PORT = 8080  # KubeRay's, too
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUAL_EPHEMERAL = 32768
+_ABOVE_WORKERS = 20000
 
 WITHOUT_HAPROXY = (
     "Serve's own proxy takes the requests, one more hop in Python for each token: up to a third fewer streamed tokens/s"
@@ -65,7 +70,7 @@ def environment_of_a_local_cluster(folder: Path, base: Mapping[str, str]) -> dic
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
     )
-    own |= dict(zip(ports, map(str, _free_ports(len(ports))), strict=True))
+    own |= dict(zip(ports, map(str, free_ports(len(ports))), strict=True))
     if not has_haproxy():
         own[HAPROXY_SWITCH] = "0"
     return {name: value for name, value in own.items() if name not in base}
@@ -77,12 +82,25 @@ def metrics_port(base: Mapping[str, str]) -> int:
         return int(base[METRICS_PORT])
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", USUAL_METRICS_PORT)) == 0
-    return _free_ports(1)[0] if taken else USUAL_METRICS_PORT
+    return free_ports(1)[0] if taken else USUAL_METRICS_PORT
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+def free_ports(count: int) -> list[int]:
+    """Different ports of 127.0.0.1 that nobody uses, and that the kernel gives to no connection on its own.
+
+    Serve listens on them many seconds later, and a starting cluster opens hundreds of connections in between. So they
+    are taken from below the kernel's own range, and from above those that Ray gives to its workers (10002 to 19999).
+    Raises OSError if there are too few.
+    """
+    low = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else _USUAL_EPHEMERAL
+    candidates = range(_ABOVE_WORKERS, low) if low - _ABOVE_WORKERS >= 1000 else range(_ABOVE_WORKERS, 65536)
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(candidates, len(candidates)):
+        if len(ports) == count:
+            break
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    if len(ports) < count:
+        raise OSError(f"only {len(ports)} ports of {candidates} are free, expected {count}")
+    return ports

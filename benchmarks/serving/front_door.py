@@ -27,7 +27,7 @@ import yaml
 from benchmarks.common import ROOT, TINY_MODEL, median, print_table, save
 from benchmarks.processes import tied
 from benchmarks.serving.streams import Load, requests, run
-from tests.support.waiting import free_ports
+from cluster.serve_environment import free_ports
 
 MODEL = "tiny-moe"
 START_TIMEOUT_S = 600.0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.common import median, print_table, save
 from benchmarks.serving.front_door import mesh_command, started, vllm_command, vllm_environment
-from tests.support.waiting import free_ports
+from cluster.serve_environment import free_ports
 
 START_GOAL = 1.5  # times vLLM's server
 TOTAL_GOAL_GB, CONSOLE_GOAL_MB, CONTROLLER_GOAL_MB = 5.5, 250, 250

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cluster.haproxy_guard import HAProxyGuard
-from tests.support.waiting import free_ports, wait_for
+from cluster.serve_environment import free_ports
+from tests.support.waiting import wait_for
 
 CONFIG = """
 defaults

@@ -25,9 +25,10 @@ from cluster.console.endpoints import Console, console_app
 from cluster.controller.client import ControllerLostError
 from cluster.mesh.messages import HistoryEntry, MeshEvent, MigrationView, PublishedView, RouterView, SeatView, WatchView
 from cluster.router.messages import RouterLive
+from cluster.serve_environment import free_ports
 from experts.protocol.membership import ShardEndpoint
 from tests.support.serve.statuses import autopilot_view, controller_status, migration_view, router_status, shard_status
-from tests.support.waiting import await_true, free_ports
+from tests.support.waiting import await_true
 
 TOP_K = 8
 

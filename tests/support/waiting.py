@@ -1,10 +1,8 @@
-"""Waiting for something to become true, and ports to listen on. Every wait ends, and names what did not happen."""
+"""Waiting for something to become true. Every wait ends, and names what did not happen."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -48,10 +46,3 @@ async def within(awaitable: Awaitable[T], what: str, timeout_s: float = AWAIT_S)
 def run_async(awaitable: Awaitable[T], what: str = "the whole test", timeout_s: float = AWAIT_S) -> T:
     """`within`, in an event loop of its own."""
     return asyncio.run(within(awaitable, what, timeout_s))
-
-
-def free_ports(count: int) -> list[int]:
-    """Different local ports that nobody was listening on a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]

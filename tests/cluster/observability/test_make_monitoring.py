@@ -18,8 +18,9 @@ import yaml
 
 from cluster.observability import monitoring
 from cluster.observability.monitoring import CONFIGS, prometheus_config
+from cluster.serve_environment import free_ports
 from tests.support.serve.service import REPOSITORY, answers
-from tests.support.waiting import free_ports, wait_for
+from tests.support.waiting import wait_for
 
 PROGRAM = """\
 #!{python}

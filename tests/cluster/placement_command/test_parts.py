@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cluster.placement_command.difference import difference
 from cluster.placement_command.tables import count, seconds, size, table
+from cluster.serve_environment import free_ports
 from placement.placement import Placement
 from tests.support.command import run_command, run_here
-from tests.support.waiting import free_ports
 
 
 @st.composite

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from cluster.mesh.messages import ControllerStatus
+from cluster.serve_environment import free_ports
 from cluster.status_command.look import Answer, Look
 from cluster.status_command.report import problems, report
 from cluster.status_command.screen import lines, screen
 from experts.protocol.status import RouterStatus
 from tests.support.command import run_here
 from tests.support.serve.statuses import controller_status, migration_view, router_status, seat_view
-from tests.support.waiting import free_ports, join
+from tests.support.waiting import join
 
 WELL = Answer(200, {"status": "ok", "reason": ""})
 

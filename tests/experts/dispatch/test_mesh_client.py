@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.serve_environment import free_ports
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch import mesh_client
 from experts.dispatch.layer_shape import LayerShape
@@ -36,7 +37,7 @@ from tests.support.small_mesh import (
     run,
     write_checkpoint,
 )
-from tests.support.waiting import await_true, free_ports
+from tests.support.waiting import await_true
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 2, 6, 3, 24
 

@@ -10,12 +10,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from cluster.serve_environment import free_ports
 from placement.command.app import app
 from placement.traces.profile import KEY_VARIABLE, Prompt, ServerError, profile_server, read_prompts
 from placement.traces.profile import Server as Http
 from placement.traces.trace import ActivationTrace
 from tests.support.made_up_traces import clique_trace
-from tests.support.waiting import free_ports, join
+from tests.support.waiting import join
 
 
 class Server(BaseHTTPRequestHandler):

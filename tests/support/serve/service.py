@@ -25,11 +25,11 @@ from typing import Any
 import openai
 import yaml
 
-from cluster.serve_environment import environment_of_a_local_cluster
+from cluster.serve_environment import environment_of_a_local_cluster, free_ports
 from tests.support.command import COMMAND
 from tests.support.serve.node_autoscaler import ENVIRONMENT as AUTOSCALER_ENVIRONMENT
 from tests.support.serve.node_autoscaler import write_config
-from tests.support.waiting import free_ports, wait_for
+from tests.support.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[3]
 API_KEY = "test-key"

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from benchmarks.serving.endless_streams import Streams
+from cluster.serve_environment import free_ports
 from tests.support.serve.service import API_KEY, REPOSITORY, Service, ray_head
-from tests.support.waiting import free_ports, wait_for
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.autoscaling, pytest.mark.timeout(1800)]
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.serve_environment import free_ports
 from tests.support.command import COMMAND, run_command
 from tests.support.serve.service import API_KEY, REPOSITORY, Service, session_members, tiny_config
-from tests.support.waiting import free_ports, wait_for
+from tests.support.waiting import wait_for
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ import yaml
 
 from cluster.observability.dashboards.__main__ import DASHBOARDS
 from cluster.observability.dashboards.model import Panel
+from cluster.serve_environment import free_ports
 from tests.support.promql import with_everything_chosen
 from tests.support.serve.metrics_agent import targets_file
 from tests.support.serve.service import REPOSITORY, Service, answers
-from tests.support.waiting import free_ports, wait_for
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed (apt-get install prometheus)"

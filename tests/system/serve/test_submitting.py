@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.serve_environment import free_ports
 from tests.support.serve.service import REPOSITORY, ray_head
-from tests.support.waiting import free_ports, wait_for
+from tests.support.waiting import wait_for
 
 OLD, NEW = "no router is available", "no router is to be had"
 CHANGED = Path("cluster", "router", "client.py")
