@@ -72,7 +72,8 @@ class OrderFollower:
         if not answer.known:
             await asyncio.sleep(PAUSE_S)  # the next heartbeat rejoins
             return
-        self._term = answer.term
+        if answer.term != self._term:  # another life of the controller, which numbers its orders anew
+            self._term, self._version = answer.term, -1
         if answer.target is not None:
             self.target = answer.target
         if answer.order is not None:

@@ -208,6 +208,20 @@ def test_it_asks_on_while_the_controller_is_away_or_does_not_know_it(
     follow(act)
 
 
+def test_another_life_of_the_controller_numbers_its_orders_anew(follow: Follow) -> None:
+    """Its first answer may bring no order: the last version of the life before must not outlive that."""
+
+    async def act(scene: Scene) -> None:
+        scene.controller.order(7, [], [(0, 1)])
+        scene.controller.answers.append(OrderAnswer(True, "next life", None, None))
+        scene.controller.answers.append(OrderAnswer(True, "next life", None, None))
+        await scene.until(lambda: len(scene.controller.asked) == 4)
+        asked = [(request.term, request.version) for request in scene.controller.asked]
+        assert asked == [("", -1), ("life", 7), ("next life", -1), ("next life", -1)]
+
+    follow(act)
+
+
 def test_cancelling_ends_the_copies_at_hand(follow: Follow) -> None:
     async def act(scene: Scene) -> None:
         scene.server.may_copy.clear()
