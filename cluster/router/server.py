@@ -153,7 +153,11 @@ class ExpertMeshLLMServer(LLMServer):
 
     async def check_health(self) -> None:
         """Raises when the engine or one of the loops has ended or is stuck; Serve then restarts this router."""
-        await super().check_health()
+        try:
+            await super().check_health()
+        except Exception as error:
+            self._worker.engine_ended(str(error))
+            raise
         for task in self._loops:
             if task.done():
                 raise RuntimeError(f"{task.get_name()} of this router ended: {task.exception()!r}")

@@ -26,6 +26,17 @@ class WorkerCalls:
     def __init__(self, collective_rpc: Callable[..., Awaitable[list[Any]]], timeout_s: float) -> None:
         self._collective_rpc = collective_rpc
         self.timeout_s = timeout_s
+        self._waiting: set[asyncio.Future[list[Any]]] = set()
+        self._ended = ""
+
+    def engine_ended(self, why: str) -> None:
+        """Have the calls that wait raise EngineSilentError now: vLLM leaves them without an answer.
+
+        Serve waits for those it made before it stops the replica, and only then are its resources free.
+        """
+        self._ended = why
+        for call in self._waiting:
+            call.cancel()
 
     async def use_secret(self, secret: MeshSecret) -> None:
         """Prove by this secret to shards from now on. It travels so, since vLLM logs its settings."""
@@ -83,8 +94,17 @@ class WorkerCalls:
         The time-out is kept here: vLLM takes one too, but neither an engine in another process nor the executor of a
         single worker heeds it.
         """
+        call = asyncio.ensure_future(self._collective_rpc(method, args=args))
+        self._waiting.add(call)
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await self._collective_rpc(method, args=args)
+                return await call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._ended or (task is not None and task.cancelling()):
+                raise
+            raise EngineSilentError(f"the engine's worker did not answer {method}: {self._ended}") from None
         except TimeoutError:
             raise EngineSilentError(f"the engine's worker did not answer {method} in {self.timeout_s} s") from None
+        finally:
+            self._waiting.discard(call)

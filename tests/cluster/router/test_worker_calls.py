@@ -121,6 +121,31 @@ def test_two_workers_answer_as_one_router() -> None:
     run(calls.clear_trace())
 
 
+def test_calls_that_wait_end_with_the_engine_and_with_their_caller() -> None:
+    """One of two callers is cancelled, and stays so."""
+
+    async def both() -> list[Any]:
+        asked = asyncio.Semaphore(0)
+
+        async def silent(method: str, args: tuple[Any, ...]) -> list[Any]:
+            asked.release()
+            await asyncio.Event().wait()
+            return []
+
+        calls = WorkerCalls(silent, 60.0)
+        waiting = [asyncio.create_task(calls.status()) for _ in range(2)]
+        for _ in waiting:
+            await asked.acquire()
+        waiting[0].cancel()
+        calls.engine_ended("EngineCore is dead")
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    cancelled, ended = run(both())
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert isinstance(ended, EngineSilentError)
+    assert str(ended) == "the engine's worker did not answer expertmesh_status: EngineCore is dead"
+
+
 def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
     async def silent(method: str, args: tuple[Any, ...]) -> list[Any]:
         await asyncio.Event().wait()
