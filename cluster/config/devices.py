@@ -13,11 +13,16 @@ BETWEEN_GPUS = ("nccl", "cuda_ipc")
 
 def gpus_of_engine(routers: RoutersSection) -> float:
     """GPUs of a router's engine; less than 1 is a part of one."""
+    asked = _gpus_of_bundles(routers)
+    return sum(asked) if asked else float(routers.workers * (routers.accelerator == "gpu"))
+
+
+def _gpus_of_bundles(routers: RoutersSection) -> list[float]:
+    """GPUs of each bundle that the user asks for; empty if there are none."""
     group = routers.placement_group_config or {}
-    bundles = group.get("bundles")
-    found = [group.get("bundle_per_worker"), *(bundles if isinstance(bundles, list) else [])]
-    asked = [_number(bundle.get("GPU")) for bundle in found if isinstance(bundle, dict)]
-    return sum(asked) if asked else float(routers.accelerator == "gpu")
+    each, bundles = group.get("bundle_per_worker"), group.get("bundles")
+    found = [*[each] * routers.workers, *(bundles if isinstance(bundles, list) else [])]
+    return [_number(bundle.get("GPU")) for bundle in found if isinstance(bundle, dict)]
 
 
 def router_device_problems(routers: RoutersSection, transport: TransportSection) -> Iterator[str]:
@@ -32,6 +37,24 @@ def router_device_problems(routers: RoutersSection, transport: TransportSection)
         yield (
             f"routers.engine_kwargs.kv_cache_memory_bytes is not set, but an engine has {gpus:g} of a GPU: vLLM would "
             "measure what is left while the GPU's other processes load; say how many bytes its KV cache gets"
+        )
+    if routers.workers > 1:
+        yield from _problems_of_workers(routers)
+
+
+def _problems_of_workers(routers: RoutersSection) -> Iterator[str]:
+    """What does not go with several workers of an engine."""
+    where = "routers.placement_group_config"
+    whose = f"the {routers.workers} workers of an engine (tensor_parallel_size)"
+    strategy = (routers.placement_group_config or {}).get("strategy", "STRICT_PACK")
+    if strategy in ("PACK", "SPREAD", "STRICT_SPREAD"):
+        yield f"{where}.strategy is {strategy}, but {whose} share a host: remove it, the default is STRICT_PACK then"
+    with_gpus = [gpus for gpus in _gpus_of_bundles(routers) if gpus]
+    if routers.accelerator == "gpu" and with_gpus and with_gpus != [1] * routers.workers:
+        told = ", ".join(f"{gpus:g}" for gpus in with_gpus)
+        yield (
+            f"{where} has bundles with {told} GPU(s), but {whose} take a whole one each: expected "
+            "bundle_per_worker with GPU: 1, or as many bundles with GPU: 1"
         )
 
 

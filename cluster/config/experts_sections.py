@@ -54,7 +54,7 @@ class ShardsSection(StrictModel):
         description="Most pairs of a shard with routers at a time; each process of a router has one.",
     )
     max_pairs_per_router: int = Field(
-        default=_shard_default("max_pairs_per_router"), ge=1, description="Likewise, for one router."
+        default=_shard_default("max_pairs_per_router"), ge=1, description="Likewise, for one process of a router."
     )
     join_timeout_s: float = Field(
         default=600.0, gt=0, description="A shard without a rank after this long fails to start, and Serve restarts it."

@@ -111,6 +111,11 @@ class RoutersSection(StrictModel):
     )
     tracing: TracingSection | None = Field(default=None, description="OpenTelemetry; by default none.")
 
+    @property
+    def workers(self) -> int:
+        """Workers of one engine, each on a GPU of its own, or with cores of its own (tensor parallelism)."""
+        return int(self.engine_kwargs.get("tensor_parallel_size", 1))
+
     @field_validator("engine_kwargs")
     @classmethod
     def _owned_engine_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:

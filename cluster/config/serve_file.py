@@ -155,6 +155,17 @@ class MeshConfig(StrictModel):
             yield f"{there} is set and {missing} is not: set both or neither"
         most_shards = (self.shard_scaling or {}).get("max_replicas") or self.num_shards
         yield from device_disagreements(self.experts.shards, self.llm.routers, self.llm.transport, most_shards)
+        yield from self._too_many_pairs()
+
+    def _too_many_pairs(self) -> Iterator[str]:
+        routers, most = self.llm.routers, self.experts.shards.max_pairs
+        wanted = routers.deployment_config.get("num_replicas")
+        count = (self.router_scaling or {}).get("max_replicas") or routers.count or wanted
+        if isinstance(count, int) and count * routers.workers > most:
+            yield (
+                f"shards.max_pairs is {most}, but up to {count} routers of {routers.workers} worker(s) have "
+                f"{count * routers.workers} pairs with a shard, twice as many during an upgrade: raise it"
+            )
 
     def _console_disagreements(self) -> Iterator[str]:
         if self.console is None:

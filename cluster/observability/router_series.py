@@ -83,6 +83,6 @@ ROUTER_SERIES: tuple[Series[RouterStatus], ...] = (
     gauge("swap_max_seconds", lambda s: s.swap_max_us / 1e6, "Longest stop of the steps for a new epoch"),
     gauge("balancedness", lambda s: s.balancedness, "Mean over max of the shards' load in row-expert pairs"),
     gauge("requests_unfinished", lambda s: s.unfinished_requests, "Requests in the engine"),
-    gauge("router_resident_bytes", lambda s: s.resident_bytes, "Anonymous memory of the engine's worker"),
+    gauge("router_resident_bytes", lambda s: s.resident_bytes, "Anonymous memory of the engine's workers"),
     Series("shard_connected", "gauge", "1 if the router has the shard", _connected, ("rank",)),
 )

@@ -26,6 +26,7 @@ from cluster.refusals.serve_options import (
     deployment_problems,
     placement_group_problems,
 )
+from cluster.refusals.tensor_parallel import dispatch_problem, heads_problem
 from experts.protocol.secret import MeshSecret, MeshSecretError
 from experts.vllm_plugin.context_length import context_problem
 from experts.vllm_plugin.engine_options import did_you_mean, refused_by_vllm
@@ -76,11 +77,15 @@ def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys
     yield from (f"routers.engine_kwargs.{line}" for line in refused_by_vllm(options))
     yield from _router_problems(routers)
     yield from router_device_problems(routers, config.transport)
+    env = {**os.environ, **routers.env_vars}
+    late = dispatch_problem(config.deadlines.dispatch_ms, routers.workers, env)
+    if late is not None:
+        yield f"deadlines.{late}"
     if keys:
         yield from key_problems(config.http)
     if folder is not None:
         own_tokenizer = options.get("tokenizer") is None and not options.get("skip_tokenizer_init")
-        yield from _model_problems(folder, complete, options, {**os.environ, **routers.env_vars}, own_tokenizer)
+        yield from _model_problems(folder, complete, options, env, own_tokenizer)
 
 
 def experts_problems(config: ExpertsAppConfig, folder: Path | None, complete: bool, keys: bool = True) -> Iterator[str]:
@@ -166,9 +171,9 @@ def _model_problems(
     except ValueError as error:
         yield f"model.path: {error}"
         return
-    problem = context_problem(values, options, env)
-    if problem is not None:
-        yield f"routers.engine_kwargs.{problem}"
+    for problem in (context_problem(values, options, env), heads_problem(values, options)):
+        if problem is not None:
+            yield f"routers.engine_kwargs.{problem}"
     if complete:
         yield from (f"model.path: {line}" for line in missing_weights(folder))
         if own_tokenizer:

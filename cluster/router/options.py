@@ -40,7 +40,8 @@ def router_options(routers: RoutersSection) -> dict[str, Any]:
     actor = dict(options.get("ray_actor_options") or {})
     group = routers.placement_group_config or {}
     options["placement_group_bundles"] = _with_replica(_engine_bundles(routers, group), actor)
-    options["placement_group_strategy"] = group.get("strategy", "PACK")
+    # Workers of an engine tell each other through shared memory which rows lack an expert, so they share a host.
+    options["placement_group_strategy"] = group.get("strategy", "PACK" if routers.workers == 1 else "STRICT_PACK")
     user_env = dict(actor.get("runtime_env") or {})
     actor["runtime_env"] = {"worker_process_setup_hook": SETUP_HOOK, **user_env, **runtime_env_of(routers)}
     options["ray_actor_options"] = actor
@@ -48,13 +49,12 @@ def router_options(routers: RoutersSection) -> dict[str, Any]:
 
 
 def _engine_bundles(routers: RoutersSection, group: dict[str, Any]) -> list[dict[str, float]]:
-    """Resources of the engine's one worker, or what the user lists."""
-    if "bundle_per_worker" in group:
-        bundles = [dict(group["bundle_per_worker"])]
-    elif "bundles" in group:
+    """Resources of each of the engine's workers, or what the user lists."""
+    if "bundles" in group:
         bundles = [dict(bundle) for bundle in group["bundles"]]
     else:
-        bundles = [{"GPU": 1} if routers.accelerator == "gpu" else {"CPU": 1}]
+        each = group.get("bundle_per_worker", {"GPU": 1} if routers.accelerator == "gpu" else {"CPU": 1})
+        bundles = [dict(each) for _ in range(routers.workers)]
     if routers.accelerator_type is not None:
         for bundle in bundles:
             bundle.setdefault(f"accelerator_type:{routers.accelerator_type}", 0.001)

@@ -53,6 +53,7 @@ from experts.vllm_plugin.early_engine import EarlyEngine
 
 logger = logging.getLogger("ray.serve")
 
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's: which cores each worker of an engine on CPUs gets
 NO_STATISTICS = (
     "engine_kwargs.disable_log_stats is true, so the autoscaler learns nothing of this router's requests, KV cache and "
     "times"
@@ -98,7 +99,11 @@ class ExpertMeshLLMServer(LLMServer):
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra)
-        in_process = mesh.routers.accelerator == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+        on_cpu, several = mesh.routers.accelerator == "cpu", mesh.routers.workers > 1
+        in_process = on_cpu and THREADS_BIND not in os.environ
+        if on_cpu and several:
+            # vLLM would give each worker the cores of a NUMA node of its own, and refuse where there are fewer nodes.
+            os.environ.setdefault(THREADS_BIND, "nobind")
         with early_engine.vllm_uses():
             await super().__init__(llm_config, engine_cls=vllm_engine_cls(in_process))
 

@@ -26,6 +26,7 @@ from experts.dispatch.step_recorder import StepRecorder
 from experts.dispatch.workers.row_share import RowShare
 from experts.protocol.errors import ShardRejectedError, UnsupportedModelError
 from experts.protocol.membership import AppliedMembership, Membership, Preparation, ShardEndpoint
+from experts.protocol.router_names import process_name
 from experts.protocol.secret import MeshSecret
 from experts.protocol.settings import RouterSettings
 from experts.protocol.status import RouterStatus, StageHistograms
@@ -53,10 +54,10 @@ def _dispatcher_class(settings: RouterSettings) -> type[Dispatcher]:
     return TracedDispatcher
 
 
-def _span_thread(router_id: str, layer_ids: tuple[int, ...]) -> SpanThread:
+def _span_thread(router_id: str, layer_ids: tuple[int, ...], worker: int | None) -> SpanThread:
     from experts.dispatch.tracing.spans import SpanThread  # imports OpenTelemetry
 
-    return SpanThread(router_id, layer_ids)
+    return SpanThread(router_id, layer_ids, worker)
 
 
 class MeshClient:
@@ -113,7 +114,8 @@ class MeshClient:
         self._secret = secret
         self._tls = None if settings.tls is None else TlsIdentity(settings.tls)
         self._trimmed_s = time.monotonic()
-        self._spans = None if settings.tracing is None else _span_thread(self.router_id, spec.layer_ids)
+        worker = None if share is None else share.worker
+        self._spans = None if settings.tracing is None else _span_thread(self.router_id, spec.layer_ids, worker)
         self._facts = checkpoint.facts
         self._fingerprint = checkpoint.start_fingerprint()
 
@@ -178,9 +180,9 @@ class MeshClient:
             weights = self._fingerprint.result().to_bytes()
         except CheckpointError as error:
             raise ShardRejectedError(endpoint.rank, f"this router cannot read its checkpoint: {error}") from error
-        worker = "" if self.share is None or self.share.speaks else f"#{self.share.worker}"
+        worker = 0 if self.share is None else self.share.worker
         hello = Hello(
-            router_id=f"{self.router_id}{worker}",  # shards count the pairs of each process
+            router_id=process_name(self.router_id, worker),  # shards count the pairs of each process
             transport=settings.transport,
             incarnation=endpoint.incarnation,
             dtype=str(shape.dtype).removeprefix("torch."),

@@ -77,6 +77,7 @@ def merged_status(answers: list[RouterStatus]) -> RouterStatus:
         swap_max_us=max(answer.swap_max_us for answer in answers),
         params=sum(answer.params for answer in answers),
         resident_bytes=sum(answer.resident_bytes for answer in answers),
+        workers=len(answers),
     )
 
 

@@ -147,5 +147,5 @@ class ShardSettings(StrictModel):
     max_pairs: int = Field(
         default=256, ge=1, description="Most pairs with routers at a time; each process of a router has one."
     )
-    max_pairs_per_router: int = Field(default=16, ge=1, description="Likewise, for one router.")
+    max_pairs_per_router: int = Field(default=16, ge=1, description="Likewise, for one process of a router.")
     tls: TlsFiles | None = Field(default=None, description="TLS; the routers have to have it too. By default none.")

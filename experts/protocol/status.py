@@ -79,6 +79,7 @@ class RouterStatus:
     term: str = ""  # life of the controller that gave out the epoch
     pid: int = 0
     unfinished_requests: int = 0  # running or waiting in the engine
+    workers: int = 1  # of the engine, whose answers this one is made of
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys."""

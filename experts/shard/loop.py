@@ -17,6 +17,7 @@ import torch
 
 from experts.kernels import ExpertKernel
 from experts.native.structs import NativeShardCounts
+from experts.protocol.router_names import router_of
 from experts.protocol.wire import (
     DTYPE_CODES,
     H_COMPUTE_NS,
@@ -177,9 +178,9 @@ class ShardLoop:
 
     @property
     def router_ids(self) -> list[str]:
-        """Names of the connected routers."""
+        """Names of the connected routers, of which one has a pair for each worker of its engine."""
         with self._lock:
-            return sorted(channel.router_id for channel in self._channels)
+            return sorted({router_of(channel.router_id) for channel in self._channels})
 
     def add(self, channel: ShardChannel) -> None:
         """Serve one more router."""

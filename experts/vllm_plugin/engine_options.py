@@ -30,10 +30,11 @@ OWNED = {
     "distributed_executor_backend": "Ray Serve LLM chooses it by routers.accelerator",
 }
 ONE = (
-    "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
     "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+    "nnodes",
 )
 OFF = {
     "enable_expert_parallel": "the shards hold the experts",
@@ -61,6 +62,9 @@ def refused_by_project(options: dict[str, Any], device: str) -> Iterator[str]:
     for key in ONE:
         if options.get(key, 1) != 1:
             yield f"{key} is {options[key]!r}, expected 1: run more routers instead (routers.count)"
+    workers = options.get("tensor_parallel_size", 1)
+    if type(workers) is not int or workers < 1:
+        yield f"tensor_parallel_size is {workers!r}, expected a whole number of 1 or more"
     for key, why in OFF.items():
         if options.get(key):
             yield f"{key} is {options[key]!r}, expected false: {why}"

@@ -43,9 +43,9 @@ MOST_WAITING = 64  # steps; more are dropped, and counted
 class SpanThread:
     """Takes the times of steps, makes spans of them in the background, and never holds up who hands them over."""
 
-    def __init__(self, router_id: str, layer_ids: Sequence[int]) -> None:
-        """`layer_ids`: the model's own numbers of its MoE layers."""
-        self._router_id, self._layer_ids = router_id, tuple(layer_ids)
+    def __init__(self, router_id: str, layer_ids: Sequence[int], worker: int | None = None) -> None:
+        """`layer_ids`: the model's own numbers of its MoE layers; `worker`: which of several workers this one is."""
+        self._router_id, self._layer_ids, self._worker = router_id, tuple(layer_ids), worker
         self._waiting: queue.Queue[StepTimes | None] = queue.Queue(MOST_WAITING)
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
@@ -69,7 +69,7 @@ class SpanThread:
         tracer = tracer_of_steps()
         while (step := self._waiting.get()) is not None:
             try:
-                make_spans(tracer, step, self._router_id, self._layer_ids)
+                make_spans(tracer, step, self._router_id, self._layer_ids, self._worker)
             except Exception:  # traces are for people; serving goes on
                 logger.exception("no spans of step %d", step.number)
 
@@ -94,8 +94,10 @@ def tracer_of_steps() -> trace.Tracer:
     return tracer
 
 
-def make_spans(tracer: trace.Tracer, step: StepTimes, router_id: str, layer_ids: Sequence[int]) -> None:
-    """All spans of a step, begun and ended."""
+def make_spans(
+    tracer: trace.Tracer, step: StepTimes, router_id: str, layer_ids: Sequence[int], worker: int | None = None
+) -> None:
+    """All spans of a step, begun and ended. Each worker of several makes its own, which its number tells apart."""
     parents = {request: TraceContextTextMapPropagator().extract(headers) for request, headers in step.traces.items()}
     contexts = {request: trace.get_current_span(context).get_span_context() for request, context in parents.items()}
     detailed: SpanContext | None = None
@@ -113,6 +115,7 @@ def make_spans(tracer: trace.Tracer, step: StepTimes, router_id: str, layer_ids:
             attributes={
                 "gen_ai.request.id": request,
                 "expertmesh.router": router_id,
+                **({} if worker is None else {"expertmesh.worker": worker}),
                 "expertmesh.step": step.number,
                 "expertmesh.epoch": step.epoch,
                 "expertmesh.tokens": step.num_tokens,

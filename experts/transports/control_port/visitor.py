@@ -41,7 +41,7 @@ class PortLimits:
     """Connections that are not answered yet; the oldest stranger among them makes room for the next one."""
     pairs: int = 256
     pairs_per_router: int = 16
-    """Each process of a router with tensor parallelism has one."""
+    """Of one process: each worker of a router with tensor parallelism counts for itself."""
     hello_bytes: int = _MAX_HELLO_BYTES
 
 

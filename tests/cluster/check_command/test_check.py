@@ -70,7 +70,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         apps["experts"]["deployments"][0]["num_replicas"] = 0
         apps["experts"]["deployments"][1]["user_config"]["placement"]["policy"] = "best"
         apps["llm"]["args"]["routers"]["engine_kwargs"]["max_model_lenn"] = 1
-        apps["llm"]["args"]["routers"]["engine_kwargs"]["tensor_parallel_size"] = 2
+        apps["llm"]["args"]["routers"]["engine_kwargs"]["tensor_parallel_size"] = 0
         apps["llm"]["deployments"] = [{"name": "Router", "max_ongoing_request": 4}]
         apps["console"]["args"]["deployment_config"]["num_replica"] = 2
 

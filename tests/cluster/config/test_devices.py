@@ -103,6 +103,28 @@ def test_gpus_of_an_engine_are_those_of_its_bundles() -> None:
     assert gpus_of_engine(RoutersSection()) == 0
     one = {"bundle_per_worker": {"GPU": 0.5}}
     assert gpus_of_engine(RoutersSection(accelerator="gpu", placement_group_config=one)) == 0.5
+    assert gpus_of_engine(RoutersSection(accelerator="gpu", engine_kwargs={"tensor_parallel_size": 4})) == 4
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (None, None),
+        ({"bundle_per_worker": {"CPU": 1, "GPU": 1}}, None),
+        ({"bundles": [{"GPU": 1}, {"GPU": 1}, {"CPU": 1}], "strategy": "STRICT_PACK"}, None),
+        ({"bundles": [{"GPU": 2}]}, "has bundles with 2 GPU(s), but the 2 workers of an engine (tensor_parallel_size)"),
+        ({"bundles": [{"GPU": 1}]}, "has bundles with 1 GPU(s)"),
+        ({"bundles": [{"GPU": 1}] * 3}, "has bundles with 1, 1, 1 GPU(s)"),
+        ({"bundle_per_worker": {"GPU": 0.5}}, "has bundles with 0.5, 0.5 GPU(s)"),
+        ({"bundle_per_worker": {"GPU": 1}, "strategy": "SPREAD"}, "strategy is SPREAD, but the 2 workers"),
+        ({"bundle_per_worker": {"GPU": 1}, "strategy": "PACK"}, "remove it, the default is STRICT_PACK then"),
+    ],
+)
+def test_workers_of_an_engine_have_a_gpu_each_on_one_host(group: dict[str, Any] | None, expected: str | None) -> None:
+    section = RoutersSection(accelerator="gpu", placement_group_config=group, engine_kwargs={"tensor_parallel_size": 2})
+    told = list(router_device_problems(section, TransportSection()))
+    assert len(told) == (expected is not None)
+    assert expected is None or expected in told[0]
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b-2gpu.yaml", "gpt-oss-120b-2gpu.yaml"])

@@ -88,8 +88,18 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         ),
         (
             "applications.1.args.routers.engine_kwargs",
-            {"tensor_parallel_size": 2},
-            r"tensor_parallel_size is 2, expected 1",
+            {"tensor_parallel_size": "2"},
+            r"tensor_parallel_size is '2', expected a whole number of 1 or more",
+        ),
+        (
+            "applications.1.args.routers.engine_kwargs",
+            {"pipeline_parallel_size": 2},
+            r"pipeline_parallel_size is 2, expected 1: run more routers instead",
+        ),
+        (
+            "applications.1.args.routers.count",
+            257,
+            r"shards\.max_pairs is 256, but up to 257 routers of 1 worker\(s\) have 257 pairs with a shard",
         ),
         (
             "applications.1.args.routers.llm_config",

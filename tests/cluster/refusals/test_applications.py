@@ -66,7 +66,9 @@ def test_the_meshs_secret_has_to_be_where_the_controller_starts(monkeypatch: pyt
     assert "5 characters, expected at least 32" in lines(args)[0]
 
 
-@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", *SHAPES])
+@pytest.mark.parametrize(
+    "name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", "tiny-tp.yaml", *SHAPES]
+)
 def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
     monkeypatch.setenv("EXPERTMESH_MESH_SECRET", "0" * 64)  # a pod has it from a Secret
@@ -83,6 +85,10 @@ def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -
             "engine_kwargs.max_num_sequences is no engine option of",
         ),
         ({"engine_kwargs": {"max_num_seqs": "x"}}, "engine_kwargs.max_num_seqs is 'x': expected a valid integer"),
+        (
+            {"engine_kwargs": {"tensor_parallel_size": 3}},
+            "engine_kwargs.tensor_parallel_size is 3, but the model's 4 heads (num_attention_heads in its config.json)",
+        ),
         ({"engine_kwargs": {"max_model_len": 4096}}, "engine_kwargs.max_model_len is 4096, more than the model's 2048"),
         (
             {"deployment_config": {"gracefull_shutdown_timeout_s": 5}},
@@ -210,6 +216,13 @@ def test_every_mistake_has_a_line_of_its_own() -> None:
         "args.http.api_keys_env",
         "args.routers.engine_kwargs.max_model_len",
     ]
+
+
+def test_a_dispatch_that_outlasts_a_step_of_several_workers_is_refused() -> None:
+    args = llm(engine_kwargs={"tensor_parallel_size": 2}) | {"deadlines": {"dispatch_ms": 300_000}}
+    [line] = lines(args)
+    assert line.startswith("args.deadlines.dispatch_ms is 300000, but vLLM gives up an engine of several workers")
+    assert lines(llm(engine_kwargs={}) | {"deadlines": {"dispatch_ms": 300_000}}) == []
 
 
 def test_a_long_context_that_the_user_answers_for_is_taken() -> None:

@@ -15,7 +15,9 @@ from cluster.router.options import router_options
 from tests.support.serve.shipped_configs import SHAPES, serve_config
 
 
-@pytest.mark.parametrize("name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", *SHAPES])
+@pytest.mark.parametrize(
+    "name", ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", "tiny-tp.yaml", *SHAPES]
+)
 def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.serve.llm", reason="ray.serve.llm needs vllm")
     from ray.llm._internal.serve.core.server.builder import DEFAULT_DEPLOYMENT_OPTIONS
@@ -28,6 +30,9 @@ def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch
     config = MeshConfig.from_serve_config(serve_config(name)).llm
     theirs: dict[str, Any] = LLMServer.get_deployment_options(llm_config_of(config))
     ours = router_options(config.routers)
+    if config.routers.workers > 1:
+        assert theirs.pop("placement_group_strategy") == "PACK", "which may part an engine's workers"
+        theirs["placement_group_strategy"] = "STRICT_PACK"
     for key in ("placement_group_bundles", "placement_group_strategy", "ray_actor_options"):
         assert ours[key] == theirs[key], key
     assert ours["num_replicas"] == config.routers.count
@@ -48,6 +53,29 @@ def test_autoscaling_and_bundles_of_the_user_stay() -> None:
     assert options["autoscaling_config"]["max_replicas"] == 4
     assert options["placement_group_bundles"] == [{"CPU": 4, "GPU": 0}]
     assert options["placement_group_strategy"] == "SPREAD"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "group", "expected"),
+    [
+        ("cpu", None, [{"CPU": 2, "GPU": 0}, {"CPU": 1}, {"CPU": 1}]),
+        ("gpu", None, [{"CPU": 1, "GPU": 1}, {"GPU": 1}, {"GPU": 1}]),
+        ("gpu", {"bundle_per_worker": {"CPU": 4, "GPU": 1}}, [{"CPU": 5, "GPU": 1}, *[{"CPU": 4, "GPU": 1}] * 2]),
+        ("gpu", {"bundles": [{"GPU": 1}] * 3}, [{"CPU": 1, "GPU": 1}, {"GPU": 1}, {"GPU": 1}]),
+        ("cpu", {"bundles": [{"CPU": 3}]}, [{"CPU": 4, "GPU": 0}]),
+    ],
+)
+def test_each_worker_of_an_engine_has_a_bundle_on_one_node(
+    accelerator: Any, group: dict[str, Any] | None, expected: list[dict[str, float]]
+) -> None:
+    from cluster.config.llm_sections import RoutersSection
+
+    section = RoutersSection(
+        accelerator=accelerator, placement_group_config=group, engine_kwargs={"tensor_parallel_size": 3}
+    )
+    options = router_options(section)
+    assert options["placement_group_bundles"] == expected
+    assert options["placement_group_strategy"] == "STRICT_PACK"
 
 
 def test_a_new_router_serves_before_an_old_one_stops_unless_the_user_has_no_room() -> None:

@@ -21,7 +21,7 @@ SUMS = (
 LARGEST = ("uncovered_pairs", "swap_last_us", "swap_max_us")
 OTHERS = (
     *("epoch", "connected", "transports", "lost", "balancedness", "shard_rows", "shard_pairs"),
-    *("last_success_age_s", "stage_us"),
+    *("last_success_age_s", "stage_us", "workers"),
 )
 
 
@@ -69,6 +69,7 @@ def test_every_field_of_a_status_has_a_rule() -> None:
     raised = {name: 3 * getattr(first, name) + 1 for name in (*OF_THE_FIRST[1:6], *SUMS, *LARGEST)}
     second = replace(first, **raised, router_id="other", term="", pid=0, unfinished_requests=0)
     merged = merged_status([first, second])
+    assert merged.workers == 2
     for name in OF_THE_FIRST:
         assert getattr(merged, name) == getattr(first, name), name
     for name in SUMS:

@@ -171,6 +171,9 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
         ({"load_format": "dummy"}, "load_format is set by the project: the loader leaves"),
         ({"distributed_executor_backend": "mp"}, "distributed_executor_backend is set by the project: Ray Serve LLM"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2, expected 1: run more routers"),
+        ({"nnodes": 2}, "nnodes is 2, expected 1: run more routers"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0, expected a whole number of 1 or more"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size is True, expected a whole number"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is True, expected false: the shards hold"),
         ({"enable_eplb": True}, "enable_eplb is True, expected false: the shards hold"),
         ({"enable_lora": True}, "enable_lora is True, expected false: adapters are not supported"),
@@ -186,7 +189,7 @@ def test_what_the_project_cannot_serve_with_is_refused(options: dict[str, Any], 
 
 
 def test_what_is_switched_off_is_not_refused() -> None:
-    options = {"enable_lora": False, "tensor_parallel_size": 1, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    options = {"enable_lora": False, "tensor_parallel_size": 2, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
     assert list(refused_by_project(options, "cuda")) == []
     full = {"compilation_config": {"cudagraph_mode": "FULL"}}
     assert list(refused_by_project(full, "cpu")) == []

@@ -40,11 +40,11 @@ def step_of(traces: dict[str, dict[str, str]]) -> StepTimes:
     return StepTimes(traces, 9, frozenset({1}), 4, 12, [layer], {0: "shm", 1: "tcp"}, 100, 200, clock_ns=1_000_000)
 
 
-def spans_of(step: StepTimes, sampler: object = None) -> list[ReadableSpan]:
+def spans_of(step: StepTimes, sampler: object = None, worker: int | None = None) -> list[ReadableSpan]:
     memory = InMemorySpanExporter()
     provider = TracerProvider(sampler=sampler)  # type: ignore[arg-type]
     provider.add_span_processor(SimpleSpanProcessor(memory))
-    make_spans(provider.get_tracer("test"), step, "router-1", [0, 3])
+    make_spans(provider.get_tracer("test"), step, "router-1", [0, 3], worker)
     return list(memory.get_finished_spans())
 
 
@@ -88,6 +88,13 @@ def test_one_request() -> None:
     }
     assert (first.status.status_code, second.status.status_code) == (StatusCode.UNSET, StatusCode.ERROR)
     assert second.status.description == "it left"
+
+
+def test_the_steps_of_an_engines_workers_are_told_apart() -> None:
+    """A step's span of an engine of one worker has no number: see above."""
+    for worker in (0, 1):
+        [step] = [s for s in spans_of(step_of({"a": headers(TRACE_1, SPAN_1)}), worker=worker) if s.name == "step"]
+        assert step.attributes["expertmesh.worker"] == worker
 
 
 def test_several_requests_are_linked_and_layers_are_made_once() -> None:

@@ -14,7 +14,7 @@ import torch
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.dispatch.workers.row_share import RowShare
-from experts.protocol.settings import RouterSettings
+from experts.protocol.settings import RouterSettings, ShardSettings
 from tests.support.small_mesh import (
     Mesh,
     assert_matches,
@@ -98,10 +98,11 @@ def test_one_worker_records_all_rows(mesh: Mesh) -> None:
         workers[1].recorder.to_bytes()
 
 
-def test_shards_know_each_worker_by_a_name_of_its_own(mesh: Mesh) -> None:
-    workers_of(mesh, 3, router_id="three")
+def test_shards_name_a_router_once_and_count_the_pairs_of_each_worker_by_themselves(mesh: Mesh) -> None:
+    limit = ShardSettings.model_fields["max_pairs_per_router"].default
+    workers_of(mesh, limit + 1, router_id="many")
     for shard in mesh.shards.values():
-        assert {"three", "three#1", "three#2"} <= set(shard.status().routers)
+        assert [name for name in shard.status().routers if name.startswith("many")] == ["many"]
 
 
 def test_a_lost_shard_costs_no_worker_its_rows(tmp_path: Path) -> None:
