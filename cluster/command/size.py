@@ -41,6 +41,7 @@ def size(
     skew: Annotated[float, typer.Option(help="Sigma of experts' popularity.")] = 0.5,
     kv_dtype: Annotated[KvDtype, typer.Option(help="Of the KV cache.")] = KvDtype.auto,
     max_gpus: Annotated[int, typer.Option(help="Where the search ends.")] = 512,
+    router_gpus: Annotated[int, typer.Option(help="GPUs of a router: its tensor_parallel_size.")] = 1,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="PRICE", help="Print prices, too.")] = None,
     alternatives: Annotated[int, typer.Option(help="Further layouts to show.")] = 4,
     write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the config of one service.")] = None,
@@ -68,5 +69,6 @@ def size(
         "skew": skew,
         "kv_value_bytes": run.KV_VALUE_BYTES[kv_dtype.value],
         "max_gpus": max_gpus,
+        "router_gpus": router_gpus,
     }
     run.answer(run.Question(model, gpu, demand, price_per_gpu_hour, alternatives, write), as_json)

@@ -62,6 +62,7 @@ def _layout(sizing: Sizing, layout: Layout) -> dict[str, Any]:
         "gpus": figure(layout.gpus, "GPUs", "estimated"),
         "services": layout.services,
         "routers": layout.routers,
+        "router_gpus": layout.router_gpus,
         "shards": layout.shards,
         "slots_per_shard": layout.slots,
         "replicas": layout.replicas,

@@ -31,6 +31,8 @@ def serve_config(sizing: Sizing, model_path: str) -> dict[str, Any]:
     }
     if demand.kv_value_bytes == 1:
         engine["kv_cache_dtype"] = "fp8"
+    if best.router_gpus > 1:
+        engine["tensor_parallel_size"] = best.router_gpus
     placement: dict[str, Any] = {"policy": "linear", "spare_slots": demand.spare_slots}
     if best.replicas > 1:
         placement["min_replicas"] = best.replicas
@@ -69,7 +71,7 @@ def serve_config(sizing: Sizing, model_path: str) -> dict[str, Any]:
                         "accelerator": "gpu",
                         "accelerator_type": sizing.gpu.ray,
                         "engine_kwargs": engine,
-                        "placement_group_config": {"bundles": [{"CPU": 4, "GPU": 1}]},
+                        "placement_group_config": {"bundle_per_worker": {"CPU": 4, "GPU": 1}},
                         # Every GPU is taken, so that no new router can load beside an old one.
                         "deployment_config": {"max_surge_percent": 0},
                     },
@@ -103,8 +105,9 @@ def write_config(sizing: Sizing, model_path: str, file: Path) -> None:
     check_config(data, str(file))
     best, demand = sizing.layout, sizing.demand
     each = f" One of {best.services} services that divide the load." if best.services > 1 else ""
+    routers = f"{best.routers} router(s)" + (f" of {best.router_gpus} GPUs" if best.router_gpus > 1 else "")
     opening = (
-        f"# {sizing.facts.name}: {best.routers} router(s) and {best.shards} shards, a {sizing.gpu.title} each.{each}\n"
+        f"# {sizing.facts.name}: {routers} and {best.shards} shards, on {sizing.gpu.title}.{each}\n"
         f"# Sized for {demand.rate / best.services:g} requests/s of {demand.isl} + {demand.osl} tokens, at most "
         f"{demand.tpot_ms:g} ms a token and {demand.ttft_ms:g} ms to the first.\n"
     )

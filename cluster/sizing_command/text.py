@@ -12,9 +12,10 @@ from placement.sizing.sizing import Sizing, shares
 
 def lines_of(sizing: Sizing) -> Iterator[str]:
     """The whole answer, line by line."""
+    best, demand = sizing.layout, sizing.demand
     yield from _model(sizing)
     yield from _best(sizing)
-    yield from _memory("a router", sizing.layout.router, sizing.gpu)
+    yield from _memory("each GPU of a router" if demand.router_gpus > 1 else "a router", best.router, sizing.gpu)
     yield from _memory("a shard", sizing.layout.shard, sizing.gpu)
     yield from _layouts(sizing)
     yield from _plain(sizing)
@@ -59,8 +60,9 @@ def _best(sizing: Sizing) -> Iterator[str]:
         f"{demand.ttft_ms:g} ms to the first:"
     )
     several = f"{best.services} services, each of " if best.services > 1 else ""
+    each = f" of {best.router_gpus} GPUs" if best.router_gpus > 1 else ""
     yield (
-        f"  {best.gpus} x {sizing.gpu.title}: {several}{best.routers} router(s) and {best.shards} shards with "
+        f"  {best.gpus} x {sizing.gpu.title}: {several}{best.routers} router(s){each} and {best.shards} shards with "
         f"{best.slots} slots a layer"
         + (f", {best.replicas} replicas of each expert" if best.replicas > 1 else "")
         + "  [estimated]"

@@ -24,6 +24,7 @@ class Demand:
         skew: sigma of the lognormal popularity of experts; 0: all alike.
         kv_value_bytes: bytes of a value in the KV cache.
         max_gpus: where the search ends.
+        router_gpus: GPUs of each router (tensor parallelism).
     """
 
     isl: int
@@ -37,13 +38,14 @@ class Demand:
     skew: float = 0.5
     kv_value_bytes: float = 2.0
     max_gpus: int = 512
+    router_gpus: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not math.isfinite(value):
                 raise SizingError(f"{field.name} is {value}, expected a number")
-        for name in ("isl", "osl", "max_gpus"):
+        for name in ("isl", "osl", "max_gpus", "router_gpus"):
             if getattr(self, name) < 1:
                 raise SizingError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("rate", "tpot_ms", "ttft_ms", "kv_value_bytes"):

@@ -36,7 +36,7 @@ class Half:
     """The GPUs that hold experts: `shards` of them with `replicas` of each expert, asked by `routers`.
 
     `gpus` is all of both kinds, which decides whether rows leave a node. `lockstep`: routers and shards are the same
-    GPUs and step together, as in expert parallelism.
+    GPUs and step together, as in expert parallelism. `workers`: GPUs of a router, which divide its rows.
     """
 
     shards: int
@@ -44,6 +44,7 @@ class Half:
     gpus: int
     replicas: int = 1
     lockstep: bool = False
+    workers: int = 1
 
 
 class LayerTime(NamedTuple):
@@ -95,9 +96,10 @@ class ExpertTimes:
         beside = (half.routers / groups - 1) / (half.routers - 1) if half.routers > 1 else 0.0
         sample = self._between(max(own + (total - own) * beside, 1.0), half)
         other = self._between(max(total / groups, 1.0), half) if groups > 1 else sample
-        members = max(half.routers / groups, 1.0)
-        messages = max(-(-own // ROWS_PER_DISPATCH), 1.0)
-        router_s = constants.router_s + constants.router_token_s * own
+        members = max(half.routers / groups, 1.0) * half.workers
+        share = own / half.workers
+        messages = max(-(-share // ROWS_PER_DISPATCH), 1.0)
+        router_s = constants.router_s + constants.router_token_s * share
         wire_s = max(sample.busiest_bytes, sample.wire_bytes / members) / link.bandwidth_bytes_per_s
         wire_s += 2 * link.latency_s * messages
         alone_s = router_s + wire_s + sample.shard_s

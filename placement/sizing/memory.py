@@ -52,24 +52,38 @@ def pair_bytes(facts: ModelFacts, rows: int = ROWS_PER_DISPATCH) -> int:
 
 
 def router_memory(
-    facts: ModelFacts, kv_value_bytes: float, *, chunk: int, sequences: int, context: int, shards: int
+    facts: ModelFacts,
+    kv_value_bytes: float,
+    *,
+    chunk: int,
+    sequences: int,
+    context: int,
+    shards: int,
+    workers: int = 1,
 ) -> MemoryUse:
-    """One router: `sequences` of `context` tokens, steps of up to `chunk` tokens, a pair with each of `shards`."""
-    sequence = facts.kv_sequence_bytes(context, kv_value_bytes, in_flight=chunk)
+    """One GPU of a router of `workers`: `sequences` of `context` tokens, steps of up to `chunk` tokens, a pair with
+    each of `shards`.
+    """
+    sequence = facts.kv_sequence_bytes(context, kv_value_bytes, in_flight=chunk, workers=workers)
+    part = f", 1/{workers} of them" if workers > 1 else ""
+    basis = facts.basis if workers == 1 else "estimated"  # norms, gates and MLA's narrow projections are whole on each
     return MemoryUse(
         (
-            Line("dense weights", facts.held_bytes("router"), facts.basis, "all but routed experts"),
-            *_absorbed(facts),
+            Line("dense weights", facts.held_bytes("router") / workers, basis, f"all but routed experts{part}"),
+            *_absorbed(facts, workers),
             Line("KV cache", sequences * sequence, "config", f"{sequences} sequences of {context} tokens"),
-            Line("activations", _router_activations(facts, chunk, sequences), "estimated", f"steps of {chunk} tokens"),
+            Line(
+                "activations", _router_activations(facts, chunk, sequences, workers), "estimated",
+                f"steps of {chunk} tokens",
+            ),
             Line("pairs", shards * pair_bytes(facts), "config", f"{shards} of {ROWS_PER_DISPATCH} rows, filled"),
             Line("CUDA context, graphs", CONTEXT_BYTES + GRAPH_BYTES, "estimated"),
         )
-    )
+    )  # fmt: skip
 
 
-def shard_memory(facts: ModelFacts, *, slots: int, routers: int) -> MemoryUse:
-    """One shard with `slots` slots in each MoE layer, and a pair with each of `routers`."""
+def shard_memory(facts: ModelFacts, *, slots: int, pairs: int) -> MemoryUse:
+    """One shard with `slots` slots in each MoE layer, and a pair with each worker of each router."""
     rows = ROWS_PER_DISPATCH
     return MemoryUse(
         (
@@ -78,7 +92,7 @@ def shard_memory(facts: ModelFacts, *, slots: int, routers: int) -> MemoryUse:
                 f"{slots} slots x {facts.moe_layers} layers",
             ),
             Line("activations", _expert_activations(facts, rows), "estimated", f"messages of {rows} rows"),
-            Line("pairs", routers * pair_bytes(facts), "config", f"{routers} of {rows} rows, filled"),
+            Line("pairs", pairs * pair_bytes(facts), "config", f"{pairs} of {rows} rows, filled"),
             Line("CUDA context", CONTEXT_BYTES, "estimated"),
         )
     )  # fmt: skip
@@ -104,15 +118,16 @@ def engine_memory(
     )
 
 
-def _absorbed(facts: ModelFacts) -> list[Line]:
+def _absorbed(facts: ModelFacts, workers: int = 1) -> list[Line]:
     if not facts.absorbed_values:
         return []
-    return [Line("absorbed MLA projections", facts.absorbed_values * DTYPE_BYTES, "config", "vLLM's copies")]
+    nbytes = facts.absorbed_values * DTYPE_BYTES / workers
+    return [Line("absorbed MLA projections", nbytes, "config", "vLLM's copies")]
 
 
-def _router_activations(facts: ModelFacts, chunk: int, sequences: int) -> float:
+def _router_activations(facts: ModelFacts, chunk: int, sequences: int, workers: int = 1) -> float:
     """The widest moment of a step: residual, hidden states, projections and a gated MLP, or the logits in float32."""
-    widest = max((t.rows for t in facts.tensors if t.side == "router" and t.kind == "linear"), default=0)
+    widest = max((t.rows for t in facts.tensors if t.side == "router" and t.kind == "linear"), default=0) / workers
     tokens = chunk * DTYPE_BYTES * (6 * facts.hidden_size + 3 * widest)
     logits = min(sequences, 1024) * facts.vocab_size * (DTYPE_BYTES + 2 * 4)
     return tokens + logits

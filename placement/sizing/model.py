@@ -82,6 +82,8 @@ class AttentionGroup:
         flops: floating-point operations for one query token and one cached token in one layer, while it decodes.
         prefill_flops: likewise for a prompt's tokens, which MLA computes outside its latent space.
         reads_at_most: cached tokens that a query token attends to at most, where an indexer picks them.
+        heads: of queries.
+        kv_heads: among which a token's values are divided; 1 where all of them serve every head (MLA).
     """
 
     kind: str
@@ -92,10 +94,15 @@ class AttentionGroup:
     index_bytes: int = 0
     window: int | None = None
     reads_at_most: int | None = None
+    heads: int = 1
+    kv_heads: int = 1
 
-    def token_bytes(self, value_bytes: float) -> float:
-        """Bytes of one token in one layer's cache."""
-        return self.token_values * value_bytes + self.index_bytes
+    def token_bytes(self, value_bytes: float, workers: int = 1) -> float:
+        """Bytes of one token in one layer's cache, at each of the workers of a router.
+
+        They divide the KV heads. Where there are fewer than workers, several workers hold the same one.
+        """
+        return self.token_values * value_bytes / min(workers, self.kv_heads) + self.index_bytes
 
     def cached(self, tokens: float) -> float:
         """Tokens of a sequence that a query token may attend to."""
@@ -204,8 +211,10 @@ class ModelFacts:
         """Bytes that one more token of a sequence takes in all layers, while it is inside every window."""
         return sum(group.layers * group.token_bytes(value_bytes) for group in self.attention)
 
-    def kv_sequence_bytes(self, tokens: int, value_bytes: float = 2.0, block: int = 16, in_flight: int = 0) -> float:
-        """Bytes of one sequence of `tokens` tokens in vLLM's paged cache, in blocks of `block` tokens.
+    def kv_sequence_bytes(
+        self, tokens: int, value_bytes: float = 2.0, block: int = 16, in_flight: int = 0, workers: int = 1
+    ) -> float:
+        """Bytes of one sequence of `tokens` tokens in vLLM's paged cache, in blocks of `block` tokens, at each worker.
 
         A window keeps its last tokens and the `in_flight` ones of a step, in one block more than they fill, since it
         need not begin at a block's start (vLLM's SlidingWindowSpec).
@@ -215,7 +224,7 @@ class ModelFacts:
             blocks = math.ceil(tokens / block)
             if group.window is not None:
                 blocks = min(blocks, math.ceil(min(group.window - 1 + in_flight, tokens) / block) + 1)
-            total += group.layers * blocks * block * group.token_bytes(value_bytes)
+            total += group.layers * blocks * block * group.token_bytes(value_bytes, workers)
         return total
 
 

@@ -33,6 +33,7 @@ class Layout:
 
     Attributes:
         services: how many such services divide the load among them.
+        router_gpus: of each router.
         replicas: of each expert at least.
         slots: of a shard in each MoE layer, the spare ones among them.
         chunk: tokens of a router's step at most (max_num_batched_tokens).
@@ -42,6 +43,7 @@ class Layout:
 
     services: int
     routers: int
+    router_gpus: int
     shards: int
     replicas: int
     slots: int
@@ -54,7 +56,7 @@ class Layout:
     @property
     def gpus(self) -> int:
         """Of all services."""
-        return self.services * (self.routers + self.shards)
+        return self.services * (self.routers * self.router_gpus + self.shards)
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,17 @@ def plan_layout(facts: ModelFacts, gpu: Gpu, demand: Demand) -> Layout:
 def best_layouts(facts: ModelFacts, gpu: Gpu, demand: Demand, count: int) -> list[Layout]:
     """The `count` best layouts, the fewest GPUs first; among equals, the simplest, then the fastest."""
     check_context(facts, demand)
+    check_router_gpus(facts, gpu, demand)
     found: list[Layout] = []
     for services in SERVICES:
         speed = Roofline(facts, gpu, replace(demand, rate=demand.rate / services))
         for shards in shard_counts(facts, demand):
             limit = demand.max_gpus if len(found) < count else found[count - 1].gpus
-            if services * (shards + 1) > limit:
+            if services * (shards + demand.router_gpus) > limit:
                 break
             for replicas in REPLICAS:
-                layout = _fewest_routers(speed, shards, replicas, limit // services - shards)
+                last = (limit // services - shards) // demand.router_gpus
+                layout = _fewest_routers(speed, shards, replicas, last)
                 if layout is not None:
                     found = sorted([*found, replace(layout, services=services)], key=_goodness)
                     break
@@ -166,6 +170,22 @@ def check_context(facts: ModelFacts, demand: Demand) -> None:
         )
 
 
+def check_router_gpus(facts: ModelFacts, gpu: Gpu, demand: Demand) -> None:
+    """SizingError if a router's GPUs cannot be in one node, or cannot divide the model's attention."""
+    gpus = demand.router_gpus
+    if gpus > gpu.gpus_per_node:
+        raise SizingError(
+            f"router_gpus is {gpus}, expected at most {gpu.gpus_per_node}: a router is in one node, and so many "
+            f"{gpu.title} are in one"
+        )
+    for group in facts.attention:
+        if group.heads % gpus or (gpus % group.kv_heads and group.kv_heads % gpus):
+            raise SizingError(
+                f"router_gpus is {gpus}, which cannot divide the {group.heads} heads and {group.kv_heads} KV heads of "
+                f"{facts.name}"
+            )
+
+
 def _counts(first: int, last: int) -> Iterator[int]:
     for start, step in _STEPS:
         end = next((other for other, _ in _STEPS if other > start), last + step)
@@ -189,26 +209,28 @@ def _fewest_routers(speed: Roofline, shards: int, replicas: int, last: int) -> L
 
 def _shard_fits(speed: Roofline, routers: int, shards: int, replicas: int) -> bool:
     slots = slots_of(speed.facts.num_experts, shards, replicas, speed.demand)
-    return _fits(shard_memory(speed.facts, slots=slots, routers=routers), speed.gpu, speed.demand)
+    memory = shard_memory(speed.facts, slots=slots, pairs=routers * speed.demand.router_gpus)
+    return _fits(memory, speed.gpu, speed.demand)
 
 
 def _layout_of_routers(speed: Roofline, routers: int, shards: int, replicas: int) -> Layout | None:
     """The layout if its routers fit and the limits are kept; whether its shards fit is asked apart."""
     facts, gpu, demand = speed.facts, speed.gpu, speed.demand
-    half = Half(shards, routers, routers + shards, replicas)
+    workers = demand.router_gpus
+    half = Half(shards, routers, routers * workers + shards, replicas, workers=workers)
     left = replace(half, shards=shards - demand.lost_shards)
     if not speed.keeps_up(left):
         return None
     for chunk, point in _chunks(speed, half):
         memory = router_memory(
             facts, demand.kv_value_bytes, chunk=chunk, sequences=point.peak_sequences, context=demand.context,
-            shards=shards,
+            shards=shards, workers=workers,
         )  # fmt: skip
         if _fits(memory, gpu, demand):
             slots = slots_of(facts.num_experts, shards, replicas, demand)
-            shard = shard_memory(facts, slots=slots, routers=routers)
+            shard = shard_memory(facts, slots=slots, pairs=routers * workers)
             degraded = speed.settled_step(left).total_s if demand.lost_shards else None
-            return Layout(1, routers, shards, replicas, slots, chunk, point, memory, shard, degraded)
+            return Layout(1, routers, workers, shards, replicas, slots, chunk, point, memory, shard, degraded)
     return None
 
 
@@ -245,21 +267,25 @@ def obstacle(speed: Roofline) -> str:
     if not counts:
         return f"{what}: {demand.lost_shards} lost shards leave none; allow more GPUs or fewer losses"
     largest = counts[-1]
-    shard = shard_memory(facts, slots=slots_of(facts.num_experts, largest, 1, demand), routers=1)
+    workers = demand.router_gpus
+    shard = shard_memory(facts, slots=slots_of(facts.num_experts, largest, 1, demand), pairs=workers)
     if not _fits(shard, gpu, demand):
         return (
             f"{what}: each of {largest} shards needs {shard.nbytes / 1e9:.1f} GB of {gpu.memory_bytes / 1e9:.1f} with "
             f"{demand.headroom:.0%} kept free; take larger GPUs, allow more of them, or leave less headroom"
         )
     router = router_memory(
-        facts, demand.kv_value_bytes, chunk=CHUNKS[-1], sequences=1, context=demand.context, shards=counts[0]
-    )
+        facts, demand.kv_value_bytes, chunk=CHUNKS[-1], sequences=1, context=demand.context, shards=counts[0],
+        workers=workers,
+    )  # fmt: skip
     if not _fits(router, gpu, demand):
         return (
-            f"{what}: a router needs {router.nbytes / 1e9:.1f} GB for one sequence of {gpu.memory_bytes / 1e9:.1f} "
-            f"with {demand.headroom:.0%} kept free, and a router is one GPU; take larger ones or leave less headroom"
+            f"{what}: each GPU of a router needs {router.nbytes / 1e9:.1f} GB for one sequence of "
+            f"{gpu.memory_bytes / 1e9:.1f} with {demand.headroom:.0%} kept free, and a router is {workers} GPU(s); "
+            "take larger ones, more for each router (--router-gpus), or leave less headroom"
         )
-    idle_s = min(speed.mean_step(0.0, Half(shards, 1, shards + 1)).total_s for shards in counts)
+    halves = (Half(shards, 1, shards + workers, workers=workers) for shards in counts)
+    idle_s = min(speed.mean_step(0.0, half).total_s for half in halves)
     if idle_s * 1e3 > demand.tpot_ms:
         return (
             f"{what}: a step of one sequence takes {idle_s * 1e3:.1f} ms at best, more than --tpot-ms "

@@ -116,6 +116,7 @@ def shares(step: StepTime) -> dict[str, float]:
     seconds = {
         "dense weights": step.weights_s,
         "attention": step.attention_s,
+        "adding up among a router's GPUs": step.reduce_s,
         "launches and scheduling": step.fixed_s,
         "a router's dispatch and combine": layers * experts.router_s,
         "the wire": layers * experts.wire_s,

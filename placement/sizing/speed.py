@@ -24,17 +24,19 @@ BURST = 2.0  # standard deviations of the number of sequences (Poisson) that the
 
 
 class StepTime(NamedTuple):
-    """Seconds of a mean step, by what they go to."""
+    """Seconds of a mean step, by what they go to. `reduce_s`: adding up what a router's workers computed."""
 
     weights_s: float
     attention_s: float
+    reduce_s: float
     fixed_s: float
     experts: LayerTime
     moe_layers: int
 
     @property
     def total_s(self) -> float:
-        return self.weights_s + self.attention_s + self.fixed_s + self.moe_layers * self.experts.total_s
+        dense_s = self.weights_s + self.attention_s + self.reduce_s + self.fixed_s
+        return dense_s + self.moe_layers * self.experts.total_s
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,13 @@ class Roofline:
         own = decode + prefill
         read_s = self._dense_bytes / constants.memory_bytes_per_s
         computed = 2 * (self._dense_parameters * own + facts.vocab_size * facts.hidden_size * decode)
-        weights_s = max(read_s, computed / constants.flops_per_s)
-        attention_s = self._attention_s(decode, prefill)
+        weights_s = max(read_s, computed / constants.flops_per_s) / half.workers
+        attention_s = self._attention_s(decode, prefill, half.workers)
+        reduce_s = self._reduce_s(own, half.workers)
         fixed_s = facts.num_layers * LAYER_LAUNCH_S + STEP_FIXED_S
-        think_s = (weights_s + attention_s + fixed_s) / facts.moe_layers
+        think_s = (weights_s + attention_s + reduce_s + fixed_s) / facts.moe_layers
         layer = self.experts.layer(own, total, think_s, half)
-        return StepTime(weights_s, attention_s, fixed_s, layer, facts.moe_layers)
+        return StepTime(weights_s, attention_s, reduce_s, fixed_s, layer, facts.moe_layers)
 
     def mean_step(self, step_s: float, half: Half) -> StepTime:
         """The step that answers what came in `step_s` seconds; of at least one sequence."""
@@ -158,16 +161,23 @@ class Roofline:
             if each.side == "router" and each.part not in ("embedding", "output head")
         )
 
-    def _attention_s(self, decode: float, prefill: float) -> float:
+    def _reduce_s(self, own: float, workers: int) -> float:
+        """Two all-reduces in each layer, after attention and after the experts; workers are in one node."""
+        if workers == 1:
+            return 0.0
+        link = self.gpu.links.node
+        nbytes = 2 * (workers - 1) / workers * own * self.facts.hidden_size * SERVED_BYTES
+        return 2 * self.facts.num_layers * (nbytes / link.bandwidth_bytes_per_s + 2 * link.latency_s)
+
+    def _attention_s(self, decode: float, prefill: float, workers: int) -> float:
         demand, constants = self.demand, self.gpu.constants
         total_s = 0.0
         for group in self.facts.attention:
             read = group.read(demand.mean_context)
-            cached_bytes = read * group.token_values * demand.kv_value_bytes
+            cached_bytes = read * group.token_values * demand.kv_value_bytes / min(workers, group.kv_heads)
             cached_bytes += group.cached(demand.mean_context) * group.index_bytes
-            decode_s = decode * max(
-                cached_bytes / constants.memory_bytes_per_s, read * group.flops / constants.flops_per_s
-            )
-            prefill_s = prefill * group.read(demand.isl / 2) * group.prefill_flops / constants.flops_per_s
+            flops_per_s = workers * constants.flops_per_s
+            decode_s = decode * max(cached_bytes / constants.memory_bytes_per_s, read * group.flops / flops_per_s)
+            prefill_s = prefill * group.read(demand.isl / 2) * group.prefill_flops / flops_per_s
             total_s += group.layers * (decode_s + prefill_s)
         return total_s

@@ -5,6 +5,8 @@ D hidden size, H query heads, G KV heads, d head size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.hf_config import ModelConfig
 from placement.sizing.model import AttentionGroup, Tensors, attention_by_layer
@@ -56,7 +58,7 @@ def attention_groups(config: ModelConfig, layers: int) -> tuple[AttentionGroup, 
     H, G, d = heads(config)
     kind = "mqa" if G == 1 else "mha" if G == H else "gqa"
     return attention_by_layer(
-        AttentionGroup(kind, 1, 2 * G * d, 4.0 * H * d, 4.0 * H * d, window=window)
+        AttentionGroup(kind, 1, 2 * G * d, 4.0 * H * d, 4.0 * H * d, window=window, heads=H, kv_heads=G)
         for window in _windows(config, layers)
     )
 
@@ -134,13 +136,14 @@ def _latent_groups(config: ModelConfig, layers: int) -> tuple[AttentionGroup, ..
     flops = 2.0 * H * (2 * rank + rope)
     prefill = 2.0 * H * (config.int_of("qk_nope_head_dim") + rope + config.int_of("v_head_dim"))
     if not config.get("index_head_dim"):
-        return (AttentionGroup("mla", layers, rank + rope, flops, prefill),)
+        return (AttentionGroup("mla", layers, rank + rope, flops, prefill, heads=H),)
     index, _, with_index = _index(config, layers)
     topk = config.int_of("index_topk") if config.get("index_topk") else 2048
     index_bytes = index + 4 * -(-index // _INDEX_GROUP)
-    found = [AttentionGroup("mla+indexer", with_index, rank + rope, flops, prefill, index_bytes, reads_at_most=topk)]
+    each = AttentionGroup("mla", layers - with_index, rank + rope, flops, prefill, reads_at_most=topk, heads=H)
+    found = [replace(each, kind="mla+indexer", layers=with_index, index_bytes=index_bytes)]
     if with_index < layers:
-        found.append(AttentionGroup("mla", layers - with_index, rank + rope, flops, prefill, reads_at_most=topk))
+        found.append(each)
     return tuple(found)
 
 

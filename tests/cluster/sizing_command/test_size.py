@@ -55,6 +55,23 @@ def test_every_figure_of_the_json_has_an_origin(capsys: pytest.CaptureFixture[st
     assert sum(line["value"] for line in lines) == pytest.approx(answer["layout"]["shard_memory"]["total"]["value"])
 
 
+def test_a_router_on_several_gpus_is_counted_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "sized.yaml"
+    asked = ("qwen3-30b-a3b", *SMALL, "--router-gpus", "2", "--alternatives", "0")
+    status, out, _ = told(capsys, *asked, "--write", str(file))
+    assert status == 0
+    assert "router(s) of 2 GPUs and" in out
+    assert "memory of each GPU of a router" in out
+    config = MeshConfig.from_file(file)
+    refuse_llm(config.llm, complete=False, keys=False)
+    assert config.llm.routers.workers == 2
+    status, out, _ = told(capsys, *asked, "--json")
+    layout = json.loads(out)["layout"]
+    assert layout["router_gpus"] == 2
+    assert layout["gpus"]["value"] == layout["services"] * (2 * layout["routers"] + layout["shards"])
+    assert layout["step_shares"]["adding up among a router's GPUs"]["value"] > 0
+
+
 @pytest.mark.parametrize("name", [name for name, known in known_models().items() if not known.facts().unserved])
 def test_the_config_of_every_known_model_is_accepted(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -16,7 +16,7 @@ from placement.sizing.demand import Demand
 from placement.sizing.errors import NoLayoutError, SizingError
 from placement.sizing.expert_times import Half
 from placement.sizing.gpus import gpu_named, gpus
-from placement.sizing.memory import ROWS_PER_DISPATCH, pair_bytes
+from placement.sizing.memory import ROWS_PER_DISPATCH, pair_bytes, router_memory
 from placement.sizing.model import ModelFacts
 from placement.sizing.plan import Layout, best_layouts, plan_engines, plan_layout, slots_of
 from placement.sizing.sizing import Sizing, shares, size
@@ -53,6 +53,7 @@ def demands(draw: st.DrawFn) -> Demand:
         spare_slots=draw(st.integers(0, 2)),
         lost_shards=draw(st.integers(0, 2)),
         max_gpus=64,
+        router_gpus=draw(st.sampled_from((1, 2, 4))),
     )
 
 
@@ -64,7 +65,7 @@ def test_a_layout_keeps_every_promise(name: str, demand: Demand) -> None:
         best = plan_layout(facts, H100, demand)
     except NoLayoutError:
         return
-    assert best.gpus == best.services * (best.routers + best.shards) <= demand.max_gpus
+    assert best.gpus == best.services * (best.routers * best.router_gpus + best.shards) <= demand.max_gpus
     assert best.point.tpot_s * 1e3 <= demand.tpot_ms
     assert best.point.ttft_s * 1e3 <= demand.ttft_ms
     for memory in (best.router, best.shard):
@@ -142,7 +143,7 @@ def test_the_smallest_question_has_the_smallest_answer() -> None:
     ("name", "gpu", "change", "told"),
     [
         ("mixtral-8x22b", "h100", {}, "each of 8 shards needs"),
-        ("glm-5", "a10g", {"max_gpus": 512}, "a router is one GPU"),
+        ("glm-5", "a10g", {"max_gpus": 512}, r"a router is 1 GPU\(s\)"),
         ("gpt-oss-20b", "h100", {"tpot_ms": 1.0}, "a step of one sequence takes"),
         ("gpt-oss-20b", "h100", {"rate": 1e5}, "do not carry 100000 requests/s"),
         ("gpt-oss-20b", "h100", {"lost_shards": 40, "max_gpus": 32}, "40 lost shards leave none"),
@@ -163,6 +164,7 @@ def test_what_stands_in_the_way_is_told(name: str, gpu: str, change: dict[str, A
         ({"headroom": 25}, "headroom is 25, expected a share"),
         ({"spare_slots": -1}, "spare_slots is -1"),
         ({"skew": 9.0}, "skew is 9.0"),
+        ({"router_gpus": 0}, "router_gpus is 0, expected at least 1"),
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused(change: dict[str, Any], told: str) -> None:
@@ -173,6 +175,48 @@ def test_a_question_that_makes_no_sense_is_refused(change: dict[str, Any], told:
 def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(SizingError, match="are 4200, but olmoe-1b-7b takes 4096"):
         plan_layout(known("olmoe-1b-7b"), H100, replace(CHAT, isl=4000))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "told"),
+    [
+        ("qwen3-30b-a3b", 16, "router_gpus is 16, expected at most 8: a router is in one node"),
+        ("qwen3-30b-a3b", 3, "router_gpus is 3, which cannot divide the 32 heads and 4 KV heads of qwen3-30b-a3b"),
+        ("deepseek-v3", 6, "cannot divide the 128 heads"),
+    ],
+)
+def test_a_router_on_gpus_that_cannot_share_it_is_refused(name: str, count: int, told: str) -> None:
+    with pytest.raises(SizingError, match=told):
+        plan_layout(known(name), H200, replace(CHAT, router_gpus=count))
+
+
+def test_gpus_of_a_router_divide_what_it_holds() -> None:
+    """But pairs, which each of them has with each shard, and a latent cache."""
+    for name, of_cache in (("qwen3-30b-a3b", 1 / 4), ("deepseek-v3", 1)):
+        whole, part = (
+            {
+                line.what: line.nbytes
+                for line in router_memory(
+                    known(name), 2.0, chunk=1024, sequences=8, context=4000, shards=5, workers=workers
+                ).lines
+            }
+            for workers in (1, 8)
+        )
+        assert part["dense weights"] == whole["dense weights"] / 8
+        assert part["KV cache"] == whole["KV cache"] * of_cache, "qwen3 has 4 KV heads"
+        assert part["pairs"] == whole["pairs"] > 0
+        assert part["activations"] < whole["activations"]
+
+
+def test_a_router_on_several_gpus_holds_what_one_cannot() -> None:
+    demand = replace(CHAT, tpot_ms=100, rate=1, max_gpus=256)
+    with pytest.raises(
+        NoLayoutError, match=r"each GPU of a router needs .* a router is 1 GPU\(s\); take .*--router-gpus"
+    ):
+        plan_layout(known("deepseek-v3"), gpu_named("l4"), demand)
+    best = plan_layout(known("deepseek-v3"), gpu_named("l4"), replace(demand, router_gpus=4))
+    assert best.gpus == best.services * (4 * best.routers + best.shards)
+    assert best.shard.nbytes > 4 * best.services * best.routers * pair_bytes(known("deepseek-v3"))
 
 
 def test_unknown_gpus_are_refused_with_the_nearest() -> None:
