@@ -13,12 +13,15 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from experts.checkpoint.adapters import touches_routed_experts
 from experts.vllm_plugin.vllm_source import VllmSource
 
 FRONT_END = ("vllm.entrypoints.launchers.cli_args", "FrontendArgs")
 ENGINE = ("vllm.engine.arg_utils", "AsyncEngineArgs")
 # Classes that an engine argument without a default of its own goes to, under the same name.
 CONFIGS = ("ModelConfig", "CacheConfig", "ParallelConfig", "SchedulerConfig")
+
+DEFAULT_MAX_LORA_RANK = 16  # vLLM's; a test compares them
 
 OWNED = {
     "worker_extension_cls": "it names the plug-in that replaces the routed experts",
@@ -27,6 +30,8 @@ OWNED = {
     "model": "use model.path instead",
     "served_model_name": "use model.id instead",
     "dtype": "use model.dtype instead, which the shards use too",
+    "lora_modules": "use lora_config instead",
+    "default_mm_loras": "use lora_config instead",
     "distributed_executor_backend": "Ray Serve LLM chooses it by routers.accelerator",
 }
 ONE = (
@@ -41,7 +46,8 @@ OFF = {
     "enable_eplb": "the shards hold the experts, and the planner balances them",
     "enable_elastic_ep": "the shards hold the experts",
     "enable_dbo": "a step's dispatch is not split; let two routers share a GPU instead",
-    "enable_lora": "adapters are not supported together with experts on shards",
+    "enable_moe_shared_loras": "adapters leave the routed experts alone",
+    "enable_mixed_moe_lora_format": "adapters leave the routed experts alone",
 }
 
 
@@ -68,10 +74,19 @@ def refused_by_project(options: dict[str, Any], device: str) -> Iterator[str]:
     for key, why in OFF.items():
         if options.get(key):
             yield f"{key} is {options[key]!r}, expected false: {why}"
+    targets = options.get("lora_target_modules")
+    yield from refused_lora_targets(targets if isinstance(targets, list) else ())
     compilation = options.get("compilation_config")
     mode = str(compilation.get("cudagraph_mode", "")) if isinstance(compilation, dict) else ""
     if device == "cuda" and not options.get("enforce_eager") and "FULL" in mode.upper():
         yield f"compilation_config.cudagraph_mode is {mode!r}, expected PIECEWISE or NONE: FULL captures the dispatch"
+
+
+def refused_lora_targets(targets: Iterable[Any]) -> Iterator[str]:
+    """One line if the engine option lora_target_modules names routed experts."""
+    for target in targets:
+        if touches_routed_experts(str(target)):
+            yield f"lora_target_modules has {target!r}, but the shards hold the experts: leave it out"
 
 
 def refused_by_vllm(options: dict[str, Any], source: VllmSource | None = None) -> Iterator[str]:

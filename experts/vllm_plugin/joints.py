@@ -13,6 +13,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from experts.vllm_plugin.engine_kwargs import REFUSED, TRACES
@@ -195,6 +197,77 @@ def _with_refused(output: Any, refused: list[str]) -> Any:
     return output
 
 
+def leave_moe_layers_without_adapters() -> None:
+    """Have vLLM wrap no MoE layer for LoRA. Call before an engine makes its adapter manager; more calls do nothing.
+
+    Its wrapper asks the layer for a kernel that knows adapters, and takes the routed experts to Triton, on CPUs too.
+    Shared experts and gates are linear layers, each with a wrapper of its own.
+    """
+    manager: Any = importlib.import_module("vllm.lora.model_manager")
+    find = manager.get_supported_lora_modules
+    if hasattr(find, "__wrapped__"):
+        return
+
+    @functools.wraps(find)
+    def find_but_moe_layers(model: torch.nn.Module) -> list[str]:
+        named = model.named_modules()
+        moe_layers = {name.rpartition(".")[2] for name, module in named if isinstance(module, manager.MoERunner)}
+        return [name for name in find(model) if name not in moe_layers]
+
+    manager.get_supported_lora_modules = find_but_moe_layers
+
+
+def keep_a_slot_without_adapter() -> None:
+    """On CPUs, have each layer's slots for adapters end with one that stays empty. More calls do nothing.
+
+    Rows without an adapter have the index -1, by which vLLM's CPU kernels take the last slot, whatever is in it.
+    """
+    manager: Any = importlib.import_module("vllm.lora.model_manager")
+    if not current_platform.is_cpu():
+        return
+    for name, slots in (("from_layer", 1), ("from_layer_logits_processor", 2)):
+        make = getattr(manager, name)
+        if not hasattr(make, "__wrapped__"):
+            setattr(manager, name, _with_one_more(make, slots))
+
+
+def _with_one_more(make: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """`make` with its positional argument at `place` increased by one."""
+
+    @functools.wraps(make)
+    def make_with_one_more(*args: Any, **kwargs: Any) -> Any:
+        return make(*args[:place], args[place] + 1, *args[place + 1 :], **kwargs)
+
+    return make_with_one_more
+
+
+def check_adapters(check: Callable[[Path], None]) -> None:
+    """Call `check` with the folder of each adapter before vLLM loads it; what it raises is the answer to the load.
+
+    What of an adapter has no layer is refused, too (ValueError): vLLM would leave it out without a word. A second call
+    does nothing.
+    """
+    workers: Any = importlib.import_module("vllm.lora.worker_manager")
+    load = workers.WorkerLoRAManager._load_adapter
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def check_and_load(self: Any, lora_request: Any) -> Any:
+        check(Path(workers.get_adapter_absolute_path(lora_request.lora_path)))
+        adapter, layers = load(self, lora_request), self._adapter_manager
+        known = {part for name in layers.modules for part in layers.packed_modules.get(name, [name])}
+        unknown = sorted(set(adapter.loras) - known)
+        if unknown:
+            raise ValueError(
+                f"{lora_request.lora_path} changes {', '.join(unknown[:3])}, which this model does not have as a layer "
+                f"for adapters ({len(unknown)} of {len(adapter.loras)} layers)"
+            )
+        return adapter
+
+    workers.WorkerLoRAManager._load_adapter = check_and_load
+
+
 def gather_from_workers(told: Any) -> list[Any]:
     """What every worker of this tensor-parallel engine hands to this function, by rank. All of them must call it."""
     group = get_tp_group()
@@ -240,12 +313,15 @@ __all__ = [
     "RoutedExperts",
     "SharedExpertsOrder",
     "VllmConfig",
+    "check_adapters",
     "defaulted_parameters",
     "direct_register_custom_op",
     "expertmesh_settings",
     "extract_layer_index",
     "gather_from_workers",
     "get_current_vllm_config",
+    "keep_a_slot_without_adapter",
+    "leave_moe_layers_without_adapters",
     "loaders_may_reserve",
     "longest_step_s",
     "model_runner",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from experts.checkpoint.adapters import adapter_problems
 from experts.checkpoint.sources.opening import local_folder
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
+from experts.vllm_plugin.engine_options import refused_lora_targets
 from experts.vllm_plugin.joints import (
     VllmConfig,
     expertmesh_settings,
@@ -38,7 +41,8 @@ def check_engine(config: VllmConfig) -> RouterSettings:
                 f"{name} is not supported: experts live on shards, which place and balance them"
             )
     if config.lora_config is not None:
-        raise UnsupportedModelError("LoRA is not supported together with experts on shards")
+        for problem in refused_lora_targets(config.lora_config.target_modules or ()):
+            raise UnsupportedModelError(problem)
     settings = RouterSettings.model_validate(data)
     if settings.membership is None and not settings.membership_by_rpc:
         raise UnsupportedModelError(
@@ -55,6 +59,13 @@ def check_engine(config: VllmConfig) -> RouterSettings:
     if os.path.isdir(model) and os.path.realpath(model) != os.path.realpath(local_folder(settings.model_path)):
         raise UnsupportedModelError(f"the engine serves {model}, but its experts are those of {settings.model_path}")
     return settings
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a LoRA adapter that its engine cannot apply as a whole: UnsupportedModelError, a line for each reason."""
+    problems = list(adapter_problems(folder))
+    if problems:
+        raise UnsupportedModelError("\n".join(problems))
 
 
 def check_layer(prefix: str, moe_config: Any, config: VllmConfig) -> None:

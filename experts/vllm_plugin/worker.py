@@ -12,9 +12,15 @@ from typing import Any
 from experts.protocol.log_lines import set_log_fields
 from experts.protocol.membership import Membership
 from experts.protocol.secret import MeshSecret
+from experts.vllm_plugin.joints import (
+    check_adapters,
+    keep_a_slot_without_adapter,
+    leave_moe_layers_without_adapters,
+)
 from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
 from experts.vllm_plugin.parent_watch import end_with_parent
+from experts.vllm_plugin.refusals import refuse_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,9 @@ def follow_vllm_log() -> None:
 
 
 register()
+leave_moe_layers_without_adapters()
+keep_a_slot_without_adapter()
+check_adapters(refuse_adapter)
 end_with_parent()
 follow_vllm_log()
 

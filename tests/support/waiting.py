@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -46,3 +47,13 @@ async def within(awaitable: Awaitable[T], what: str, timeout_s: float = AWAIT_S)
 def run_async(awaitable: Awaitable[T], what: str = "the whole test", timeout_s: float = AWAIT_S) -> T:
     """`within`, in an event loop of its own."""
     return asyncio.run(within(awaitable, what, timeout_s))
+
+
+def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A coroutine function as a test of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        run_async(test(*args, **kwargs), test.__name__)
+
+    return run

@@ -266,6 +266,24 @@ class ObjectStoreSource(ModelSource):
             raise CheckpointError(f"{self._url}: needs the package {package}: pip install {package}") from None
 
 
+def subfolders(url: str) -> list[str]:
+    """Names of the folders in a folder of an object store, such as s3://bucket/adapters.
+
+    UnreachableError where the store does not answer; CheckpointError where its package is missing.
+    """
+    scheme, _, path = url.partition("://")
+    source = ObjectStoreSource.parse(scheme, path)
+    filesystem = source._filesystem()
+    try:
+        filesystem.invalidate_cache()
+        found = filesystem.ls(source.path, detail=True)
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # each store has errors of its own
+        raise UnreachableError(f"{url}: cannot be listed: {_one_line(error)}") from None
+    return sorted(info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == "directory")
+
+
 def _digest_of(listing: dict[str, list[Any]]) -> str:
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()[:16]
 

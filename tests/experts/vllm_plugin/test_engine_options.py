@@ -176,7 +176,9 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
         ({"tensor_parallel_size": True}, "tensor_parallel_size is True, expected a whole number"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel is True, expected false: the shards hold"),
         ({"enable_eplb": True}, "enable_eplb is True, expected false: the shards hold"),
-        ({"enable_lora": True}, "enable_lora is True, expected false: adapters are not supported"),
+        ({"enable_moe_shared_loras": True}, "enable_moe_shared_loras is True, expected false: adapters leave"),
+        ({"lora_target_modules": ["q_proj", "mlp.experts"]}, "lora_target_modules has 'mlp.experts', but the shards"),
+        ({"lora_modules": []}, "lora_modules is set by the project: use lora_config instead"),
         (
             {"compilation_config": {"cudagraph_mode": "full"}},
             "compilation_config.cudagraph_mode is 'full', expected",
@@ -189,7 +191,7 @@ def test_what_the_project_cannot_serve_with_is_refused(options: dict[str, Any], 
 
 
 def test_what_is_switched_off_is_not_refused() -> None:
-    options = {"enable_lora": False, "tensor_parallel_size": 2, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    options = {"enable_lora": True, "tensor_parallel_size": 2, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
     assert list(refused_by_project(options, "cuda")) == []
     full = {"compilation_config": {"cudagraph_mode": "FULL"}}
     assert list(refused_by_project(full, "cpu")) == []

@@ -125,6 +125,37 @@ def test_the_worker_has_no_methods_of_our_names(facts: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
+def adapters(vllm_zygote: Zygote) -> dict[str, Any]:
+    job = vllm_zygote.start("adapter_joints")
+    vllm_zygote.wait(job, "registry_is_used")
+    return vllm_zygote.events(job)
+
+
+def test_no_moe_layer_is_wrapped_for_adapters(adapters: dict[str, Any]) -> None:
+    """vLLM wraps each layer whose name's last part `get_supported_lora_modules` lists."""
+    assert adapters["wrapped_before"] == ["experts", "q_proj"], f"vllm {adapters['version']} does not wrap MoE layers"
+    assert adapters["wrapped"] == ["q_proj"]
+    assert adapters["once"], "each is patched once, however many engines a process has"
+
+
+def test_adapters_are_loaded_and_layers_wrapped_as_they_were(adapters: dict[str, Any]) -> None:
+    assert adapters["signatures"] == {
+        "get_supported_lora_modules": ["model"],
+        "from_layer": ["layer", "max_loras", "lora_config", "packed_modules_list", "model_config"],
+        "from_layer_logits_processor": ["layer", "lm_head", "max_loras", "lora_config", "model_config"],
+        "WorkerLoRAManager._load_adapter": ["self", "lora_request"],
+        "get_adapter_absolute_path": ["lora_path"],
+    }, f"vllm {adapters['version']}"
+    assert len(adapters["asks"]) == 5, f"vllm {adapters['version']}: LoRAModelManager has only {adapters['asks']}"
+    assert adapters["registry_is_used"], "the model runner makes another manager of adapters"
+
+
+def test_rows_without_an_adapter_take_the_last_slot_on_cpus(adapters: dict[str, Any]) -> None:
+    """If not any more, `keep_a_slot_without_adapter` can go."""
+    assert adapters["last_slot_is_taken"], f"vllm {adapters['version']}"
+
+
+@pytest.fixture(scope="module")
 def ends(vllm_zygote: Zygote) -> dict[str, Any]:
     """What ends requests whose experts are nowhere."""
     job = vllm_zygote.start("refusal_joints")

@@ -244,6 +244,7 @@ def answers(vllm_zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathF
         "data": {"data_parallel_size": 2},
         "expert": {"enable_expert_parallel": True},
         "lora": {"enable_lora": True},
+        "lora of experts": {"enable_lora": True, "lora_target_modules": ["q_proj", "experts"]},
         "plain": {"plain": True},
         "shardless": {"membership_by_rpc": False},
         "elsewhere": {"model_path": str(tmp_path_factory.mktemp("elsewhere"))},
@@ -264,7 +265,7 @@ def answers(vllm_zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathF
         ("pipeline", "pipeline_parallel_size=2 is not supported, expected 1"),
         ("data", "data_parallel_size=2 is not supported, expected 1"),
         ("expert", "enable_expert_parallel is not supported: experts live on shards"),
-        ("lora", "LoRA is not supported together with experts on shards"),
+        ("lora of experts", "lora_target_modules has 'experts', but the shards hold the experts: leave it out"),
         ("plain", "the engine has no additional_config['expertmesh']"),
         ("shardless", "names no shards, so nobody would compute the experts"),
         ("elsewhere", "but its experts are those of"),
@@ -276,7 +277,7 @@ def test_an_engine_setting_is_refused_by_name(answers: dict[str, str | None], ca
 
 
 def test_ordinary_settings_are_taken(answers: dict[str, str | None]) -> None:
-    assert (answers["fine"], answers["tensor"], answers["split"]) == (None, None, None)
+    assert (answers["fine"], answers["tensor"], answers["split"], answers["lora"]) == (None, None, None, None)
 
 
 def test_layers_that_were_not_replaced_are_named(vllm_zygote: Zygote) -> None:

@@ -163,13 +163,16 @@ def _engine(model: str, extra: dict[str, Any]) -> Any:
     )
 
 
-def _generate(engine: Any, token_ids: list[list[int]], **sampling: Any) -> list[Any]:
+def greedy_sampling(count: int, **sampling: Any) -> Any:
+    """How `count` tokens are sampled of which each is the likeliest."""
     from vllm import SamplingParams
 
+    return SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=count, **sampling)
+
+
+def _generate(engine: Any, token_ids: list[list[int]], max_tokens: int, **sampling: Any) -> list[Any]:
     return engine.generate(
-        [{"prompt_token_ids": ids} for ids in token_ids],
-        SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **sampling),
-        use_tqdm=False,
+        [{"prompt_token_ids": ids} for ids in token_ids], greedy_sampling(max_tokens, **sampling), use_tqdm=False
     )
 
 

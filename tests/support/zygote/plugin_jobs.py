@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.support.zygote import parity_jobs, refusal_jobs
+from tests.support.zygote import adapter_jobs, parity_jobs, refusal_jobs
 from tests.support.zygote.compiled_jobs import compiled_layer
 from tests.support.zygote.memory_jobs import reserved
 from tests.support.zygote.option_facts import engine_configs, options
@@ -221,4 +221,5 @@ JOBS = {
     "mesh": mesh,
     "start": start,
     "shard": parity_jobs.shard,
+    **adapter_jobs.JOBS,
 }
