@@ -53,6 +53,7 @@ ORDER = {
             "controller",
             "shard",
             "http",
+            "adapters",
             "router",
             "console",
             "reference",

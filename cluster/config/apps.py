@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config.experts_sections import ControllerSection, MeshSection, ShardsSection
 from cluster.config.http_sections import ConsoleHttpSection, HttpSection
-from cluster.config.llm_sections import DeadlinesSection, RoutersSection, TransportSection
+from cluster.config.llm_sections import DeadlinesSection, LoraSection, RoutersSection, TransportSection
 from cluster.config.model_section import ModelSection
 from experts.protocol.settings import RouterSettings, ShardSettings, StrictModel
 from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
@@ -47,6 +47,7 @@ class LLMAppConfig(StrictModel):
 
     model: ModelSection = Field(description="The model; the same in both applications.")
     routers: RoutersSection = Field(default=RoutersSection(), description="The vLLM engines.")
+    lora_config: LoraSection | None = Field(default=None, description="LoRA adapters; by default none.")
     transport: TransportSection = Field(
         default=TransportSection(), description="How rows travel between routers and shards."
     )
@@ -55,6 +56,17 @@ class LLMAppConfig(StrictModel):
     experts_app: str = Field(
         default="experts", min_length=1, description="Name of the application that holds the shards."
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_adapters(self) -> LLMAppConfig:
+        enabled = self.routers.engine_kwargs.get("enable_lora")
+        if enabled and self.lora_config is None:
+            raise ValueError(
+                "routers.engine_kwargs.enable_lora is true, but there is no lora_config to say where adapters are"
+            )
+        if enabled is False and self.lora_config is not None:
+            raise ValueError("routers.engine_kwargs.enable_lora is false, but lora_config is set: remove one")
+        return self
 
     def router_settings(self) -> RouterSettings:
         """Settings of one router's vLLM worker."""
@@ -83,6 +95,8 @@ class LLMAppConfig(StrictModel):
         options = {**self.routers.engine_kwargs, "dtype": self.model.dtype}
         if self.routers.tracing is not None:
             options["otlp_traces_endpoint"] = self.routers.tracing.otlp_endpoint
+        if self.lora_config is not None:
+            options |= {**self.lora_config.engine_options(options), **options}
         return router_engine_kwargs(self.router_settings(), options, device)
 
 

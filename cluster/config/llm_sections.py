@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -128,13 +129,11 @@ class RoutersSection(StrictModel):
     def _owned_llm_options(cls, value: dict[str, Any]) -> dict[str, Any]:
         own_place = (
             "model_loading_config engine_kwargs deployment_config placement_group_config accelerator_type server_cls "
-            "accelerator_config runtime_env"
+            "accelerator_config runtime_env lora_config"
         )
         for key in own_place.split():
             if key in value:
                 raise ValueError(f"{key} has a key of its own in this config, or is set by the project")
-        if value.get("lora_config") is not None:
-            raise ValueError("lora_config is set, but LoRA adapters are not supported: the engine would refuse them")
         return value
 
     @model_validator(mode="after")
@@ -153,6 +152,49 @@ class RoutersSection(StrictModel):
         if self.count is not None and given:
             raise ValueError(f"count and deployment_config.{given[0]} are both set; set one")
         return self
+
+
+class LoraSection(StrictModel):
+    """LoRA adapters, as Ray Serve LLM's `lora_config` has them: a request for the model `ID:NAME` is answered with the
+    adapter in the folder NAME, which each router loads when it is first asked for it. Engine options for adapters
+    (max_lora_rank, max_loras, lora_dtype, ...) are in routers.engine_kwargs."""
+
+    dynamic_lora_loading_path: str = Field(
+        min_length=1,
+        description="Folder of adapters, each a folder as PEFT saves it: on every node the same, or an `s3://` or "
+        "`gs://` folder. A relative path is looked up as model.path is.",
+    )
+    max_num_adapters_per_replica: int = Field(
+        default=16,
+        ge=1,
+        description="Most adapters that a router holds; one that is not in use makes room. The engine's max_loras, "
+        "unless that is set: requests of so many adapters share a step.",
+    )
+    download_timeout_s: float | None = Field(
+        default=30.0, gt=0, description="Time-out for fetching one adapter; null: none."
+    )
+    max_download_tries: int = Field(
+        default=3, ge=1, description="How often fetching is tried while the object store does not answer."
+    )
+
+    @field_validator("dynamic_lora_loading_path")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if not value.startswith(("/", "s3://", "gs://")):
+            raise ValueError(f"{value!r} is no folder here, and no s3:// or gs:// folder")
+        return value.rstrip("/")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, if it is none of an object store."""
+        path = self.dynamic_lora_loading_path
+        return Path(path) if path.startswith("/") else None
+
+    def engine_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's engine options for adapters, beside those that the user gives."""
+        most = self.max_num_adapters_per_replica
+        max_loras = options.get("max_loras", most)
+        return {"enable_lora": True, "max_loras": max_loras, "max_cpu_loras": max(most, max_loras)}
 
 
 class TransportSection(StrictModel):

@@ -15,9 +15,9 @@ from experts.checkpoint.sources.opening import is_remote_name, open_source
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 
 # Keys that hold a path, by section.
-PATHS = {"model": ("path",), "placement": ("file", "trace")}
+PATHS = {"model": ("path",), "placement": ("file", "trace"), "lora_config": ("dynamic_lora_loading_path",)}
 # Those among them that may name something on a server instead.
-NAMES = {"model.path"}
+NAMES = {"model.path", "lora_config.dynamic_lora_loading_path"}
 
 # Keys of earlier versions, and what replaces them.
 RENAMED = {

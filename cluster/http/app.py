@@ -41,12 +41,14 @@ def front_door(
     health: HealthSource,
     leases: Leases | None = None,
     traced: bool = False,
+    adapters: Middleware | None = None,
 ) -> FastAPI:
     """Keys, limits, OpenAI's error format and health routes on vLLM's app, in place.
 
     Call it once the app's state is set; `app.state.expertmesh_keys` is the source of keys afterwards. Raises ValueError
     if http names a file or a variable that holds no key, RuntimeError if vLLM's routes are not found. Usage
     counts where keys have names; without `leases` no limit holds. `traced`: requests that generate have spans.
+    `adapters` stands next to the routes, and finds in the scope what a body asks for.
     """
     source = source_of(http, vllm_joints.take_keys(app))
     app.state.expertmesh_keys = source
@@ -64,7 +66,7 @@ def front_door(
         return answer_exception(request.scope, error, http.retry_after_s)
 
     app.exception_handlers = dict.fromkeys((*HANDLED, *vllm_joints.error_classes()), handle)
-    vllm_joints.guard_engine(app.state.engine_client, http.max_prompt_logprobs)
+    vllm_joints.guard_engine(app.state.engine_client, http.max_prompt_logprobs, has_adapters=adapters is not None)
     paths, max_model_len = vllm_joints.generation_paths(app), app.state.engine_client.model_config.max_model_len
     # From the outside in: errors first, so that they come in one format from every layer; then vLLM's own middleware
     # (metrics); then, next to the routes, what may refuse a request, so that refusals are counted too.
@@ -84,7 +86,7 @@ def front_door(
                 "max_body_bytes": http.max_body_bytes,
                 "max_sequences": http.max_sequences_per_request,
                 "max_model_len": max_model_len,
-                "estimate": http.names_keys,
+                "estimate": http.names_keys or adapters is not None,
             },
         ),
     ]
@@ -104,6 +106,7 @@ def front_door(
         *open_to_origins(http.cors_origins),
         *app.user_middleware,
         *(Middleware(cls, **options) for cls, options in refusals),
+        *([] if adapters is None else [adapters]),
     ]
     app.middleware_stack = None  # vLLM has built it already; Starlette builds it again at the next request
     vllm_joints.forget_http_metrics()

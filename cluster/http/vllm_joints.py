@@ -8,14 +8,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
-from cluster.http.errors import RefusedError
+from cluster.http.errors import RefusedError, UnavailableError
 from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE as STOP_REASON
 
 logger = logging.getLogger("ray.serve")
@@ -117,6 +118,49 @@ def model_card(app: FastAPI, model: str) -> Any:
     return find()
 
 
+def max_lora_rank(app: FastAPI) -> int:
+    """The largest rank of an adapter that the engine has room for."""
+    return int(app.state.engine_client.vllm_config.lora_config.max_lora_rank)
+
+
+async def load_adapter(app: FastAPI, model: str, folder: Path) -> None:
+    """Have the engine load an adapter, which requests for `model` then get. RefusedError has vLLM's reason."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+    request = LoadLoRAAdapterRequest(lora_name=model, lora_path=str(folder))
+    answer = await app.state.openai_serving_models.load_lora_adapter(request)
+    if isinstance(answer, ErrorResponse):
+        if app.state.engine_client.errored:
+            raise UnavailableError("the engine of this router has ended; try again")
+        raise RefusedError(f"the adapter {model!r} cannot be served: {answer.error.message}", param="model")
+
+
+async def unload_adapter(app: FastAPI, model: str) -> None:
+    """Have the engine forget an adapter, of which no request is in progress."""
+    models = app.state.openai_serving_models
+    adapter = models.lora_requests.pop(model, None)
+    if adapter is not None:
+        await app.state.engine_client.remove_lora(adapter.lora_int_id)
+        logger.info("adapter %s was unloaded", model)
+
+
+def list_adapters(app: FastAPI, listed: Callable[[], Awaitable[dict[str, str]]]) -> None:
+    """Let vLLM's list of models name all adapters, loaded or not. `listed` says where each is, by the model's name."""
+    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+    models = app.state.openai_serving_models
+    show = models.registry.show_available_models
+
+    async def show_all() -> Any:
+        shown, parent = await show(), models.model_name()
+        for name, where in (await listed()).items():
+            shown.data.append(ModelCard(id=name, root=where, parent=parent, permission=[ModelPermission()]))
+        return shown
+
+    models.show_available_models = show_all
+
+
 def error_classes() -> tuple[type[Exception], ...]:
     """Bases of the exceptions that vLLM's handlers raise, apart from Python's own."""
     from vllm.exceptions import VLLMError
@@ -124,7 +168,7 @@ def error_classes() -> tuple[type[Exception], ...]:
     return (VLLMError,)
 
 
-def guard_engine(engine: Any, max_prompt_logprobs: int) -> None:
+def guard_engine(engine: Any, max_prompt_logprobs: int, has_adapters: bool = False) -> None:
     """Let the engine's `add_request` blame the client for what it cannot take, and leave nothing of it behind; and its
     `generate` tell apart the requests that ended for want of experts.
 
@@ -140,6 +184,12 @@ def guard_engine(engine: Any, max_prompt_logprobs: int) -> None:
     async def checked_add_request(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         asked = getattr(params, "prompt_logprobs", None)
         asked = engine.model_config.get_vocab_size() if asked == -1 else asked
+        if asked is not None and has_adapters:
+            # vLLM applies adapters to the head by the rows of a step's answers; those of a prompt end the engine.
+            raise VLLMValidationError(
+                "prompt_logprobs, or echo with logprobs, does not go with adapters, and this service has lora_config",
+                parameter="prompt_logprobs",
+            )
         length = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
         if asked is not None and length * (asked + 1) > max_prompt_logprobs:
             raise VLLMValidationError(

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.devices import router_device_problems
 from cluster.config.http_sections import ConsoleHttpSection, KeysSection
-from cluster.config.llm_sections import RoutersSection
+from cluster.config.llm_sections import LoraSection, RoutersSection
 from cluster.config.parse import ConfigError
 from cluster.keys.sources import source_of
 from cluster.refusals.model_files import missing_tokenizer, missing_weights, read_config
@@ -27,14 +27,15 @@ from cluster.refusals.serve_options import (
     placement_group_problems,
 )
 from cluster.refusals.tensor_parallel import dispatch_problem, heads_problem
+from experts.checkpoint.adapters import adapter_folders, adapter_problems
 from experts.protocol.secret import MeshSecret, MeshSecretError
 from experts.vllm_plugin.context_length import context_problem
-from experts.vllm_plugin.engine_options import did_you_mean, refused_by_vllm
+from experts.vllm_plugin.engine_options import DEFAULT_MAX_LORA_RANK, did_you_mean, refused_by_vllm
 
 logger = logging.getLogger("ray.serve")
 
 # Fields of Ray Serve LLM's LLMConfig that have no key of their own in the section `routers`.
-LLM_CONFIG_KEYS = ("callback_config", "experimental_configs", "llm_engine", "log_engine_metrics", "lora_config")
+LLM_CONFIG_KEYS = ("callback_config", "experimental_configs", "llm_engine", "log_engine_metrics")
 
 
 def refuse_llm(
@@ -81,6 +82,8 @@ def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys
     late = dispatch_problem(config.deadlines.dispatch_ms, routers.workers, env)
     if late is not None:
         yield f"deadlines.{late}"
+    if config.lora_config is not None:
+        yield from _adapter_problems(config.lora_config, options)
     if keys:
         yield from key_problems(config.http)
     if folder is not None:
@@ -161,6 +164,17 @@ def _router_problems(routers: RoutersSection) -> Iterator[str]:
         elif routers.accelerator_type not in (known := accelerator_types()):
             near = did_you_mean(routers.accelerator_type, known)
             yield f"routers.accelerator_type is {routers.accelerator_type!r}, which Ray does not know{near}"
+
+
+def _adapter_problems(lora: LoraSection, options: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with adapters that are on this machine. Those of an object store are looked at when asked for."""
+    folder, where = lora.folder, "lora_config.dynamic_lora_loading_path"
+    if folder is None or not folder.is_dir():
+        return
+    given = options.get("max_lora_rank", DEFAULT_MAX_LORA_RANK)
+    max_rank = given if isinstance(given, int) else None  # `refused_by_vllm` has told
+    for each in adapter_folders(folder):
+        yield from (f"{where}: {line}" for line in adapter_problems(each, max_rank))
 
 
 def _model_problems(

@@ -20,6 +20,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
+from cluster.adapters.by_name import Adapters, by_name
 from cluster.config.apps import LLMAppConfig
 from cluster.controller.client import ROUTER, ControllerClient, ControllerLostError
 from cluster.http.app import front_door
@@ -151,7 +152,11 @@ class ExpertMeshLLMServer(LLMServer):
         app = await super().__serve_build_asgi_app__()
         http, model_id = self._mesh.http, self._mesh.model.id
         traced = self._mesh.routers.tracing is not None
-        front = front_door(app, http=http, model_id=model_id, health=self, leases=self._leases, traced=traced)
+        lora = self._mesh.lora_config
+        adapters = None if lora is None else by_name(Adapters(app, model_id, lora), http.retry_after_s)
+        front = front_door(
+            app, http=http, model_id=model_id, health=self, leases=self._leases, traced=traced, adapters=adapters
+        )
         self._keys = front.state.expertmesh_keys
         self._leases.start()
         return front

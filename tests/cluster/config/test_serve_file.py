@@ -137,7 +137,20 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         (
             "applications.1.args.routers.llm_config",
             {"lora_config": {"dynamic_lora_loading_path": "s3://a"}},
-            r"llm_config: lora_config is set, but LoRA adapters are not supported",
+            r"llm_config: lora_config has a key of its own in this config",
+        ),
+        ("applications.1.args.lora_config", {"dynamic_lora_loading_path": "none"}, r"'none' does not exist"),
+        ("applications.1.args.lora_config", {"dynamic_lora_loading_path": "a/b"}, r"'a/b' is no folder here"),
+        ("applications.1.args.lora_config", {"dynamic_lora_loading_path": "hf://a"}, r"'hf://a': expected a folder"),
+        (
+            "applications.1.args.lora_config",
+            {"dynamic_lora_loading_path": "/", "max_num_adapters_per_replica": 0},
+            r"max_num_adapters_per_replica: .*greater than or equal to 1, got 0",
+        ),
+        (
+            "applications.1.args.routers.engine_kwargs.enable_lora",
+            True,
+            r"enable_lora is true, but there is no lora_config",
         ),
         ("applications.1.import_path", "x:y", r"no application has import_path serve_app:build_llm"),
         ("applications", 3, r"expected a Serve config with a list of applications"),

@@ -66,6 +66,7 @@ class Server(router.ExpertMeshLLMServer):
             http=SimpleNamespace(healthy_within_s=10.0),
             model=SimpleNamespace(id="m"),
             routers=SimpleNamespace(trace_tokens=trace_tokens, tracing=None),
+            lora_config=None,
         )
         self.controller: Any = Controller()
         self._set_up(mesh, "r1", self.controller)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from experts.checkpoint.errors import UnreachableError
+from experts.checkpoint.sources.object_store import subfolders
 from tests.support.model_client import Fetched, digests, play, results_of, start_client
 from tests.support.split_checkpoint import NOT_WEIGHTS, experts_apart, split_tiny
 
@@ -161,3 +163,19 @@ def test_a_process_killed_while_it_downloads_leaves_no_half_file(store: Store, s
     assert not list(folder.glob("*.part"))
     listing = json.loads(folder.with_suffix(".json").read_text())
     assert listing["config.json"][0] == (split / "config.json").stat().st_size
+
+
+def test_the_folders_of_a_folder_are_listed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    for key, value in store.environment(tmp_path).items():
+        monkeypatch.setenv(key, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    for key in ("adapters/b/adapter_config.json", "adapters/a/adapter_config.json", "adapters/README.md"):
+        store.put(key, b"{}")
+    assert subfolders("s3://models/adapters") == ["a", "b"]
+    assert subfolders("s3://models/nothing") == []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UnreachableError, match="s3://nobody/adapters: cannot be listed"):
+        subfolders("s3://nobody/adapters")
