@@ -19,6 +19,7 @@ from cluster.refusals.applications import refuse_console, refuse_experts, refuse
 from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import Router
 from cluster.router.options import router_options
+from cluster.router.request_routing import route_requests
 from cluster.shard.deployment import ExpertShard
 from experts.model.spec import ExpertSpec
 
@@ -108,9 +109,9 @@ def llm_application(config: LLMAppConfig) -> Application:
     args = config.model_dump(exclude_unset=True)
     router = serve.deployment(Router, name=ROUTER, **router_options(config.routers))
     if not config.http.names_keys:
-        return router.bind(args)
+        return route_requests(router.bind(args), config.routers)
     ledger = serve.deployment(KeyLedger, name=KEY_LEDGER, logging_config=quiet(), **LEDGER_OPTIONS)
-    return router.bind(args, ledger.bind())
+    return route_requests(router.bind(args, ledger.bind()), config.routers)
 
 
 def console_application(config: ConsoleAppConfig) -> Application:

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.autoscaling.measure import EngineMeasure
@@ -112,6 +113,14 @@ def any_replica_serves(path: str) -> bool | None:
     except Exception as error:
         logging.getLogger("ray.serve").info("Serve does not say what serves %s: %r", path, error)
         return None
+
+
+def with_request_router(application: Application, options: dict[str, Any]) -> Application:
+    """`application` with a deployment that HAProxy asks which replica of its ingress gets a request."""
+    from ray.llm._internal.serve.core.ingress.router import LLMRouter
+
+    asked = serve.deployment(LLMRouter, **options).bind(server=application)
+    return application._with_ingress_request_router(asked)
 
 
 def show_data_plane_log(**fields: Any) -> None:

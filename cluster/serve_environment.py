@@ -16,6 +16,8 @@ from pathlib import Path
 
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 
+FORWARD_BODY = "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"
+
 # For every cluster that serves.
 ENVIRONMENT = {
     HAPROXY_SWITCH: "1",
@@ -25,6 +27,8 @@ ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # Serve kills a proxy that is not up within 5 s, three times; a busy machine needs longer.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # Where a request router is configured (cluster/router/request_routing.py), it sees the request's text.
+    FORWARD_BODY: "1",
     # Where routers may go down to none, the first request waits in Serve's own proxy, and is told if that takes long.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.http.waking:middlewares",
 }
