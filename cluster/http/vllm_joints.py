@@ -35,12 +35,53 @@ CONTROL = ("lora_adapter", "weight", "cache", "/render", "/derender", "/realtime
 # POST without a generation; every other POST counts for the queue limit.
 LIGHT = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/{response_id}/cancel"})
 
+_POOLING = (
+    *("/v1/embeddings", "/v2/embed", "/embed", "/pooling", "/classify"),
+    *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+)
+_NO_POOLING = "its model generates text; embeddings and scores are not served with experts on shards, but by plain vLLM"
+_NO_CONTROL = "it controls the engine, which clients may not do; change the config and deploy it again"
+_NO_SCALE_OUT = "it is an internal part of vLLM's own scale-out; send /v1/chat/completions or /v1/completions"
+_NO_AUDIO = "no model whose experts are on shards takes or makes sound"
+_NO_VLLM = "vLLM does not have this part of OpenAI's API"
+# Paths that people know of vLLM, Ray Serve LLM or OpenAI, by their beginning, and why they are not here.
+_ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
+    (_POOLING, _NO_POOLING),
+    (("/inference/", "/internal/"), _NO_SCALE_OUT),
+    (("/v1/audio/", "/v1/realtime"), _NO_AUDIO),
+    (
+        (
+            *("/sleep", "/wake", "/is_sleeping", "/pause", "/resume", "/is_paused", "/reset_", "/collective_rpc"),
+            *("/server_info", "/start_", "/stop_profile", "/finish_weight_update", "/update_weight", "/weight_"),
+            *("/is_scaling_elastic_ep", "/abort_requests", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+            *("/fault_tolerance", "/release_kv_cache_memory", "/init_weight_transfer_engine", "/scale_elastic_ep"),
+            *("/shutdown_weight_transfer_engine", "/get_world_size", "/kv_event_sources", "/adapters"),
+        ),
+        _NO_CONTROL,
+    ),
+    (
+        (
+            *("/v1/images", "/v1/videos", "/v1/moderations", "/v1/files", "/v1/uploads", "/v1/batches", "/v1/evals"),
+            *("/v1/fine_tuning", "/v1/assistants", "/v1/threads", "/v1/vector_stores", "/v1/conversations"),
+            *("/v1/containers",),
+        ),
+        _NO_VLLM,
+    ),
+    (("/ping", "/invocations"), "it is SageMaker's; send /v1/chat/completions or /v1/completions"),
+    (("/tokenizer_info",), "it shows the chat template, which may be a secret of whoever serves the model"),
+)
+
 # What a request is told whose experts are on no shard while its router has no time to compute them.
 EXPERTS_UNAVAILABLE = "experts that this request needs are being replaced: try again"
 
 PROMPTS = ("messages", "prompt", "input")
 _CONTEXT = re.compile(r"maximum context length|maximum model length|maximum input length|max_model_len")
 _PROMPT = re.compile(r"decoder prompt|one prompt|Token id \S+ is out of|empty conversation")
+_NO_RESPONSE = re.compile(r"Response with id .* not found\.$")
+_NOT_STORED = (
+    'A router keeps responses if routers.env_vars has VLLM_ENABLE_RESPONSES_API_STORE: "1", in its own memory; '
+    "without it send the whole conversation as input"
+)
 _EXTRAS = re.compile(r" \(parameter=[^()]*(, value=.*)?\)$", re.DOTALL)
 
 
@@ -65,6 +106,13 @@ def take_off(app: FastAPI) -> list[str]:
     return gone
 
 
+def why_absent(path: str) -> str | None:
+    """Why a path is not served that people know of vLLM, Ray Serve LLM or OpenAI; None for others."""
+    if path.endswith(("/render", "/derender")):
+        return _NO_SCALE_OUT
+    return next((why for paths, why in _ABSENT if path.startswith(paths)), None)
+
+
 def generation_paths(app: FastAPI) -> frozenset[str]:
     """The paths whose requests make the engine work."""
     return frozenset(
@@ -72,6 +120,16 @@ def generation_paths(app: FastAPI) -> frozenset[str]:
         for route in app.router.routes
         if "POST" in (getattr(route, "methods", None) or ()) and path_of(route) not in LIGHT
     )
+
+
+def front_end_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Engine options that vLLM's front end reads as objects, made of a config's mappings; empty if there are none."""
+    name = "structured_outputs_config"
+    if not isinstance(options.get(name), dict):
+        return {}
+    from vllm.config import StructuredOutputsConfig
+
+    return {name: StructuredOutputsConfig(**options[name])}
 
 
 def take_keys(app: FastAPI) -> frozenset[bytes]:
@@ -279,6 +337,8 @@ def unavailable_fields() -> dict[str, Any]:
 def client_fields(status: int, message: str, param: str | None, fields: tuple[str, ...]) -> dict[str, Any]:
     """Arguments of `error_response` for an error that vLLM tells in words, with OpenAI's `param` and `code`."""
     message = _EXTRAS.sub("", message)
+    if status == 404 and _NO_RESPONSE.match(message):
+        message = f"{message} {_NOT_STORED}"
     if status == 404 and "model" in message:
         return {"status": 404, "message": message, "param": "model", "code": "model_not_found"}
     if _CONTEXT.search(message) and param != "max_tokens":

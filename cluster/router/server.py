@@ -25,6 +25,7 @@ from cluster.config.apps import LLMAppConfig
 from cluster.controller.client import ROUTER, ControllerClient, ControllerLostError
 from cluster.http.app import front_door
 from cluster.http.health import GenerationHealth
+from cluster.http.vllm_joints import front_end_options
 from cluster.keys.deployment import settle_of
 from cluster.keys.leases import Leases, RouterKeys
 from cluster.keys.sources import KeySource
@@ -99,7 +100,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._leases = Leases(self._router_id, None if ledger is None else settle_of(ledger))
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
-        llm_config.update_engine_kwargs(additional_config=extra)
+        llm_config.update_engine_kwargs(additional_config=extra, **front_end_options(llm_config.engine_kwargs))
         on_cpu, several = mesh.routers.accelerator == "cpu", mesh.routers.workers > 1
         in_process = on_cpu and THREADS_BIND not in os.environ
         if on_cpu and several:

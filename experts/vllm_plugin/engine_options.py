@@ -50,6 +50,9 @@ OFF = {
     "enable_mixed_moe_lora_format": "adapters leave the routed experts alone",
 }
 
+POOLING = "routers generate text, and tell by it whether they are healthy; serve embeddings and scores with plain vLLM"
+MTP = "MTP heads have routed experts of their own, which no shard holds; use ngram, or a draft_model without experts"
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a line that refuses a name: the known one that looks most like it, or nothing."""
@@ -76,6 +79,13 @@ def refused_by_project(options: dict[str, Any], device: str) -> Iterator[str]:
             yield f"{key} is {options[key]!r}, expected false: {why}"
     targets = options.get("lora_target_modules")
     yield from refused_lora_targets(targets if isinstance(targets, list) else ())
+    if options.get("runner") == "pooling" or options.get("convert") in ("embed", "classify"):
+        key = "runner" if options.get("runner") == "pooling" else "convert"
+        yield f"{key} is {options[key]!r}: {POOLING}"
+    speculative = options.get("speculative_config")
+    method = str(speculative.get("method", "")) if isinstance(speculative, dict) else ""
+    if method == "mtp" or method.endswith("_mtp"):
+        yield f"speculative_config.method is {method!r}: {MTP}"
     compilation = options.get("compilation_config")
     mode = str(compilation.get("cudagraph_mode", "")) if isinstance(compilation, dict) else ""
     if device == "cuda" and not options.get("enforce_eager") and "FULL" in mode.upper():

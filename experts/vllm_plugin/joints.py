@@ -98,22 +98,36 @@ def step_in_progress() -> tuple[bool, torch.Tensor | None]:
     return context.attn_metadata is not None, getattr(context, "is_padding", None) if padded else None
 
 
-def rows_of_prompts(num_rows: int) -> np.ndarray | None:
+def most_rows_while_generating(config: VllmConfig) -> int:
+    """Rows that a request has at most in a step while it generates: one, and those that are guessed ahead of it."""
+    speculative = config.speculative_config
+    return 1 + int((speculative and speculative.num_speculative_tokens) or 0)
+
+
+def is_draft(config: VllmConfig, model_config: Any) -> bool:
+    """Whether a model that is loaded guesses tokens for the engine's own."""
+    speculative = config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    # n-gram speculation names the engine's own model as its draft.
+    return draft is not None and model_config is draft and draft is not speculative.target_model_config
+
+
+def rows_of_prompts(num_rows: int, while_generating: int) -> np.ndarray | None:
     """Which rows of the current forward pass are of prompts (bool [rows]); None if none are, or nobody says.
 
-    Attention metadata says how many tokens of each request are in the step: one while it generates. A prompt of which
-    one token is left counts as generated, which is what it costs.
+    Attention metadata says how many tokens of each request are in the step: `while_generating` at most while it
+    generates. A prompt of which no more are left counts as generated, which is what it costs.
     """
     metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
     of_layers = metadata.values() if isinstance(metadata, dict) else ()
     told = next((each for each in of_layers if getattr(each, "query_start_loc", None) is not None), None)
-    if told is None or getattr(told, "max_query_len", 2) <= 1:
+    if told is None or getattr(told, "max_query_len", num_rows) <= while_generating:
         return None
     # On a device this waits for it, as each layer's dispatch does; steps that only generate do not come here.
     starts_R = told.query_start_loc.cpu().numpy()
     prefill_T = np.zeros(num_rows, np.bool_)
     for start, stop in itertools.pairwise(starts_R.tolist()):
-        if stop - start > 1:
+        if stop - start > while_generating:
             prefill_T[start:stop] = True
     return prefill_T
 
@@ -322,10 +336,12 @@ __all__ = [
     "get_current_vllm_config",
     "keep_a_slot_without_adapter",
     "leave_moe_layers_without_adapters",
+    "is_draft",
     "loaders_may_reserve",
     "longest_step_s",
     "model_runner",
     "most_rows_of_a_step",
+    "most_rows_while_generating",
     "op_registry_oot",
     "register_model_loader",
     "report_refused",

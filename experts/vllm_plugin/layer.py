@@ -19,7 +19,7 @@ the others.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from experts.vllm_plugin.joints import (
     get_current_vllm_config,
     longest_step_s,
     most_rows_of_a_step,
+    most_rows_while_generating,
     op_registry_oot,
     output_of,
     report_refused,
@@ -52,7 +53,7 @@ from experts.vllm_plugin.joints import (
     step_in_progress,
     watch_traced_steps,
 )
-from experts.vllm_plugin.refusals import check_engine, check_layer, split_graphs
+from experts.vllm_plugin.refusals import check_draft, check_engine, check_layer, split_graphs
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class EngineState:
     client: MeshClient | None = None
     pending: Pending | None = None
     """The layer between its `begin` and its `finish`."""
+    rows_while_generating: int = 1
+    """What a request may have in a step while it generates."""
+    replaced: set[int] = field(default_factory=set)
+    """Layers of the engine's own model that are built: a further one is of a draft model."""
 
 
 _engine = EngineState()
@@ -146,11 +151,14 @@ class MeshExpertsMixin:
         check_layer(prefix, moe_config, config)
         checkpoint = current_checkpoint(settings)
         layer_id = extract_layer_index(prefix)
+        check_draft(prefix, config, len(_engine.replaced), checkpoint.spec.num_layers)
         if layer_id not in checkpoint.spec.layer_ids:
             raise UnsupportedModelError(
                 f"{prefix} is a MoE layer that the checkpoint's list of MoE layers {checkpoint.spec.layer_ids} lacks"
             )
         self.mesh_layer = checkpoint.spec.layer_ids.index(layer_id)
+        _engine.replaced.add(self.mesh_layer)
+        _engine.rows_while_generating = most_rows_while_generating(config)
         if _engine.client is None:
             device = with_index(str(config.device_config.device_type))
             split_graphs(config, device)
@@ -213,7 +221,7 @@ def _begin(
         # Rows without an expert are neither sent nor recorded.
         topk_ids = topk_ids.masked_fill(padding_T[: len(topk_ids), None], -1)
     if layer == 0 and of_requests and client.recorder.wants_phases:
-        client.recorder.begin_step(rows_of_prompts(len(topk_ids)))
+        client.recorder.begin_step(rows_of_prompts(len(topk_ids), _engine.rows_while_generating))
     pending = client.begin(layer, x, topk_weights, topk_ids, record=of_requests)
     _engine.pending = pending
     return pending.y_TD if pending.y_TD.device == x.device else torch.empty_like(x)

@@ -18,6 +18,7 @@ from experts.vllm_plugin.joints import (
     RoutedExperts,
     defaulted_parameters,
     gather_from_workers,
+    is_draft,
     loaders_may_reserve,
     register_model_loader,
 )
@@ -94,7 +95,11 @@ class RouterModelLoader(DefaultModelLoader):
         return 0 if own_size else nbytes
 
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Load the dense half, then check that expertmesh replaced every MoE layer."""
+        """Load the dense half, then check that expertmesh replaced every MoE layer. A draft model is loaded whole."""
+        if is_draft(vllm_config, model_config):
+            load_config = copy.copy(self.load_config)
+            load_config.load_format = "auto"
+            return DefaultModelLoader(load_config).load_model(vllm_config, model_config, *args, **kwargs)
         self._checkpoint = current_checkpoint(check_engine(vllm_config))
         if vllm_config.device_config.device_type == "cuda" and not loaders_may_reserve():
             logger.warning(

@@ -40,6 +40,8 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             raise UnsupportedModelError(
                 f"{name} is not supported: experts live on shards, which place and balance them"
             )
+    if config.model_config.runner_type == "pooling":
+        raise UnsupportedModelError("runner is 'pooling', expected 'generate': serve embeddings with plain vLLM")
     if config.lora_config is not None:
         for problem in refused_lora_targets(config.lora_config.target_modules or ()):
             raise UnsupportedModelError(problem)
@@ -83,6 +85,19 @@ def check_layer(prefix: str, moe_config: Any, config: VllmConfig) -> None:
         raise UnsupportedModelError(
             f"{prefix} is not split over the engine's {workers} workers (its tensor-parallel size is "
             f"{moe_config.tp_size}), so vLLM would not add up what they compute; expected tensor_parallel_size=1"
+        )
+
+
+def check_draft(prefix: str, config: VllmConfig, num_built: int, num_layers: int) -> None:
+    """Refuse a MoE layer that comes after all of the engine's own: it guesses tokens, and no shard has its experts.
+
+    UnsupportedModelError, which names the layer.
+    """
+    speculative = config.speculative_config
+    if speculative is not None and num_built == num_layers:
+        raise UnsupportedModelError(
+            f"{prefix} is a MoE layer of the draft ({speculative.method}), whose experts are on no shard: "
+            "speculative_config takes method ngram, or a draft_model without routed experts"
         )
 
 

@@ -47,6 +47,33 @@ def test_clients_reach_what_they_need_and_nothing_that_controls_the_engine(vllm_
     assert dangerous <= paths - served, "what VLLM_SERVER_DEV_MODE brings is on the other side"
 
 
+def test_every_path_that_is_taken_off_says_why(vllm_app: FastAPI) -> None:
+    """And so do those that vLLM has for other models."""
+    from vllm.entrypoints.pooling.classify.api_router import router as classify
+    from vllm.entrypoints.pooling.embed.api_router import router as embed
+    from vllm.entrypoints.pooling.pooling.api_router import router as pooling
+    from vllm.entrypoints.pooling.scoring.api_router import router as scoring
+
+    of_other_models = {
+        vllm_joints.path_of(route) for each in (classify, embed, pooling, scoring) for route in each.routes
+    }
+    paths = {vllm_joints.path_of(route) for route in vllm_app.router.routes}
+    ours_or_fastapis = {"/health", "/redoc", "/docs/oauth2-redirect"}
+    gone = {path for path in paths if not vllm_joints.is_served(path)} - ours_or_fastapis
+    assert len(gone) > 20
+    assert len(of_other_models) > 5
+    assert {path for path in gone | of_other_models if vllm_joints.why_absent(path) is None} == set()
+    assert vllm_joints.why_absent("/v1/nothing") is None
+
+
+def test_options_that_the_front_end_reads_are_made_objects() -> None:
+    """As vLLM's own command makes them, of the mappings that a config has."""
+    made = vllm_joints.front_end_options({"structured_outputs_config": {"enable_in_reasoning": True}, "seed": 0})
+    assert list(made) == ["structured_outputs_config"]
+    assert made["structured_outputs_config"].enable_in_reasoning
+    assert vllm_joints.front_end_options({"seed": 0}) == vllm_joints.front_end_options(made) == {}
+
+
 def test_generation_is_what_makes_the_engine_work(vllm_app: FastAPI) -> None:
     app = FastAPI()
     app.router.routes[:] = [r for r in vllm_app.router.routes if vllm_joints.is_served(vllm_joints.path_of(r))]

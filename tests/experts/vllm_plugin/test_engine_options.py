@@ -179,6 +179,16 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
         ({"enable_moe_shared_loras": True}, "enable_moe_shared_loras is True, expected false: adapters leave"),
         ({"lora_target_modules": ["q_proj", "mlp.experts"]}, "lora_target_modules has 'mlp.experts', but the shards"),
         ({"lora_modules": []}, "lora_modules is set by the project: use lora_config instead"),
+        ({"runner": "pooling"}, "runner is 'pooling': routers generate text, and tell by it whether they are healthy"),
+        ({"convert": "embed"}, "convert is 'embed': routers generate text"),
+        (
+            {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+            "speculative_config.method is 'mtp': MTP heads have routed experts of their own, which no shard holds",
+        ),
+        (
+            {"speculative_config": {"method": "deepseek_mtp"}},
+            "speculative_config.method is 'deepseek_mtp': MTP heads have routed experts",
+        ),
         (
             {"compilation_config": {"cudagraph_mode": "full"}},
             "compilation_config.cudagraph_mode is 'full', expected",
@@ -192,6 +202,7 @@ def test_what_the_project_cannot_serve_with_is_refused(options: dict[str, Any], 
 
 def test_what_is_switched_off_is_not_refused() -> None:
     options = {"enable_lora": True, "tensor_parallel_size": 2, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    options |= {"runner": "generate", "speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     assert list(refused_by_project(options, "cuda")) == []
     full = {"compilation_config": {"cudagraph_mode": "FULL"}}
     assert list(refused_by_project(full, "cpu")) == []
