@@ -55,6 +55,34 @@ def test_errors_that_the_troubleshooting_page_explains_are_in_the_source() -> No
     assert sorted(piece for piece in pieces if piece not in sources) == []
 
 
+def rows_of_features() -> list[list[str]]:
+    """The cells of each row: feature, state, how or why not, tests."""
+    lines = (DOCS / "features.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [cells for cells in rows if cells[0] != "feature"]
+
+
+@pytest.mark.parametrize("cells", rows_of_features(), ids=lambda cells: cells[0])
+def test_what_the_features_page_says_has_tests_that_exist(cells: list[str]) -> None:
+    _, state, why, tests = cells
+    assert state in ("works", "refused", "not tried")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+    assert bool(named) == (state != "not tried"), "a row names tests, unless nobody tried"
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text()
+    assert why or state != "refused"
+
+
+def test_errors_that_the_features_page_quotes_are_expected_by_its_tests() -> None:
+    """In full sentences, which option names are not."""
+    spans = [(span, cells[3]) for cells in rows_of_features() for span in re.findall(r"`([^`]+)`", cells[2])]
+    errors = [(span, tests) for span, tests in spans if span.count(" ") >= 2 and ":" not in span]
+    assert len(errors) >= 10
+    for text, tests in errors:
+        files = {file: (ROOT / file).read_text() for file in re.findall(r"`(tests/[\w/]+\.py)::", tests)}
+        assert any(text in spoken(source) for source in files.values()), f"{text!r} is in none of {sorted(files)}"
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs-material makes the site")
     done = subprocess.run(

@@ -71,7 +71,9 @@ def _of_the_framework(scope: Scope, status: int, detail: str) -> dict[str, Any]:
     """Arguments of `error_response` for what FastAPI and Starlette refuse."""
     asked = f"{scope['method']} {scope['path']}"
     if status == 404 and detail == "Not Found":
-        return {"status": 404, "message": f"there is no {asked}: see /docs", "code": "unknown_url"}
+        why = vllm_joints.why_absent(_path(scope))
+        message = f"this service has no {asked}: {why}" if why else f"there is no {asked}: see /docs"
+        return {"status": 404, "message": message, "code": "unknown_url"}
     if status == 405:
         return {"status": 405, "message": f"{asked} is not supported: see /docs"}
     return {"status": status, "message": detail}

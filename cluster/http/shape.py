@@ -34,6 +34,16 @@ GRAMMARS = {"structured_outputs": 2**15, "response_format": 2**15, "text": 2**15
 BATCHES = ("prompt", "prompt_embeds", "messages", "items")
 # Fields that vLLM looks into before it has checked their type.
 OBJECTS = ("structured_outputs", "stream_options", "response_format")
+# Fields that vLLM passes over though they were to change the answer, and what does it instead.
+PASSED_OVER = {
+    "best_of": "send n, and choose among the answers",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    **{
+        f"guided_{kind}": f"send structured_outputs with {kind}"
+        for kind in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
+    },
+}
 # Strings that vLLM copies into every chunk, or tries at every step.
 NAMES = frozenset({"request_id", "session_id", "model", "user", "bad_words"})
 
@@ -72,6 +82,11 @@ def check(body: Any, max_sequences: int) -> Found:
         _walk(body, ())
         return Found()
     _check_length(body, ())
+    for name, instead in PASSED_OVER.items():
+        value = body.get(name)
+        if value is not None and not (name == "best_of" and value in (1, body.get("n", 1))):
+            message = f"{name} has no effect in this version of vLLM: {instead}"
+            raise RefusedError(message, param=name, code="unsupported_parameter")
     for name in OBJECTS:
         if not isinstance(body.get(name), dict | NoneType):
             raise RefusedError(f"{name} is no object", param=name, code="invalid_type")

@@ -201,3 +201,22 @@ def test_grammars_are_noticed(body: dict[str, Any], expected: bool) -> None:
 def test_the_bounds_do_not_contradict_vllms_own() -> None:
     limits = pytest.importorskip("vllm.sampling_params", reason="vLLM's limits")
     assert shape.MAX_DEPTH > limits.MAX_STRUCTURED_OUTPUT_JSON_NESTING + limits.STRUCTURAL_TAG_WRAPPER_NESTING
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "instead"),
+    [
+        ({"best_of": 3, "n": 2}, "best_of", "send n, and choose among the answers"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "send structured_outputs with json"),
+        ({"functions": [{"name": "f"}]}, "functions", "send tools"),
+    ],
+)
+def test_a_field_that_vllm_would_pass_over_is_refused(body: dict[str, Any], param: str, instead: str) -> None:
+    error = refused({"prompt": "x", **body})
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+    assert error.message == f"{param} has no effect in this version of vLLM: {instead}"
+
+
+@pytest.mark.parametrize("body", [{"best_of": 1}, {"best_of": 2, "n": 2}, {"best_of": None}, {"function_call": None}])
+def test_such_a_field_that_asks_for_nothing_passes(body: dict[str, Any]) -> None:
+    assert check({"prompt": "x", **body}, MOST).fields == ("prompt", *body)
