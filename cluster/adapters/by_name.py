@@ -8,10 +8,10 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.adapters import vllm_joints
 from cluster.adapters.library import AdapterMissingError, Library
 from cluster.adapters.shelf import Shelf
 from cluster.config.llm_sections import LoraSection
-from cluster.http import vllm_joints
 from cluster.http.asked import ASKED, Asked
 from cluster.http.errors import RefusedError, UnavailableError, error_response, response_for
 

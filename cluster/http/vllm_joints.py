@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
-from cluster.http.errors import RefusedError, UnavailableError
+from cluster.http.errors import RefusedError
 from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE as STOP_REASON
 
 logger = logging.getLogger("ray.serve")
@@ -53,7 +52,7 @@ _ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         (
             *("/sleep", "/wake", "/is_sleeping", "/pause", "/resume", "/is_paused", "/reset_", "/collective_rpc"),
             *("/server_info", "/start_", "/stop_profile", "/finish_weight_update", "/update_weight", "/weight_"),
-            *("/is_scaling_elastic_ep", "/abort_requests", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+            *("/is_scaling_elastic_ep", "/abort_requests"),
             *("/fault_tolerance", "/release_kv_cache_memory", "/init_weight_transfer_engine", "/scale_elastic_ep"),
             *("/shutdown_weight_transfer_engine", "/get_world_size", "/kv_event_sources", "/adapters"),
         ),
@@ -66,6 +65,10 @@ _ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
             *("/v1/containers",),
         ),
         _NO_VLLM,
+    ),
+    (
+        ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        "routers load an adapter when a request names one; set lora_config and send model:adapter as the model",
     ),
     (("/ping", "/invocations"), "it is SageMaker's; send /v1/chat/completions or /v1/completions"),
     (("/tokenizer_info",), "it shows the chat template, which may be a secret of whoever serves the model"),
@@ -174,49 +177,6 @@ def model_card(app: FastAPI, model: str) -> Any:
         raise RefusedError(message, param="model", code="model_not_found", status=404)
 
     return find()
-
-
-def max_lora_rank(app: FastAPI) -> int:
-    """The largest rank of an adapter that the engine has room for."""
-    return int(app.state.engine_client.vllm_config.lora_config.max_lora_rank)
-
-
-async def load_adapter(app: FastAPI, model: str, folder: Path) -> None:
-    """Have the engine load an adapter, which requests for `model` then get. RefusedError has vLLM's reason."""
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
-    request = LoadLoRAAdapterRequest(lora_name=model, lora_path=str(folder))
-    answer = await app.state.openai_serving_models.load_lora_adapter(request)
-    if isinstance(answer, ErrorResponse):
-        if app.state.engine_client.errored:
-            raise UnavailableError("the engine of this router has ended; try again")
-        raise RefusedError(f"the adapter {model!r} cannot be served: {answer.error.message}", param="model")
-
-
-async def unload_adapter(app: FastAPI, model: str) -> None:
-    """Have the engine forget an adapter, of which no request is in progress."""
-    models = app.state.openai_serving_models
-    adapter = models.lora_requests.pop(model, None)
-    if adapter is not None:
-        await app.state.engine_client.remove_lora(adapter.lora_int_id)
-        logger.info("adapter %s was unloaded", model)
-
-
-def list_adapters(app: FastAPI, listed: Callable[[], Awaitable[dict[str, str]]]) -> None:
-    """Let vLLM's list of models name all adapters, loaded or not. `listed` says where each is, by the model's name."""
-    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
-
-    models = app.state.openai_serving_models
-    show = models.registry.show_available_models
-
-    async def show_all() -> Any:
-        shown, parent = await show(), models.model_name()
-        for name, where in (await listed()).items():
-            shown.data.append(ModelCard(id=name, root=where, parent=parent, permission=[ModelPermission()]))
-        return shown
-
-    models.show_available_models = show_all
 
 
 def error_classes() -> tuple[type[Exception], ...]:

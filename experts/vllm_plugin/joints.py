@@ -321,34 +321,16 @@ def split_graphs_at_moe(config: VllmConfig) -> None:
     compilation.splitting_ops = present + [name for name in _MOE_OPS if name not in present]
 
 
+# vLLM's own names that others take from here.
 __all__ = [
     "DefaultModelLoader",
     "FusedMoEMethodBase",
     "RoutedExperts",
     "SharedExpertsOrder",
     "VllmConfig",
-    "check_adapters",
-    "defaulted_parameters",
     "direct_register_custom_op",
-    "expertmesh_settings",
     "extract_layer_index",
-    "gather_from_workers",
     "get_current_vllm_config",
-    "keep_a_slot_without_adapter",
-    "leave_moe_layers_without_adapters",
-    "is_draft",
-    "loaders_may_reserve",
-    "longest_step_s",
-    "model_runner",
-    "most_rows_of_a_step",
-    "most_rows_while_generating",
     "op_registry_oot",
     "register_model_loader",
-    "report_refused",
-    "requests_of_rows",
-    "routed_expert_classes",
-    "rows_of_prompts",
-    "split_graphs_at_moe",
-    "step_in_progress",
-    "watch_traced_steps",
 ]

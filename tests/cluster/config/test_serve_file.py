@@ -12,7 +12,6 @@ from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.live_sections import LiveConfig
 from cluster.config.parse import RENAMED, ConfigError, parse
 from cluster.config.serve_file import MeshConfig
-from cluster.router.options import runtime_env_of
 from experts.protocol.settings import ShardSettings
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml"
@@ -306,48 +305,3 @@ def test_every_field_says_what_it_is() -> None:
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 seen.append(field.annotation)
     assert len(seen) >= 14
-
-
-def test_tracing_reaches_the_engine_and_its_environment() -> None:
-    data = tiny()
-    section = {"otlp_endpoint": "http://collector:4318/v1/traces", "sample_ratio": 0.5, "layers_per_step": 2}
-    assert "otlp_traces_endpoint" not in MeshConfig.from_serve_config(data, folder=TINY.parent).llm.engine_kwargs()
-    put(data, "applications.1.args.routers.tracing", section)
-    config = MeshConfig.from_serve_config(data, folder=TINY.parent).llm
-    options = config.engine_kwargs()
-    assert options["otlp_traces_endpoint"] == section["otlp_endpoint"]
-    told = options["additional_config"]["expertmesh"]["tracing"]
-    assert told == {"step_interval": 16, "layers_per_step": 2}
-    env_vars = runtime_env_of(config.routers)["env_vars"]
-    assert {name: value for name, value in env_vars.items() if name.startswith("OTEL_")} == {
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": section["otlp_endpoint"],
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
-        "OTEL_TRACES_SAMPLER_ARG": "0.5",
-        "OTEL_SERVICE_NAME": "expertmesh",
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"otlp_endpoint": "collector:4318"}, "is no http:// or https:// URL"),
-        ({"otlp_endpoint": "http://c:4318"}, "has no path; a collector takes spans at http://c:4318/v1/traces"),
-        ({"sample_ratio": 2}, "less than or equal to 1"),
-        ({"step_interval": 0}, "greater than or equal to 1"),
-    ],
-)
-def test_tracing_that_cannot_be(change: dict[str, Any], told: str) -> None:
-    data = tiny()
-    put(data, "applications.1.args.routers.tracing", {"otlp_endpoint": "http://c:4318/v1/traces", **change})
-    with pytest.raises(ConfigError, match=told):
-        MeshConfig.from_serve_config(data, folder=TINY.parent)
-
-
-@pytest.mark.parametrize("option", [{"otlp_traces_endpoint": "http://c"}, {"disable_log_stats": True}])
-def test_tracing_and_engine_options_that_contradict_it(option: dict[str, Any]) -> None:
-    data = tiny()
-    put(data, "applications.1.args.routers.tracing", {"otlp_endpoint": "http://c:4318/v1/traces"})
-    put(data, "applications.1.args.routers.engine_kwargs", option)
-    with pytest.raises(ConfigError, match=f"engine_kwargs.{next(iter(option))} and tracing are both set"):
-        MeshConfig.from_serve_config(data, folder=TINY.parent)
