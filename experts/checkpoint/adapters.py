@@ -63,8 +63,9 @@ def adapter_problems(folder: Path, max_rank: int | None = None) -> Iterator[str]
 
 
 def touches_routed_experts(tensor: str) -> bool:
-    """Whether a tensor of an adapter belongs to routed experts: in every family, `experts` is a part of their names."""
-    return "experts" in tensor.split(".")
+    """Whether a tensor of an adapter belongs to routed experts: its name has `experts`, except in Granite."""
+    granite = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
+    return "experts" in tensor.split(".") or any(name in tensor for name in granite)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

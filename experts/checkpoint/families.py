@@ -66,6 +66,19 @@ def interleaved_layers(config: ModelConfig) -> Sequence[int]:
     return [i for i in every_layer(config) if step > 0 and (i + 1) % step == 0]
 
 
+def between_ernie_layers(config: ModelConfig) -> Sequence[int]:
+    """ERNIE 4.5: every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index`."""
+    layers = every_layer(config)
+    first, step = config.get("moe_layer_start_index", 0), config.get("moe_layer_interval", 1)
+    last = config.get("moe_layer_end_index", -1)
+    return [i for i in layers if first <= i <= (last if last >= 0 else len(layers)) and (i + 1) % step == 0]
+
+
+def after_num_dense_layers(config: ModelConfig) -> Sequence[int]:
+    """LFM2, AFMoE: from `num_dense_layers`."""
+    return [i for i in every_layer(config) if i >= config.get("num_dense_layers", 0)]
+
+
 # --- how experts are stored ---------------------------------------------------------------------------------------
 
 
@@ -94,6 +107,17 @@ def fused(module: str, *, transposed: bool, interleaved: bool = False, bias: boo
     return Layout(tuple(parts))
 
 
+def fused_linear(module: str) -> Layout:
+    """The same as linear layers, gate before up: `layers.3.<module>.input_linear.weight`, `.output_linear.weight`."""
+    stem = f"layers.{{layer}}.{module}."
+    return Layout(
+        (
+            Part("gate_up", f"{stem}input_linear.weight", "leading"),
+            Part("down", f"{stem}output_linear.weight", "leading"),
+        )
+    )
+
+
 GATE_UP_DOWN = one_tensor_per_matrix("mlp", "gate_proj", "up_proj", "down_proj")
 W1_W3_W2 = one_tensor_per_matrix("block_sparse_moe", "w1", "w3", "w2")
 # Written by transformers 5 with `save_pretrained(save_original_format=False)`.
@@ -114,7 +138,7 @@ FAMILIES = (
     Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), (fused("mlp", transposed=True),), every_sparse_step),
     Family(("olmoe",), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), every_layer, intermediate_size=("intermediate_size",)),
     Family(
-        ("mixtral", "minimax_m2"),
+        ("mixtral", "minimax_m2", "phimoe"),
         (W1_W3_W2, FUSED_BY_TRANSFORMERS),
         every_layer,
         intermediate_size=("intermediate_size",),
@@ -131,9 +155,32 @@ FAMILIES = (
             "glm4_moe",
             "glm4_moe_lite",
             "glm_moe_dsa",
+            "exaone_moe",
+            "hy_v3",
         ),
         (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
         after_dense_layers,
+    ),
+    Family(
+        ("cohere2_moe",),
+        (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
+        after_dense_layers,
+        intermediate_size=("intermediate_size",),
+    ),
+    Family(
+        ("ernie4_5_moe",),
+        (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
+        between_ernie_layers,
+        num_experts=("moe_num_experts",),
+        top_k=("moe_k",),
+    ),
+    Family(("afmoe",), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), after_num_dense_layers),
+    Family(("lfm2_moe",), (one_tensor_per_matrix("feed_forward", "w1", "w3", "w2"),), after_num_dense_layers),
+    Family(
+        ("granitemoe", "granitemoeshared"),
+        (fused_linear("block_sparse_moe"),),
+        every_layer,
+        intermediate_size=("intermediate_size",),
     ),
     # gate and up alternate: row 0 is gate 0, row 1 is up 0. Transposed in floats, not in MXFP4 (on the hub).
     Family(

@@ -85,9 +85,9 @@ def mixtral() -> Expected:
     return one_tensor_per_matrix(config, (0, 1), "model.layers.{l}.block_sparse_moe.experts.{e}.", W132)
 
 
-def minimax_m2() -> Expected:
+def minimax_m2(model_type: str) -> Expected:
     out = mixtral()
-    out.config |= {"model_type": "minimax_m2"}
+    out.config |= {"model_type": model_type}
     out.tensors["model.layers.0.block_sparse_moe.e_score_correction_bias"] = torch.zeros(E)
     return out
 
@@ -126,6 +126,58 @@ def glm_moe_dsa() -> Expected:
     out = deepseek("glm_moe_dsa")
     del out.config["moe_layer_freq"]
     out.config["mlp_layer_types"] = ["dense", "sparse", "sparse", "sparse"]
+    return out
+
+
+def exaone_moe(model_type: str) -> Expected:
+    out = deepseek(model_type)
+    out.config["num_experts"] = out.config.pop("n_routed_experts")
+    out.config["num_shared_experts"] = out.config.pop("n_shared_experts")
+    return out
+
+
+def cohere2_moe() -> Expected:
+    config = {"model_type": "cohere2_moe", "num_hidden_layers": 3, "num_experts": E, "num_experts_per_tok": 2}
+    config |= {"hidden_size": D, "intermediate_size": I, "prefix_dense_intermediate_size": 40, "hidden_act": "silu"}
+    config |= {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_shared_experts": 1}
+    return one_tensor_per_matrix(config, (1, 2), "model.layers.{l}.mlp.experts.{e}.", PROJ)
+
+
+def ernie4_5_moe() -> Expected:
+    config = {"model_type": "ernie4_5_moe", "num_hidden_layers": 6, "moe_num_experts": E, "moe_k": 2}
+    config |= {"hidden_size": D, "intermediate_size": 40, "moe_intermediate_size": I, "hidden_act": "silu"}
+    config |= {"moe_layer_start_index": 1, "moe_layer_end_index": 4, "moe_layer_interval": 2}
+    return one_tensor_per_matrix(config, (1, 3), "model.layers.{l}.mlp.experts.{e}.", PROJ)
+
+
+def ernie4_5_moe_to_the_end() -> Expected:
+    out = ernie4_5_moe()
+    config = {**out.config, "num_hidden_layers": 3, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+    return one_tensor_per_matrix(config, (1, 2), "model.layers.{l}.mlp.experts.{e}.", PROJ)
+
+
+def afmoe() -> Expected:
+    config = {"model_type": "afmoe", "num_hidden_layers": 3, "num_experts": E, "num_experts_per_tok": 2}
+    config |= {"hidden_size": D, "intermediate_size": 40, "moe_intermediate_size": I, "hidden_act": "silu"}
+    config |= {"num_dense_layers": 1, "num_shared_experts": 1}
+    return one_tensor_per_matrix(config, (1, 2), "model.layers.{l}.mlp.experts.{e}.", PROJ)
+
+
+def lfm2_moe() -> Expected:
+    out = afmoe()
+    config = {**out.config, "model_type": "lfm2_moe"}
+    del config["hidden_act"]
+    return one_tensor_per_matrix(config, (1, 2), "model.layers.{l}.feed_forward.experts.{e}.", W132)
+
+
+def granitemoe(model_type: str) -> Expected:
+    config = {"model_type": model_type, "num_hidden_layers": 2, "num_local_experts": E, "num_experts_per_tok": 2}
+    config |= {"hidden_size": D, "intermediate_size": I, "hidden_act": "silu"}
+    out = Expected(config).draw((0, 1))
+    for layer in (0, 1):
+        stem = f"model.layers.{layer}.block_sparse_moe."
+        out.tensors[stem + "input_linear.weight"] = torch.stack([torch.cat([g, u]) for g, u, _ in out.layer(layer)])
+        out.tensors[stem + "output_linear.weight"] = torch.stack([d for *_, d in out.layer(layer)])
     return out
 
 
@@ -228,12 +280,19 @@ MAKERS: dict[str, Callable[[], Expected]] = {
     "qwen3_moe": qwen3_moe,
     "qwen2_moe": qwen2_moe,
     "mixtral": mixtral,
-    "minimax_m2": minimax_m2,
+    **{t: lambda t=t: minimax_m2(t) for t in ("minimax_m2", "phimoe")},
     "olmoe": olmoe,
     **{t: lambda t=t: deepseek(t) for t in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe")},
     "deepseek_v2_alternating": deepseek_v2_alternating,
     "kimi_k25": kimi_k25,
     "glm_moe_dsa": glm_moe_dsa,
+    **{t: lambda t=t: exaone_moe(t) for t in ("exaone_moe", "hy_v3")},
+    "cohere2_moe": cohere2_moe,
+    "ernie4_5_moe": ernie4_5_moe,
+    "ernie4_5_moe_to_the_end": ernie4_5_moe_to_the_end,
+    "afmoe": afmoe,
+    "lfm2_moe": lfm2_moe,
+    **{t: lambda t=t: granitemoe(t) for t in ("granitemoe", "granitemoeshared")},
     "fused_by_transformers": fused_by_transformers,
     "qwen3_vl_moe": qwen3_vl_moe,
     "llama4": llama4,

@@ -17,6 +17,11 @@ from placement.sizing.model import ModelFacts, Stored, Tensors
 FLOAT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # Has the names of DeepSeek-V2 without latent attention; no loader here reads it.
 _SIZED_ONLY = {"deepseek": Family(("deepseek",), (), after_dense_layers)}
+# Read and served, but their tensors beside the experts are not described here.
+_NOT_SIZED = (
+    *("exaone_moe", "hy_v3", "cohere2_moe", "ernie4_5_moe", "afmoe", "lfm2_moe"),
+    *("granitemoe", "granitemoeshared", "phimoe"),
+)
 _CORRECTED = (
     "deepseek_v3",
     "deepseek_v32",
@@ -35,6 +40,8 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
     CheckpointError names a key that is missing, a family that is not known, or attention that cannot be sized.
     """
     kind = config.model_type
+    if kind in _NOT_SIZED:
+        raise CheckpointError(f"{config.path}: {kind!r} is served, but its size is not known from config.json")
     family = _SIZED_ONLY.get(kind) or family_of(config)
     moe = list(family.moe_layers(config))
     if not moe:

@@ -239,7 +239,8 @@ def test_the_clamp_of_gpt_oss_is_in_its_configuration(tmp_path: Path) -> None:
 
 def test_an_unknown_family_is_refused_with_the_known_ones_in_order(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"model_type 'llama' is unknown; expected one of \['dbrx', 'deepseek_v2'"
+        CheckpointError,
+        match=r"model_type 'llama' is unknown; expected one of \['afmoe', 'cohere2_moe', 'dbrx', 'deepseek_v2'",
     ):
         family_of(config(tmp_path, model_type="llama"))
 

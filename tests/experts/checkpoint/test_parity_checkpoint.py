@@ -10,7 +10,8 @@ import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.model.reference_mlp import expert_mlp
-from tests.support.random_checkpoints import PARITY_FAMILIES, make_checkpoint
+from tests.support.family_configs import PARITY_FAMILIES
+from tests.support.random_checkpoints import make_checkpoint
 
 ROWS = 5
 

@@ -1,5 +1,5 @@
 """Every supported family gives vLLM's own tokens and log-probabilities with its experts on 2 and on 3 shards, and so
-does a router of two workers (tensor parallelism).
+does a router of two workers (tensor parallelism) for some.
 
 Float32, random weights, 8 prompts at once, 64 new tokens. Tolerance: both engines sum the same products in different
 orders, which in models of this depth moves a log-probability by about 1e-5; 1e-4 leaves room without letting a wrong
@@ -24,12 +24,13 @@ from experts.native.build import NativeBuildError
 from experts.protocol.membership import Membership, ShardEndpoint
 from experts.protocol.settings import ShardSettings
 from placement.placement import Placement
-from tests.support.random_checkpoints import PARITY_FAMILIES
+from tests.support.family_configs import PARITY_FAMILIES, SIZED_FAMILIES
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.parity_jobs import NEW_TOKENS, NUM_PROMPTS, TENSOR_TOKENS
 
 TOLERANCE = 1e-4
 SHARD_COUNTS = (2, 3)
+WITH_TWO_WORKERS = SIZED_FAMILIES  # how rows are shared out does not depend on the family, so some are enough
 ODD_SHAPES = {
     # Seven experts on 2 and 3 shards, top-1, a width that is no power of two.
     "qwen3_moe": {"num_experts": 7, "num_experts_per_tok": 1, "moe_intermediate_size": 72, "norm_topk_prob": False},
@@ -99,10 +100,11 @@ def test_same_tokens_as_vllm(zygotes: Zygotes, tmp_path: Path, family: str, over
     zygotes.engine.wait(reference, "result")
     zygotes.engine.wait(mesh, "result")
     tensor_path = str(tmp_path / "tensor.json")
-    tensor = zygotes.engine.start(
-        "tensor", model=str(model), result=tensor_path, reference=expected_path, membership=memberships[0]
-    )
-    zygotes.engine.wait(tensor, "result")
+    if family in WITH_TWO_WORKERS:
+        tensor = zygotes.engine.start(
+            "tensor", model=str(model), result=tensor_path, reference=expected_path, membership=memberships[0]
+        )
+        zygotes.engine.wait(tensor, "result")
     for _, jobs in started:
         for job in jobs:
             zygotes.shard.stop(job)
@@ -114,7 +116,8 @@ def test_same_tokens_as_vllm(zygotes: Zygotes, tmp_path: Path, family: str, over
         assert all(rows > 0 for rows in run["status"]["shard_rows"]), run["status"]["shard_rows"]
         check_logprobs(run["logprobs"], expected["logprobs"])
         check_tokens(run["ids"], expected["ids"], expected["gaps"])
-    check_workers(json.loads(Path(tensor_path).read_text()), expected)
+    if family in WITH_TWO_WORKERS:
+        check_workers(json.loads(Path(tensor_path).read_text()), expected)
 
 
 def check_workers(run: dict[str, Any], expected: dict[str, Any]) -> None:

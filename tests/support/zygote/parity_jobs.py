@@ -48,7 +48,7 @@ def prompts() -> list[list[int]]:
     """Eight prompts of different lengths, one token among them."""
     import torch
 
-    from tests.support.random_checkpoints import VOCAB
+    from tests.support.family_configs import VOCAB
 
     generator = torch.Generator().manual_seed(7)
     lengths = [1, 2, 3, 5, 8, 13, 21, LONGEST_PROMPT]

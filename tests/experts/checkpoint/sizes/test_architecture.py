@@ -13,7 +13,8 @@ from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.sizes.architecture import facts_of
 from experts.checkpoint.sizes.find import find_facts
 from placement.sizing.model import ModelFacts
-from tests.support.random_checkpoints import PARITY_FAMILIES, make_checkpoint
+from tests.support.family_configs import SIZED_FAMILIES
+from tests.support.random_checkpoints import make_checkpoint
 
 TINY_MOE = Path(__file__).parents[4] / "examples" / "tiny-moe"
 
@@ -26,7 +27,7 @@ def by_part(facts: ModelFacts) -> dict[str, int]:
     return {f"{side} {part}": nbytes for part, side, nbytes in facts.parts()}
 
 
-@pytest.mark.parametrize("family", [*PARITY_FAMILIES, "minimax_m2", "glm_moe_dsa", "llama4_text", "dbrx"])
+@pytest.mark.parametrize("family", [*SIZED_FAMILIES, "minimax_m2", "glm_moe_dsa", "llama4_text", "dbrx"])
 def test_every_byte_of_a_real_module_is_known_from_its_config(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path)
     computed = facts_of(ModelConfig(folder), family)
@@ -40,6 +41,13 @@ def test_every_byte_of_a_real_module_is_known_from_its_config(family: str, tmp_p
     checkpoint = ExpertCheckpoint.open(folder)
     assert 2 * read.expert_bytes == checkpoint.expert_bytes, "stored in float32, held in 16 bits"
     assert read.moe_layers == checkpoint.spec.num_layers
+
+
+@pytest.mark.parametrize("kind", ["ernie4_5_moe", "granitemoe"])
+def test_what_is_served_but_not_sized_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=f"'{kind}' is served, but its size is not known from config.json"):
+        facts_of(ModelConfig(tmp_path), kind)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
