@@ -28,8 +28,6 @@ OPTIONS: dict[str, Any] = {
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.1,
 }
-
-
 SERVES_OWN = "ray.serve.llm.request_router.PrefixCacheAffinityRouter"
 OURS = "cluster.router.prefix_router.PrefixRouter"
 
