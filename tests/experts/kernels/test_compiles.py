@@ -127,7 +127,9 @@ def forward(kernel: Any, num_rows: int) -> None:
     for slot in range(shape.num_slots):
         kernel.set_slot(0, slot, random_weights(shape))
     rows_MD = torch.randn(num_rows, shape.hidden_size).to(shape.dtype)
-    kernel.forward(0, rows_MD, *random_pairs(num_rows, shape.num_slots, 2), torch.empty_like(rows_MD))
+    pairs = random_pairs(num_rows, shape.num_slots, 2, torch.Generator().manual_seed(num_rows))  # some in each call
+    assert len(pairs[1]) > 0
+    kernel.forward(0, rows_MD, *pairs, torch.empty_like(rows_MD))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
