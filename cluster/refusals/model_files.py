@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.hf_config import read_json_object
 from experts.checkpoint.index import INDEX_NAME, WeightIndex
 from experts.checkpoint.sources.base import CONFIG_NAME
 from experts.checkpoint.sources.opening import open_source
@@ -29,17 +29,8 @@ def folder_here(model: str) -> tuple[Path, bool]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The values of config.json. Raises ValueError that names the file if it is missing or no JSON object."""
-    path = folder / CONFIG_NAME
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: the file is missing; expected a downloaded Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    """The values of config.json. Raises CheckpointError that names the file if it is missing or no JSON object."""
+    return read_json_object(folder / CONFIG_NAME, "a downloaded Hugging Face checkpoint")
 
 
 def missing_weights(folder: Path) -> Iterator[str]:

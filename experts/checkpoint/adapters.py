@@ -4,13 +4,13 @@ adapter_model.safetensors. Needs no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.header import open_weights, parse_header
+from experts.checkpoint.hf_config import read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,7 +36,7 @@ def adapter_problems(folder: Path, max_rank: int | None = None) -> Iterator[str]
         max_rank: the largest rank that engines have room for; None: not known here.
     """
     try:
-        config = _read_config(folder / ADAPTER_CONFIG)
+        config = read_json_object(folder / ADAPTER_CONFIG, "an adapter as PEFT saves it")
         with open_weights(folder / ADAPTER_WEIGHTS) as file:
             tensors = sorted(parse_header(file, folder / ADAPTER_WEIGHTS))
     except CheckpointError as error:
@@ -66,18 +66,6 @@ def touches_routed_experts(tensor: str) -> bool:
     """Whether a tensor of an adapter belongs to routed experts: its name has `experts`, except in Granite."""
     granite = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
     return "experts" in tensor.split(".") or any(name in tensor for name in granite)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; expected an adapter as PEFT saves it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def _rank_of(config: dict[str, Any]) -> int | None:

@@ -18,6 +18,19 @@ AGREED_KEYS = (
 _INT4_SCHEME = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 
+def read_json_object(path: Path, expected: str) -> dict[str, Any]:
+    """The values in a JSON file of `expected`. CheckpointError names a file that is missing or holds no object."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing; expected {expected}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
 class ModelConfig:
     """config.json, with the values of `text_config` on top: multimodal models nest their language model there."""
 
@@ -25,13 +38,7 @@ class ModelConfig:
         path = folder / "config.json"
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; expected a downloaded Hugging Face checkpoint")
-        try:
-            whole = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: the file is missing") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-        self._take(whole, path)
+        self._take(read_json_object(path, "a downloaded Hugging Face checkpoint"), path)
 
     @classmethod
     def of_values(cls, whole: Any, path: Path) -> ModelConfig:
