@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.reference import config_page, http_page
+from cluster.reference import architectures_page, config_page, http_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -31,6 +31,12 @@ def test_the_config_page_has_every_key_with_words() -> None:
     rows = [line.split(" | ") for line in config_page.page().splitlines() if line.startswith("| `")]
     assert len(rows) > 80
     assert [row[0] for row in rows if len(row) != 4 or len(row[3]) < 10] == []
+
+
+def test_the_architectures_page_is_the_table() -> None:
+    assert (DOCS / "architectures.md").read_text() == architectures_page.page(), (
+        "run: python -m cluster.reference.architectures_page > docs/architectures.md"
+    )
 
 
 def test_the_http_page_has_the_routes() -> None:

@@ -15,6 +15,7 @@ class Kind(StrEnum):
     refused = "refused"  # the service would not come up
     warning = "warning"  # it would, and its user should know
     not_checked = "not checked"  # this machine cannot tell
+    served = "served"  # what is known of a model that would be
 
 
 @dataclass(frozen=True)

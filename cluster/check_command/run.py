@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cluster.check_command.applications import check_config
+from cluster.check_command.architecture import check_architecture, model_values
 from cluster.check_command.findings import Findings
 from cluster.check_command.model import OFFLINE
 from cluster.check_command.serve_configs import serve_configs
@@ -24,8 +25,12 @@ def check(paths: Sequence[Path], offline: bool, as_json: bool) -> Ending:
 
 
 def check_file(path: Path) -> Findings:
-    """Everything that is found in one file."""
+    """Everything that is found in one file: configs of a service, or the config.json of a model."""
     findings = Findings(str(path))
+    values = model_values(path)
+    if values is not None:
+        check_architecture(values, path, findings)
+        return findings
     for config in serve_configs(path, findings):
         check_config(config, findings)
     return findings

@@ -14,7 +14,8 @@ def check(
     config: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CONFIG...", help="Serve configs, RayServices of KubeRay, Anyscale services; any number."
+            metavar="CONFIG...",
+            help="Serve configs, RayServices of KubeRay, Anyscale services, config.json of models; any number.",
         ),
     ],
     offline: Annotated[
@@ -25,7 +26,8 @@ def check(
     """Say everything that would be refused, without GPUs and without a cluster.
 
     Sections and keys; options of Serve, Ray and vLLM; files of the model; applications against each other; the
-    placement against the model. What this machine cannot tell is listed as "not checked".
+    placement against the model. What this machine cannot tell is listed as "not checked". Of a config.json it says
+    whether the model would be served, and how well its architecture is tested.
     """
     from cluster.check_command.run import check as run
 

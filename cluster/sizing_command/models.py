@@ -29,8 +29,7 @@ def model_as_json(facts: ModelFacts, kv_value_bytes: float = 2.0) -> dict[str, A
         "stored": facts.stored.form or f"floats of {8 * facts.stored.float_bytes} bits",
         "attention": facts.kinds,
         "kv_cache_of_a_token": figure(facts.kv_token_bytes(kv_value_bytes), "bytes", "config"),
-        "served": facts.unserved is None,
-        "notes": [*([facts.unserved] if facts.unserved else []), *facts.notes],
+        "notes": list(facts.notes),
     }
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from cluster.config.parse import ConfigError
 from cluster.config.serve_file import CONSOLE_BUILDER, EXPERTS_BUILDER, LLM_BUILDER, MeshConfig
 from placement.sizing.memory import ROWS_PER_DISPATCH
 from placement.sizing.sizing import Sizing
@@ -17,10 +16,8 @@ _MOST_OF_A_GPU = 0.9  # what vLLM takes at most; pairs and a context are outside
 
 
 def serve_config(sizing: Sizing, model_path: str) -> dict[str, Any]:
-    """The config of one service of the best layout. ConfigError for a model that this project cannot serve."""
+    """The config of one service of the best layout."""
     facts, demand, best = sizing.facts, sizing.demand, sizing.layout
-    if facts.unserved is not None:
-        raise ConfigError(f"{facts.name}: {facts.unserved}")
     longest = -(-demand.context // _CONTEXT_STEP) * _CONTEXT_STEP
     engine: dict[str, Any] = {
         "max_model_len": min(longest, facts.max_positions or longest),

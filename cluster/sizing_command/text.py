@@ -20,8 +20,6 @@ def lines_of(sizing: Sizing) -> Iterator[str]:
     yield from _layouts(sizing)
     yield from _plain(sizing)
     notes = [*sizing.facts.notes, *([sizing.gpu.notes] if sizing.gpu.notes else [])]
-    if sizing.facts.unserved:
-        notes.insert(0, sizing.facts.unserved)
     if notes:
         yield ""
         yield from (f"note: {note}" for note in notes)

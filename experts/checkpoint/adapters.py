@@ -63,9 +63,13 @@ def adapter_problems(folder: Path, max_rank: int | None = None) -> Iterator[str]
 
 
 def touches_routed_experts(tensor: str) -> bool:
-    """Whether a tensor of an adapter belongs to routed experts: its name has `experts`, except in Granite."""
-    granite = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
-    return "experts" in tensor.split(".") or any(name in tensor for name in granite)
+    """Whether a tensor of an adapter belongs to routed experts: its name has `experts`, but in a few families."""
+    granite, step = (
+        ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+        ("moe.gate_proj", "moe.up_proj"),
+    )
+    others = (*granite, *step, "moe.down_proj")
+    return "experts" in tensor.split(".") or any(f".{name}." in tensor for name in others)
 
 
 def _rank_of(config: dict[str, Any]) -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experts.checkpoint.architectures.table import why_refused
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.layout import Family, Layout, Part
@@ -42,6 +43,11 @@ def every_layer(config: ModelConfig) -> Sequence[int]:
     return range(config.int_of("num_hidden_layers", "n_layers"))
 
 
+def every_layer_if_any(config: ModelConfig) -> Sequence[int]:
+    """All layers of a model with experts; a dense model of this type says that it has none: Gemma 4, Granite 4."""
+    return every_layer(config) if config.get("num_experts") or config.get("num_local_experts") else []
+
+
 def every_sparse_step(config: ModelConfig) -> Sequence[int]:
     """Qwen: every `decoder_sparse_step`-th layer, except those in `mlp_only_layers`."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
@@ -49,11 +55,16 @@ def every_sparse_step(config: ModelConfig) -> Sequence[int]:
 
 
 def after_dense_layers(config: ModelConfig) -> Sequence[int]:
-    """DeepSeek, GLM: from `first_k_dense_replace`, every `moe_layer_freq`-th layer; or those in `mlp_layer_types`."""
+    """DeepSeek, GLM: from `first_k_dense_replace`, every `moe_layer_freq`-th layer; or those in `mlp_layer_types`.
+
+    MiMo-V2's `moe_layer_freq` says it of each layer.
+    """
     types = config.get("mlp_layer_types")
     if types is not None:
         return [i for i in every_layer(config) if types[i] == "sparse"]
     first, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    if isinstance(step, list):
+        return [i for i in every_layer(config) if step[i]]
     return [i for i in every_layer(config) if i >= first and i % step == 0]
 
 
@@ -79,6 +90,20 @@ def after_num_dense_layers(config: ModelConfig) -> Sequence[int]:
     return [i for i in every_layer(config) if i >= config.get("num_dense_layers", 0)]
 
 
+def listed_layers(config: ModelConfig) -> Sequence[int]:
+    """Step3: those in `moe_layers_enum`, such as "4,5,6"; without it all but the first."""
+    listed = config.get("moe_layers_enum")
+    if listed is None:
+        return every_layer(config)[1:]
+    return sorted({int(layer) for layer in (listed.split(",") if isinstance(listed, str) else listed)})
+
+
+def every_expert_period(config: ModelConfig) -> Sequence[int]:
+    """Jamba: from `expert_layer_offset`, every `expert_layer_period`-th layer."""
+    offset, period = config.get("expert_layer_offset", 1), config.get("expert_layer_period", 2)
+    return [i for i in every_layer(config) if i % period == offset]
+
+
 # --- how experts are stored ---------------------------------------------------------------------------------------
 
 
@@ -96,7 +121,7 @@ def one_tensor_per_matrix(module: str, gate: str, up: str, down: str) -> Layout:
 
 def fused(module: str, *, transposed: bool, interleaved: bool = False, bias: bool = False) -> Layout:
     """Two tensors for each layer, with all its experts: `layers.3.<module>.experts.gate_up_proj` and `.down_proj`."""
-    stem = f"layers.{{layer}}.{module}.experts."
+    stem = f"layers.{{layer}}.{module}.experts." if module else "layers.{layer}.experts."
     parts = [
         Part("gate_up", f"{stem}gate_up_proj", "leading", transposed=transposed, interleaved=interleaved),
         Part("down", f"{stem}down_proj", "leading", transposed=transposed),
@@ -105,6 +130,18 @@ def fused(module: str, *, transposed: bool, interleaved: bool = False, bias: boo
         parts.append(Part("gate_up_bias", f"{stem}gate_up_proj_bias", "leading", interleaved=interleaved))
         parts.append(Part("down_bias", f"{stem}down_proj_bias", "leading"))
     return Layout(tuple(parts))
+
+
+def stacked_linear(module: str) -> Layout:
+    """Three tensors for each layer, with all its experts: `layers.3.<module>.gate_proj.weight` and so on."""
+    stem = f"layers.{{layer}}.{module}."
+    return Layout(
+        (
+            Part("gate", f"{stem}gate_proj.weight", "leading"),
+            Part("up", f"{stem}up_proj.weight", "leading"),
+            Part("down", f"{stem}down_proj.weight", "leading"),
+        )
+    )
 
 
 def fused_linear(module: str) -> Layout:
@@ -133,10 +170,19 @@ def gpt_oss_activation(config: ModelConfig) -> ActivationSpec:
 
 FAMILIES = (
     # `num_experts` on the hub, `num_local_experts` if written by transformers 5.
-    Family(("qwen2_moe", "qwen3_moe", "qwen3_next"), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), every_sparse_step),
+    Family(
+        ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
+        every_sparse_step,
+    ),
     # Like Qwen3-MoE, but all experts of a layer in one transposed tensor, in a vision-language model.
     Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), (fused("mlp", transposed=True),), every_sparse_step),
-    Family(("olmoe",), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), every_layer, intermediate_size=("intermediate_size",)),
+    Family(
+        ("olmoe", "flex_olmo"),
+        (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
+        every_layer,
+        intermediate_size=("intermediate_size",),
+    ),
     Family(
         ("mixtral", "minimax_m2", "phimoe"),
         (W1_W3_W2, FUSED_BY_TRANSFORMERS),
@@ -147,6 +193,7 @@ FAMILIES = (
     # multi-token prediction heads; they are not read.
     Family(
         (
+            "deepseek",
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
@@ -154,9 +201,22 @@ FAMILIES = (
             "kimi_k25",
             "glm4_moe",
             "glm4_moe_lite",
+            "glm4v_moe",
+            "glm4v_moe_text",
             "glm_moe_dsa",
             "exaone_moe",
             "hy_v3",
+            "dots1",
+            "mellum",
+            "axk1",
+            "mimo_v2_flash",
+            "pangu_ultra_moe",
+            "bailing_moe",
+            "bailing_moe_v2",
+            "bailing_hybrid",
+            "sarvam_moe",
+            "sarvam_mla",
+            "laguna",
         ),
         (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
         after_dense_layers,
@@ -174,6 +234,7 @@ FAMILIES = (
         num_experts=("moe_num_experts",),
         top_k=("moe_k",),
     ),
+    Family(("solar_open",), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), every_layer),
     Family(("afmoe",), (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS), after_num_dense_layers),
     Family(("lfm2_moe",), (one_tensor_per_matrix("feed_forward", "w1", "w3", "w2"),), after_num_dense_layers),
     Family(
@@ -182,6 +243,43 @@ FAMILIES = (
         every_layer,
         intermediate_size=("intermediate_size",),
     ),
+    Family(
+        ("granitemoehybrid", "granitemoe_swa"),
+        (fused_linear("block_sparse_moe"), fused("block_sparse_moe", transposed=False)),
+        every_layer_if_any,
+        intermediate_size=("intermediate_size",),
+    ),
+    # Numbers may be lists, of which all entries must be equal.
+    Family(
+        ("hunyuan_v1_moe",),
+        (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
+        every_layer,
+        top_k=("moe_topk", "num_experts_per_tok"),
+        intermediate_size=("moe_intermediate_size", "intermediate_size"),
+    ),
+    # The experts stand beside a dense MLP, in the layer itself.
+    Family(
+        ("gemma4", "gemma4_text"),
+        (fused("", transposed=False),),
+        every_layer_if_any,
+        top_k=("top_k_experts",),
+        intermediate_size=("moe_intermediate_size", "expert_intermediate_size"),
+        activation=lambda config: activation_named(config.str_of("hidden_activation")),
+    ),
+    Family(
+        ("step3_text",),
+        (stacked_linear("moe"),),
+        listed_layers,
+        num_experts=("moe_num_experts",),
+        top_k=("moe_top_k",),
+    ),
+    Family(
+        ("jamba",),
+        (one_tensor_per_matrix("feed_forward", "gate_proj", "up_proj", "down_proj"),),
+        every_expert_period,
+        intermediate_size=("intermediate_size",),
+    ),
+    Family(("kimi_linear",), (W1_W3_W2,), after_dense_layers, top_k=("num_experts_per_token",)),
     # gate and up alternate: row 0 is gate 0, row 1 is up 0. Transposed in floats, not in MXFP4 (on the hub).
     Family(
         ("gpt_oss",),
@@ -227,7 +325,10 @@ def activation_of(family: Family, config: ModelConfig) -> ActivationSpec:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The entry for a model type; CheckpointError names the known types."""
+    """The entry for a model type. CheckpointError says why an architecture is refused, or names the known types."""
+    reason = why_refused(config.values)
+    if reason is not None:
+        raise CheckpointError(f"{config.path}: {reason}")
     for family in FAMILIES:
         if config.model_type in family.model_types:
             return family

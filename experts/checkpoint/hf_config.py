@@ -63,10 +63,12 @@ class ModelConfig:
         return default if value is None else value
 
     def int_of(self, *keys: str) -> int:
-        """The value of the first key that is present, a positive integer."""
+        """The value of the first key that is present, a positive integer; or a list of equal ones, for each layer."""
         for key in keys:
             value = self.get(key)
             if value is not None:
+                if isinstance(value, list) and value and value.count(value[0]) == len(value):
+                    value = value[0]
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a positive integer")
                 return value

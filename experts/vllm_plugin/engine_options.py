@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from experts.checkpoint.adapters import touches_routed_experts
-from experts.vllm_plugin.vllm_source import VllmSource
+from experts.vllm_plugin.source.vllm_source import VllmSource
 
 FRONT_END = ("vllm.entrypoints.launchers.cli_args", "FrontendArgs")
 ENGINE = ("vllm.engine.arg_utils", "AsyncEngineArgs")

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _EXPERT_SUBCLASSES = (
     ("vllm.model_executor.models.gpt_oss", "GptOssRoutedExperts"),
     ("vllm.model_executor.models.dbrx", "DbrxExperts"),
+    ("vllm.model_executor.models.transformers.moe", "TransformersRoutedExperts"),
 )
 
 

@@ -145,7 +145,6 @@ class ModelFacts:
     max_positions: int | None = None
     header_bytes: tuple[tuple[str, Side, int], ...] | None = None
     absorbed_values: int = 0
-    unserved: str | None = None
     notes: tuple[str, ...] = ()
 
     @property

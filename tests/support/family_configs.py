@@ -27,6 +27,15 @@ PARITY_FAMILIES = (
     "lfm2_moe",
     "granitemoe",
     "granitemoeshared",
+    "granitemoehybrid",
+    "granitemoe_swa",
+    "gemma4_text",
+    # Those have no class of their own in vLLM, which runs transformers' with its own MoE layer.
+    "dots1",
+    "solar_open",
+    "flex_olmo",
+    "mellum",
+    "hunyuan_v1_moe",
 )
 
 _COMMON: dict[str, Any] = {
@@ -41,6 +50,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_SPARSE: dict[str, Any] = {**_COMMON, "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 48}
 # vLLM's CPU build runs multi-head latent attention only with the head sizes of the real models.
 _MLA: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -86,13 +96,20 @@ _GRANITE: dict[str, Any] = {
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
 }
+_DOTS: dict[str, Any] = {
+    **_SPARSE,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 # Few of the expert counts are multiples of 2 or 3 shards, and few widths are powers of two.
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
-        **_COMMON,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
+        **_SPARSE,
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
@@ -136,11 +153,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
     "glm4_moe": {
-        **_COMMON,
+        **_SPARSE,
         "num_hidden_layers": 3,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
         "n_routed_experts": 7,
         "num_experts_per_tok": 2,
         "n_shared_experts": 1,
@@ -172,10 +186,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe_lite": {**_DEEPSEEK, "n_group": 1, "topk_group": 1},
     "qwen3_next": {
-        **_COMMON,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
+        **_SPARSE,
         "shared_expert_intermediate_size": 80,
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -188,11 +199,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 32,
     },
     "exaone_moe": {
-        **_COMMON,
+        **_SPARSE,
         "num_hidden_layers": 3,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
         "num_experts": 7,
         "num_experts_per_tok": 3,
         "num_shared_experts": 1,
@@ -204,11 +212,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     },
     "hy_v3": {
-        **_COMMON,
+        **_SPARSE,
         "num_hidden_layers": 3,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
         "expert_hidden_dim": 48,
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -229,11 +234,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_shared_experts": 1,
     },
     "ernie4_5_moe": {
-        **_COMMON,
+        **_SPARSE,
         "num_hidden_layers": 3,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
         "moe_num_experts": 8,
         "moe_k": 3,
         "moe_num_shared_experts": 1,
@@ -242,11 +244,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_bias": False,
     },
     "afmoe": {
-        **_COMMON,
+        **_SPARSE,
         "num_hidden_layers": 3,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 48,
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "num_shared_experts": 1,
@@ -273,6 +272,48 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {**_GRANITE},
     "granitemoeshared": {**_GRANITE, "shared_intermediate_size": 80},
+    "granitemoehybrid": {  # vLLM has no kernel for Mamba layers on CPUs
+        **_GRANITE,
+        "shared_intermediate_size": 80,
+        "layer_types": ["attention", "attention"],
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 1,
+    },
+    "granitemoe_swa": {**_GRANITE, "shared_intermediate_size": 80, "sliding_window": 32},
+    "gemma4_text": {
+        **_SPARSE,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "dots1": {**_DOTS, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
+    "solar_open": {**_DOTS, "first_k_dense_replace": 0},
+    "flex_olmo": {
+        **_COMMON,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "num_experts": 10,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+    },
+    "mellum": {**_SPARSE, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "hunyuan_v1_moe": {
+        **_COMMON,
+        "head_dim": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": [48, 48],
+        "num_experts": 8,
+        "moe_topk": [2, 2],
+        "num_shared_expert": [1, 1],
+    },
     # The families below have no parity test; names and arithmetic are compared with transformers' modules.
     "minimax_m2": {
         **_COMMON,

@@ -8,19 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 from experts.checkpoint.errors import CheckpointError
-from experts.checkpoint.families import after_dense_layers, family_of
+from experts.checkpoint.families import family_of
 from experts.checkpoint.hf_config import ModelConfig
-from experts.checkpoint.layout import Family
 from experts.checkpoint.sizes.attention import absorbed_values, attention_groups, attention_tensors, hidden_size
 from placement.sizing.model import ModelFacts, Stored, Tensors
 
 FLOAT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-# Has the names of DeepSeek-V2 without latent attention; no loader here reads it.
-_SIZED_ONLY = {"deepseek": Family(("deepseek",), (), after_dense_layers)}
 # Read and served, but their tensors beside the experts are not described here.
 _NOT_SIZED = (
     *("exaone_moe", "hy_v3", "cohere2_moe", "ernie4_5_moe", "afmoe", "lfm2_moe"),
-    *("granitemoe", "granitemoeshared", "phimoe"),
+    *(
+        "granitemoe",
+        "granitemoeshared",
+        "granitemoehybrid",
+        "granitemoe_swa",
+        "phimoe",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+    ),
+    *("flex_olmo", "dots1", "solar_open", "mellum", "hunyuan_v1_moe", "axk1", "mimo_v2_flash", "pangu_ultra_moe"),
+    *("bailing_moe", "bailing_moe_v2", "bailing_hybrid", "sarvam_moe", "sarvam_mla", "laguna", "glm4v_moe"),
+    *("glm4v_moe_text", "gemma4", "gemma4_text", "step3_text", "jamba", "kimi_linear"),
 )
 _CORRECTED = (
     "deepseek_v3",
@@ -42,7 +50,7 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
     kind = config.model_type
     if kind in _NOT_SIZED:
         raise CheckpointError(f"{config.path}: {kind!r} is served, but its size is not known from config.json")
-    family = _SIZED_ONLY.get(kind) or family_of(config)
+    family = family_of(config)
     moe = list(family.moe_layers(config))
     if not moe:
         raise CheckpointError(f"{config.path}: no layer of this {kind} has routed experts")
@@ -67,9 +75,6 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
             Tensors("routed experts", "experts", 2 * I, 1, E * len(moe)),
             Tensors("routed experts", "experts", D, 1, E * len(moe)),
         ]
-    unserved = None
-    if kind in _SIZED_ONLY:
-        unserved = f"this project has no loader for model type {kind}; the sizes hold, the config would be refused"
     return ModelFacts(
         name=name,
         model_type=kind,
@@ -85,7 +90,6 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
         attention=attention_groups(config, layers),
         max_positions=config.get("max_position_embeddings") or config.get("max_seq_len"),
         absorbed_values=absorbed_values(config, layers),
-        unserved=unserved,
         notes=notes,
     )
 

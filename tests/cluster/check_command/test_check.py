@@ -204,3 +204,46 @@ def test_what_size_writes_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run_here("size", folder, "--isl", 200, "--osl", 100, "--rate", 5, "--write", file, "--json") == 0
     capsys.readouterr()
     assert texts(check_file(file), Kind.refused) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "told"),
+    [
+        (
+            {
+                "architectures": ["MixtralForCausalLM"],
+                **{"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
+                **{"hidden_size": 4096, "intermediate_size": 14336, "hidden_act": "silu"},
+            },
+            Kind.served,
+            "MixtralForCausalLM (mixtral): small random checkpoints give the tokens of vLLM's own engine; 32 layers",
+        ),
+        (
+            {"architectures": ["NemotronHForCausalLM"]},
+            Kind.refused,
+            "NemotronHForCausalLM is refused: its experts have",
+        ),
+        ({"architectures": ["NewForCausalLM"], "model_type": "new"}, Kind.refused, "model_type 'new' is unknown"),
+        ({"architectures": ["NewForCausalLM"]}, Kind.refused, "model_type is None, expected a string"),
+    ],
+)
+def test_a_config_of_a_model_says_what_becomes_of_it(
+    tmp_path: Path, values: dict[str, Any], kind: Kind, told: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    findings = check_file(path)
+    [line] = texts(findings, kind)
+    assert line.startswith(str(path))
+    assert told in line
+    assert findings.refused is (kind is Kind.refused)
+
+
+def test_a_model_that_nobody_compared_is_served_with_a_warning(tmp_path: Path) -> None:
+    values = {"architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "num_hidden_layers": 62}
+    values |= {"num_local_experts": 256, "num_experts_per_tok": 8, "hidden_size": 3072, "intermediate_size": 1536}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "hidden_act": "silu"}))
+    findings = check_file(path)
+    assert not findings.refused
+    assert ["compare some answers with plain vLLM's" in line for line in texts(findings, Kind.warning)] == [True]

@@ -14,7 +14,7 @@ from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import ConfigError, parse
 from cluster.refusals.applications import refuse_llm
 from experts.vllm_plugin.engine_options import DEFAULT_MAX_LORA_RANK
-from experts.vllm_plugin.vllm_source import VllmSource
+from experts.vllm_plugin.source.vllm_source import VllmSource
 from tests.support.random_adapters import write_files
 from tests.support.serve.shipped_configs import CONFIGS
 

@@ -51,11 +51,12 @@ def test_the_first_key_that_is_there_counts(tmp_path: Path) -> None:
     found = config(tmp_path, second=2, third=3, null=None, one=1)
     assert found.int_of("first", "null", "second", "third") == 2
     assert found.int_of("one") == 1
+    assert config(tmp_path, each=[3, 3]).int_of("each") == 3, "Hunyuan says it of each layer"
     with pytest.raises(CheckpointError, match=r"config\.json: expected one of first, null, found none"):
         found.int_of("first", "null")
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, [3]])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, [], [3, 4], ["3"], [[3]]])
 def test_a_number_that_is_none_is_named(tmp_path: Path, value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"size is .*, expected a positive integer"):
         config(tmp_path, size=value, other=3).int_of("size", "other")
@@ -240,7 +241,7 @@ def test_the_clamp_of_gpt_oss_is_in_its_configuration(tmp_path: Path) -> None:
 def test_an_unknown_family_is_refused_with_the_known_ones_in_order(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"model_type 'llama' is unknown; expected one of \['afmoe', 'cohere2_moe', 'dbrx', 'deepseek_v2'",
+        match=r"model_type 'llama' is unknown; expected one of \['afmoe', 'axk1', 'bailing_hybrid', 'bailing_moe'",
     ):
         family_of(config(tmp_path, model_type="llama"))
 

@@ -10,7 +10,8 @@ import torch
 from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.checkpoint.families import FAMILIES
 from experts.model.spec import ActivationSpec
-from tests.support.hub_names import MAKERS, D, E, Expected, I, write
+from tests.support.expected_experts import D, E, Expected, I
+from tests.support.hub_names import MAKERS, write
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -56,14 +57,20 @@ def test_owns_routed_experts_and_nothing_else(tmp_path: Path, name: str) -> None
     expected = MAKERS[name]()
     checkpoint = ExpertCheckpoint.open(write(tmp_path, expected.config, expected.tensors))
     for tensor in expected.tensors:
-        is_expert = ("experts." in tensor or "_linear." in tensor) and "shared_experts" not in tensor
+        is_expert = any(part in tensor for part in ("experts.", "_moe.input_linear.", "_moe.output_linear.", ".moe."))
+        is_expert = is_expert and "shared_experts" not in tensor
         assert checkpoint.owns(tensor) == is_expert, tensor
     assert not checkpoint.owns("model.embed_tokens.weight")
 
 
 def test_every_entry_is_tested() -> None:
     made = {MAKERS[name]().config.get("model_type") for name in MAKERS}
-    untested = {"qwen3_next", "qwen3_vl_moe_text", "glm4_moe_lite"}  # share an entry with a type that has a maker
+    untested = {
+        "qwen3_next",
+        "qwen3_vl_moe_text",
+        "glm4_moe_lite",
+        "glm4v_moe_text",
+    }  # share an entry with a type that has a maker
     assert {t for family in FAMILIES for t in family.model_types} == made | untested
 
 

@@ -1,6 +1,6 @@
 """Engine options against vLLM's own classes: the same names, no value refused that vLLM takes, and few taken that it
 does not. A failure of a comparison means that this version of vLLM writes its classes in a way that
-experts/vllm_plugin/vllm_source.py does not read."""
+experts/vllm_plugin/source/vllm_source.py does not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from experts.vllm_plugin import engine_options
 from experts.vllm_plugin.engine_options import ENGINE, FRONT_END, refused_by_project, refused_by_vllm
-from experts.vllm_plugin.vllm_source import VllmSource
+from experts.vllm_plugin.source.vllm_source import VllmSource
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.option_facts import PROBES
 

@@ -94,7 +94,7 @@ def test_the_methods_base_wants_nothing_that_ours_lacks(facts: dict[str, Any]) -
 
 def test_importing_the_worker_registers_the_layers_once(facts: dict[str, Any]) -> None:
     assert facts["registered_before"] == []
-    assert facts["registered"] == ["DbrxExperts", "GptOssRoutedExperts", "RoutedExperts"]
+    assert facts["registered"] == ["DbrxExperts", "GptOssRoutedExperts", "RoutedExperts", "TransformersRoutedExperts"]
 
 
 def test_layers_are_replaced_by_their_exact_class_name(facts: dict[str, Any]) -> None:

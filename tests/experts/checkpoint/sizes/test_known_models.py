@@ -71,8 +71,3 @@ def test_every_entry_says_where_it_is_from_and_is_found_by_both_names() -> None:
         assert known.source == f"https://huggingface.co/{known.hub}/blob/main/config.json"
         assert known_model(known.hub.upper()) is known
         assert known.facts().basis == "config"
-
-
-def test_a_model_without_a_loader_is_sized_and_says_so() -> None:
-    unserved = [name for name, known in known_models().items() if known.facts().unserved]
-    assert unserved == ["deepseek-moe-16b"]
