@@ -36,8 +36,8 @@ ORDER = {
         *("sizing", "report", "exports", "policy", "precompile", "command"),
     ],
     "experts": [
-        *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "vllm_plugin"),
-        "precompile",
+        *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "kv_transfer"),
+        *("vllm_plugin", "precompile"),
     ],
     "cluster": [
         *(
