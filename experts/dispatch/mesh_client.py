@@ -192,6 +192,7 @@ class MeshClient:
             max_rows=settings.max_rows_per_dispatch,
             facts=self._facts,
             weights=base64.b64encode(weights).decode(),
+            deferred=settings.pool == "prefill",
         )
         deadline_s = time.monotonic() + settings.connect_timeout_s
         return connect(endpoint, hello, self.device, settings.spin_us, deadline_s, self._secret, self._tls)

@@ -56,4 +56,5 @@ struct Channel {
     uint8_t* words;
     int64_t descriptor;
     void* own;
+    int64_t deferred;  // 1 for a router that computes prompts: others go first
 };

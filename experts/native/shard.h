@@ -48,6 +48,9 @@ struct Shard {
     int64_t attention;  // set by Python, with a ring of the bell: it has something to do
     int64_t top_k;      // most experts of a row, 0 if that is not checked
     SocketBell* sockets;  // over the words of `bell`; null while no channel is a socket
+    int64_t has_deferred;     // whether a channel is deferred
+    int64_t max_passed_over;  // so many batches of others go before a request of a deferred channel
+    int64_t passed_over;
 };
 
 namespace shard {
@@ -134,6 +137,30 @@ inline Verdict take(const Shard& s, const int32_t* slot_of_expert_LE, int64_t in
     return TAKEN;
 }
 
+enum Turn : int64_t { OTHERS = 0, DEFERRED = 1, ALL = 2 };  // whose requests go into a batch
+
+// Take the requests of a kind of channel that wait for the layer of the next one's. NOTHING, or the index of a channel
+// that is left to Python.
+inline int64_t collect(Shard& s, Channel** channels, int64_t count, const int32_t* table, Turn turn, Batch& batch) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t index = (s.next + i) % count;
+        if (turn != ALL && channels[index]->deferred != turn) continue;
+        const int64_t nbytes = channel_poll(*channels[index]);
+        if (nbytes < 0) continue;
+        if (take(s, table, index, *channels[index], nbytes, batch) == UNSOUND && batch.parts.empty()) return index;
+    }
+    return NOTHING;
+}
+
+// Count the batches of others since a deferred request waits. `index`: of a channel that was left to Python, or NOTHING.
+inline void note_turn(Shard& s, Channel** channels, int64_t count, int64_t index, const Batch& batch) {
+    if (!batch.parts.empty()) index = batch.parts[0].channel;
+    bool waits = false;
+    if (index >= 0 && !channels[index]->deferred)
+        for (int64_t i = 0; i < count && !waits; i++) waits = channels[i]->deferred && channel_poll(*channels[i]) >= 0;
+    s.passed_over = waits ? s.passed_over + 1 : 0;
+}
+
 // Answer the requests that wait for the layer of the next channel's. The index of a channel that is left to Python,
 // NOTHING if no request waits, else SERVED.
 inline int64_t serve_batch(Shard& s, Channel** channels, int64_t count, Batch& batch) {
@@ -144,14 +171,14 @@ inline int64_t serve_batch(Shard& s, Channel** channels, int64_t count, Batch& b
     full_fence();
     const int32_t* table = __atomic_load_n(&s.slots->slot_of_expert_LE, __ATOMIC_SEQ_CST);
     int64_t result = NOTHING;
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t index = (s.next + i) % count;
-        const int64_t nbytes = channel_poll(*channels[index]);
-        if (nbytes < 0) continue;
-        if (take(s, table, index, *channels[index], nbytes, batch) == UNSOUND && batch.parts.empty()) {
-            result = index;
-            break;
-        }
+    if (!s.has_deferred) {
+        result = collect(s, channels, count, table, ALL, batch);
+    } else {
+        const Turn first = s.passed_over < s.max_passed_over ? OTHERS : DEFERRED;
+        result = collect(s, channels, count, table, first, batch);
+        if (result == NOTHING && batch.parts.empty())
+            result = collect(s, channels, count, table, first == OTHERS ? DEFERRED : OTHERS, batch);
+        note_turn(s, channels, count, result, batch);
     }
     if (!batch.parts.empty()) {
         result = batch.parts[0].channel;

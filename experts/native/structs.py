@@ -49,6 +49,7 @@ class NativeChannel(ctypes.Structure):
     kind: int
     closed: int
     current: int
+    deferred: int
     _fields_ = (
         ("kind", _i64),
         ("recv", _pointer),
@@ -61,6 +62,7 @@ class NativeChannel(ctypes.Structure):
         ("words", _pointer),
         ("descriptor", _i64),
         ("own", _pointer),
+        ("deferred", _i64),
     )
 
     @classmethod
@@ -118,6 +120,7 @@ class NativeShard(ctypes.Structure):
 
     attention: int
     sockets: int | None
+    has_deferred: int
     _fields_ = (
         *((name, _i64) for name in ("num_layers", "num_experts", "hidden", "dtype")),
         *((name, _pointer) for name in ("forward", "kernel")),
@@ -125,4 +128,5 @@ class NativeShard(ctypes.Structure):
         *((name, _pointer) for name in ("slots", "counts", "bell")),
         *((name, _i64) for name in ("spin_ns", "next", "attention", "top_k")),
         ("sockets", _pointer),
+        *((name, _i64) for name in ("has_deferred", "max_passed_over", "passed_over")),
     )

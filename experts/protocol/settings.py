@@ -117,6 +117,9 @@ class RouterSettings(StrictModel):
     observed_tokens: int = Field(
         default=4096, ge=0, description="Sampled tokens of one report to the controller; 0 observes nothing."
     )
+    pool: Literal["prefill", "decode"] | None = Field(
+        default=None, description="Of two pools of routers, that of this one; shards serve decode first."
+    )
     membership: dict[str, Any] | None = Field(
         default=None, description="A fixed membership, for engines that run without the controller."
     )

@@ -13,6 +13,7 @@ from experts.native.library import data_plane
 from experts.native.structs import NativeShard, NativeShardCounts
 from experts.protocol.wire import DTYPE_CODES
 from experts.shard.slots import SlotTable
+from experts.shard.turns import MAX_PASSED_OVER
 from experts.transports.base import Doorbell, ShardChannel
 from experts.transports.shm import ShmDoorbell
 
@@ -51,6 +52,7 @@ class CompiledLoop:
             self._seen = channels
             self._shard.sockets = self._bell.native_sockets  # there since the first channel that is a socket was opened
             self.channels = [channel for channel in channels if channel.native is not None]
+            self._shard.has_deferred = any(channel.deferred for channel in self.channels)
             self._table = (ctypes.c_void_p * len(self.channels))(
                 *(ctypes.addressof(channel.native) for channel in self.channels if channel.native is not None)
             )
@@ -88,6 +90,7 @@ def compiled_loop(
         kernel=compiled[1],
         threads=num_threads,
         max_merged_rows=MAX_MERGED_ROWS,
+        max_passed_over=MAX_PASSED_OVER,
         slots=ctypes.addressof(slots.words),
         counts=ctypes.addressof(counts),
         bell=bell.region.address,

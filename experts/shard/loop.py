@@ -37,6 +37,7 @@ from experts.shard.batch import Work, batches, compute
 from experts.shard.compiled import SERVED, CompiledLoop, compiled_loop
 from experts.shard.request import BadRequestError, NoSlotError, Request, read_request, warm_up
 from experts.shard.slots import SlotTable
+from experts.shard.turns import Turns
 from experts.transports.base import Doorbell, ShardChannel
 from experts.transports.devices import use_device
 
@@ -109,6 +110,7 @@ class ShardLoop:
 
     def __post_init__(self) -> None:
         self._channels: dict[ShardChannel, _Views] = {}
+        self._turns = Turns()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-compute", daemon=True)
@@ -233,11 +235,10 @@ class ShardLoop:
     def _serve(self, channels: Mapping[ShardChannel, _Views]) -> int:
         """Answer at most one request of each channel, those that want one layer together; returns the number."""
         layers: dict[int, list[tuple[ShardChannel, int]]] = {}
-        for channel in channels:
-            nbytes = self._poll(channel)
-            if nbytes >= 0:
-                layer = int(header_of(channel.recv_buffer)[H_LAYER])  # only a hint: the router can write to it
-                layers.setdefault(layer, []).append((channel, nbytes))
+        waiting = [(channel, nbytes) for channel in channels if (nbytes := self._poll(channel)) >= 0]
+        for channel, nbytes in self._turns.choose(waiting):
+            layer = int(header_of(channel.recv_buffer)[H_LAYER])  # only a hint: the router can write to it
+            layers.setdefault(layer, []).append((channel, nbytes))
         for asked in layers.values():
             for channel, length in self._answer([(channel, channels[channel], nbytes) for channel, nbytes in asked]):
                 with self._broken_pairs_end(channel):

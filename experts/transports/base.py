@@ -92,6 +92,14 @@ class ShardChannel(ABC):
         return None
 
     closed: bool = False
+    deferred: bool = False
+    """Whether requests of others go first, see `defer`."""
+
+    def defer(self) -> None:
+        """The router computes prompts, and those that generate tokens shall not wait for it."""
+        self.deferred = True
+        if self.native is not None:
+            self.native.deferred = 1
 
     @abstractmethod
     def poll(self) -> int:

@@ -100,6 +100,15 @@ def open_shard_channel(
     hello: Hello, line: LifeLine, bell: Doorbell, device: str, deadline_s: float
 ) -> tuple[ShardChannel, dict[str, Any]]:
     """The shard's end of the pair that `hello` asks for, and the fields of the answer. ValueError to refuse it."""
+    channel, answer = _open(hello, line, bell, device, deadline_s)
+    if hello.deferred:
+        channel.defer()
+    return channel, answer
+
+
+def _open(
+    hello: Hello, line: LifeLine, bell: Doorbell, device: str, deadline_s: float
+) -> tuple[ShardChannel, dict[str, Any]]:
     if hello.transport == "shm":
         if not isinstance(bell, ShmDoorbell):
             raise ValueError("this shard has no shared memory; use transport tcp or nccl")

@@ -63,6 +63,8 @@ class Hello:
     """What the router's config.json says, by name: `ExpertCheckpoint.facts`."""
     weights: str = ""
     """The router's `Fingerprint` in base64."""
+    deferred: bool = False
+    """Whether routers that are not are served first: this one computes prompts for them."""
 
     def __post_init__(self) -> None:
         """TypeError or ValueError for impossible values: the other end of a socket may be anything."""
@@ -75,6 +77,8 @@ class Hello:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= _MAX_COUNT:
                 raise ValueError(f"hello: {name} is {value!r}, expected an integer of 1 to {_MAX_COUNT}")
+        if type(self.deferred) is not bool:
+            raise TypeError(f"hello: deferred is {self.deferred!r}, expected true or false")
         if self.dtype not in _DTYPES:
             raise ValueError(f"hello: unknown dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
         for name in ("details", "facts"):

@@ -33,8 +33,10 @@ from experts.protocol.wire import (
     request_capacity,
     request_layout,
 )
+from experts.shard.compiled import SERVED
 from experts.shard.loop import ShardLoop
 from experts.shard.slots import SlotTable
+from experts.shard.turns import MAX_PASSED_OVER
 from experts.transports.shm import ShmDoorbell, ShmRouterLink, ShmShardChannel
 from placement.placement import Placement
 from tests.support.kernel_cases import BASE
@@ -185,6 +187,47 @@ def test_a_small_request_does_not_wait_for_many_rows_of_others(
         monkeypatch.setattr(shard.loop.kernel, "forward", lambda *a: (rows.append(len(a[1])), forward(*a)))
         shard.answers([request_of(1, 0, 300, FLOAT32, 1), request_of(2, 0, 8, FLOAT32, 2)])
         assert shard.loop.slots.requests_ended == 2 if compiled else rows == [300, 8]
+
+
+def one_batch(shard: Shard, requests: list[np.ndarray]) -> list[int]:
+    """Post what is not posted yet, answer one batch in this thread, and say whose requests were in it."""
+    for link, channel, request in zip(shard.links, shard.channels, requests, strict=True):
+        if channel.poll() < 0:
+            link.send_buffer[: len(request)] = request
+            link.post(len(request))
+    loop = shard.loop
+    if loop._compiled is None:
+        loop._serve(loop._channels)
+    else:
+        loop._compiled.attend()
+        assert loop._compiled.begin(loop._channels) == {}
+        assert loop._compiled.serve(0) == SERVED
+    answered = [number for number, channel in enumerate(shard.channels) if channel.poll() < 0]
+    for number in answered:
+        shard.links[number].wait(time.monotonic() + AWAIT_S)
+    return answered
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_prompts_wait_for_routers_that_generate_but_not_for_ever(model: Path, compiled: bool) -> None:
+    """All requests are for one layer; those of the two kinds are never computed together."""
+    with shard_of(model, FLOAT32, 4, compiled) as shard:
+        requests = [request_of(n + 1, 0, 8, FLOAT32, n) for n in range(4)]
+        for number in (0, 2):
+            shard.channels[number].defer()
+        batches = [one_batch(shard, requests) for _ in range(2 * MAX_PASSED_OVER + 2)]
+        assert batches == [*[[1, 3]] * MAX_PASSED_OVER, [0, 2]] * 2
+        for number in (1, 3):
+            shard.loop.remove(shard.channels[number])
+        shard.links, shard.channels = shard.links[::2], shard.channels[::2]
+        assert one_batch(shard, requests[::2]) == [0, 1], "nobody else is there to wait for"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_without_pools_all_are_computed_together(model: Path, compiled: bool) -> None:
+    with shard_of(model, FLOAT32, 3, compiled) as shard:
+        requests = [request_of(n + 1, 0, 8, FLOAT32, n) for n in range(3)]
+        assert [one_batch(shard, requests) for _ in range(3)] == [[0, 1, 2]] * 3
 
 
 def test_a_call_for_several_that_fails_is_made_for_each(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
