@@ -9,6 +9,7 @@ from ray.serve.deployment import Application
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.deployments import CONTROLLER, SHARD
+from cluster.config.replicas import PREFILL_ROUTER
 from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import ROUTER
 from cluster.controller.deployment import PlacementController
@@ -17,7 +18,7 @@ from cluster.keys.deployment import KEY_LEDGER, KeyLedger
 from cluster.ray_joints import logs_are_json
 from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
 from cluster.refusals.model_files import folder_here
-from cluster.router.deployment import Router
+from cluster.router.deployment import PrefillRouter, Router
 from cluster.router.options import router_options
 from cluster.router.request_routing import route_requests
 from cluster.shard.deployment import ExpertShard
@@ -107,11 +108,16 @@ def llm_application(config: LLMAppConfig) -> Application:
     folder, complete = folder_here(config.model.path)
     refuse_llm(config, folder=folder, complete=complete)
     args = config.model_dump(exclude_unset=True)
-    router = serve.deployment(Router, name=ROUTER, **router_options(config.routers))
-    if not config.http.names_keys:
-        return route_requests(router.bind(args), config.routers)
-    ledger = serve.deployment(KeyLedger, name=KEY_LEDGER, logging_config=quiet(), **LEDGER_OPTIONS)
-    return route_requests(router.bind(args, ledger.bind()), config.routers)
+    routers, bound = config.routers, {}
+    if config.http.names_keys:
+        ledger = serve.deployment(KeyLedger, name=KEY_LEDGER, logging_config=quiet(), **LEDGER_OPTIONS)
+        bound["ledger"] = ledger.bind()
+    if config.pools is not None:
+        prefill = router_options(config.of_pool("prefill").routers)
+        bound["prefill"] = serve.deployment(PrefillRouter, name=PREFILL_ROUTER, **prefill).bind(args)
+        routers = config.of_pool("decode").routers
+    router = serve.deployment(Router, name=ROUTER, **router_options(routers))
+    return route_requests(router.bind(args, **bound), routers)
 
 
 def console_application(config: ConsoleAppConfig) -> Application:

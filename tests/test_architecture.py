@@ -54,6 +54,7 @@ ORDER = {
             "shard",
             "http",
             "adapters",
+            "pools",
             "router",
             "console",
             "reference",

@@ -102,7 +102,7 @@ def _check_deployments(
         if builder == EXPERTS_BUILDER:
             _check_overrides(app.get("deployments", []), f"{where}.deployments", folder, missing)
         elif builder == LLM_BUILDER and args is not None:
-            router_scaling(app, args.routers, where)
+            router_scaling(app, args, where)
     except ConfigError as error:
         findings.refuse(error)
         return False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from cluster.config.experts_sections import ControllerSection, MeshSection, ShardsSection
 from cluster.config.http_sections import ConsoleHttpSection, HttpSection
 from cluster.config.llm_sections import DeadlinesSection, LoraSection, RoutersSection, TransportSection
 from cluster.config.model_section import ModelSection
+from cluster.config.pools.section import POOLS, PoolsSection
+from experts.kv_transfer.engine_options import Pool
 from experts.protocol.settings import RouterSettings, ShardSettings, StrictModel
 from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
@@ -47,6 +49,9 @@ class LLMAppConfig(StrictModel):
 
     model: ModelSection = Field(description="The model; the same in both applications.")
     routers: RoutersSection = Field(default=RoutersSection(), description="The vLLM engines.")
+    pools: PoolsSection | None = Field(
+        default=None, description="Prefill and decode routers apart; by default every router does both."
+    )
     lora_config: LoraSection | None = Field(default=None, description="LoRA adapters; by default none.")
     transport: TransportSection = Field(
         default=TransportSection(), description="How rows travel between routers and shards."
@@ -56,6 +61,34 @@ class LLMAppConfig(StrictModel):
     experts_app: str = Field(
         default="experts", min_length=1, description="Name of the application that holds the shards."
     )
+
+    _pool: Pool | None = PrivateAttr(default=None)
+
+    @property
+    def pool(self) -> Pool | None:
+        """Whose config this is, if it was made by `of_pool`."""
+        return self._pool
+
+    def of_pool(self, pool: Pool) -> LLMAppConfig:
+        """The same for the routers of one pool. ValueError without the section `pools`."""
+        if self.pools is None:
+            raise ValueError(f"there is no section pools, so no pool {pool}")
+        own = getattr(self.pools, pool).max_rows_per_dispatch
+        transport = self.transport if own is None else self.transport.model_copy(update={"max_rows_per_dispatch": own})
+        made = self.model_copy(update={"routers": self.pools.routers_of(pool, self.routers), "transport": transport})
+        made._pool = pool
+        return made
+
+    @property
+    def each_pool(self) -> list[LLMAppConfig]:
+        """The configs of both pools; without them, this one."""
+        return [self] if self.pools is None else [self.of_pool(pool) for pool in POOLS]
+
+    @model_validator(mode="after")
+    def _pools_fit(self) -> LLMAppConfig:
+        for problem in [] if self.pools is None else self.pools.problems(self.routers):
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_adapters(self) -> LLMAppConfig:
@@ -87,6 +120,7 @@ class LLMAppConfig(StrictModel):
             tls=self.transport.tls,
             tracing=None if self.routers.tracing is None else self.routers.tracing.of_steps(),
             membership_by_rpc=True,
+            pool=self.pool,
         )
 
     def engine_kwargs(self) -> dict[str, Any]:
@@ -97,6 +131,8 @@ class LLMAppConfig(StrictModel):
             options["otlp_traces_endpoint"] = self.routers.tracing.otlp_endpoint
         if self.lora_config is not None:
             options |= {**self.lora_config.engine_options(options), **options}
+        if self.pools is not None and self.pool is not None:
+            options |= self.pools.transfer_options(self.pool, self.routers)
         return router_engine_kwargs(self.router_settings(), options, device)
 
 

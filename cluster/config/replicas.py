@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from cluster.config.apps import LLMAppConfig
 from cluster.config.live_sections import LiveConfig
 from cluster.config.llm_sections import RoutersSection
 from cluster.config.parse import ConfigError
+from experts.kv_transfer.engine_options import Pool
 
-ROUTER = "Router"
+ROUTER, PREFILL_ROUTER = "Router", "PrefillRouter"
+_POOL_OF: dict[str, Pool] = {PREFILL_ROUTER: "prefill", ROUTER: "decode"}
 SHARD_POLICY, ROUTER_POLICY = OURS = (
     "cluster.autoscaling.policies:shards",
     "cluster.autoscaling.policies:routers",
@@ -33,52 +36,77 @@ def shard_count(deployment: dict[str, Any], where: str) -> int:
     return first
 
 
-def router_scaling(llm: dict[str, Any], routers: RoutersSection, where: str) -> dict[str, Any] | None:
-    """autoscaling_config of the routers, from `deployments` of the application `llm` or from its arguments.
+def router_scaling(llm: dict[str, Any], config: LLMAppConfig, where: str) -> dict[str, dict[str, Any]]:
+    """autoscaling_config of each deployment of routers that has one, from `deployments` of the application `llm` or
+    from its arguments.
 
     Raises ConfigError that starts with `where`, the application's place.
     """
-    in_args = routers.deployment_config.get("autoscaling_config")
-    found, place = in_args, f"{where}.args.routers.deployment_config"
     deployments = llm.get("deployments", [])
     if not isinstance(deployments, list) or not all(isinstance(each, dict) for each in deployments):
         raise ConfigError(f"{where}.deployments: expected a list of deployments, each with a name")
+    pools = {name: f"pools.{pool}" for name, pool in _POOL_OF.items()}
+    places = {ROUTER: "routers"} if config.pools is None else pools
+    entries: dict[str, tuple[str, dict[str, Any]]] = {}
     for index, each in enumerate(deployments):
-        place = f"{where}.deployments[{index}]"
-        if each.get("name") != ROUTER:
-            raise ConfigError(f"{place}.name is {each.get('name')!r}, expected {ROUTER}")
-        if index:
-            raise ConfigError(f"{place}.name: {ROUTER} is listed twice")
-        found = each.get("autoscaling_config", found)
-        if found is not None and each.get("num_replicas") not in (None, "auto"):
-            raise ConfigError(f"{place}: num_replicas and autoscaling_config exclude each other: remove one")
-        if in_args is not None and found is not in_args:
-            raise ConfigError(f"{place}: autoscaling_config is in args.routers.deployment_config, too: remove that one")
-        if found is not None and routers.count is not None:
-            raise ConfigError(f"{place}: args.routers.count and autoscaling_config exclude each other: remove count")
+        place, name = f"{where}.deployments[{index}]", each.get("name")
+        if name not in places:
+            raise ConfigError(f"{place}.name is {name!r}, expected {' or '.join(sorted(places, reverse=True))}")
+        if name in entries:
+            raise ConfigError(f"{place}.name: {name} is listed twice")
+        entries[name] = (place, each)
+    found = {}
+    for name, section in places.items():
+        routers = config.routers if config.pools is None else config.of_pool(_POOL_OF[name]).routers
+        place, entry = entries.get(name, (f"{where}.args.{section}.deployment_config", {}))
+        scaling = _scaling_of(entry, routers, place, f"args.{section}", where)
+        if scaling is not None:
+            found[name] = scaling
+    return found
+
+
+def _scaling_of(
+    entry: dict[str, Any], routers: RoutersSection, place: str, section: str, where: str
+) -> dict[str, Any] | None:
+    """Of one deployment: `entry` stands at `place` in the file, `section` has its arguments."""
+    in_args = routers.deployment_config.get("autoscaling_config")
+    found = entry.get("autoscaling_config", in_args)
     if found is None:
         return None
+    if entry.get("num_replicas") not in (None, "auto"):
+        raise ConfigError(f"{place}: num_replicas and autoscaling_config exclude each other: remove one")
+    if in_args is not None and found is not in_args:
+        raise ConfigError(f"{place}: autoscaling_config is in {section}.deployment_config, too: remove that one")
+    if entry and routers.count is not None:
+        raise ConfigError(f"{place}: {section}.count and autoscaling_config exclude each other: remove count")
     place = f"{place}.autoscaling_config"
     _checked_bounds(found, "routers", 0, place)
     own = _policy_of(found, ROUTER_POLICY, f"{place}.policy") == ROUTER_POLICY
     if own and routers.engine_kwargs.get("disable_log_stats"):
         raise ConfigError(
-            f"{where}.args.routers.engine_kwargs.disable_log_stats is true: remove it, or {ROUTER_POLICY} would see no "
+            f"{where}.{section}.engine_kwargs.disable_log_stats is true: remove it, or {ROUTER_POLICY} would see no "
             "load"
         )
     return dict(found)
 
 
 def scaling_problems(
-    live: LiveConfig, shards: Mapping[str, Any] | None, routers: Mapping[str, Any] | None
+    live: LiveConfig, shards: Mapping[str, Any] | None, routers: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """What the section `scaling` contradicts, one line each. `shards`, `routers`: autoscaling_config, None without."""
+    """What the section `scaling` contradicts, one line each. `shards`, `routers`: autoscaling_config of each that has
+    one."""
     scaling, slo = live.scaling, live.scaling.slo
     for settings, policy, section, key, value in (
-        (shards, SHARD_POLICY, "shards", "time_per_output_token_ms", slo.time_per_output_token_ms),
-        (routers, ROUTER_POLICY, "routers", "time_to_first_token_ms", slo.time_to_first_token_ms),
+        (
+            [] if shards is None else [shards],
+            SHARD_POLICY,
+            "shards",
+            "time_per_output_token_ms",
+            slo.time_per_output_token_ms,
+        ),
+        (list(routers), ROUTER_POLICY, "routers", "time_to_first_token_ms", slo.time_to_first_token_ms),
     ):
-        if settings is None or _policy_of(settings, policy, "") != policy:
+        if all(_policy_of(each, policy, "") != policy for each in settings):
             idle = [f"slo.{key}"] * (value is not None) + [section] * (section in scaling.model_fields_set)
             if idle:
                 yield (

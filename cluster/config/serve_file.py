@@ -27,7 +27,7 @@ from cluster.config.devices import device_disagreements
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, MissingPath, parse, portable
-from cluster.config.replicas import router_scaling, scaling_problems
+from cluster.config.replicas import PREFILL_ROUTER, ROUTER, router_scaling, scaling_problems
 from experts.protocol.settings import StrictModel
 
 EXPERTS_BUILDER = "serve_app:build_experts"
@@ -44,7 +44,9 @@ class MeshConfig(StrictModel):
     num_shards: int = Field(default=1, description="Shards that Serve starts.")
     shard_scaling: dict[str, Any] | None = Field(default=None, description="autoscaling_config of the shards.")
     llm: LLMAppConfig = Field(description="Arguments of the application that holds the routers.")
-    router_scaling: dict[str, Any] | None = Field(default=None, description="autoscaling_config of the routers.")
+    router_scaling: dict[str, dict[str, Any]] = Field(
+        default={}, description="autoscaling_config of the deployments of routers that have one, by name."
+    )
     console: ConsoleAppConfig | None = Field(default=None, description="Arguments of the console, if there is one.")
     experts_name: str = Field(default="experts", description="Name of the application that holds the shards.")
     llm_name: str = Field(default="llm", description="Name of the application that holds the routers.")
@@ -107,7 +109,7 @@ class MeshConfig(StrictModel):
         if deployments.listed:
             serve["applications"][experts]["deployments"] = deployments.listed
         checked_llm: LLMAppConfig = checked(llm, LLMAppConfig)
-        routers = router_scaling(applications[llm], checked_llm.routers, f"{source}: applications[{llm}]")
+        routers = router_scaling(applications[llm], checked_llm, f"{source}: applications[{llm}]")
         return cls(
             experts=checked_experts,
             live=deployments.live,
@@ -133,17 +135,18 @@ class MeshConfig(StrictModel):
             ours, theirs = getattr(self.experts.model, name), getattr(self.llm.model, name)
             if ours != theirs:
                 yield f"model.{name} is {ours!r} for the shards and {theirs!r} for the routers"
-        if self.llm.transport.max_rows_per_dispatch > self.experts.shards.max_rows_per_dispatch:
+        rows = max(each.transport.max_rows_per_dispatch for each in self.llm.each_pool)
+        if rows > self.experts.shards.max_rows_per_dispatch:
             yield (
-                f"transport.max_rows_per_dispatch is {self.llm.transport.max_rows_per_dispatch}, more than "
-                f"shards.max_rows_per_dispatch accepts ({self.experts.shards.max_rows_per_dispatch})"
+                f"transport.max_rows_per_dispatch is {rows}, more than shards.max_rows_per_dispatch accepts "
+                f"({self.experts.shards.max_rows_per_dispatch})"
             )
         if self.llm.experts_app != self.experts_name:
             yield f"experts_app is {self.llm.experts_app!r}, but the application is named {self.experts_name!r}"
         if self.llm_name == self.experts_name:
             yield f"both applications are named {self.llm_name!r}"
         yield from self._console_disagreements()
-        yield from scaling_problems(self.live, self.shard_scaling, self.router_scaling)
+        yield from scaling_problems(self.live, self.shard_scaling, self.router_scaling.values())
         if self.live.placement.prefer_local_replicas and not self.llm.transport.prefer_local_replicas:
             yield (
                 "placement.prefer_local_replicas is true, but transport.prefer_local_replicas is not: the placement "
@@ -154,17 +157,27 @@ class MeshConfig(StrictModel):
             missing, there = ("transport.tls", "mesh.tls") if ours else ("mesh.tls", "transport.tls")
             yield f"{there} is set and {missing} is not: set both or neither"
         most_shards = (self.shard_scaling or {}).get("max_replicas") or self.num_shards
-        yield from device_disagreements(self.experts.shards, self.llm.routers, self.llm.transport, most_shards)
+        found = (
+            line
+            for each in self.llm.each_pool
+            for line in device_disagreements(self.experts.shards, each.routers, each.transport, most_shards)
+        )
+        yield from dict.fromkeys(found)
         yield from self._too_many_pairs()
 
     def _too_many_pairs(self) -> Iterator[str]:
-        routers, most = self.llm.routers, self.experts.shards.max_pairs
-        wanted = routers.deployment_config.get("num_replicas")
-        count = (self.router_scaling or {}).get("max_replicas") or routers.count or wanted
-        if isinstance(count, int) and count * routers.workers > most:
+        most, pairs, told = self.experts.shards.max_pairs, 0, []
+        for each in self.llm.each_pool:
+            routers = each.routers
+            scaling = self.router_scaling.get(PREFILL_ROUTER if each.pool == "prefill" else ROUTER, {})
+            count = scaling.get("max_replicas") or routers.count or routers.deployment_config.get("num_replicas")
+            if isinstance(count, int):
+                pairs += count * routers.workers
+                told.append(f"{count} routers of {routers.workers} worker(s)")
+        if pairs > most:
             yield (
-                f"shards.max_pairs is {most}, but up to {count} routers of {routers.workers} worker(s) have "
-                f"{count * routers.workers} pairs with a shard, twice as many during an upgrade: raise it"
+                f"shards.max_pairs is {most}, but up to {' and '.join(told)} have {pairs} pairs with a shard, twice as "
+                "many during an upgrade: raise it"
             )
 
     def _console_disagreements(self) -> Iterator[str]:

@@ -21,12 +21,16 @@ class ConsoleServer:
 
     async def __serve_build_asgi_app__(self) -> Any:
         # Here, so that Serve's build task does without FastAPI.
+        from cluster.config.replicas import PREFILL_ROUTER
         from cluster.console.endpoints import Console, console_app
         from cluster.controller.client import ROUTER, ControllerClient
         from cluster.keys.deployment import KEY_LEDGER
         from cluster.ray_joints import deployment_handle
         from cluster.router.client import RouterClient
 
-        routers = [RouterClient(deployment_handle(ROUTER, app)) for app in self._config.llm_apps]
+        routers = [
+            RouterClient(deployment_handle(ROUTER, app), deployment_handle(PREFILL_ROUTER, app))
+            for app in self._config.llm_apps
+        ]
         ledgers = [deployment_handle(KEY_LEDGER, app) for app in self._config.llm_apps]
         return console_app(Console(self._config, ControllerClient(self._config.experts_app), routers, ledgers))

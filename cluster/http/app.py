@@ -42,13 +42,14 @@ def front_door(
     leases: Leases | None = None,
     traced: bool = False,
     adapters: Middleware | None = None,
+    prefill: Middleware | None = None,
 ) -> FastAPI:
     """Keys, limits, OpenAI's error format and health routes on vLLM's app, in place.
 
     Call it once the app's state is set; `app.state.expertmesh_keys` is the source of keys afterwards. Raises ValueError
     if http names a file or a variable that holds no key, RuntimeError if vLLM's routes are not found. Usage
     counts where keys have names; without `leases` no limit holds. `traced`: requests that generate have spans.
-    `adapters` stands next to the routes, and finds in the scope what a body asks for.
+    `adapters` and `prefill` stand next to the routes, and find in the scope what a body asks for.
     """
     source = source_of(http, vllm_joints.take_keys(app))
     app.state.expertmesh_keys = source
@@ -86,7 +87,7 @@ def front_door(
                 "max_body_bytes": http.max_body_bytes,
                 "max_sequences": http.max_sequences_per_request,
                 "max_model_len": max_model_len,
-                "estimate": http.names_keys or adapters is not None,
+                "estimate": http.names_keys or adapters is not None or prefill is not None,
             },
         ),
     ]
@@ -106,7 +107,7 @@ def front_door(
         *open_to_origins(http.cors_origins),
         *app.user_middleware,
         *(Middleware(cls, **options) for cls, options in refusals),
-        *([] if adapters is None else [adapters]),
+        *(each for each in (adapters, prefill) if each is not None),
     ]
     app.middleware_stack = None  # vLLM has built it already; Starlette builds it again at the next request
     vllm_joints.forget_http_metrics()

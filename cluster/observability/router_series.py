@@ -35,6 +35,12 @@ def _connected(status: RouterStatus) -> Samples:
     return {(str(rank),): float(rank in status.connected) for rank in range(status.num_ranks)}
 
 
+def _prompts(status: RouterStatus) -> Samples:
+    if status.pool != "decode":
+        return {}
+    return {("prefill",): float(status.prompts_handed_over), ("decode",): float(status.prompts_given_up)}
+
+
 ROUTER_SERIES: tuple[Series[RouterStatus], ...] = (
     counter("steps", lambda s: s.steps, "Engine steps that dispatched rows"),
     counter("dispatches", lambda s: s.dispatches, "MoE layers dispatched to shards"),
@@ -58,6 +64,14 @@ ROUTER_SERIES: tuple[Series[RouterStatus], ...] = (
     ),
     counter(
         "refused_requests", lambda s: s.refused_requests, "Requests ended because no shard had an expert they need"
+    ),
+    Series(
+        "prompts",
+        "counter",
+        "Prompts of a decode router that a prefill router computed (by: prefill), or it did for want of one (by: "
+        "decode); short ones, and all where there are no pools, are not counted",
+        _prompts,
+        ("by",),
     ),
     counter("sent_bytes", lambda s: s.bytes_sent, "Bytes sent to shards"),
     counter("received_bytes", lambda s: s.bytes_received, "Bytes received from shards"),

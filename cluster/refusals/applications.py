@@ -74,6 +74,16 @@ def refuse_console(config: ConsoleAppConfig, where: str = "args", keys: bool = T
 
 def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys: bool = True) -> Iterator[str]:
     """One line for each reason, starting with the section. `folder` is None where the model is not here yet."""
+    told = set()
+    for each in config.each_pool:
+        for line in _problems_of(each, folder, complete, keys):
+            if line not in told:
+                told.add(line)
+                of_pool = config.pools is not None and line.startswith("routers.")
+                yield f"pools.{each.pool}: {line}" if of_pool else line
+
+
+def _problems_of(config: LLMAppConfig, folder: Path | None, complete: bool, keys: bool) -> Iterator[str]:
     routers, options = config.routers, config.routers.engine_kwargs
     yield from (f"routers.engine_kwargs.{line}" for line in refused_by_vllm(options))
     yield from _router_problems(routers)

@@ -20,18 +20,23 @@ class RouterLostError(UnavailableError):
 
 
 class RouterClient:
-    """Methods of all replicas of one router deployment. Answers come in no order."""
+    """Methods of all routers of one application. Answers come in no order."""
 
-    def __init__(self, routers: DeploymentHandle) -> None:
+    def __init__(self, routers: DeploymentHandle, prefill: DeploymentHandle | None = None) -> None:
+        """`prefill`: those of the prefill pool, asked as long as the others say that there are pools."""
         self._routers = routers
+        self._prefill = prefill
+        self._pools: bool | None = None if prefill is not None else False  # None: nobody has said yet
 
     async def statuses(self, *, timeout_s: float) -> tuple[list[RouterStatus], list[str]]:
         """(statuses, one line for each router without one)."""
-        return await self.ask_each("mesh_status", timeout_s)
+        found, errors = await self.ask_each("mesh_status", timeout_s)
+        return await self._with_prefill(found, errors, found, "mesh_status", timeout_s)
 
     async def live(self, watch_s: float, *, timeout_s: float) -> tuple[list[RouterLive], list[str]]:
         """(what each router shows, one line for each without an answer). `watch_s`: see `Router.mesh_live`."""
-        return await self.ask_each("mesh_live", timeout_s, watch_s)
+        found, errors = await self.ask_each("mesh_live", timeout_s, watch_s)
+        return await self._with_prefill(found, errors, [live.status for live in found], "mesh_live", timeout_s, watch_s)
 
     async def generation_health(self, *, timeout_s: float) -> tuple[list[GenerationHealth], list[str]]:
         """(healths, one line for each router without one)."""
@@ -49,17 +54,42 @@ class RouterClient:
         """A reader begins anew at all routers, or ends; whether each of them records at all. Raises RouterLostError."""
         return await self._ask_all("mesh_clear_trace", timeout_s, reader, end)
 
-    async def ask_each(self, method: str, timeout_s: float, *args: Any) -> tuple[list[Any], list[str]]:
-        """(answers that come within `timeout_s`, one line for each router that fails or is silent)."""
+    async def ask_each(
+        self, method: str, timeout_s: float, *args: Any, of: DeploymentHandle | None = None
+    ) -> tuple[list[Any], list[str]]:
+        """(answers that come within `timeout_s`, one line for each router that fails or is silent).
+
+        Of those that take requests; `of` others.
+        """
         try:
-            answers = await broadcast(self._routers, method, timeout_s, *args)
+            answers = await broadcast(of or self._routers, method, timeout_s, *args)
         except Exception as error:
             return [], [_why(error, "the routers", method, timeout_s)]
         errors = [_why(a, "a router", method, timeout_s) for a in answers if isinstance(a, BaseException)]
         return [answer for answer in answers if not isinstance(answer, BaseException)], errors
 
+    async def _with_prefill(
+        self,
+        answers: list[Any],
+        errors: list[str],
+        statuses: list[RouterStatus],
+        method: str,
+        timeout_s: float,
+        *args: Any,
+    ) -> tuple[list[Any], list[str]]:
+        """Answers and errors with those of the prefill pool, if the statuses say that there is one."""
+        if statuses and self._prefill is not None:
+            self._pools = any(status.pool for status in statuses)
+        if not self._pools:
+            return answers, errors
+        more, more_errors = await self.ask_each(method, timeout_s, *args, of=self._prefill)
+        return answers + more, errors + more_errors
+
     async def _ask_all(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
+        if self._pools is None:
+            await self.statuses(timeout_s=timeout_s)
         answers, errors = await self.ask_each(method, timeout_s, *args)
+        answers, errors = await self._with_prefill(answers, errors, [], method, timeout_s, *args)
         if errors:
             raise RouterLostError("; ".join(errors))
         return answers

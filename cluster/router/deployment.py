@@ -12,25 +12,32 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
 from cluster.ray_joints import logs_are_json, replica_identity, show_data_plane_log
+from experts.kv_transfer.engine_options import Pool
 from experts.vllm_plugin.early_engine import EarlyEngine
 from experts.vllm_plugin.engine_kwargs import JSON_LOGGING
 
 
-@serve.ingress()
-class Router:
-    """One router. Passes its methods on to a `cluster.router.server.ExpertMeshLLMServer`."""
+class PrefillRouter:
+    """A router that computes prompts for others, and has no HTTP side. Passes its methods on to a
+    `cluster.router.server.ExpertMeshLLMServer`."""
+
+    POOL: ClassVar[Pool] = "prefill"
 
     _server: Any = None
 
-    async def __init__(self, mesh: dict[str, Any], ledger: Any = None) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, mesh: dict[str, Any], ledger: Any = None, prefill: Any = None
+    ) -> None:
         config = parse(LLMAppConfig, mesh)
+        if config.pools is not None:
+            config = config.of_pool(self.POOL)
         show_data_plane_log(role="router", router=replica_identity().replica_id)
         if logs_are_json():
             os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(JSON_LOGGING))
@@ -47,12 +54,14 @@ class Router:
         # Ray Serve LLM's servers have asynchronous constructors; only Serve can call those by calling the class.
         server = ExpertMeshLLMServer.__new__(ExpertMeshLLMServer)
         await server.__init__(  # type: ignore[misc]
-            llm_config_of(config, str(folder)), mesh=config, early_engine=early_engine, started=started, ledger=ledger
+            llm_config_of(config, str(folder)),
+            mesh=config,
+            early_engine=early_engine,
+            started=started,
+            ledger=ledger,
+            prefill=prefill,
         )
         self._server = server
-
-    async def __serve_build_asgi_app__(self) -> Any:
-        return await self._server.__serve_build_asgi_app__()
 
     def __getattr__(self, name: str) -> Any:
         """Everything that the server offers."""
@@ -71,3 +80,13 @@ class Router:
     async def __del__(self) -> None:
         if self._server is not None:
             await self._server.close()
+
+
+@serve.ingress()
+class Router(PrefillRouter):
+    """A router that takes requests; where there are pools, one of the decode pool."""
+
+    POOL = "decode"
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return await self._server.__serve_build_asgi_app__()

@@ -32,6 +32,9 @@ from cluster.keys.sources import KeySource
 from cluster.observability.exporter import Exporter
 from cluster.observability.key_series import KEY_SERIES, KeysView
 from cluster.observability.router_series import ROUTER_SERIES
+from cluster.pools.member import PoolMember
+from cluster.pools.prefill import compute_prompt
+from cluster.pools.prompts import PromptJob
 from cluster.ray_joints import (
     deployment_handle,
     follow_engine,
@@ -92,12 +95,14 @@ class ExpertMeshLLMServer(LLMServer):
         early_engine: EarlyEngine,
         started: dict[str, float],
         ledger: DeploymentHandle | None = None,
+        prefill: DeploymentHandle | None = None,
     ) -> None:
         replica = replica_identity()
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
         self._start_s.update(started)
         self._leases = Leases(self._router_id, None if ledger is None else settle_of(ledger))
+        self._pool = PoolMember.of(mesh, prefill)
         extra = dict(llm_config.engine_kwargs["additional_config"])
         extra["expertmesh"] = {**extra["expertmesh"], "router_id": self._router_id}
         llm_config.update_engine_kwargs(additional_config=extra, **front_end_options(llm_config.engine_kwargs))
@@ -123,6 +128,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._start_s: dict[str, float] = {}  # seconds of each part of the start
         self._leases = Leases(router_id, None)
         self._keys: KeySource | None = None  # once the HTTP side is built
+        self._pool = PoolMember()
         self._exporter, self._key_exporter = Exporter(ROUTER_SERIES), Exporter(KEY_SERIES)
 
     async def start(self) -> None:
@@ -146,6 +152,7 @@ class ExpertMeshLLMServer(LLMServer):
             asyncio.create_task(self._health.watch(self._export), name="watch"),
             asyncio.create_task(self.scaling.follow(), name="scaling"),
             asyncio.create_task(report_observations(self._router_id, self._controller, self._worker), name="observe"),
+            *self._pool.loops(),
         ]
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -156,7 +163,14 @@ class ExpertMeshLLMServer(LLMServer):
         lora = self._mesh.lora_config
         adapters = None if lora is None else by_name(Adapters(app, model_id, lora), http.retry_after_s)
         front = front_door(
-            app, http=http, model_id=model_id, health=self, leases=self._leases, traced=traced, adapters=adapters
+            app,
+            http=http,
+            model_id=model_id,
+            health=self,
+            leases=self._leases,
+            traced=traced,
+            adapters=adapters,
+            prefill=self._pool.middleware(),
         )
         self._keys = front.state.expertmesh_keys
         self._leases.start()
@@ -177,11 +191,15 @@ class ExpertMeshLLMServer(LLMServer):
     async def mesh_status(self) -> RouterStatus:
         """The worker's counters and what this replica knows. Callers at the same time share a reading."""
         return replace(
-            await self._health.shared_reading(),
+            self._pool.added_to(await self._health.shared_reading()),
             term=self._epochs.term,
             pid=os.getpid(),
             unfinished_requests=unfinished_requests(self),
         )
+
+    async def compute_prompt(self, job: PromptJob) -> dict[str, Any] | None:
+        """What a decode router asks a prefill router for."""
+        return await compute_prompt(self, job)
 
     async def mesh_live(self, watch_s: float) -> RouterLive:
         """Status, tokens and times; with `watch_s` also loads of experts, which are counted that much longer."""
@@ -245,7 +263,7 @@ class ExpertMeshLLMServer(LLMServer):
 
     def _export(self, status: RouterStatus) -> None:
         """Hand all counters to Ray's metrics agent."""
-        self._exporter.export(replace(status, unfinished_requests=unfinished_requests(self)))
+        self._exporter.export(replace(self._pool.added_to(status), unfinished_requests=unfinished_requests(self)))
         if self._leases.usage:  # nothing is told of keys before one was used
             self._key_exporter.export(KeysView(self._leases.usage, not self._key_problem()))
 

@@ -76,6 +76,7 @@ def _router(then: dict[str, Any] | None, now: dict[str, Any], seconds: float) ->
     visits = _gain(then, now, "fan_out_sum")
     return {
         "router_id": now["router_id"],
+        "pool": now.get("pool", ""),
         "epoch": now["epoch"],
         "pid": now["pid"],
         "connected": now["connected"],

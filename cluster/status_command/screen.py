@@ -48,7 +48,7 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
             ("router", "epoch", "shards", "requests", "tokens/s", "fan-out", "failovers", "refused", "pid"),
             [
                 (
-                    router["router_id"],
+                    router["router_id"] + (f" ({router['pool']})" if router["pool"] else ""),
                     router["epoch"],
                     len(router["connected"]),
                     router["requests"],

@@ -79,6 +79,9 @@ class RouterStatus:
     term: str = ""  # life of the controller that gave out the epoch
     pid: int = 0
     unfinished_requests: int = 0  # running or waiting in the engine
+    pool: str = ""  # prefill or decode, where routers are in two pools
+    prompts_handed_over: int = 0  # that a prefill router computed for this one
+    prompts_given_up: int = 0  # that one should have computed, and this one did
     workers: int = 1  # of the engine, whose answers this one is made of
 
     def to_dict(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ export class Routers {
     this.note = note;
     this.table = new Table(place, "Routers", [
       { name: "Router", cell: (cell, router) => {
-        setText(cell, short(router.id));
+        setText(cell, router.pool ? `${short(router.id)} (${router.pool})` : short(router.id));
         setAttribute(cell, "title", router.id);
       } },
       { name: "State", kind: "status", cell: (cell, router) => stateCell(cell, !router.answers ? "missing" : lostRanks(router).length ? "partial" : "serving") },

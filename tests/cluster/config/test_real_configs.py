@@ -37,6 +37,7 @@ def test_every_config_that_ships_is_checked_here() -> None:
         "tiny-cpu.yaml",
         "tiny-cpu-planned.yaml",
         "tiny-tp.yaml",
+        "tiny-pools.yaml",
     }
 
 

@@ -37,8 +37,7 @@ def test_the_shipped_file_starts_with_the_fewest() -> None:
     mesh = MeshConfig.from_file(TINY)
     assert mesh.num_shards == 2
     assert mesh.shard_scaling is not None
-    assert mesh.router_scaling is not None
-    assert (mesh.shard_scaling["max_replicas"], mesh.router_scaling["max_replicas"]) == (4, 2)
+    assert (mesh.shard_scaling["max_replicas"], mesh.router_scaling["Router"]["max_replicas"]) == (4, 2)
     assert mesh.live.scaling.slo.time_per_output_token_ms == 30
 
 
@@ -48,14 +47,13 @@ def test_routers_may_scale_by_the_arguments_and_by_serves_own_policy() -> None:
     del data["applications"][EXPERTS]["deployments"][1]["user_config"]["scaling"]["routers"]
     del data["applications"][EXPERTS]["deployments"][1]["user_config"]["scaling"]["slo"]["time_to_first_token_ms"]
     mesh = MeshConfig.from_serve_config(data)
-    assert mesh.router_scaling == {"min_replicas": 1, "max_replicas": 3}
+    assert mesh.router_scaling == {"Router": {"min_replicas": 1, "max_replicas": 3}}
 
 
 @pytest.mark.parametrize("least", [0, 1])
 def test_routers_may_go_to_zero(least: int) -> None:
     mesh = MeshConfig.from_serve_config(changed(*ROUTERS, "min_replicas", to=least))
-    assert mesh.router_scaling is not None
-    assert mesh.router_scaling["min_replicas"] == least
+    assert mesh.router_scaling["Router"]["min_replicas"] == least
 
 
 IN_EXPERTS, IN_LLM = "config: applications[0]", "config: applications[1]"

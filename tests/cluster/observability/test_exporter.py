@@ -55,7 +55,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> dict[str, RayMetric]:
 
 def test_counters_begin_at_zero_and_grow_and_gauges_are_set_each_time(agent: dict[str, RayMetric]) -> None:
     routers = Exporter(ROUTER_SERIES)
-    first = router_status()
+    first = router_status(pool="decode", prompts_handed_over=8)
     routers.export(first)
     routers.export(first)
     wait = first.stage_us.wait
@@ -64,6 +64,7 @@ def test_counters_begin_at_zero_and_grow_and_gauges_are_set_each_time(agent: dic
     assert agent.keys() == {series.name for series in ROUTER_SERIES}
     assert agent["steps"].given == {(): [0, 10, 3]}
     assert agent["sent_rows"].given == {("0",): [0, 30], ("1",): [0, 50, 4]}
+    assert agent["prompts"].given == {("prefill",): [0, 8], ("decode",): [0]}
     assert agent["epoch"].given == {(): [4, 4, 6]}
     assert agent["dispatch_stage_seconds"].given["wait",] == [0, pytest.approx(10.000035), pytest.approx(2)]
     assert agent["dispatch_stages_within"].given["wait", "+Inf"] == [0, 4, 5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,6 +47,21 @@ def test_each_router_gives_an_answer_or_a_line(replicas: Any, found: list[Any], 
     handle = RouterHandle(replicas)
     assert run(RouterClient(handle).statuses(timeout_s=0.2)) == (found, errors)  # type: ignore[arg-type]
     assert handle.asked == ["mesh_status"]
+
+
+def test_the_prefill_pool_is_asked_while_others_say_that_there_are_pools() -> None:
+    decode, prefill = RouterHandle([replace(A, pool="decode")]), RouterHandle([replace(B, pool="prefill")])
+    client = RouterClient(decode, prefill)  # type: ignore[arg-type]
+    found, errors = run(client.statuses(timeout_s=5))
+    assert [(status.router_id, status.pool) for status in found] == [("a", "decode"), ("b", "prefill")]
+    assert errors == []
+    assert len(run(client.traces(timeout_s=5))) == 2
+    assert len(run(client.keys(timeout_s=5))[0]) == 1, "prefill routers have no clients"
+    assert prefill.asked == ["mesh_status", "mesh_trace"]
+    plain, nobody = RouterHandle([A]), RouterHandle([B])
+    assert run(RouterClient(plain, nobody).statuses(timeout_s=5)) == ([A], [])  # type: ignore[arg-type]
+    assert len(run(RouterClient(plain, nobody).traces(timeout_s=5))) == 1  # type: ignore[arg-type]
+    assert nobody.asked == []
 
 
 def test_what_needs_every_router_raises_without_one() -> None:

@@ -13,7 +13,18 @@ from tests.support.serve.statuses import router_status
 
 READY = Preparation(3, True, [], False, "")
 # Each field's rule. A field that is not here has none, and the test says so.
-OF_THE_FIRST = ("router_id", "num_ranks", "layers", "steps", "dispatches", "rows", "term", "pid", "unfinished_requests")
+OF_THE_FIRST = (
+    "router_id",
+    "num_ranks",
+    "layers",
+    "steps",
+    "dispatches",
+    "rows",
+    "term",
+    "pid",
+    "unfinished_requests",
+    *("pool", "prompts_handed_over", "prompts_given_up"),
+)
 SUMS = (
     *("fan_out_sum", "failovers", "fallback_pairs", "bytes_sent", "bytes_received", "no_slot_pairs", "fallback_ms"),
     *("fallback_cached_bytes", "refused_requests", "params", "resident_bytes"),

@@ -15,7 +15,7 @@ ROUTER_KEYS = (
     "router_id epoch num_ranks connected transports lost layers steps dispatches rows fan_out_sum failovers "
     "fallback_pairs bytes_sent bytes_received balancedness shard_rows shard_pairs last_success_age_s stage_us "
     "no_slot_pairs uncovered_pairs fallback_ms fallback_cached_bytes refused_requests swap_last_us swap_max_us "
-    "params resident_bytes term pid unfinished_requests workers"
+    "params resident_bytes term pid unfinished_requests pool prompts_handed_over prompts_given_up workers"
 )
 SHARD_KEYS = (
     "rank epoch pid incarnation endpoint alive fault routers kernel loaded_experts loaded_bytes weights_digest "

@@ -1,0 +1,128 @@
+"""Routers in two pools, by configs/tiny-pools.yaml: one computes prompts and another goes on with them, with the tokens
+of one router; a dead one costs a retry.
+
+The oracle is the decode router itself: it computes the prompts of a request with several of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+
+from benchmarks.serving.endless_streams import Streams
+from tests.support.serve.service import API_KEY, REPOSITORY, Service, running_service
+from tests.support.waiting import wait_for
+
+PATIENCE_S = 300.0  # for a router, on a machine that does other things too
+TOKENS = 48
+PROMPTS = [[11 + 7 * (n + number) % 500 for n in range(90 + 40 * number)] for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Where KV cache goes through, in shared memory as in the shipped config, but of this test alone."""
+    path = Path(tempfile.mkdtemp(prefix="em-kv-", dir="/dev/shm"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def pools(folder: Path) -> Iterator[Service]:
+    def use_pools(config: dict[str, Any]) -> None:
+        shipped = yaml.safe_load((REPOSITORY / "configs" / "tiny-pools.yaml").read_text())
+        for ours, theirs in zip(shipped["applications"], config["applications"], strict=True):
+            ours["args"] |= {key: theirs["args"][key] for key in ("model", "http") if key in theirs["args"]}
+        shipped["applications"][1]["args"]["pools"]["kv_folder"] = str(folder)
+        config["applications"] = shipped["applications"]
+
+    with running_service(use_pools) as running:
+        yield running
+
+
+def routers(service: Service) -> dict[str, dict[str, Any]]:
+    """The routers that answer, by their pool."""
+    return {router["pool"]: router for router in service.status()["routers"]}
+
+
+def whole(service: Service, *, but: int = -1) -> bool:
+    """A router of each pool is connected to both shards at the controller's epoch, none of them the process `but`."""
+    status, found = service.status(), routers(service)
+    return found.keys() == {"prefill", "decode"} and all(
+        (router["connected"], router["epoch"]) == ([0, 1], status["controller"]["epoch"]) and router["pid"] != but
+        for router in found.values()
+    )
+
+
+def greedy(service: Service, prompts: list[Any]) -> list[str]:
+    answer = service.client.completions.create(
+        model="tiny-moe", prompt=prompts, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True}
+    )
+    return [choice.text for choice in answer.choices]
+
+
+def test_prompts_of_a_prefill_router_give_the_tokens_of_one_router(pools: Service, folder: Path) -> None:
+    alone = greedy(pools, PROMPTS)
+    assert routers(pools)["decode"]["prompts_handed_over"] == 0
+    assert [greedy(pools, [prompt])[0] for prompt in PROMPTS] == alone
+    found = routers(pools)
+    assert (found["decode"]["prompts_handed_over"], found["decode"]["prompts_given_up"]) == (len(PROMPTS), 0)
+    assert found["prefill"]["rows"] > 0
+    for shard in pools.shards().values():
+        assert sorted(shard["routers"]) == sorted(router["router_id"] for router in found.values())
+    chat = pools.client.chat.completions.create(
+        model="tiny-moe",
+        messages=[{"role": "user", "content": "import os\n\n\ndef main(" * 20}],
+        max_tokens=4,
+        n=2,
+        temperature=0.5,
+    )
+    assert len(chat.choices) == 2
+    assert routers(pools)["decode"]["prompts_handed_over"] == len(PROMPTS) + 1
+    assert list(folder.iterdir()) == []
+    with pytest.raises(openai.BadRequestError, match="kv_transfer_params"):
+        pools.client.completions.create(
+            model="tiny-moe", prompt="x", extra_body={"kv_transfer_params": {"do_remote_prefill": True}}
+        )
+
+
+def test_a_prefill_router_killed_under_streams_fails_no_request(pools: Service) -> None:
+    before, victim = pools.shards(), routers(pools)["prefill"]["pid"]
+    streams = Streams(pools.url, "tiny-moe", PROMPTS, max_tokens=32, api_key=API_KEY)
+    with streams.running() as running:
+        wait_for(running.warm, 60, "the first text of every stream")
+        os.kill(victim, signal.SIGKILL)
+        handed_over = routers(pools)["decode"]["prompts_handed_over"]
+        wait_for(lambda: whole(pools, but=victim), PATIENCE_S, "another prefill router")
+        asked = lambda: routers(pools)["decode"]["prompts_handed_over"] > handed_over + 4  # noqa: E731
+        wait_for(asked, 60, "the new prefill router to be asked")
+    everything = running.window(0, float("inf"))
+    assert everything.failed == []
+    assert everything.changed == 0
+    assert everything.requests > len(PROMPTS)
+    assert routers(pools)["decode"]["prompts_given_up"] > 0, "without a prefill router the other one computes prompts"
+    assert pids(pools.shards()) == pids(before)
+
+
+def test_a_killed_decode_router_costs_its_own_requests_alone(pools: Service, folder: Path) -> None:
+    expected, before, found = greedy(pools, PROMPTS[:1]), pools.shards(), routers(pools)
+    os.kill(found["decode"]["pid"], signal.SIGKILL)
+    wait_for(lambda: whole(pools, but=found["decode"]["pid"]), PATIENCE_S, "another decode router")
+    assert greedy(pools, PROMPTS[:1]) == expected
+    after = routers(pools)
+    assert after["decode"]["prompts_handed_over"] == 1
+    assert after["prefill"]["pid"] == found["prefill"]["pid"]
+    assert pids(pools.shards()) == pids(before)
+    assert list(folder.iterdir()) == []
+
+
+def pids(shards: dict[int, dict[str, Any]]) -> dict[int, int]:
+    return {rank: shard["pid"] for rank, shard in shards.items()}
