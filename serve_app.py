@@ -5,6 +5,7 @@ Import paths in a Serve config (see configs/):
     import_path: serve_app:build_experts   args: sections model, shards, placement, membership
     import_path: serve_app:build_llm       args: sections model, routers, transport, deadlines, http
     import_path: serve_app:build_console   args: experts_app, llm_apps, http
+    import_path: serve_app:build_gateway   args: http
 
 `expertmesh serve FILE` serves such a file on this machine.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.gateway.sections import GatewayAppConfig
 from cluster.config.parse import parse
 
 if TYPE_CHECKING:
@@ -47,3 +49,12 @@ def build_console(args: dict[str, Any]) -> Application:
 
     with refusals_for_serve():
         return console_application(parse(ConsoleAppConfig, args))
+
+
+def build_gateway(args: dict[str, Any]) -> Application:
+    """The application that has one address for several models. Raises ConfigError with the key."""
+    from cluster.build import gateway_application
+    from cluster.refusals.to_serve import refusals_for_serve
+
+    with refusals_for_serve():
+        return gateway_application(parse(GatewayAppConfig, args))

@@ -10,13 +10,16 @@ from ray.serve.deployment import Application
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.deployments import CONTROLLER, SHARD
 from cluster.config.replicas import PREFILL_ROUTER
+from cluster.config.gateway.sections import GATEWAY, GatewayAppConfig
 from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import ROUTER
 from cluster.controller.deployment import PlacementController
 from cluster.controller.pinned_model import with_pinned_model
+from cluster.gateway.deployment import GatewayServer
+from cluster.gateway.options import gateway_options
 from cluster.keys.deployment import KEY_LEDGER, KeyLedger
 from cluster.ray_joints import logs_are_json
-from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
+from cluster.refusals.applications import refuse_console, refuse_experts, refuse_gateway, refuse_llm
 from cluster.refusals.model_files import folder_here
 from cluster.router.deployment import PrefillRouter, Router
 from cluster.router.options import router_options
@@ -125,6 +128,15 @@ def console_application(config: ConsoleAppConfig) -> Application:
     refuse_console(config)
     options = {**CONSOLE_OPTIONS, **config.deployment_config}
     return serve.deployment(ConsoleServer, name="Console", **options).bind(config.model_dump(exclude_unset=True))
+
+
+def gateway_application(config: GatewayAppConfig) -> Application:
+    """One address for several models. Raises ConfigError, with nothing deployed."""
+    refuse_gateway(config)
+    options = gateway_options(config)
+    return serve.deployment(GatewayServer, name=GATEWAY, user_config={}, logging_config=quiet(), **options).bind(
+        config.model_dump(exclude_unset=True)
+    )
 
 
 def _with_env(options: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:

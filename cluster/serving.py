@@ -142,7 +142,8 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
         if options.json_lines and options.verbose:
             print_json_lines()
         _start_serve(config.serve, http_options)
-        options.progress(f"deploying {', '.join(config.names)} ({config.num_shards} shards)")
+        num_shards = sum(mesh.num_shards for mesh in config.pools)
+        options.progress(f"deploying {', '.join(config.names)} ({num_shards} shards)")
         _deploy(config, http_options)
         yield f"http://{_reachable(http_options.get('host', '127.0.0.1'))}:{http_options.get('port', 8000)}"
     finally:
@@ -154,13 +155,17 @@ def _applications(config: MeshConfig, options: Options) -> Iterator[str]:
 
 def _refuse(config: MeshConfig, options: Options) -> None:
     """Raise ConfigError for what the builders would refuse, before anything is started."""
-    from cluster.refusals.applications import refuse_console, refuse_experts, refuse_llm
+    from cluster.refusals.applications import refuse_console, refuse_experts, refuse_gateway, refuse_llm
 
     keys = options.address is None  # a cluster elsewhere may have variables that are not set here
-    refuse_experts(config.experts, f"{options.config}: {config.experts_name}", keys=keys)
-    refuse_llm(config.llm, f"{options.config}: {config.llm_name}", keys=keys)
-    if config.console is not None:
-        refuse_console(config.console, f"{options.config}: {config.console_name}", keys=keys)
+    for mesh in config.pools:
+        refuse_experts(mesh.experts, f"{options.config}: {mesh.experts_name}", keys=keys)
+        if mesh.console is not None:
+            refuse_console(mesh.console, f"{options.config}: {mesh.console_name}", keys=keys)
+    for mesh in config.meshes:
+        refuse_llm(mesh.llm, f"{options.config}: {mesh.llm_name}", keys=keys)
+    if config.gateway is not None:
+        refuse_gateway(config.gateway, f"{options.config}: {config.gateway_name}", keys=keys)
 
 
 def _connect_to_ray(options: Options) -> None:
@@ -218,9 +223,10 @@ def _deploy(config: MeshConfig, http_options: dict[str, Any]) -> None:
 def _check_plan(config: MeshConfig) -> None:
     from cluster.mesh.planning import ModelFacts, ShardsAtHand, check_plan, read_spec
 
-    spec = read_spec(config.experts)
-    shards = ShardsAtHand(config.num_shards, 1, config.experts.shards.slots_per_rank)
-    check_plan(config.live.placement, ModelFacts(spec.num_layers, spec.num_experts), shards)
+    for mesh in config.pools:
+        spec = read_spec(mesh.experts)
+        shards = ShardsAtHand(mesh.num_shards, 1, mesh.experts.shards.slots_per_rank)
+        check_plan(mesh.live.placement, ModelFacts(spec.num_layers, spec.num_experts), shards)
 
 
 def _undeploy(config: MeshConfig, options: Options) -> None:
@@ -255,21 +261,23 @@ def _tell_ready(config: MeshConfig, url: str, options: Options) -> None:
 
 def _addresses(config: MeshConfig, url: str) -> dict[str, Any]:
     """Where the service is, for programs."""
-    base = url + config.llm_route_prefix.rstrip("/")
+    base = url + config.api_route_prefix.rstrip("/")
     console = None if config.console is None else url + config.console_route_prefix.rstrip("/")
-    return {"url": base, "openai": f"{base}/v1", "model": config.llm.model.id, "console": console, "pid": os.getpid()}
+    told = {"url": base, "openai": f"{base}/v1", "model": config.llm.model.id, "console": console, "pid": os.getpid()}
+    return told if config.gateway is None else {**told, "models": list(config.models.models)}
 
 
 def _welcome(config: MeshConfig, url: str) -> Iterator[str]:
     """The same for people, with a first request."""
-    base = url + config.llm_route_prefix.rstrip("/")
+    base = url + config.api_route_prefix.rstrip("/")
     key = '-H "Authorization: Bearer $API_KEY" ' if config.llm.http.asks_for_keys else ""
     body = {
         "model": config.llm.model.id,
         "messages": [{"role": "user", "content": "def read_lines(path):"}],
         "max_tokens": 64,
     }
-    yield f"\n  {base}/v1   (OpenAI API, model {config.llm.model.id!r})"
+    models = ", ".join(map(repr, config.models.models)) or repr(config.llm.model.id)
+    yield f"\n  {base}/v1   (OpenAI API, model {models})"
     yield f"  {base}/health   {_console_links(config, url)}\n"
     yield f"  curl {base}/v1/chat/completions {key}-H 'Content-Type: application/json' \\"
     yield f"    -d '{json.dumps(body)}'\n"
@@ -287,19 +295,26 @@ def _watch(config: MeshConfig, options: Options) -> None:
     """Print a line whenever the set of shards changes, until Ctrl-C."""
     from ray import serve
 
-    controller = serve.get_app_handle(config.experts_name)
-    shown = ""
+    names = [mesh.experts_name for mesh in config.pools]
+    controllers = {name: serve.get_app_handle(name) for name in names}
+    shown = dict.fromkeys(names, "")
     while True:
-        try:
-            status = controller.status.remote().result(timeout_s=STATUS_TIMEOUT_S)
-        except Exception as error:
-            line = f"the placement controller does not answer ({type(error).__name__}); serving continues"
-        else:
-            shards = ", ".join(f"{shard.rank} (pid {shard.pid})" for shard in status.shards if shard.serving)
-            line = f"epoch {status.epoch}: shards {shards}"
-            if status.missing_ranks:
-                line += f"; missing ranks {', '.join(map(str, status.missing_ranks))}"
-        if line != shown:
-            shown = line
-            options.progress(line)
+        for name, controller in controllers.items():
+            line = _shards_line(controller)
+            if line != shown[name]:
+                shown[name] = line
+                options.progress(line if len(names) == 1 else f"{name}: {line}")
         time.sleep(WATCH_PERIOD_S)
+
+
+def _shards_line(controller: Any) -> str:
+    """Epoch and shards, or that their controller is silent."""
+    try:
+        status = controller.status.remote().result(timeout_s=STATUS_TIMEOUT_S)
+    except Exception as error:
+        return f"the placement controller does not answer ({type(error).__name__}); serving continues"
+    shards = ", ".join(f"{shard.rank} (pid {shard.pid})" for shard in status.shards if shard.serving)
+    line = f"epoch {status.epoch}: shards {shards}"
+    if status.missing_ranks:
+        line += f"; missing ranks {', '.join(map(str, status.missing_ranks))}"
+    return line

@@ -40,16 +40,22 @@ class StartUp:
         """Return once /ready has seen a generated token. Raises ServeFailedError with Serve's or a shard's reason."""
         end_s = time.monotonic() + timeout_s
         reason = "nothing answers yet"
+        # What has to be ready, by route prefix: the gateway after all routers, as it asks them.
+        waiting = {mesh.llm_route_prefix: mesh.llm_name for mesh in self.config.meshes}
+        if self.config.gateway is not None:
+            waiting[self.config.gateway_route_prefix] = self.config.gateway_name
         while time.monotonic() < end_s:
             self._show_states()
-            self._ask_controller()
-            ready, answer = ask(url + self.config.llm_route_prefix.rstrip("/") + "/ready")
-            if ready:
+            self._ask_controllers()
+            ready, answer = ask(url + next(iter(waiting)).rstrip("/") + "/ready")
+            if not ready:
+                reason = reason_of(answer)
+                time.sleep(POLL_PERIOD_S)
+                continue
+            self._show_router(waiting.pop(next(iter(waiting))), answer)
+            if not waiting:
                 self._show_states()
-                self._show_router(answer)
                 return
-            reason = reason_of(answer)
-            time.sleep(POLL_PERIOD_S)
         raise ServeFailedError(f"no token after {timeout_s} s: {reason}")
 
     def _show_states(self) -> None:
@@ -58,29 +64,32 @@ class StartUp:
                 self._shown[name] = state
                 self.progress(f"{name}: {state} ({time.monotonic() - self._start_s:.1f} s)")
 
-    def _ask_controller(self) -> None:
+    def _ask_controllers(self) -> None:
         """ServeFailedError if shards cannot start; Serve would try again and again before it says so."""
-        controller = f"{self.config.experts_name}/{CONTROLLER}"
-        if "running" not in self._shown.get(controller, "") or time.monotonic() < self._asked_s + ASK_PERIOD_S:
+        if time.monotonic() < self._asked_s + ASK_PERIOD_S:
             return
+        for name in [mesh.experts_name for mesh in self.config.pools]:
+            if "running" in self._shown.get(f"{name}/{CONTROLLER}", ""):
+                self._ask_controller(name)
+                self._asked_s = time.monotonic()
+
+    def _ask_controller(self, name: str) -> None:
         from ray import serve
 
         try:
-            handle = serve.get_app_handle(self.config.experts_name)
-            status = handle.status.remote().result(timeout_s=STATUS_TIMEOUT_S)
+            status = serve.get_app_handle(name).status.remote().result(timeout_s=STATUS_TIMEOUT_S)
         except Exception as error:
             # Serve restarts it, or gives up on it and says so.
-            self.progress(f"{controller} does not answer ({type(error).__name__})")
+            self.progress(f"{name}/{CONTROLLER} does not answer ({type(error).__name__})")
         else:
             if status.refusal and not status.complete:
-                raise ServeFailedError(f"{self.config.experts_name}: {status.refusal}")
-        self._asked_s = time.monotonic()
+                raise ServeFailedError(f"{name}: {status.refusal}")
 
-    def _show_router(self, answer: Any) -> None:
+    def _show_router(self, name: str, answer: Any) -> None:
         parts = answer.get("router", {}).get("start_s") if isinstance(answer, dict) else None
         if parts:
             times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
-            self.progress(f"{self.config.llm_name}: of a router's start {times}")
+            self.progress(f"{name}: of a router's start {times}")
 
     def _states(self) -> Iterator[tuple[str, str]]:
         """(deployment, how many replicas are in which state). ServeFailedError if Serve gave up on one."""

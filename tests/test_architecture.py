@@ -56,11 +56,12 @@ ORDER = {
             "adapters",
             "pools",
             "router",
+            "gateway",
             "console",
             "reference",
         ),
         *("refusals", "build", "start_up", "haproxy_guard", "log_format", "serving", "placement_command"),
-        *("sizing_command", "status_command", "check_command", "command"),
+        *("canary_command", "sizing_command", "status_command", "check_command", "command"),
     ],
 }
 

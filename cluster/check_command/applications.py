@@ -10,14 +10,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.check_command.findings import Findings, Kind
-from cluster.check_command.model import check_model
+from cluster.check_command.model import check_models
 from cluster.check_command.serve_configs import ServeConfig
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.deployments import DeploymentOverrides
+from cluster.config.gateway.sections import GatewayAppConfig
 from cluster.config.http_sections import KeysSection
 from cluster.config.parse import ConfigError, MissingPath, parse
 from cluster.config.replicas import router_scaling
-from cluster.config.serve_file import CONSOLE_BUILDER, EXPERTS_BUILDER, LLM_BUILDER, MeshConfig
+from cluster.config.serve_file import CONSOLE_BUILDER, EXPERTS_BUILDER, GATEWAY_BUILDER, LLM_BUILDER, MeshConfig
 from cluster.refusals.applications import key_problems, llm_warnings, secret_problems
 from cluster.refusals.serve_options import deployment_problems, schema_problems
 from experts.vllm_plugin.engine_options import refused_by_vllm
@@ -26,6 +27,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     EXPERTS_BUILDER: ExpertsAppConfig,
     LLM_BUILDER: LLMAppConfig,
     CONSOLE_BUILDER: ConsoleAppConfig,
+    GATEWAY_BUILDER: GatewayAppConfig,
 }
 
 
@@ -34,7 +36,7 @@ def check_config(config: ServeConfig, findings: Findings) -> None:
     data, place = config.data, config.place
     findings.refuse(_serve_problems(data, place))
     missing: list[MissingPath] = []
-    parsed: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}  # arguments by where they stand
     broken = False
     for index, app in enumerate(data["applications"]):
         where = f"{place}: applications[{index}]"
@@ -45,17 +47,18 @@ def check_config(config: ServeConfig, findings: Findings) -> None:
             findings.add(Kind.not_checked, f"{where}: import_path is {builder!r}, which is none of this project's")
             continue
         try:
-            parsed[builder] = parse(SCHEMAS[builder], app.get("args", {}), f"{where}.args", config.folder, missing)
+            args = parse(SCHEMAS[builder], app.get("args", {}), f"{where}.args", config.folder, missing)
         except ConfigError as error:
             findings.refuse(error)
             findings.refuse(f"{where}.args.{line}" for line in _engine_problems(app.get("args")))
-            broken = True
+            broken, args = True, None
         else:
-            _check_environment(parsed[builder], f"{where}.args", findings)
-        broken |= not _check_deployments(app, builder, parsed.get(builder), where, config.folder, findings, missing)
+            parsed[f"{where}.args"] = args
+            _check_environment(args, f"{where}.args", findings)
+        broken |= not _check_deployments(app, builder, args, where, config.folder, findings, missing)
     _tell_missing(missing, findings)
     mesh = None if broken else _check_together(config, findings)
-    check_model(parsed.get(EXPERTS_BUILDER), parsed.get(LLM_BUILDER), mesh, _places(data, place), findings)
+    check_models(parsed, mesh, findings)
 
 
 def _serve_problems(data: dict[str, Any], place: str) -> Iterator[str]:
@@ -143,11 +146,11 @@ def _check_together(config: ServeConfig, findings: Findings) -> MeshConfig | Non
 
 def _check_environment(args: Any, where: str, findings: Findings) -> None:
     """Keys, secrets and certificates, which may be on other machines alone; console options; warnings."""
-    if isinstance(args, ConsoleAppConfig):
+    if isinstance(args, ConsoleAppConfig | GatewayAppConfig):
         findings.refuse(f"{where}.{line}" for line in deployment_problems(args.deployment_config, "deployment_config"))
     if isinstance(args, LLMAppConfig):
         findings.add(Kind.warning, *(f"{where}.{line}" for line in llm_warnings(args)))
-    if isinstance(args, LLMAppConfig | ConsoleAppConfig):
+    if isinstance(args, LLMAppConfig | ConsoleAppConfig | GatewayAppConfig):
         absent = list(_absent_keys(args.http))
         findings.add(Kind.not_checked, *(f"{where}.{line}" for line in absent))
         if not absent:
@@ -178,17 +181,8 @@ def _tell_missing(missing: list[MissingPath], findings: Findings) -> None:
     """An absolute path may exist where the service will run; a relative one is looked up beside the file."""
     for each in missing:
         if each.place.endswith(".model.path") and Path(each.value).is_absolute():
-            continue  # `check_model` tells what that means
+            continue  # `check_models` tells what that means
         if Path(each.value).is_absolute():
             findings.add(Kind.not_checked, f"{each.place}: {each.value} is not on this machine")
         else:
             findings.refuse([each.reason])
-
-
-def _places(data: dict[str, Any], place: str) -> dict[str, str]:
-    """Where the arguments of each builder stand."""
-    return {
-        app["import_path"]: f"{place}: applications[{index}].args"
-        for index, app in enumerate(data["applications"])
-        if isinstance(app, dict) and app.get("import_path") in SCHEMAS
-    }

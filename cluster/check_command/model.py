@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.check_command.findings import Findings, Kind
 from cluster.config.apps import ExpertsAppConfig, LLMAppConfig
 from cluster.config.parse import ConfigError
-from cluster.config.serve_file import EXPERTS_BUILDER, LLM_BUILDER, MeshConfig
+from cluster.config.serve_file import MeshConfig
 from cluster.refusals.applications import experts_problems, llm_problems
 from experts.checkpoint.errors import CheckpointError, UnreachableError
 from experts.checkpoint.sources.base import CONFIG_NAME, INDEX_NAME
@@ -30,19 +32,16 @@ class ModelHere:
     refused: bool = False  # there is no such model anywhere
 
 
-def check_model(
-    experts: ExpertsAppConfig | None,
-    llm: LLMAppConfig | None,
-    mesh: MeshConfig | None,
-    places: dict[str, str],
-    findings: Findings,
-) -> None:
-    """Add what options and the model tell of each other. `mesh`: all applications, if they fit together."""
+def check_models(applications: Mapping[str, Any], mesh: MeshConfig | None, findings: Findings) -> None:
+    """Add what options and the models tell of each other.
+
+    `applications`: the arguments by where they stand. `mesh`: all applications, if they fit together.
+    """
     seen: dict[str, ModelHere] = {}
-    for builder, args in ((EXPERTS_BUILDER, experts), (LLM_BUILDER, llm)):
-        if args is None:
+    for where, args in applications.items():
+        if not isinstance(args, ExpertsAppConfig | LLMAppConfig):
             continue
-        where, path = places[builder], args.model.path
+        path = args.model.path
         here = seen.setdefault(path, find_model(path))
         if here.why:
             kind = Kind.refused if here.refused else Kind.not_checked
@@ -52,8 +51,12 @@ def check_model(
         else:
             lines = experts_problems(args, here.folder, here.complete, keys=False)
         findings.refuse(f"{where}.{line}" for line in lines)
-    if experts is not None and mesh is not None:
-        _check_placement(experts, mesh, seen[experts.model.path], places[EXPERTS_BUILDER], findings)
+    pools = [] if mesh is None else mesh.pools
+    for where, args in applications.items():
+        pool = next((each for each in pools if each.experts == args), None)
+        if pool is not None:
+            pools.remove(pool)
+            _check_placement(pool.experts, pool, seen[pool.experts.model.path], where, findings)
 
 
 def find_model(path: str) -> ModelHere:

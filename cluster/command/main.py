@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from cluster.command import bench, check, keys, placement, serve, size, status, version
+from cluster.command import bench, canary, check, keys, placement, serve, size, status, version
 from placement.command.ending import MEANING, CommandGroup
 
 PROGRAM = "expertmesh"
@@ -25,6 +25,7 @@ A_SERVICE, BEFORE, HERE = "A service", "Before there is one", "This installation
 app.command(rich_help_panel=A_SERVICE)(serve.serve)
 app.command(rich_help_panel=A_SERVICE)(status.status)
 app.add_typer(placement.app, name="placement", rich_help_panel=A_SERVICE)
+app.add_typer(canary.app, name="canary", rich_help_panel=A_SERVICE)
 app.add_typer(keys.app, name="keys", rich_help_panel=A_SERVICE)
 app.command(rich_help_panel=BEFORE)(size.size)
 app.command(rich_help_panel=BEFORE)(check.check)

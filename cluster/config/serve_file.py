@@ -10,11 +10,15 @@ are the sections of `cluster.config.apps`; their builders are in `serve_app`:
         deployments: [{name: ExpertShard, num_replicas: 3}, {name: PlacementController, user_config: ...}]
       - {name: llm, import_path: "serve_app:build_llm", args: {model: *model, routers: ...}}
       - {name: console, import_path: "serve_app:build_console"}  # may be left out
+
+With an application `gateway` (`serve_app:build_gateway`) there may be several of each of the others: one `llm` for each
+model or version, which names the application with its experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ from pydantic import BaseModel, Field
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.deployments import DeploymentOverrides
 from cluster.config.devices import device_disagreements
+from cluster.config.gateway.agreement import gateway_disagreements
+from cluster.config.gateway.sections import GATEWAY, GatewayAppConfig, GatewayLive
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, MissingPath, parse, portable
@@ -33,11 +39,15 @@ from experts.protocol.settings import StrictModel
 EXPERTS_BUILDER = "serve_app:build_experts"
 LLM_BUILDER = "serve_app:build_llm"
 CONSOLE_BUILDER = "serve_app:build_console"
+GATEWAY_BUILDER = "serve_app:build_gateway"
 UNNAMED = "default"  # what Serve calls an application without a name
 
 
 class MeshConfig(StrictModel):
-    """The applications of one file, checked against each other."""
+    """The applications of one file, checked against each other: one pool of experts and its routers.
+
+    A file with a gateway has several of these: the first holds the gateway and the others.
+    """
 
     experts: ExpertsAppConfig = Field(description="Arguments of the application that holds the shards.")
     live: LiveConfig = Field(default=LiveConfig(), description="What a running controller takes on.")
@@ -53,6 +63,11 @@ class MeshConfig(StrictModel):
     llm_route_prefix: str = Field(default="/", description="Route prefix of the OpenAI API.")
     console_name: str = Field(default="console", description="Name of the application for people.")
     console_route_prefix: str = Field(default="/expertmesh", description="Route prefix of the console.")
+    others: list[MeshConfig] = Field(default=[], description="With a gateway: the other routers and their experts.")
+    gateway: GatewayAppConfig | None = Field(default=None, description="Arguments of the gateway, if there is one.")
+    models: GatewayLive = Field(default=GatewayLive(), description="The gateway's models.")
+    gateway_name: str = Field(default="gateway", description="Name of the application that is the gateway.")
+    gateway_route_prefix: str = Field(default="/", description="Route prefix of the gateway.")
     serve: dict[str, Any] = Field(
         description="The whole Serve config. Paths that were relative to the file's folder are absolute."
     )
@@ -87,51 +102,50 @@ class MeshConfig(StrictModel):
         """The same, without checking the applications against each other. `missing`: as `parse` has it."""
         if not isinstance(data, dict) or not isinstance(data.get("applications"), list):
             raise ConfigError(f"{source}: expected a Serve config with a list of applications")
-        serve = {**data, "applications": list(data["applications"])}
-
-        def checked(index: int, schema: type[BaseModel]) -> Any:
-            app = data["applications"][index]
-            args = app.get("args", {})
-            config = parse(schema, args, f"{source}: applications[{index}].args", folder, missing)
-            serve["applications"][index] = {**app, "args": portable(args, config)}
-            return config
-
         applications = data["applications"]
-        experts, llm = (_index_of(builder, applications, source) for builder in (EXPERTS_BUILDER, LLM_BUILDER))
-        console = _find(CONSOLE_BUILDER, applications, source)
-        checked_experts = checked(experts, ExpertsAppConfig)
-        deployments = DeploymentOverrides.of(
-            applications[experts].get("deployments", []),
-            f"{source}: applications[{experts}].deployments",
-            folder,
-            missing,
-        )
-        if deployments.listed:
-            serve["applications"][experts]["deployments"] = deployments.listed
-        checked_llm: LLMAppConfig = checked(llm, LLMAppConfig)
-        routers = router_scaling(applications[llm], checked_llm, f"{source}: applications[{llm}]")
-        return cls(
-            experts=checked_experts,
-            live=deployments.live,
-            num_shards=deployments.num_shards,
-            shard_scaling=deployments.scaling,
-            llm=checked_llm,
-            router_scaling=routers,
-            experts_name=applications[experts].get("name", UNNAMED),
-            llm_name=applications[llm].get("name", UNNAMED),
-            llm_route_prefix=applications[llm].get("route_prefix") or "/",
-            serve=serve,
-            **({} if console is None else _console(applications[console], checked(console, ConsoleAppConfig))),
-        )
+        read = _Applications(data, source, folder, missing)
+        gateway = _find(GATEWAY_BUILDER, applications, source)
+        if gateway is None:
+            experts, llm = (_index_of(builder, applications, source) for builder in (EXPERTS_BUILDER, LLM_BUILDER))
+            return cls(**read.pair(experts, llm, _find(CONSOLE_BUILDER, applications, source)))
+        first, *others = read.pairs()
+        return cls(**first, **read.gateway(gateway), others=[cls(**each) for each in others])
 
     @property
     def names(self) -> list[str]:
         """Names of the applications, each after those that it asks."""
-        return [self.experts_name, self.llm_name, *([] if self.console is None else [self.console_name])]
+        meshes = self.meshes
+        names = [*(each.experts_name for each in meshes), *(each.llm_name for each in meshes)]
+        names += [each.console_name for each in meshes if each.console is not None]
+        return list(dict.fromkeys([*names, *([] if self.gateway is None else [self.gateway_name])]))
+
+    @property
+    def meshes(self) -> list[MeshConfig]:
+        """This one and the others: one for each application of routers."""
+        return [self, *self.others]
+
+    @property
+    def pools(self) -> list[MeshConfig]:
+        """The first of those that share their experts, for each application of shards."""
+        return list({each.experts_name: each for each in reversed(self.meshes)}.values())[::-1]
+
+    @property
+    def api_route_prefix(self) -> str:
+        """Where the OpenAI API is for clients."""
+        return self.llm_route_prefix if self.gateway is None else self.gateway_route_prefix
 
     def disagreements(self) -> Iterator[str]:
         """Contradictions between the applications, one line each."""
+        if self.gateway is None:
+            yield from self.own_disagreements()
+        else:
+            yield from gateway_disagreements(self)
+
+    def own_disagreements(self, several: bool = False) -> Iterator[str]:
+        """Those between these experts and these routers. `several`: routers of other models may share the experts."""
         for name in ModelSection.model_fields:
+            if several and name == "id":  # clients of the gateway may know the same experts by several names
+                continue
             ours, theirs = getattr(self.experts.model, name), getattr(self.llm.model, name)
             if ours != theirs:
                 yield f"model.{name} is {ours!r} for the shards and {theirs!r} for the routers"
@@ -165,15 +179,25 @@ class MeshConfig(StrictModel):
         yield from dict.fromkeys(found)
         yield from self._too_many_pairs()
 
-    def _too_many_pairs(self) -> Iterator[str]:
-        most, pairs, told = self.experts.shards.max_pairs, 0, []
+    @property
+    def wanted_pairs(self) -> tuple[int, list[str]]:
+        """(most pairs that these routers have with one shard, where they come from, in words).
+
+        Those whose number only Serve knows are left out.
+        """
+        pairs, told = 0, []
         for each in self.llm.each_pool:
             routers = each.routers
             scaling = self.router_scaling.get(PREFILL_ROUTER if each.pool == "prefill" else ROUTER, {})
-            count = scaling.get("max_replicas") or routers.count or routers.deployment_config.get("num_replicas")
+            wanted = routers.deployment_config.get("num_replicas")
+            count = scaling.get("max_replicas") or routers.count or wanted or 1
             if isinstance(count, int):
                 pairs += count * routers.workers
                 told.append(f"{count} routers of {routers.workers} worker(s)")
+        return pairs, told
+
+    def _too_many_pairs(self) -> Iterator[str]:
+        most, (pairs, told) = self.experts.shards.max_pairs, self.wanted_pairs
         if pairs > most:
             yield (
                 f"shards.max_pairs is {most}, but up to {' and '.join(told)} have {pairs} pairs with a shard, twice as "
@@ -198,6 +222,118 @@ class MeshConfig(StrictModel):
             yield "the OpenAI API has API keys and the console has none, so anyone could read the status: set its http"
 
 
+@dataclass
+class _Applications:
+    """Reads the applications of one file into the fields of MeshConfig. `serve` becomes what Serve gets."""
+
+    data: dict[str, Any]
+    source: str
+    folder: Path | None
+    missing: list[MissingPath] | None
+    serve: dict[str, Any] = field(init=False)
+    _checked: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.serve = {**self.data, "applications": list(self.data["applications"])}
+
+    def pair(self, experts: int, llm: int, console: int | None) -> dict[str, Any]:
+        """What is said of the shards and the routers at these positions, and of the console."""
+        checked_experts = self._args(experts, ExpertsAppConfig)
+        checked_llm: LLMAppConfig = self._args(llm, LLMAppConfig)
+        live = self._deployments(experts)
+        return {
+            "experts": checked_experts,
+            "live": live.live,
+            "num_shards": live.num_shards,
+            "shard_scaling": live.scaling,
+            "llm": checked_llm,
+            "router_scaling": router_scaling(
+                self.data["applications"][llm], checked_llm, f"{self.source}: applications[{llm}]"
+            ),
+            "experts_name": self._name(experts),
+            "llm_name": self._name(llm),
+            "llm_route_prefix": self._prefix(llm),
+            "serve": self.serve,
+            **({} if console is None else self._console(console)),
+        }
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """For each application of routers, what is said of it and of its shards. Raises ConfigError without any."""
+        pools = {self._name(index): index for index in self._all(EXPERTS_BUILDER)}
+        consoles: dict[str, int] = {}
+        for index in self._all(CONSOLE_BUILDER):
+            named = self._args(index, ConsoleAppConfig).experts_app
+            if named not in pools:
+                self._no_such_pool(index, named, pools)
+            consoles.setdefault(named, index)
+        found = []
+        for index in self._all(LLM_BUILDER):
+            named = self._args(index, LLMAppConfig).experts_app
+            if named not in pools:
+                self._no_such_pool(index, named, pools)
+            found.append(self.pair(pools[named], index, consoles.get(named)))
+        if not found:
+            raise ConfigError(f"{self.source}: no application has import_path {LLM_BUILDER}")
+        return found
+
+    def gateway(self, index: int) -> dict[str, Any]:
+        """What is said of the gateway."""
+        app, live = self.data["applications"][index], GatewayLive()
+        where = f"{self.source}: applications[{index}].deployments"
+        listed = app.get("deployments", [])
+        if not isinstance(listed, list) or any(not isinstance(e, dict) or e.get("name") != GATEWAY for e in listed):
+            raise ConfigError(f"{where}: expected a list with one deployment, whose name is {GATEWAY}")
+        for number, each in enumerate(listed):
+            live = parse(GatewayLive, each.get("user_config") or {}, f"{where}[{number}].user_config")
+        return {
+            "gateway": self._args(index, GatewayAppConfig),
+            "models": live,
+            "gateway_name": self._name(index),
+            "gateway_route_prefix": self._prefix(index),
+        }
+
+    def _args(self, index: int, schema: type[BaseModel]) -> Any:
+        if index not in self._checked:
+            app = self.data["applications"][index]
+            args = app.get("args", {})
+            where = f"{self.source}: applications[{index}].args"
+            config = parse(schema, args, where, self.folder, self.missing)
+            self.serve["applications"][index] = {**app, "args": portable(args, config)}
+            self._checked[index] = config
+        return self._checked[index]
+
+    def _deployments(self, index: int) -> DeploymentOverrides:
+        listed = self.data["applications"][index].get("deployments", [])
+        where = f"{self.source}: applications[{index}].deployments"
+        deployments = DeploymentOverrides.of(listed, where, self.folder, self.missing)
+        if deployments.listed:
+            self.serve["applications"][index]["deployments"] = deployments.listed
+        return deployments
+
+    def _console(self, index: int) -> dict[str, Any]:
+        return {
+            "console": self._args(index, ConsoleAppConfig),
+            "console_name": self._name(index),
+            "console_route_prefix": self._prefix(index),
+        }
+
+    def _no_such_pool(self, index: int, named: str, pools: dict[str, int]) -> None:
+        there = ", ".join(pools) or "none"
+        raise ConfigError(
+            f"{self.source}: applications[{index}].args.experts_app is {named!r}, expected an application of shards: "
+            f"{there}"
+        )
+
+    def _all(self, builder: str) -> list[int]:
+        return _positions(builder, self.data["applications"])
+
+    def _name(self, index: int) -> str:
+        return str(self.data["applications"][index].get("name", UNNAMED))
+
+    def _prefix(self, index: int) -> str:
+        return self.data["applications"][index].get("route_prefix") or "/"
+
+
 def _index_of(builder: str, applications: list[Any], source: str) -> int:
     """The position of the one application with import_path `builder`. Raises ConfigError."""
     found = _find(builder, applications, source)
@@ -208,18 +344,14 @@ def _index_of(builder: str, applications: list[Any], source: str) -> int:
 
 def _find(builder: str, applications: list[Any], source: str) -> int | None:
     """The same for an application that may be left out."""
-    found = [
-        index for index, app in enumerate(applications) if isinstance(app, dict) and app.get("import_path") == builder
-    ]
+    found = _positions(builder, applications)
     if len(found) > 1:
-        raise ConfigError(f"{source}: applications[{found[1]}]: a second application has import_path {builder}")
+        hint = "" if builder == GATEWAY_BUILDER else f"; several need a gateway ({GATEWAY_BUILDER})"
+        raise ConfigError(f"{source}: applications[{found[1]}]: a second application has import_path {builder}{hint}")
     return found[0] if found else None
 
 
-def _console(app: dict[str, Any], config: ConsoleAppConfig) -> dict[str, Any]:
-    """The fields of MeshConfig about the console."""
-    return {
-        "console": config,
-        "console_name": app.get("name", UNNAMED),
-        "console_route_prefix": app.get("route_prefix") or "/",
-    }
+def _positions(builder: str, applications: list[Any]) -> list[int]:
+    return [
+        each for each, app in enumerate(applications) if isinstance(app, dict) and app.get("import_path") == builder
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.observability.controller_series import CONTROLLER_SERIES
+from cluster.observability.gateway_series import GATEWAY_SERIES
 from cluster.observability.key_series import KEY_SERIES
 from cluster.observability.router_series import ROUTER_SERIES
 from cluster.observability.series import Series
@@ -18,6 +19,7 @@ SECTIONS: dict[str, tuple[Series[Any], ...]] = {
     "Shards": SHARD_SERIES,
     "Controller, placement and migration": CONTROLLER_SERIES,
     "Keys": KEY_SERIES,
+    "Versions of models (the gateway)": GATEWAY_SERIES,
 }
 
 _HEAD = """# Metrics

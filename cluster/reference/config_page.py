@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
+from cluster.config.gateway.sections import GatewayAppConfig, GatewayLive
 from cluster.config.live_sections import LiveConfig
 
 _HEAD = """# Config reference
@@ -41,6 +42,8 @@ applications:
     args: {...}            # below: console
 ```
 
+Several models behind one address have several of the first two, and a `gateway` ([several models](several-models.md)).
+
 A change of `args` replaces every replica of its application, one by one for routers ([upgrades](upgrades.md)). A change
 of `num_replicas` and of `user_config` takes effect while everything serves ([live experts](live-experts.md))."""
 
@@ -49,6 +52,8 @@ _PARTS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("controller", "`user_config` of its deployment `PlacementController`.", LiveConfig),
     ("llm", "`args` of the application with `serve_app:build_llm`.", LLMAppConfig),
     ("console", "`args` of the application with `serve_app:build_console`.", ConsoleAppConfig),
+    ("gateway", "`args` of the application with `serve_app:build_gateway`, for several models.", GatewayAppConfig),
+    ("models", "`user_config` of its deployment `Gateway` ([several models](several-models.md)).", GatewayLive),
 )
 _WORDS = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "NoneType": "null"}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "min_length": "length at least"}

