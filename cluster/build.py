@@ -9,8 +9,8 @@ from ray.serve.deployment import Application
 
 from cluster.config.apps import ConsoleAppConfig, ExpertsAppConfig, LLMAppConfig
 from cluster.config.deployments import CONTROLLER, SHARD
-from cluster.config.replicas import PREFILL_ROUTER
 from cluster.config.gateway.sections import GATEWAY, GatewayAppConfig
+from cluster.config.replicas import PREFILL_ROUTER
 from cluster.console.deployment import ConsoleServer
 from cluster.controller.client import ROUTER
 from cluster.controller.deployment import PlacementController

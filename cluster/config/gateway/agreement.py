@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from cluster.config.replicas import ROUTER
+
 
 def gateway_disagreements(file: Any) -> Iterator[str]:
     """Those of each model's applications, and those of the gateway with them. `file` is the first of `file.meshes`."""
