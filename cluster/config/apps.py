@@ -41,6 +41,7 @@ class ExpertsAppConfig(StrictModel):
             max_pairs=self.shards.max_pairs,
             max_pairs_per_router=self.shards.max_pairs_per_router,
             tls=self.mesh.tls,
+            offload=self.shards.offload,
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from experts.protocol.settings import ShardSettings, StrictModel, TlsFiles
+from experts.protocol.settings import OffloadSettings, ShardSettings, StrictModel, TlsFiles
 
 NUMBER_OF_SHARDS = "deployments: [{name: ExpertShard, num_replicas: N}] beside args"
 
@@ -56,6 +56,9 @@ class ShardsSection(StrictModel):
     max_pairs_per_router: int = Field(
         default=_shard_default("max_pairs_per_router"), ge=1, description="Likewise, for one process of a router."
     )
+    offload: OffloadSettings | None = Field(
+        default=None, description="More experts than the kernel's memory takes. By default all are in it."
+    )
     join_timeout_s: float = Field(
         default=600.0, gt=0, description="A shard without a rank after this long fails to start, and Serve restarts it."
     )
@@ -83,6 +86,8 @@ class ShardsSection(StrictModel):
     def _gpu_on_cuda(self) -> ShardsSection:
         if self.device == "cuda" and not self.ray_actor_options.get("num_gpus"):
             raise ValueError("device is cuda, so ray_actor_options.num_gpus must be more than 0")
+        if self.device == "cuda" and self.offload is not None and self.offload.folder is not None:
+            raise ValueError("offload.folder is set, but shards on GPUs keep experts in host memory: remove it")
         return self
 
 

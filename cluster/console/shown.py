@@ -71,6 +71,7 @@ def _shard(seat: SeatView, pairs_R: Sequence[int], given_up: list[str]) -> dict[
         "handed_out": status.handed_out,
         "errors": status.errors,
         "last_error": status.last_error,
+        "offload": None if status.offload is None else asdict(status.offload),
     }
 
 

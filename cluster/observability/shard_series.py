@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.observability.series import Samples, Series
-from experts.protocol.status import ShardStatus
+from experts.protocol.status import OffloadStatus, ShardStatus
 
 SOURCES = ("process", "shm", "tcp", "checkpoint")  # series of these are there from the start
 
@@ -40,6 +41,16 @@ def _by_source(name: str, values: Callable[[ShardStatus], dict[str, int]], descr
     return Series(name, "counter", description, samples, ("rank", "source"))
 
 
+def _offload(
+    name: str, kind: Literal["counter", "gauge"], value: Callable[[OffloadStatus], float], description: str
+) -> Series[ShardFacts]:
+    def samples(facts: ShardFacts) -> Samples:
+        told = facts.status.offload
+        return {} if told is None else {(str(facts.status.rank),): float(value(told))}
+
+    return Series(name, kind, f"{description}; only with shards.offload", samples, ("rank",))
+
+
 SHARD_SERIES: tuple[Series[ShardFacts], ...] = (
     _total("shard_requests", lambda s: s.requests, "Dispatches that the shard answered"),
     _total("shard_rows", lambda s: s.rows, "Token rows that the shard computed"),
@@ -64,4 +75,21 @@ SHARD_SERIES: tuple[Series[ShardFacts], ...] = (
     _total("shard_copy_seconds", lambda s: s.copy_seconds, "Time in which copies into the shard ran"),
     _total("shard_handed_out", lambda s: s.handed_out, "Experts that other shards copied from this one"),
     _total("shard_handed_out_bytes", lambda s: s.handed_out_bytes, "Bytes of those experts"),
+    _offload(
+        "shard_offload_resident_bytes", "gauge", lambda o: o.resident_bytes, "Bytes of experts in the kernel's memory"
+    ),
+    _offload("shard_offload_hits", "counter", lambda o: o.hits, "Experts of dispatches that were resident"),
+    _offload("shard_offload_misses", "counter", lambda o: o.misses, "Experts of dispatches that had to be waited for"),
+    _offload(
+        "shard_offload_copied_bytes", "counter", lambda o: o.copied_bytes, "Bytes copied into the kernel's memory"
+    ),
+    _offload(
+        "shard_offload_wait_seconds", "counter", lambda o: o.wait_seconds, "Time in which dispatches waited for experts"
+    ),
+    _offload(
+        "shard_offload_prefetched", "counter", lambda o: o.prefetched, "Experts copied before a dispatch needed them"
+    ),
+    _offload(
+        "shard_offload_prefetches_wasted", "counter", lambda o: o.prefetches_wasted, "Of those, evicted without a use"
+    ),
 )

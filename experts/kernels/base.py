@@ -69,7 +69,7 @@ class ExpertKernel(ABC):
     """
 
     name: ClassVar[str]
-    takes_quantized: ClassVar[bool] = False
+    takes_quantized: bool = False
 
     def __init__(self, shape: KernelShape) -> None:
         if shape.quantized != self.takes_quantized:
@@ -133,6 +133,11 @@ class ExpertKernel(ABC):
         row = layer * self.shape.num_slots + slot
         return [memory[row] for memory in self._memory]
 
+    @property
+    def slot_device(self) -> str:
+        """Where `slot_views` are."""
+        return self.shape.device
+
     def begin_write(self, layer: int, slot: int) -> None:
         """The slot's memory is about to change: it holds no expert until `finish_write`."""
         self._loaded_LS[layer, slot] = False
@@ -183,6 +188,9 @@ class ExpertKernel(ABC):
         It releases nothing and checks its pairs as `forward` does. None if Python has to call this kernel.
         """
         return None
+
+    def close(self) -> None:  # noqa: B027 - most kernels have nothing to give back
+        """Nothing of this kernel is used any more."""
 
     @property
     def resident_bytes(self) -> int:

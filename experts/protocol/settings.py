@@ -129,6 +129,36 @@ class RouterSettings(StrictModel):
     )
 
 
+class OffloadSettings(StrictModel):
+    """Which of a shard's experts are in the kernel's memory; the others are copied there when they are needed."""
+
+    resident_fraction: float = Field(
+        gt=0,
+        le=1,
+        description="Share of a shard's slots in each layer that is in the kernel's memory, rounded up to whole slots. "
+        "With 1 nothing is offloaded.",
+    )
+    folder: str | None = Field(
+        default=None,
+        description="CPU shards: folder for the file of all experts as the kernel packs them, on a disk of the shard's "
+        "node. The file has no name and ends with the shard. By default the folder for temporary files. Shards on GPUs "
+        "keep them in pinned host memory.",
+    )
+    prefetch: bool = Field(
+        default=True, description="Copy what the next layer will probably need before it is asked for."
+    )
+    max_copy_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="Limit on copies into the kernel's memory, such as a slower link has."
+    )
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not os.path.isabs(value):
+            raise ValueError(f"{value!r} is no absolute path, and every shard is in a folder of its own")
+        return value
+
+
 class ShardSettings(StrictModel):
     """Settings of one expert shard."""
 
@@ -152,3 +182,6 @@ class ShardSettings(StrictModel):
     )
     max_pairs_per_router: int = Field(default=16, ge=1, description="Likewise, for one process of a router.")
     tls: TlsFiles | None = Field(default=None, description="TLS; the routers have to have it too. By default none.")
+    offload: OffloadSettings | None = Field(
+        default=None, description="More experts than the kernel's memory takes. By default all are in it."
+    )

@@ -98,6 +98,22 @@ class RouterStatus:
 
 
 @dataclass(frozen=True)
+class OffloadStatus:
+    """A shard that does not keep all of its experts in the kernel's memory. Counters are of experts of a dispatch."""
+
+    kernel: str  # the one that computes
+    resident_experts: int  # over all layers
+    resident_bytes: int  # of those, as the kernel packs them
+    room_bytes: int  # of the memory for resident experts
+    hits: int  # experts that were resident when they were needed
+    misses: int  # those that had to be waited for
+    copied_bytes: int  # into that memory
+    wait_seconds: float  # in which dispatches waited for copies
+    prefetched: int  # experts copied before they were needed
+    prefetches_wasted: int  # of those, evicted without a use
+
+
+@dataclass(frozen=True)
 class ShardStatus:
     """One shard that serves."""
 
@@ -130,6 +146,7 @@ class ShardStatus:
     copy_seconds: float = 0.0  # in which copies ran
     handed_out: int = 0  # experts that other shards copied from here
     handed_out_bytes: int = 0
+    offload: OffloadStatus | None = None  # None: all experts are in the kernel's memory
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with these fields as keys."""

@@ -66,7 +66,7 @@ class HandOut:
             if len(self._readers) >= MAX_READERS:
                 raise ValueError(f"{MAX_READERS} readers already copy from this shard")
             self._readers.append(line)
-        pieces = pieces_for(slots.kernel.shape.device)
+        pieces = pieces_for(slots.kernel.slot_device)
         if hello.pid:
             return self._open_memory(hello, connection, line, pieces)
         ring = open_ring(hello.mailbox) if hello.mailbox else None
@@ -76,7 +76,7 @@ class HandOut:
         self, hello: WeightsHello, connection: socket.socket, line: LifeLine, pieces: HostPieces
     ) -> tuple[Callable[[], None], dict[str, Any]]:
         """For a reader that wants to read this process. If it cannot, it leaves and comes back with a mailbox."""
-        on_host = torch.device(self._slots.kernel.shape.device).type == "cpu"
+        on_host = torch.device(self._slots.kernel.slot_device).type == "cpu"
         offer = None
         if on_host:
             offer = self._memory.offer(hello.pid, hello.pid_namespace, lambda: line.gone() is not None)

@@ -232,7 +232,7 @@ class _Run:
         reader: WeightsReader | None = None
         try:
             reader = self._mover.take_reader(source)
-            pieces = pieces_for(self._slots.kernel.shape.device)
+            pieces = pieces_for(self._slots.kernel.slot_device)
             while True:
                 if len(asked) <= ASKED_AHEAD // 2:
                     while len(asked) < ASKED_AHEAD and (task := self._next(source)) is not None:

@@ -26,7 +26,6 @@ import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint.fingerprint import Fingerprint
-from experts.kernels import KernelShape, keep_quantized, pick_kernel
 from experts.protocol.log_lines import log_to_stderr
 from experts.protocol.membership import ShardEndpoint, host_id
 from experts.protocol.orders import CopyOrder, CopyResult
@@ -35,6 +34,7 @@ from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.hand_out import HandOut
+from experts.shard.kernels import kernel_for, offload_status, settle
 from experts.shard.loop import ShardLoop
 from experts.shard.mover import Mover
 from experts.shard.slots import SlotTable, experts_of
@@ -107,21 +107,11 @@ class ShardServer:
         needed = max(Counter(layer for layer, _ in experts_of(placement, rank)).values(), default=0)
         if num_slots < needed:
             raise ValueError(f"slots_per_rank is {num_slots}, the placement needs at least {needed}")
-        shape = KernelShape(
-            num_layers=spec.num_layers,
-            num_slots=num_slots,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            activation=spec.activation,
-            has_bias=spec.has_bias,
-            weight_on_input=spec.weight_on_input,
-            dtype=self.dtype,
-            device=settings.device,
-        )
-        kernel = pick_kernel(keep_quantized(shape, checkpoint.weight_format, settings.kernel), settings.kernel)
+        kernel = kernel_for(checkpoint, settings, num_slots)
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         start_s = time.monotonic()
         count = slots.load(placement, rank, _LOADING_THREADS)
+        settle(kernel, slots.slot_of_expert_LE, placement, settings.offload)
         logger.info(
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
@@ -239,6 +229,7 @@ class ShardServer:
             copy_seconds=moved.seconds,
             handed_out=self._hand_out.experts,
             handed_out_bytes=self._hand_out.bytes,
+            offload=offload_status(loop.kernel),
         )
 
     def use_secret(self, secret: MeshSecret) -> None:
@@ -256,6 +247,7 @@ class ShardServer:
             self._mover.close()
         if self._loop is not None:
             self._loop.stop()
+            self._loop.kernel.close()
         if self._bell is not None:
             self._bell.close()
         self._listener = None

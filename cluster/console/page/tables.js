@@ -83,6 +83,7 @@ export class Shards {
       ["Device", shard.device ? `${shard.device}, kernel ${shard.kernel}` : null],
       ["Slots", shard.slots ? `${shard.slots} a layer` : null],
       ["Weights", shard.bytes === undefined ? null : bytes(shard.bytes)],
+      ["Resident", resident(shard.offload)],
       ["Copied in", copies.length ? copies.join(", ") : null],
       ["Handed out", shard.handed_out ? many(shard.handed_out, "expert") : null],
       ["Given up by", (shard.lost_by || []).map(short).join(", ") || null],
@@ -93,6 +94,15 @@ export class Shards {
     facts.unshift(["Rank", String(shard.rank)]);
     fill(this.detail, facts);
   }
+}
+
+/** What a shard with more experts than memory says of itself, since it started. */
+function resident(told) {
+  if (!told) return null;
+  const asked = told.hits + told.misses;
+  const rate = asked ? `, ${Math.round((100 * told.hits) / asked)} % found there` : "";
+  const early = told.prefetched ? `, ${whole(told.prefetched)} fetched early (${whole(told.prefetches_wasted)} in vain)` : "";
+  return `${bytes(told.resident_bytes)}${rate}, ${told.wait_seconds.toFixed(1)} s waited${early}`;
 }
 
 /** Names and texts as a list, changed only where it differs. */

@@ -1,4 +1,4 @@
-"""One shard beside the others: state, memory, work, copies."""
+"""One shard beside the others: state, memory, work, copies, experts beyond memory."""
 
 from __future__ import annotations
 
@@ -189,10 +189,63 @@ COPIES = Row(
     ),
 )
 
+NOT_OFFLOADED = "only shards with shards.offload have it"
+_HITS = rate_by("rank", "ray_expertmesh_shard_offload_hits_total", SHARDS)
+_MISSES = rate_by("rank", "ray_expertmesh_shard_offload_misses_total", SHARDS)
+
+OFFLOAD = Row(
+    "More experts than memory",
+    (
+        Panel(
+            "Hit rate",
+            "Experts of dispatches that were in the kernel's memory when they were needed.",
+            "percentunit",
+            (Query(f"{_HITS} / ({_HITS} + {_MISSES})", "rank {{rank}}"),),
+            most=1,
+            may_be_empty=NOT_OFFLOADED,
+        ),
+        _rate(
+            "Waiting for experts",
+            "Share of time in which dispatches waited for copies of experts.",
+            "percentunit",
+            "ray_expertmesh_shard_offload_wait_seconds_total",
+            may_be_empty=NOT_OFFLOADED,
+        ),
+        _rate(
+            "Copied into the kernel's memory",
+            "Bytes a second, those fetched early among them.",
+            "Bps",
+            "ray_expertmesh_shard_offload_copied_bytes_total",
+            may_be_empty=NOT_OFFLOADED,
+        ),
+        _rate(
+            "Fetched early",
+            "Experts a second that were copied before a dispatch needed them.",
+            "ops",
+            "ray_expertmesh_shard_offload_prefetched_total",
+            may_be_empty=NOT_OFFLOADED,
+        ),
+        _rate(
+            "Fetched early in vain",
+            "Of those, the ones that were evicted without a use.",
+            "ops",
+            "ray_expertmesh_shard_offload_prefetches_wasted_total",
+            may_be_empty=NOT_OFFLOADED,
+        ),
+        _by_rank(
+            "Resident",
+            "Bytes of experts in the kernel's memory.",
+            "bytes",
+            "ray_expertmesh_shard_offload_resident_bytes",
+            may_be_empty=NOT_OFFLOADED,
+        ),
+    ),
+)
+
 SHARDS_PAGE = Dashboard(
     "shards",
     "expertmesh: shards",
-    "One shard beside the others: state, memory, work, copies.",
+    "One shard beside the others: state, memory, work, copies, experts beyond memory.",
     (NAMESPACE, APPLICATION, RANK),
-    (STATE, MEMORY, WORK, COPIES),
+    (STATE, MEMORY, WORK, COPIES, OFFLOAD),
 )

@@ -27,14 +27,15 @@ class NativeKernel(ExpertKernel):
 
     name = "native"
 
-    def __init__(self, shape: KernelShape) -> None:
+    def __init__(self, shape: KernelShape, num_places: int | None = None, places_address: int | None = None) -> None:
+        """`num_places` of memory in each layer, by default one for each slot; else see placed.py."""
         super().__init__(shape)
         self._library = load_library()
         self._is_bf16 = int(shape.dtype == torch.bfloat16)
         self._slot_bytes = self._library.expert_mlp_slot_bytes(
             self._is_bf16, shape.hidden_size, shape.intermediate_size
         )
-        size = shape.num_layers * shape.num_slots * self._slot_bytes
+        size = shape.num_layers * (num_places or shape.num_slots) * self._slot_bytes
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -52,6 +53,7 @@ class NativeKernel(ExpertKernel):
             int(shape.weight_on_input),
             self._packed.ctypes.data,
             self._loaded_LS.ctypes.data,
+            places_address,
         )
         if not handle:
             raise MemoryError("not enough memory for the native kernel")
@@ -109,6 +111,23 @@ class NativeKernel(ExpertKernel):
         out_MD: torch.Tensor,
     ) -> None:
         """See `ExpertKernel.forward`. Uses as many threads as torch; the result does not depend on their number."""
+        self.forward_part(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD, True, True)
+
+    def forward_part(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+        first: bool,
+        last: bool,
+    ) -> None:
+        """One of several calls that are one `forward`, for the same rows and for slots that rise from call to call.
+
+        The sums stay in float32 between them and are written by the last one, so the bits are those of one call.
+        """
         self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
         status = self._library.expert_mlp_forward(
             self._handle,
@@ -123,6 +142,8 @@ class NativeKernel(ExpertKernel):
             out_MD.data_ptr(),
             out_MD.stride(0),
             torch.get_num_threads(),
+            first,
+            last,
         )
         if status == BAD_PAIRS:
             self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)

@@ -7,6 +7,8 @@
 //
 // Legend: D hidden size, I expert intermediate size, M rows, N pairs; words and panels as in native_pack.h.
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -16,6 +18,15 @@
 #endif
 
 #include "native_pack.h"
+
+// 1 if the kernel was compiled for several threads.
+extern "C" int32_t expert_mlp_has_threads() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 namespace {
 
@@ -27,6 +38,19 @@ struct Group {
     int32_t slot, first_block, num_blocks, rows;
 };
 
+// Where the slots of a kernel stand that has memory for some of them only. Shared with Python (placed.py), which moves
+// slots from place to place while none of the layer is in use.
+struct Places {
+    int64_t count;                 // places of each layer
+    const int32_t* place_of_slot;  // [layers, slots]; `loaded` says whether it holds
+    int64_t* last_use;             // [layers, slots]: what `clock` said
+    int64_t clock;                 // calls so far
+    int64_t layer;                 // whose slots are in use, else -1
+    int64_t last_layer;            // of the newest call
+    int64_t uses;                  // slots used, summed over calls
+    int64_t called;                // an eventfd that is told of each call, else -1
+};
+
 struct Kernel {
     Sizes sizes;
     int64_t num_layers, num_slots;
@@ -35,6 +59,7 @@ struct Kernel {
     const uint32_t* weights;
     int64_t slot_words;
     const uint8_t* loaded;  // [num_layers, num_slots]
+    Places* places;         // null: each slot stands in its own
     // scratch memory, reused between calls
     std::vector<int32_t> starts, rows;
     std::vector<float> pair_weights, y;
@@ -44,6 +69,38 @@ struct Kernel {
     std::vector<const void*> row_addresses;
     std::vector<void*> out_addresses;
 };
+
+// The words of a group's slot.
+const uint32_t* words_of(const Kernel& k, int64_t layer, const Group& group) {
+    if (!k.places) return k.weights + (layer * k.num_slots + group.slot) * k.slot_words;
+    const int32_t place = k.places->place_of_slot[layer * k.num_slots + group.slot];
+    return k.weights + (layer * k.places->count + place) * k.slot_words;
+}
+
+// Keeps a layer's slots where they are. Python takes a slot out of `loaded`, then looks at `layer`; here it is the other
+// way round, so one of the two sees the other.
+struct LayerInUse {
+    Places* places;
+    LayerInUse(Places* p, int64_t layer) : places(p) {
+        if (!places) return;
+        __atomic_store_n(&places->layer, layer, __ATOMIC_SEQ_CST);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+    ~LayerInUse() {
+        if (places) __atomic_store_n(&places->layer, int64_t(-1), __ATOMIC_SEQ_CST);
+    }
+};
+
+// Note what a call uses, and tell who brings in what the next one may use.
+void note_use(const Kernel& k, int64_t layer) {
+    Places& p = *k.places;
+    p.clock++;
+    for (const Group& group : k.groups) p.last_use[layer * k.num_slots + group.slot] = p.clock;
+    p.uses += k.groups.size();
+    __atomic_store_n(&p.last_layer, layer, __ATOMIC_SEQ_CST);
+    const uint64_t one = 1;
+    if (p.called >= 0 && write(int(p.called), &one, sizeof one) < 0) return;  // full: it has been told
+}
 
 // What to prefetch during a multiplication: an address, and its step for each word of the reduction.
 struct Ahead {
@@ -240,23 +297,28 @@ bool group_pairs(Kernel& k, int64_t layer, int64_t M, int64_t N, const int32_t* 
     return true;
 }
 
+// A call may be one of several for the same rows, with pairs of ascending slots: y starts with the first, and the last
+// one writes it.
+struct Part {
+    bool first, last;
+};
+
 template <class Format>
-void run(Kernel& k, int64_t layer, int64_t M, const void* const* rows, void* const* out, int threads) {
+void run(Kernel& k, int64_t layer, int64_t M, const void* const* rows, void* const* out, int threads, Part part) {
     const Sizes& s = k.sizes;
-    const uint32_t* layer_weights = k.weights + layer * k.num_slots * k.slot_words;
-    k.y.assign(M * s.panels_D * PANEL, 0.0f);
+    if (part.first) k.y.assign(M * s.panels_D * PANEL, 0.0f);
     if (threads <= 1) {
         int32_t most = 0;
         for (const Group& group : k.groups) most = std::max(most, group.num_blocks);
         k.x_blocks.resize(std::max<size_t>(k.x_blocks.size(), most * s.block_D));
         k.h_blocks.resize(std::max<size_t>(k.h_blocks.size(), most * s.block_I));
         for (const Group& group : k.groups) {
-            const uint32_t* slot = layer_weights + group.slot * k.slot_words;
+            const uint32_t* slot = words_of(k, layer, group);
             gather<Format>(k, group, rows, k.x_blocks.data());
             first_matrix<Format>(k, group, slot, 0, s.panels_I, k.x_blocks.data(), k.h_blocks.data());
             second_matrix<Format>(k, group, slot, 0, s.panels_D, k.h_blocks.data());
         }
-        write_rows<Format>(k, 0, M, out);
+        if (part.last) write_rows<Format>(k, 0, M, out);
         return;
     }
 #if defined(_OPENMP)
@@ -273,18 +335,30 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* const* rows, void* con
         for (int64_t job = 0; job < num_groups * strips; job++) {
             const Group& group = k.groups[job / strips];
             const int64_t begin = job % strips * 4;
-            first_matrix<Format>(k, group, layer_weights + group.slot * k.slot_words, begin,
+            first_matrix<Format>(k, group, words_of(k, layer, group), begin,
                                  std::min(begin + 4, s.panels_I), k.x_blocks.data() + group.first_block * s.block_D,
                                  k.h_blocks.data() + group.first_block * s.block_I);
         }
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
         for (const Group& group : k.groups)
-            second_matrix<Format>(k, group, layer_weights + group.slot * k.slot_words, s.panels_D * me / team,
+            second_matrix<Format>(k, group, words_of(k, layer, group), s.panels_D * me / team,
                                   s.panels_D * (me + 1) / team, k.h_blocks.data() + group.first_block * s.block_I);
 #pragma omp barrier
-        write_rows<Format>(k, M * me / team, M * (me + 1) / team, out);
+        if (part.last) write_rows<Format>(k, M * me / team, M * (me + 1) / team, out);
     }
 #endif
+}
+
+int32_t forward(Kernel& k, int64_t layer, int64_t M, int64_t N, const void* const* rows, const int32_t* offsets,
+                const int32_t* slots, const float* weights, void* const* out, int32_t threads, Part part) try {
+    if (layer < 0 || layer >= k.num_layers) return 1;
+    const LayerInUse in_use(k.places, layer);
+    if (!group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
+    if (k.places) note_use(k, layer);
+    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1, part);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 2;
 }
 
 }  // namespace
@@ -298,15 +372,6 @@ int64_t expert_mlp_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
 // Lanes of a vector: with the sizes and the number format they decide how an expert is packed.
 int32_t expert_mlp_lanes() { return LANES; }
 
-// 1 if the kernel was compiled for several threads.
-int32_t expert_mlp_has_threads() {
-#if defined(_OPENMP)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 // w13 [2 * width, hidden] and w2 [hidden, width] in the format's own type, biases in float32 or null.
 void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
              const float* b2, void* slot) {
@@ -314,13 +379,14 @@ void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void*
     (is_bf16 ? pack_slot<BFloat16> : pack_slot<Float32>)(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
 }
 
-// `weights` [layers, slots] of expert_mlp_slot_bytes each and `loaded` [layers, slots] must outlive the kernel.
+// `weights` [layers, slots] of expert_mlp_slot_bytes each and `loaded` [layers, slots] must outlive the kernel. With
+// `places`, which must too, `weights` is [layers, places].
 void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
-                float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded) {
+                float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded, void* places) {
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
     return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
                                      alpha,    limit,    static_cast<const uint32_t*>(weights), sizes.slot_bytes() / 4,
-                                     loaded,   {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+                                     loaded,   static_cast<Places*>(places), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 }
 
 // Multiplies a block and a panel in the innermost cache, `repeats` times: the processor's ceiling for this kernel's inner
@@ -334,25 +400,33 @@ double expert_mlp_probe(int32_t is_bf16, int64_t repeats) {
     return 2.0 * repeats * MAX_ROWS * PANEL * words * (is_bf16 ? 2 : 1);
 }
 
+// Take a slot of a kernel with places out of use; returns the layer whose slots may still be in use, -1 for none.
+int64_t expert_mlp_take_out(void* places, uint8_t* loaded) {
+    __atomic_store_n(loaded, uint8_t(0), __ATOMIC_SEQ_CST);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return __atomic_load_n(&static_cast<Places*>(places)->layer, __ATOMIC_SEQ_CST);
+}
+
+// A slot stands in a place: calls may use it.
+void expert_mlp_put_in(int32_t* place_of_slot, int32_t place, uint8_t* loaded) {
+    __atomic_store_n(place_of_slot, place, __ATOMIC_SEQ_CST);
+    __atomic_store_n(loaded, uint8_t(1), __ATOMIC_SEQ_CST);
+}
+
 void expert_mlp_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
 // `rows` and `out` are the addresses of M rows, which may stand anywhere (native/shard.h, ForwardRows).
 // 0: done. 1: the pairs are invalid, nothing was computed. 2: not enough memory for scratch space.
 int32_t expert_mlp_forward_rows(void* kernel, int64_t layer, int64_t M, int64_t N, const void* const* rows,
                                 const int32_t* offsets, const int32_t* slots, const float* weights, void* const* out,
-                                int32_t threads) try {
-    Kernel& k = *static_cast<Kernel*>(kernel);
-    if (layer < 0 || layer >= k.num_layers || !group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
-    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1);
-    return 0;
-} catch (const std::bad_alloc&) {
-    return 2;
+                                int32_t threads) {
+    return forward(*static_cast<Kernel*>(kernel), layer, M, N, rows, offsets, slots, weights, out, threads, {true, true});
 }
 
-// The same for rows that stand a constant number of values apart.
+// The same for rows that stand a constant number of values apart, and for a part of their pairs.
 int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
                            const int32_t* offsets, const int32_t* slots, const float* weights, void* out,
-                           int64_t out_stride, int32_t threads) try {
+                           int64_t out_stride, int32_t threads, int32_t first, int32_t last) try {
     Kernel& k = *static_cast<Kernel*>(kernel);
     const int64_t value_bytes = k.is_bf16 ? 2 : 4;
     k.row_addresses.resize(M);
@@ -361,8 +435,8 @@ int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, co
         k.row_addresses[m] = static_cast<const char*>(rows) + m * row_stride * value_bytes;
         k.out_addresses[m] = static_cast<char*>(out) + m * out_stride * value_bytes;
     }
-    return expert_mlp_forward_rows(kernel, layer, M, N, k.row_addresses.data(), offsets, slots, weights,
-                                   k.out_addresses.data(), threads);
+    return forward(k, layer, M, N, k.row_addresses.data(), offsets, slots, weights, k.out_addresses.data(), threads,
+                   {first != 0, last != 0});
 } catch (const std::bad_alloc&) {
     return 2;
 }

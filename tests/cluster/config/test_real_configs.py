@@ -36,6 +36,7 @@ def test_every_config_that_ships_is_checked_here() -> None:
         "tiny-autoscaling.yaml",
         "tiny-cpu.yaml",
         "tiny-cpu-planned.yaml",
+        "tiny-offload.yaml",
         "tiny-tp.yaml",
         "tiny-pools.yaml",
         "tiny-two-models.yaml",

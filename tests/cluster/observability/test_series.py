@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cluster.observability.reference import SECTIONS
 from cluster.observability.router_series import ROUTER_SERIES
 from cluster.observability.series import Series
 from cluster.observability.shard_series import SHARD_SERIES, ShardFacts
+from experts.protocol.status import OffloadStatus
 from tests.support.serve.statuses import (
     autopilot_view,
     controller_status,
@@ -101,6 +103,17 @@ def test_every_figure_of_a_shard() -> None:
         ("shard_copy_seconds_total", "1"): 1.25,
         ("shard_handed_out_total", "1"): 14,
         ("shard_handed_out_bytes_total", "1"): 1400,
+    }
+    offload = OffloadStatus("native", 4, 4000, 5000, 60, 20, 9000, 1.5, 7, 3)
+    offloading = read(SHARD_SERIES, ShardFacts(replace(status, offload=offload), 1234, None))
+    assert dict(offloading.items() - found.items()) == {
+        ("shard_offload_resident_bytes", "1"): 4000,
+        ("shard_offload_hits_total", "1"): 60,
+        ("shard_offload_misses_total", "1"): 20,
+        ("shard_offload_copied_bytes_total", "1"): 9000,
+        ("shard_offload_wait_seconds_total", "1"): 1.5,
+        ("shard_offload_prefetched_total", "1"): 7,
+        ("shard_offload_prefetches_wasted_total", "1"): 3,
     }
     on_gpu = read(SHARD_SERIES, ShardFacts(status, 1234, device_bytes=99))
     assert on_gpu.items() - found.items() == {(("shard_device_bytes", "1"), 99)}

@@ -68,7 +68,10 @@ def test_the_meshs_secret_has_to_be_where_the_controller_starts(monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "name",
-    ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", "tiny-tp.yaml", "tiny-pools.yaml", *SHAPES],
+    [
+        *("tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", "tiny-tp.yaml", "tiny-pools.yaml"),
+        *("tiny-offload.yaml", *SHAPES),
+    ],
 )
 def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))

@@ -20,7 +20,7 @@ ROUTER_KEYS = (
 SHARD_KEYS = (
     "rank epoch pid incarnation endpoint alive fault routers kernel loaded_experts loaded_bytes weights_digest "
     "requests rows pairs errors compute_ns last_error last_epoch num_slots free_slots copies copied_bytes "
-    "copies_failed copies_in_flight copy_seconds handed_out handed_out_bytes"
+    "copies_failed copies_in_flight copy_seconds handed_out handed_out_bytes offload"
 )
 
 

@@ -50,7 +50,7 @@ class Weights:
 class Kernel:
     """What stands in each slot."""
 
-    takes_quantized, layout = False, "plain"
+    takes_quantized, layout, slot_device = False, "plain", "cpu"
     shape = SimpleNamespace(expert_bytes=10, device="cpu")
 
     def __init__(self) -> None:

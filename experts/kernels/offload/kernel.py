@@ -1,0 +1,264 @@
+"""The kernel of a shard that holds more experts than its memory for computing takes.
+
+A slot is packed once, into the backing. A call brings the slots that it needs into places, in several parts if it needs
+more than there are. So nothing that happens in the places loses an expert, and copies of experts from shard to shard
+read and write the backing.
+
+Legend as in base.py; P places of a layer, U distinct slots.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from experts.checkpoint.weight_format import QuantizedExpert
+from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.offload.backing import Backing
+from experts.kernels.offload.link import Link
+from experts.kernels.offload.places import placed
+from experts.kernels.offload.residency import Residency
+from experts.model.spec import ExpertWeights
+
+
+@dataclass
+class OffloadCounts:
+    """What an offloaded kernel has done since it started."""
+
+    misses: int = 0  # slots of a call that stood in no place, or were still coming
+    copied: int = 0  # slots copied into places
+    wait_ns: int = 0  # in which calls waited for copies
+    prefetched: int = 0  # of the copied, those that nobody had asked for yet
+
+
+class OffloadedKernel(ExpertKernel):
+    """Slots in a backing, of which some stand in places. See `ExpertKernel` for the threads that may call it."""
+
+    name = "offloaded"
+
+    def __init__(self, picked: ExpertKernel, shape: KernelShape, backing: Backing, link: Link) -> None:
+        """For the slots of `shape`, like `picked`, which has as many slots as there are places.
+
+        `backing` has the views of a slot of `picked`. ValueError if that kernel's slots cannot be copied as bytes.
+        """
+        if not picked.layout:
+            raise ValueError(f"kernel {picked.name!r} cannot be offloaded: its slots cannot be copied as bytes")
+        self.takes_quantized = picked.takes_quantized
+        super().__init__(shape)
+        self.kernel_name = picked.name
+        self.places = placed(picked, shape)
+        self.residency = Residency(self.places, shape.num_layers, shape.num_slots)
+        self.counts = OffloadCounts()
+        self.slot_bytes = sum(view.numel() for view in picked.slot_views(0, 0))
+        """Bytes of a packed expert."""
+        self._picked_class, self._packing_text = type(picked), picked._packing()
+        self._packers = threading.local()
+        self._backing, self._link = backing, link
+        self.versions_LS = np.zeros((shape.num_layers, shape.num_slots), np.int64)
+        """Counts what was written to a slot: its expert is another one when this has changed."""
+        self._before_close: list[Callable[[], None]] = []
+
+    @classmethod
+    def supports(cls, shape: KernelShape) -> str | None:
+        """What the kernel in the places supports was asked before."""
+        return None
+
+    # Slots are in the backing.
+
+    @property
+    def slot_device(self) -> str:
+        """The backing is on the host."""
+        return "cpu"
+
+    def slot_views(self, layer: int, slot: int) -> list[torch.Tensor]:
+        """See `ExpertKernel.slot_views`."""
+        return self._backing.views(layer, slot)
+
+    def begin_write(self, layer: int, slot: int) -> None:
+        """See `ExpertKernel.begin_write`."""
+        with self.residency.changed:
+            self.versions_LS[layer, slot] += 1  # a copy that runs is dropped when it ends
+            self._loaded_LS[layer, slot] = False
+            self.residency.drop(layer, slot)
+
+    def _pack(self, layer: int, slot: int, weights: ExpertWeights | QuantizedExpert) -> None:
+        packer: ExpertKernel | None = getattr(self._packers, "kernel", None)
+        if packer is None:  # one for each thread that loads
+            packer = self._packers.kernel = self._picked_class(replace(self.shape, num_layers=1, num_slots=1))
+        packer.set_slot(0, 0, weights)
+        for target, source in zip(self.slot_views(layer, slot), packer.slot_views(0, 0), strict=True):
+            target.copy_(source)
+
+    def _check_weights(self, weights: ExpertWeights | QuantizedExpert) -> None:
+        """The packer does."""
+
+    def _packing(self) -> str:
+        return self._packing_text
+
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        layers, places = range(self.shape.num_layers), range(self.places.num_places)
+        return [view for layer in layers for place in places for view in self.places.place_views(layer, place)]
+
+    # Calls.
+
+    def compiled_forward(self) -> tuple[int, int] | None:
+        """It refuses calls whose slots are not all in places, which are for `forward` then."""
+        return self.places.compiled_forward()
+
+    def forward(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+    ) -> None:
+        """See `ExpertKernel.forward`. Waits for slots that stand in no place."""
+        self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        parts = self._parts(np.unique(slots_N.numpy()))
+        try:
+            for number, slots_U in enumerate(parts):
+                self._bring_in(layer, slots_U)
+                pairs = (row_offsets_M1, slots_N, weights_N)
+                if len(parts) > 1:
+                    pairs = _pairs_of(slots_U, *pairs)
+                last = number == len(parts) - 1
+                self.places.forward_part(layer, rows_MD, *pairs, out_MD, number == 0, last)
+                self._backing.note()
+        finally:
+            with self.residency.changed:
+                self.residency.unuse()
+
+    def _parts(self, slots_U: np.ndarray) -> list[np.ndarray]:
+        """Slots to compute at a time, in ascending order."""
+        return np.array_split(slots_U, max(-(-len(slots_U) // self.places.num_places), 1))
+
+    def _bring_in(self, layer: int, slots_U: np.ndarray) -> None:
+        """Return when all are in places, where they stay until the next part."""
+        residency = self.residency
+        with residency.changed:
+            residency.use(layer, slots_U)
+            missing = slots_U[residency.place_of_slot_LS[layer, slots_U] < 0].tolist()
+        if not missing:
+            return
+        start_ns = time.perf_counter_ns()
+        self.counts.misses += len(missing)
+        claimed: list[tuple[int, int, int]] = []
+        try:
+            with residency.changed:
+                for slot in missing:
+                    place = self._claim(layer, slot)
+                    if place is not None:
+                        claimed.append((layer, slot, place))
+            self._backing.ahead([(layer, slot) for _, slot, _ in claimed])
+            while claimed:
+                self._copy(*claimed[0])
+                with residency.changed:
+                    residency.arrive(*claimed.pop(0)[:2], unasked=False)
+        finally:
+            with residency.changed:
+                for layer, slot, _ in claimed:
+                    residency.miss(layer, slot)
+            self.counts.wait_ns += time.perf_counter_ns() - start_ns
+
+    def _claim(self, layer: int, slot: int) -> int | None:
+        """A place for a slot; None if the slot has come meanwhile. Waits for copies that others make."""
+        residency = self.residency
+        while not residency.is_in(layer, slot):
+            if not residency.is_coming(layer, slot):
+                place = residency.claim(layer, slot)
+                if place is not None:
+                    return place
+            residency.changed.wait()
+        return None
+
+    def _copy(self, layer: int, slot: int, place: int) -> None:
+        end_s = self._link.book(self.slot_bytes)
+        self._backing.copy(layer, slot, self.places.place_views(layer, place))
+        self._link.wait(end_s)
+        self.counts.copied += 1
+
+    # What comes before it is asked for.
+
+    def bring_early(self, layer: int, slot: int, keep_S: np.ndarray) -> bool:
+        """Bring a slot in for a later call, if another one than `keep_S` (bool) can leave; returns whether it came.
+
+        Not for the thread that calls the kernel.
+        """
+        came = self._bring_unasked(layer, slot, keep_S, count=True)
+        self.counts.prefetched += came
+        return came
+
+    def _bring_unasked(self, layer: int, slot: int, keep_S: np.ndarray, count: bool) -> bool:
+        residency = self.residency
+        with residency.changed:
+            if not self._may_come(layer, slot):
+                return False
+            place = residency.vacate(layer, keep_S)
+            if place is None:
+                return False
+            told = residency.using
+            version = self.versions_LS[layer, slot]
+        if not told:
+            self.places.await_calls(layer)
+        with residency.changed:
+            if not residency.still_vacated(layer, place):
+                return False
+            if not self._may_come(layer, slot) or self.versions_LS[layer, slot] != version:
+                residency.leave(layer, place)
+                return False
+            residency.expect(layer, slot, place)
+        came = False
+        try:
+            self._copy(layer, slot, place)
+            came = True
+        finally:
+            with residency.changed:
+                came = came and bool(self.versions_LS[layer, slot] == version)
+                if came:
+                    residency.arrive(layer, slot, unasked=count)
+                else:
+                    residency.miss(layer, slot)
+        return came
+
+    def _may_come(self, layer: int, slot: int) -> bool:
+        residency = self.residency
+        held = bool(self._loaded_LS[layer, slot])
+        return held and not residency.is_in(layer, slot) and not residency.is_coming(layer, slot)
+
+    def fill(self, slots: Iterable[tuple[int, int]]) -> None:
+        """Bring in (layer, slot) in this order, as many as find free places. Before the first call."""
+        nobody_S = np.ones(self.shape.num_slots, np.bool_)
+        for layer, slot in slots:
+            self._bring_unasked(layer, slot, nobody_S, count=False)
+
+    @property
+    def hits(self) -> int:
+        """Slots of calls that stood in a place when they were asked for."""
+        return self.places.uses - self.counts.misses
+
+    def before_close(self, end: Callable[[], None]) -> None:
+        """Have `end` called, which ends a thread that brings slots in."""
+        self._before_close.append(end)
+
+    def close(self) -> None:
+        """Give the backing back. No call and no copy follows."""
+        while self._before_close:
+            self._before_close.pop()()
+        self._backing.close()
+
+
+def _pairs_of(
+    slots_U: np.ndarray, row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs whose slot is one of `slots_U`, which are all from the first to the last that the call has."""
+    taken_N = (slots_N >= int(slots_U[0])) & (slots_N <= int(slots_U[-1]))
+    before_N1 = torch.zeros(len(slots_N) + 1, dtype=torch.int32)
+    torch.cumsum(taken_N, 0, out=before_N1[1:], dtype=torch.int32)
+    return before_N1[row_offsets_M1.long()], slots_N[taken_N], weights_N[taken_N]

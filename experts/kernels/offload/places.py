@@ -1,0 +1,137 @@
+"""What a kernel with fewer places than slots can do, and that for kernels that know nothing of places.
+
+Legend as in base.py; P places of a layer.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from experts.kernels.base import ExpertKernel, KernelShape
+from experts.kernels.native.kernel import NativeKernel
+from experts.kernels.native.placed import PlacedNativeKernel
+
+
+class PlacedKernel(Protocol):
+    """A kernel that computes the slots that stand in one of its places."""
+
+    num_places: int
+    last_use_LS: np.ndarray  # int64: what `clock` said when the slot was used, 0 for never
+    called: int  # an eventfd that is told of each call
+
+    @property
+    def clock(self) -> int:
+        """Calls so far."""
+
+    @property
+    def uses(self) -> int:
+        """Slots used, summed over calls."""
+
+    @property
+    def last_layer(self) -> int:
+        """Of the newest call; -1 before the first."""
+
+    def place_views(self, layer: int, place: int) -> list[torch.Tensor]:
+        """The memory of a place, uint8 [n] each."""
+
+    def put_in(self, layer: int, slot: int, place: int) -> None:
+        """A slot's expert stands in a place: calls may use it."""
+
+    def take_out(self, layer: int, slot: int) -> None:
+        """Later calls do not find the slot; `await_calls` waits for one that has."""
+
+    def await_calls(self, layer: int) -> None:
+        """Return when no call still uses a slot of `layer` that was taken out. Not for the thread that calls."""
+
+    def forward_part(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+        first: bool,
+        last: bool,
+    ) -> None:
+        """One of several calls that are one `ExpertKernel.forward`, for the same rows; all its slots have a place."""
+
+    def compiled_forward(self) -> tuple[int, int] | None:
+        """See `ExpertKernel.compiled_forward`; it refuses slots without a place."""
+
+
+class RemappedKernel:
+    """A kernel whose slots are the places. Parts of a call are each rounded to its dtype, and summed in float32."""
+
+    def __init__(self, kernel: ExpertKernel, num_slots: int) -> None:
+        """`num_slots` are to be told from places, which are the slots of `kernel`."""
+        self._kernel = kernel
+        self.num_places = kernel.shape.num_slots
+        shape = (kernel.shape.num_layers, num_slots)
+        self._place_of_slot_LS = np.full(shape, -1, np.int32)
+        self.last_use_LS = np.zeros(shape, np.int64)
+        self.called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self.called)
+        self.clock, self.uses, self.last_layer = 0, 0, -1
+        self._sum_MD: torch.Tensor | None = None
+
+    def place_views(self, layer: int, place: int) -> list[torch.Tensor]:
+        """See `PlacedKernel`."""
+        return self._kernel.slot_views(layer, place)
+
+    def put_in(self, layer: int, slot: int, place: int) -> None:
+        """See `PlacedKernel`."""
+        self._place_of_slot_LS[layer, slot] = place
+        self._kernel.finish_write(layer, place)
+
+    def take_out(self, layer: int, slot: int) -> None:
+        """See `PlacedKernel`."""
+        self._kernel.begin_write(layer, int(self._place_of_slot_LS[layer, slot]))
+
+    def await_calls(self, layer: int) -> None:
+        """All calls come through `OffloadedKernel.forward`, which says itself what it uses."""
+
+    def compiled_forward(self) -> tuple[int, int] | None:
+        """C++ would not know the places."""
+        return None
+
+    def forward_part(
+        self,
+        layer: int,
+        rows_MD: torch.Tensor,
+        row_offsets_M1: torch.Tensor,
+        slots_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        out_MD: torch.Tensor,
+        first: bool,
+        last: bool,
+    ) -> None:
+        """See `PlacedKernel`."""
+        slots_U = np.unique(slots_N.numpy())
+        self.clock += 1
+        self.last_use_LS[layer, slots_U] = self.clock
+        self.uses += len(slots_U)
+        self.last_layer = layer
+        os.eventfd_write(self.called, 1)
+        places_N = torch.from_numpy(self._place_of_slot_LS[layer][slots_N.numpy()])
+        self._kernel.forward(layer, rows_MD, row_offsets_M1, places_N, weights_N, out_MD)
+        if first and last:
+            return
+        self._sum_MD = (
+            out_MD.to(torch.float32, copy=True) if first or self._sum_MD is None else self._sum_MD.add_(out_MD)
+        )
+        if last:
+            out_MD.copy_(self._sum_MD)
+            self._sum_MD = None
+
+
+def placed(picked: ExpertKernel, shape: KernelShape) -> PlacedKernel:
+    """For the slots of `shape`, a kernel like `picked`, which has as many as there shall be places."""
+    if isinstance(picked, NativeKernel):
+        return PlacedNativeKernel(shape, picked.shape.num_slots)
+    return RemappedKernel(picked, shape.num_slots)

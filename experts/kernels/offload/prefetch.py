@@ -1,0 +1,81 @@
+"""The thread that brings slots into places before they are asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+
+import numpy as np
+
+from experts.kernels.offload.kernel import OffloadedKernel
+from experts.kernels.offload.transitions import Transitions
+
+logger = logging.getLogger(__name__)
+
+LEAST_SHARE = 0.25
+"""Of calls in which a slot has to follow to be brought in early: a copy without use delays one that is waited for."""
+
+
+class Prefetcher:
+    """Hears of each call of a kernel, learns from it, and copies what the next layer will probably use meanwhile."""
+
+    def __init__(self, kernel: OffloadedKernel) -> None:
+        self._kernel = kernel
+        shape = kernel.shape
+        self._transitions = Transitions(shape.num_layers, shape.num_slots)
+        self._versions_LS = kernel.versions_LS.copy()
+        self._heard = -1
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
+
+    def start(self) -> None:
+        """Until the kernel is closed. What it has been called for so far counts."""
+        self._kernel.before_close(self._stop)
+        self._thread.start()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        os.eventfd_write(self._kernel.places.called, 1)
+        self._thread.join()
+
+    def _run(self) -> None:
+        called = self._kernel.places.called
+        poll = select.poll()
+        poll.register(called, select.POLLIN)
+        while not self._stopping:
+            poll.poll()
+            try:
+                os.eventfd_read(called)
+                self._follow()
+            except Exception:  # calls do not depend on this thread
+                logger.exception("experts were not brought in early")
+
+    def _follow(self) -> None:
+        """Act on the newest call; one that comes meanwhile is another turn."""
+        places = self._kernel.places
+        clock, layer = places.clock, places.last_layer
+        slots_U = np.flatnonzero(places.last_use_LS[layer] == clock)
+        if clock == self._heard or not slots_U.size:
+            return
+        self._heard = clock
+        self._forget_changes(layer)
+        self._transitions.note(layer, slots_U)
+        following = (layer + 1) % self._kernel.shape.num_layers
+        self._bring(following, self._transitions.likely(layer, slots_U, LEAST_SHARE))
+
+    def _bring(self, layer: int, likely_N: np.ndarray) -> None:
+        wanted_N = likely_N[: self._kernel.places.num_places]
+        keep_S = np.zeros(self._kernel.shape.num_slots, np.bool_)
+        keep_S[wanted_N] = True
+        for slot in wanted_N.tolist():
+            if self._stopping or self._kernel.places.last_layer == layer:
+                return  # it is too late for this layer
+            self._kernel.bring_early(layer, slot, keep_S)
+
+    def _forget_changes(self, layer: int) -> None:
+        changed = np.flatnonzero(self._versions_LS[layer] != self._kernel.versions_LS[layer])
+        for slot in changed.tolist():
+            self._transitions.forget(layer, slot)
+        self._versions_LS[layer, changed] = self._kernel.versions_LS[layer, changed]

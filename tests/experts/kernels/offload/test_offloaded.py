@@ -1,0 +1,205 @@
+"""An offloaded kernel computes what one with memory for all slots does, whatever stands in its places meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experts.kernels import KERNELS, ExpertKernel
+from experts.kernels.native.kernel import NativeKernel
+from experts.kernels.offload import FileBacking, OffloadedKernel
+from tests.support.offloading import LAYERS, SHAPE, SLOTS, Call, offloaded, set_all, set_one
+
+NOBODY = np.zeros(SLOTS, np.bool_)
+NAMES = [name for name in ("native", "torch_loop") if KERNELS[name].supports(SHAPE) is None]
+needs_native = pytest.mark.skipif(NativeKernel.supports(SHAPE) is not None, reason=str(NativeKernel.supports(SHAPE)))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def whole(request: pytest.FixtureRequest) -> ExpertKernel:
+    """A kernel with memory for all slots."""
+    kernel = KERNELS[request.param](SHAPE)
+    set_all(kernel)
+    return kernel
+
+
+@pytest.fixture
+def kernels(whole: ExpertKernel) -> Iterator[list[OffloadedKernel]]:
+    """Offloaded ones with 1, 2, ... places."""
+    made = [offloaded(whole.name, places) for places in range(1, SLOTS)]
+    set_all(*made)
+    yield made
+    for kernel in made:
+        kernel.close()
+
+
+CALLS = st.lists(
+    st.tuples(
+        st.integers(0, LAYERS - 1), st.sampled_from([0, 1, 2, 5, 40]), st.integers(1, SLOTS), st.integers(0, 999)
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=CALLS, early=st.lists(st.tuples(st.integers(0, LAYERS - 1), st.integers(0, SLOTS - 1)), max_size=8))
+def test_any_calls_give_the_same_rows(
+    kernels: list[OffloadedKernel],
+    whole: ExpertKernel,
+    calls: list[tuple[int, int, int, int]],
+    early: list[tuple[int, int]],
+) -> None:
+    for number, (layer, rows, most, seed) in enumerate(calls):
+        call = Call.random(layer, rows, seed, most=most)
+        for kernel in kernels:
+            call.check(kernel, whole)
+            for early_layer, slot in early[number : number + 1]:
+                kernel.bring_early(early_layer, slot, NOBODY)
+    for kernel in kernels:
+        in_layer = (kernel.residency.place_of_slot_LS >= 0).sum(1)
+        assert (in_layer <= kernel.places.num_places).all()
+        assert kernel.residency.count() == in_layer.sum()
+
+
+@needs_native
+def test_sixteen_bits_are_rounded_once_even_in_parts() -> None:
+    shape = replace(SHAPE, dtype=torch.bfloat16)
+    whole, kernel = NativeKernel(shape), offloaded("native", 1, shape)
+    set_all(whole, kernel, shape=shape)
+    Call.random(0, 30, 1, shape, most=SLOTS).check(kernel, whole)
+    assert kernel.counts.misses == SLOTS, "each slot came once"
+    kernel.close()
+
+
+def test_the_slot_that_was_used_longest_ago_leaves(whole: ExpertKernel) -> None:
+    kernel = offloaded(whole.name, 2)
+    set_all(kernel)
+    for slots, misses in (([0], 1), ([1], 2), ([0], 2), ([2], 3), ([0], 3), ([1], 4), ([0, 1], 4), ([2, 0], 5)):
+        _one_row(slots).check(kernel, whole)
+        assert kernel.counts.misses == misses, slots
+    assert (kernel.hits, kernel.counts.copied) == (10 - 5, 5)
+    kernel.close()
+
+
+def _one_row(slots: list[int], layer: int = 0) -> Call:
+    call = Call.random(layer, 1, 0)
+    pairs = (torch.tensor([0, len(slots)]).int(), torch.tensor(slots).int(), torch.ones(len(slots)))
+    return replace(call, pairs=pairs)
+
+
+def test_what_is_written_anew_is_computed_anew(whole: ExpertKernel) -> None:
+    """A slot that is resident, as migration writes it; and its bytes are those that other shards copy."""
+    kernel, fresh = offloaded(whole.name, 2), KERNELS[whole.name](SHAPE)
+    set_all(kernel, fresh)
+    call = _one_row([1, 3])
+    call.check(kernel, fresh)
+    set_one(0, 1, 7, kernel, fresh)
+    call.check(kernel, fresh)
+    for slot in range(SLOTS):
+        pairs = zip(kernel.slot_views(0, slot), fresh.slot_views(0, slot), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    kernel.begin_write(0, 3)
+    with pytest.raises(ValueError, match="slot 3 holds no expert"):
+        call.by(kernel)
+    for view, source in zip(kernel.slot_views(0, 3), fresh.slot_views(0, 5), strict=True):
+        view.copy_(source)
+    kernel.finish_write(0, 3)
+    assert torch.equal(_one_row([3]).by(kernel), _one_row([5]).by(fresh))
+    assert kernel.layout == fresh.layout
+    kernel.close()
+
+
+def test_a_slot_that_changes_while_it_comes_early_is_not_used(whole: ExpertKernel) -> None:
+    kernel, fresh = offloaded(whole.name, 2), KERNELS[whole.name](SHAPE)
+    set_all(kernel, fresh)
+    copy = kernel._backing.copy
+
+    def change_meanwhile(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
+        copy(layer, slot, targets)
+        kernel._backing.copy = copy  # type: ignore[method-assign]
+        set_one(layer, slot, 7, kernel, fresh)
+
+    kernel._backing.copy = change_meanwhile  # type: ignore[method-assign, assignment]
+    assert not kernel.bring_early(0, 4, NOBODY)
+    assert not kernel.residency.is_in(0, 4)
+    _one_row([4, 1]).check(kernel, fresh)
+    kernel.close()
+
+
+def test_what_came_early_is_used_or_wasted(whole: ExpertKernel) -> None:
+    kernel = offloaded(whole.name, 2)
+    set_all(kernel)
+    assert kernel.bring_early(0, 4, NOBODY)
+    assert not kernel.bring_early(0, 4, NOBODY), "it is there"
+    _one_row([4]).check(kernel, whole)
+    assert kernel.counts.misses == 0
+    assert kernel.bring_early(0, 5, NOBODY)
+    _one_row([1]).check(kernel, whole)
+    _one_row([2]).check(kernel, whole)
+    assert (kernel.counts.prefetched, kernel.residency.wasted) == (2, 1), "4 was used, 5 was not"
+    kernel.close()
+
+
+def test_a_copy_that_fails_refuses_one_call(whole: ExpertKernel) -> None:
+    kernel = offloaded(whole.name, 2)
+    set_all(kernel)
+    copy = kernel._backing.copy
+
+    def fail(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
+        if slot == 3:
+            raise OSError(errno.EIO, "broken")
+        copy(layer, slot, targets)
+
+    kernel._backing.copy = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(OSError, match="broken"):
+        _one_row([1, 3]).by(kernel)
+    with pytest.raises(OSError, match="broken"):
+        kernel.bring_early(0, 3, NOBODY)
+    _one_row([1, 2]).check(kernel, whole)
+    kernel._backing.copy = copy  # type: ignore[method-assign]
+    _one_row([1, 3]).check(kernel, whole)
+    kernel.close()
+
+
+def test_slots_may_come_early_while_calls_run(whole: ExpertKernel) -> None:
+    """Two places: every call and every early one push out what the other may want."""
+    kernel = offloaded(whole.name, 2)
+    set_all(kernel)
+    done = threading.Event()
+    came = [0]
+
+    def hurry() -> None:
+        number = 0
+        while not done.is_set():
+            came[0] += kernel.bring_early(number // SLOTS % LAYERS, number % SLOTS, NOBODY)
+            number += 1
+
+    thread = threading.Thread(target=hurry)
+    thread.start()
+    try:
+        seed = 0
+        while seed < 300 or came[0] < 50:
+            Call.random(seed % LAYERS, 1 + seed % 3, seed, most=1 + seed % 4).check(kernel, whole)
+            seed += 1
+    finally:
+        done.set()
+        thread.join()
+    kernel.close()
+
+
+def test_a_full_disk_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"1000000\.00 GB of experts do not fit") as told:
+        FileBacking(tmp_path, 10, 100, [10**12])
+    assert told.value.filename == str(tmp_path)
+    with pytest.raises(OSError, match="do not fit: No such file"):
+        FileBacking(tmp_path / "missing", 1, 1, [1])
