@@ -88,7 +88,7 @@ class Dispatcher:
         self.stats = RouterStats()
         self._seq = 0
         self._refused_T: np.ndarray | None = None  # bool, rows of this step that lack an expert; None for none
-        self._mover: RowMover  # with all else of an epoch, from the first one on
+        self.mover: RowMover  # with all else of an epoch, from the first one on
         self._slots: LiveSlots
         self._answered_R: np.ndarray
         warm_up()
@@ -125,9 +125,9 @@ class Dispatcher:
         wanted = {id(link) for link in prepared.links.values()}
         unwanted = [link for link in self.links.values() if id(link) not in wanted]
         if self.membership is not None:
-            prepared.mover.carry_over(self._mover)
+            prepared.mover.carry_over(self.mover)
         self.membership, self.links, self.lost = prepared.membership, prepared.links, prepared.lost
-        self._mover, self._slots, self._answered_R = prepared.mover, prepared.slots, prepared.answered_R
+        self.mover, self._slots, self._answered_R = prepared.mover, prepared.slots, prepared.answered_R
         self.stats.resize(len(prepared.answered_R))
         prepared.mover.count_into(self.stats)
         self.stats.add_swap(time.monotonic_ns() - start_ns)
@@ -154,7 +154,7 @@ class Dispatcher:
         if self.membership is None:
             raise RuntimeError("no membership was applied yet, so nobody holds the experts")
         self._check_call(layer, x_TD, topk_weights_TK, topk_ids_TK)
-        pending = Pending(self._mover.stage(layer, x_TD, topk_weights_TK, topk_ids_TK))
+        pending = Pending(self.mover.stage(layer, x_TD, topk_weights_TK, topk_ids_TK))
         if self.share is not None:
             pending.narrow(self.share.of)
         self.stats.dispatches += 1
@@ -213,7 +213,7 @@ class Dispatcher:
         while True:
             start_ns = time.monotonic_ns()
             if pending.posted is None:
-                if self._mover.receive(pending.batch, pending.plan, self.timeout_s):
+                if self.mover.receive(pending.batch, pending.plan, self.timeout_s):
                     return
                 pending.posted = np.flatnonzero(pending.plan.nbytes_R).tolist()  # what has come is still there
             self._collect(pending, start_ns)
@@ -233,12 +233,12 @@ class Dispatcher:
         self._seq += 1
         slots_LER = self._slots.chosen_from_LER
         pending.failed = []
-        sent = self._mover.send(batch, self._seq, slots_LER)
+        sent = self.mover.send(batch, self._seq, slots_LER)
         if sent is not None:
             pending.plan, pending.posted = sent, None
             return
         start_ns = time.monotonic_ns()
-        plan = self._mover.plan_and_pack(batch, self._seq, slots_LER[batch.layer])
+        plan = self.mover.plan_and_pack(batch, self._seq, slots_LER[batch.layer])
         pending.plan, pending.posted = plan, []
         for rank in np.flatnonzero(plan.nbytes_R).tolist():
             nbytes = int(plan.nbytes_R[rank])
@@ -272,7 +272,7 @@ class Dispatcher:
                 pending.failed.append(rank)
         waited_ns = time.monotonic_ns()
         stats.wait.add(waited_ns - start_ns)
-        self._mover.combine(pending.batch, plan, answered_R)
+        self.mover.combine(pending.batch, plan, answered_R)
         stats.combine.add(time.monotonic_ns() - waited_ns)
         if answered_R.any():
             stats.add_success(time.monotonic())
@@ -316,7 +316,7 @@ class Dispatcher:
             torch.from_numpy(batch.topk_weights_TK[wanted_M]).to(device),
             torch.from_numpy(ids_TK[wanted_M]),
         )
-        self._mover.add(batch, tokens_M, rows_MD)
+        self.mover.add(batch, tokens_M, rows_MD)
         self.stats.fallback_pairs += int((ids_TK[wanted_M[~refused_M.numpy()]] >= 0).sum())
         if refused_M.any():
             if self._refused_T is None:
@@ -344,7 +344,7 @@ class Dispatcher:
         logger.error("going on without shard %d: %s", error.rank, error.reason)
         self.lost[error.rank] = error.reason
         self._slots.lose(error.rank)
-        self._mover.forget(error.rank)
+        self.mover.forget(error.rank)
         link = self.links.pop(error.rank, None)
         if link is not None:
             link.close()

@@ -16,6 +16,7 @@ import torch
 
 from experts.checkpoint.weight_format import QuantizedExpert
 from experts.model.spec import ActivationKind, ActivationSpec, ExpertWeights
+from experts.native.structs import NativeHints
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS: tuple[str, ...] = get_args(ActivationKind)
@@ -70,6 +71,8 @@ class ExpertKernel(ABC):
 
     name: ClassVar[str]
     takes_quantized: bool = False
+    hints: NativeHints | None = None
+    """Where the compute loop notes what routers say of the next layer; None: nobody wants to know."""
 
     def __init__(self, shape: KernelShape) -> None:
         if shape.quantized != self.takes_quantized:

@@ -17,6 +17,7 @@ int64_t data_plane_sizes(int64_t* sizes) {
     sizes[4] = sizeof(Shard);
     sizes[5] = sizeof(ShardCounts);
     sizes[6] = sizeof(SlotWords);
+    sizes[7] = sizeof(Hints);
     return 0;
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from experts.native.build import NativeBuildError, build_library
 from experts.native.structs import (
     NativeChannel,
+    NativeHints,
     NativeLink,
     NativeRouter,
     NativeRouterCounts,
@@ -66,6 +67,7 @@ def data_plane() -> ctypes.CDLL | None:
         function.argtypes, function.restype = arguments, _i64
     structs = (
         NativeLink, NativeChannel, NativeRouter, NativeRouterCounts, NativeShard, NativeShardCounts, NativeSlotWords,
+        NativeHints,
     )  # fmt: skip
     sizes = (_i64 * len(structs))()
     library.data_plane_sizes(sizes)

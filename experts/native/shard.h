@@ -34,6 +34,14 @@ struct ShardCounts {
     int64_t requests, rows, pairs, compute_ns, last_epoch;
 };
 
+// What routers said the layer after `layer` will need. Python reads it while this is written: a lap behind, it reads newer
+// hints, and a torn one is as harmless as a wrong one.
+struct Hints {
+    enum { COUNT = 16 };
+    int64_t written;
+    struct { int64_t layer, words[HINT_WORDS]; } ring[COUNT];
+};
+
 struct Shard {
     int64_t num_layers, num_experts, hidden, dtype;
     ForwardRows forward;
@@ -51,6 +59,7 @@ struct Shard {
     int64_t has_deferred;     // whether a channel is deferred
     int64_t max_passed_over;  // so many batches of others go before a request of a deferred channel
     int64_t passed_over;
+    Hints* hints;         // null where all experts are in the kernel's memory
 };
 
 namespace shard {
@@ -81,6 +90,13 @@ struct Batch {
 };
 
 enum Verdict { TAKEN, NOT_NOW, UNSOUND };
+
+inline void note_hints(Hints& hints, const int64_t* header) {
+    auto& entry = hints.ring[hints.written % Hints::COUNT];
+    entry.layer = header[H_LAYER];
+    memcpy(entry.words, header + H_HINTS, sizeof entry.words);
+    __atomic_store_n(&hints.written, hints.written + 1, __ATOMIC_RELEASE);
+}
 
 // Add a request of `nbytes` to the batch if it is sound, for the batch's layer, and small enough.
 inline Verdict take(const Shard& s, const int32_t* slot_of_expert_LE, int64_t index, Channel& channel, int64_t nbytes,
@@ -132,6 +148,7 @@ inline Verdict take(const Shard& s, const int32_t* slot_of_expert_LE, int64_t in
         batch.rows.push_back(channel.recv + layout.rows_at + m * row_bytes);
         batch.out.push_back(channel.send + HEADER_BYTES + m * row_bytes);
     }
+    if (s.hints) note_hints(*s.hints, header);
     batch.layer = layer;
     batch.parts.push_back({index, header[H_SEQ], header[H_EPOCH], M, N});
     return TAKEN;

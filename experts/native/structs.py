@@ -8,6 +8,7 @@ import numpy as np
 
 KIND_PYTHON, KIND_SHM, KIND_TCP, KIND_LOOPBACK = range(4)
 NOT_YET, LOST = -1, -2
+HINT_WORDS = 3  # of a request's header
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -129,4 +130,30 @@ class NativeShard(ctypes.Structure):
         *((name, _i64) for name in ("spin_ns", "next", "attention", "top_k")),
         ("sockets", _pointer),
         *((name, _i64) for name in ("has_deferred", "max_passed_over", "passed_over")),
+        ("hints", _pointer),
     )
+
+
+class _NativeHint(ctypes.Structure):
+    _fields_ = (("layer", _i64), ("words", _i64 * HINT_WORDS))
+
+
+class NativeHints(ctypes.Structure):
+    """What routers said of the next layer, newest last; see shard.h."""
+
+    written: int
+    _fields_ = (("written", _i64), ("ring", _NativeHint * 16))
+
+    def note(self, layer: int, words: np.ndarray) -> None:
+        """Add what the request for `layer` said (int64 [3]), as compiled code does."""
+        entry = self.ring[self.written % len(self.ring)]
+        entry.layer, entry.words[:] = layer, words.tolist()
+        self.written += 1
+
+    def newest(self, seen: int) -> tuple[int, np.ndarray] | None:
+        """The layer of the newest request and its words; None if no more than `seen` were written."""
+        written = self.written
+        if written == seen:
+            return None
+        entry = self.ring[(written - 1) % len(self.ring)]
+        return entry.layer, np.array(entry.words, np.int64)

@@ -26,7 +26,9 @@ Words of the header (constants H_*). A dash means that the word is neither writt
     10    NO_SLOT_LAYER   -                                     the request's layer (STATUS_NO_SLOT)
     11    NO_SLOT_EXPERT  -                                     an expert without a slot (STATUS_NO_SLOT)
     12    COMPUTE_NS  -                                         how long the shard computed (STATUS_OK); 0 for not said
-    13-15         free, zero                                    -
+    13-15   HINTS   a bit for each expert that the next layer   -
+                    will probably need; zero: not said. Only
+                    where a shard of the epoch wants hints
 
 STATUS_NO_SLOT: the request is sound, but the shard does not hold all of its experts (any more, or yet). Nothing was
 computed. The header names one such expert, the text says how many there are. The shard still serves the others.
@@ -49,6 +51,8 @@ ALIGN = 64
 
 H_MAGIC, H_SEQ, H_EPOCH, H_LAYER, H_ROWS, H_PAIRS, H_DTYPE, H_HIDDEN, H_STATUS, H_TEXT = range(10)
 H_NO_SLOT_LAYER, H_NO_SLOT_EXPERT, H_COMPUTE_NS = 10, 11, 12
+H_HINTS = 13
+HINTED_EXPERTS = 64 * (HEADER_WORDS - H_HINTS)  # a layer with more of them gets no hints
 
 STATUS_OK = 0
 STATUS_REJECTED = 1
@@ -91,6 +95,18 @@ def exchange_bytes(num_rows: int, num_pairs: int, row_bytes: int) -> int:
 def header_of(buffer: np.ndarray) -> np.ndarray:
     """The header words (int64 [16], a view) of a message in `buffer` (uint8)."""
     return buffer[:HEADER_BYTES].view(np.int64)
+
+
+def hint_words(experts_N: np.ndarray) -> np.ndarray:
+    """Words H_HINTS and later (int64 [3]) for experts, each below HINTED_EXPERTS."""
+    bits = np.zeros(HINTED_EXPERTS, np.uint8)
+    bits[experts_N] = 1
+    return np.packbits(bits, bitorder="little").view(np.int64)
+
+
+def hinted_experts(words: np.ndarray, num_experts: int) -> np.ndarray:
+    """The experts below `num_experts` that `hint_words` was told, ascending."""
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:num_experts])
 
 
 def error_reply(buffer: np.ndarray, seq: int, text: str) -> int:

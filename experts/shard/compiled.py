@@ -96,5 +96,6 @@ def compiled_loop(
         bell=bell.region.address,
         spin_ns=bell.spin_ns,
         top_k=top_k or 0,
+        hints=None if kernel.hints is None else ctypes.addressof(kernel.hints),
     )
     return CompiledLoop(shard, bell, (slots, kernel, counts))

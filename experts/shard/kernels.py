@@ -16,6 +16,8 @@ from experts.kernels import ExpertKernel, KernelShape, keep_quantized, pick_kern
 from experts.kernels.offload import FileBacking, Link, OffloadedKernel, PinnedBacking, Prefetcher
 from experts.protocol.settings import OffloadSettings, ShardSettings
 from experts.protocol.status import OffloadStatus
+from experts.protocol.wire import hinted_experts
+from experts.shard.slots import SlotTable
 from placement.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -64,18 +66,21 @@ def _offloaded(picked: ExpertKernel, shape: KernelShape, offload: OffloadSetting
     return kernel
 
 
-def settle(
-    kernel: ExpertKernel, slot_of_expert_LE: np.ndarray, placement: Placement, offload: OffloadSettings | None
-) -> None:
+def settle(kernel: ExpertKernel, slots: SlotTable, placement: Placement, offload: OffloadSettings | None) -> None:
     """Fill the memory of a kernel whose slots have just been loaded, those of experts with most replicas first.
 
     A planner gives replicas to the experts with most tokens; the others follow in order. Starts what brings experts in
     before they are needed; the kernel's `close` ends it.
     """
     if isinstance(kernel, OffloadedKernel):
-        kernel.fill(_hot_first(slot_of_expert_LE, placement))
+        kernel.fill(_hot_first(slots.slot_of_expert_LE, placement))
         if offload is not None and offload.prefetch:
-            Prefetcher(kernel).start()
+            Prefetcher(kernel, lambda layer, words: _hinted_slots(slots.slot_of_expert_LE[layer], words)).start()
+
+
+def _hinted_slots(slot_of_expert_E: np.ndarray, words: np.ndarray) -> np.ndarray:
+    slots_N = slot_of_expert_E[hinted_experts(words, len(slot_of_expert_E))]
+    return slots_N[slots_N >= 0]
 
 
 def _hot_first(slot_of_expert_LE: np.ndarray, placement: Placement) -> Iterable[tuple[int, int]]:

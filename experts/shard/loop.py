@@ -21,6 +21,7 @@ from experts.protocol.router_names import router_of
 from experts.protocol.wire import (
     DTYPE_CODES,
     H_COMPUTE_NS,
+    H_HINTS,
     H_LAYER,
     H_MAGIC,
     H_ROWS,
@@ -277,6 +278,8 @@ class ShardLoop:
             for channel, views, nbytes in asked:
                 try:
                     works.append(self._read(channel, views, nbytes))
+                    if self.kernel.hints is not None:
+                        self.kernel.hints.note(works[-1].request.layer, header_of(channel.recv_buffer)[H_HINTS:])
                 except Exception as error:
                     lengths.append((channel, self._refuse(channel, error)))
             for batch in batches(works):

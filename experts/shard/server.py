@@ -111,7 +111,7 @@ class ShardServer:
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         start_s = time.monotonic()
         count = slots.load(placement, rank, _LOADING_THREADS)
-        settle(kernel, slots.slot_of_expert_LE, placement, settings.offload)
+        settle(kernel, slots, placement, settings.offload)
         logger.info(
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
@@ -286,7 +286,8 @@ class ShardServer:
         self._room.take(nbytes)
         try:
             deadline_s = time.monotonic() + self.settings.connect_timeout_s
-            return open_shard_channel(hello, line, self._bell, self.settings.device, deadline_s)
+            channel, answer = open_shard_channel(hello, line, self._bell, self.settings.device, deadline_s)
+            return channel, answer if loop.kernel.hints is None else {**answer, "wants_hints": True}
         except BaseException:
             self._room.give_back(nbytes)
             raise

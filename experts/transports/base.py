@@ -45,6 +45,8 @@ class RouterLink(ABC):
     recv_tensor: torch.Tensor | None = None
     """uint8, on the transport's device: the rows of a message where they travel separately (GPUs), else None. The rest
     of the message is in the buffers as usual, and lengths count both."""
+    wants_hints = False
+    """Whether the shard said that it would know what the next layer needs."""
     native: NativeLink | None = None
     """This end for compiled code, which posts and waits without Python's methods then. None: those are called."""
 

@@ -62,23 +62,37 @@ def _connect(
     tls: TlsIdentity | None,
 ) -> RouterLink:
     """Over `hello.transport`. A ShardError, or CannotMapError."""
-    transport = hello.transport
     control = open_control(endpoint, secret, deadline_s, tls=tls)
     line = LifeLine(control.socket)
     try:
-        if transport in ("cuda_ipc", "shm_split"):
-            return connect_cuda_ipc(endpoint, hello, line, control, device, spin_us, deadline_s)
-        if transport == "shm":
-            return _connect_shm(endpoint, hello, line, control, spin_us, deadline_s)
-        if transport == "tcp":
-            answer = shake_hands(control, endpoint.rank, hello, deadline_s)
-            return connect_tcp(endpoint.rank, hello, line, answer, spin_us)
-        from experts.transports.torch_pair import connect_torch
-
-        return connect_torch(endpoint, hello, line, control, device, deadline_s)
+        link = _connect_over(endpoint, hello, line, control, device, spin_us, deadline_s)
     except BaseException:
         line.close()
         raise
+    link.wants_hints = bool(control.answer.get("wants_hints"))
+    return link
+
+
+def _connect_over(
+    endpoint: ShardEndpoint,
+    hello: Hello,
+    line: LifeLine,
+    control: Control,
+    device: str,
+    spin_us: float,
+    deadline_s: float,
+) -> RouterLink:
+    transport = hello.transport
+    if transport in ("cuda_ipc", "shm_split"):
+        return connect_cuda_ipc(endpoint, hello, line, control, device, spin_us, deadline_s)
+    if transport == "shm":
+        return _connect_shm(endpoint, hello, line, control, spin_us, deadline_s)
+    if transport == "tcp":
+        answer = shake_hands(control, endpoint.rank, hello, deadline_s)
+        return connect_tcp(endpoint.rank, hello, line, answer, spin_us)
+    from experts.transports.torch_pair import connect_torch
+
+    return connect_torch(endpoint, hello, line, control, device, deadline_s)
 
 
 def _connect_shm(

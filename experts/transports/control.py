@@ -183,6 +183,11 @@ class Control:
     socket: socket.socket
     handshake: AskingHandshake = field(repr=False)
 
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What the shard answered to `shake_hands`."""
+        return self.handshake.message or {}
+
 
 def open_control(
     endpoint: ShardEndpoint,

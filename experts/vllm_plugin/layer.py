@@ -28,6 +28,7 @@ from experts.checkpoint import CheckpointError, ExpertCheckpoint
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
 from experts.dispatch.pending import Pending
+from experts.dispatch.rows.pregate import PreGate
 from experts.dispatch.workers.refusal_board import make_board
 from experts.dispatch.workers.row_share import RowShare
 from experts.kernels.emulation import log_advice
@@ -65,6 +66,8 @@ class EngineState:
     settings: RouterSettings | None = None
     checkpoint: ExpertCheckpoint | None = None
     client: MeshClient | None = None
+    pregate: PreGate | None = None
+    """Set when the model is loaded."""
     pending: Pending | None = None
     """The layer between its `begin` and its `finish`."""
     rows_while_generating: int = 1
@@ -206,6 +209,14 @@ class MeshExpertsMixin:
         return y
 
 
+def find_gates(model: torch.nn.Module) -> None:
+    """Note where the gates of a loaded model are, for shards that would know what the next layer needs."""
+    shape = current_client().shape
+    layers = {name: each.mesh_layer for name, each in model.named_modules() if isinstance(each, MeshExpertsMixin)}
+    rows_TD = torch.zeros(1, shape.hidden_size, dtype=shape.dtype, device=next(model.parameters()).device)
+    _engine.pregate = PreGate.of(model, layers, shape.num_experts, shape.top_k, rows_TD)
+
+
 def _begin(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer: int, shared_x: torch.Tensor | None
 ) -> torch.Tensor:
@@ -222,6 +233,9 @@ def _begin(
         topk_ids = topk_ids.masked_fill(padding_T[: len(topk_ids), None], -1)
     if layer == 0 and of_requests and client.recorder.wants_phases:
         client.recorder.begin_step(rows_of_prompts(len(topk_ids), _engine.rows_while_generating))
+    mover = client.dispatcher.mover
+    if mover.wants_hints and _engine.pregate is not None:
+        mover.hint(_engine.pregate.words(layer, x))
     pending = client.begin(layer, x, topk_weights, topk_ids, record=of_requests)
     _engine.pending = pending
     return pending.y_TD if pending.y_TD.device == x.device else torch.empty_like(x)

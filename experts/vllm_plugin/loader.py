@@ -22,7 +22,7 @@ from experts.vllm_plugin.joints import (
     loaders_may_reserve,
     register_model_loader,
 )
-from experts.vllm_plugin.layer import MeshExpertsMixin, current_checkpoint, current_client
+from experts.vllm_plugin.layer import MeshExpertsMixin, current_checkpoint, current_client, find_gates
 from experts.vllm_plugin.load_record import LoadRecord
 from experts.vllm_plugin.refusals import check_engine
 
@@ -109,6 +109,7 @@ class RouterModelLoader(DefaultModelLoader):
             )
         model = super().load_model(vllm_config, model_config, *args, **kwargs)
         count = verify_model(model)
+        find_gates(model)
         num_params = sum(p.numel() for p in model.parameters())
         logger.info("replaced %d MoE layers; this router holds %d parameters", count, num_params)
         return model

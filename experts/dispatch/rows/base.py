@@ -142,6 +142,13 @@ class RowMover(ABC):
         """
         return False
 
+    wants_hints = False
+    """Whether a shard of this epoch would know what the next layer needs."""
+
+    def hint(self, words: np.ndarray) -> None:
+        """What later requests say of the layer after theirs (`protocol.wire.hint_words`, int64 [3])."""
+        return None
+
     def time_into(self, words: np.ndarray | None) -> None:
         """Have `send` and `receive` note their times in `words` (`dispatch.tracing.times`); None: no more."""
         return None

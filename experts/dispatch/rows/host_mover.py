@@ -15,7 +15,7 @@ from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.host_programs import combine, plan_and_pack, request_header
 from experts.dispatch.stats import RouterStats
 from experts.protocol.membership import Membership
-from experts.protocol.wire import DTYPE_CODES, H_LAYER, H_SEQ
+from experts.protocol.wire import DTYPE_CODES, H_HINTS, H_LAYER, H_SEQ
 from experts.transports.base import RouterLink
 
 
@@ -34,6 +34,7 @@ class HostRowMover(RowMover):
         self._row_bytes = shape.row_bytes
         self._dtype_code = DTYPE_CODES[shape.dtype]
         self._header = request_header(membership.epoch, shape.dtype, shape.hidden_size)
+        self.wants_hints = any(link.wants_hints for link in links.values())
         self._num_nodes, self._node_of_rank_R = placement.num_nodes, placement.node_of_rank_R
         self._work_R = placement.work_R
         self._load_LR = np.zeros((shape.num_layers, num_ranks), np.int64)
@@ -52,6 +53,9 @@ class HostRowMover(RowMover):
             nbytes_R=np.zeros(num_ranks, np.int64),
         )
         self._plan, self._plan_tokens = self._whole_plan, max_rows
+
+    def hint(self, words: np.ndarray) -> None:
+        self._header[H_HINTS:] = words
 
     def carry_over(self, before: RowMover) -> None:
         if isinstance(before, HostRowMover):

@@ -53,7 +53,7 @@ class TracedDispatcher(Dispatcher):
         if step is not None:
             step.end_ns = time.perf_counter_ns()
             if self.membership is not None:
-                self._mover.time_into(None)
+                self.mover.time_into(None)
         return step
 
     def begin(
@@ -75,7 +75,7 @@ class TracedDispatcher(Dispatcher):
         if self._layer is not None:
             self._layer.end_ns = time.perf_counter_ns()
             self._layer = self._exchange = None
-            self._mover.time_into(None)
+            self.mover.time_into(None)
         return y_TD
 
     def _post(self, pending: Pending) -> None:
@@ -83,7 +83,7 @@ class TracedDispatcher(Dispatcher):
             super()._post(pending)
             return
         words = np.zeros(TIMES + 2 * self.stats.num_ranks, np.int64)
-        self._mover.time_into(words)
+        self.mover.time_into(words)
         start_ns = time.perf_counter_ns()
         lost = set(self.lost)
         super()._post(pending)

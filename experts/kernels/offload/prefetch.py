@@ -1,4 +1,4 @@
-"""The thread that brings slots into places before they are asked for."""
+"""The thread that brings slots into places before they are asked for: as routers say, else as earlier calls suggest."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import logging
 import os
 import select
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
 from experts.kernels.offload.kernel import OffloadedKernel
 from experts.kernels.offload.transitions import Transitions
+from experts.native.structs import NativeHints
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,11 @@ LEAST_SHARE = 0.25
 class Prefetcher:
     """Hears of each call of a kernel, learns from it, and copies what the next layer will probably use meanwhile."""
 
-    def __init__(self, kernel: OffloadedKernel) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: OffloadedKernel, hinted: Callable[[int, np.ndarray], np.ndarray]) -> None:
+        """`hinted`: the slots of a layer that a router's words name."""
+        self._kernel, self._hinted = kernel, hinted
+        self._hints = kernel.hints = NativeHints()
+        self._seen_hints = 0
         shape = kernel.shape
         self._transitions = Transitions(shape.num_layers, shape.num_slots)
         self._versions_LS = kernel.versions_LS.copy()
@@ -63,7 +68,18 @@ class Prefetcher:
         self._forget_changes(layer)
         self._transitions.note(layer, slots_U)
         following = (layer + 1) % self._kernel.shape.num_layers
-        self._bring(following, self._transitions.likely(layer, slots_U, LEAST_SHARE))
+        likely_N = self._told(layer, following)
+        if likely_N is None:
+            likely_N = self._transitions.likely(layer, slots_U, LEAST_SHARE)
+        self._bring(following, likely_N)
+
+    def _told(self, layer: int, following: int) -> np.ndarray | None:
+        """What the router of the newest request says of the following layer; None if it says nothing."""
+        newest = self._hints.newest(self._seen_hints)
+        self._seen_hints = self._hints.written
+        if newest is None or newest[0] != layer or not newest[1].any():
+            return None
+        return self._hinted(following, newest[1])
 
     def _bring(self, layer: int, likely_N: np.ndarray) -> None:
         wanted_N = likely_N[: self._kernel.places.num_places]

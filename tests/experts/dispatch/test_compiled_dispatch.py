@@ -50,7 +50,7 @@ def compiled_mesh(model: Path, replicas: int, dtype: torch.dtype, timeout_s: flo
     dispatcher = Dispatcher(mesh.dispatcher.shape, MAX_ROWS, timeout_s, unhurried(model, dtype))
     with behind_shared_memory(mesh.links) as links:
         dispatcher.apply(Membership(1, placement, (None,) * NUM_RANKS), dict(links), {})
-        assert isinstance(dispatcher._mover, NativeRowMover)
+        assert isinstance(dispatcher.mover, NativeRowMover)
         yield FakeMesh(dispatcher, mesh.links)
 
 
@@ -59,7 +59,7 @@ def python_mesh(model: Path, replicas: int, dtype: torch.dtype) -> Iterator[Fake
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pick, "data_plane", lambda: None)
         mesh = fake_mesh(model, unlike(replicas), max_rows=MAX_ROWS, dtype=dtype)
-    assert type(mesh.dispatcher._mover) is HostRowMover
+    assert type(mesh.dispatcher.mover) is HostRowMover
     yield mesh
 
 
@@ -77,7 +77,7 @@ def outcome(mesh: FakeMesh, batches: list[Batch], faults: dict[int, list[Any]]) 
         "sums": [stage.buckets.sum() for stage in (stats.plan_pack, stats.wait, stats.combine)],
         "lost": sorted(mesh.dispatcher.lost),
         "answered": stats.last_success_s is not None,
-        "loads": mesh.dispatcher._mover._load_LR.tolist(),  # type: ignore[attr-defined]
+        "loads": mesh.dispatcher.mover._load_LR.tolist(),  # type: ignore[attr-defined]
     }
 
 
@@ -138,7 +138,7 @@ def test_the_memory_of_a_lost_link_is_freed(model: Path) -> None:
         mesh.links[0].wait_faults = [WAIT_FAULTS["lost"][0]]
         batch = random_batch(6)
         mesh.forward(batch)
-        mover = mesh.dispatcher._mover
+        mover = mesh.dispatcher.mover
         assert isinstance(mover, NativeRowMover)
         for table_R in (mover._send_address_R, mover._reply_address_R, mover._link_address_R):
             assert [bool(address) for address in table_R] == [False, True, True]

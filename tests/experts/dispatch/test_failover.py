@@ -95,7 +95,7 @@ def test_gone_when_posted_to(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> Non
         raise ShardLostError(1, "its process closed the connection")
 
     monkeypatch.setattr(link, "post", post)
-    monkeypatch.setattr(router.dispatcher._mover, "send", lambda *_: None)  # C++ would post by itself
+    monkeypatch.setattr(router.dispatcher.mover, "send", lambda *_: None)  # C++ would post by itself
     check_step(mesh, router, 0)
     check_went_on_without(mesh, router, 1, "closed the connection")
 

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experts.kernels.native.kernel import NativeKernel
+from experts.protocol.membership import Membership
 from experts.protocol.settings import OffloadSettings, ShardSettings
+from experts.protocol.wire import H_HINTS, HEADER_WORDS, HINTED_EXPERTS, hint_words, hinted_experts
 from experts.shard.kernels import places_of
 from experts.shard.server import ShardServer
 from tests.support.copying_shards import ALL, NUM_EXPERTS, NUM_LAYERS, PAIRS, check_right, copy, orders
 from tests.support.kernel_cases import BASE
-from tests.support.small_mesh import Mesh, Shard, mesh_of, random_batch, replicated, run, write_checkpoint
+from tests.support.small_mesh import (
+    Batch,
+    Mesh,
+    Shard,
+    make_router,
+    mesh_of,
+    random_batch,
+    replicated,
+    run,
+    write_checkpoint,
+)
 from tests.support.waiting import await_true
 
 KERNELS = ["torch_loop"] + ["native"] * (NativeKernel.supports(BASE) is None)
@@ -135,8 +151,6 @@ def test_hot_experts_are_there_first(small: Path) -> None:
 
 def _with_replica(map_LS: Any, expert: int) -> Any:
     """Two more slots for each of three ranks; the last rank has a replica of `expert`."""
-    import numpy as np
-
     ranks = np.split(map_LS, 3, axis=1)
     more = [np.full((len(map_LS), 2), -1, np.int32) for _ in ranks]
     more[2][:, 0] = expert
@@ -147,3 +161,47 @@ def test_all_resident_is_not_offloaded(small: Path) -> None:
     placement = replicated(3, 6, 1, 1)
     with mesh_of(small, placement, offload={"resident_fraction": 1.0}) as mesh:
         assert mesh.shards[0].status().offload is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_a_router_hints_at_is_there_when_it_is_asked_for(small: Path, kernel: str) -> None:
+    """One expert of six is resident, so each of these would be a miss."""
+    placement, given = replicated(3, 6, 1, 1), OffloadSettings(**TINY)
+    server = ShardServer(ShardSettings(model_path=str(small), dtype="float32", kernel=kernel, offload=given))
+    router = make_router(small)
+    try:
+        router.apply_membership(Membership(1, placement, (server.start(placement, 0, 1),)))
+        assert server._loop is not None
+        shard: Any = server._loop.kernel
+        mover = router.dispatcher.mover
+        assert mover.wants_hints
+        slot_of_expert_E = server._loop.slots.slot_of_expert_LE[1]
+        for expert in (4, 2, 5, 2):
+            mover.hint(hint_words(np.array([expert])))
+            run(router, 0, one_row_for(0))
+            mover.hint(hint_words(np.empty(0, np.int64)))
+            slot = int(slot_of_expert_E[expert])
+            await_true(lambda slot=slot: shard.residency.is_in(1, slot), "the expert")  # type: ignore[misc]
+            misses = shard.counts.misses
+            run(router, 1, one_row_for(expert))
+            assert shard.counts.misses == misses, expert
+    finally:
+        router.close()
+        server.stop()
+
+
+def one_row_for(expert: int) -> Batch:
+    return replace(random_batch(1), ids_TK=torch.tensor([[expert, -1, -1]], dtype=torch.int32))
+
+
+def test_shards_without_offloading_ask_for_no_hints(small: Path) -> None:
+    with mesh_of(small, replicated(3, 6, 2, 1)) as mesh:
+        assert not mesh.router().dispatcher.mover.wants_hints
+
+
+@given(experts=st.sets(st.integers(0, HINTED_EXPERTS - 1)))
+def test_hints_name_any_experts(experts: set[int]) -> None:
+    words = hint_words(np.array(sorted(experts), np.int64))
+    assert words.shape == (HEADER_WORDS - H_HINTS,)
+    assert hinted_experts(words, HINTED_EXPERTS).tolist() == sorted(experts)
+    assert hinted_experts(words, 7).tolist() == sorted(expert for expert in experts if expert < 7)

@@ -39,7 +39,7 @@ def test_sums_are_made_in_float32_in_the_order_of_experts_and_rounded_once(ranks
     T, K, E = 7, 9, 18
     shape = LayerShape(1, E, K, hidden_size, torch.float16)
     dispatcher = loopback_dispatcher(shape, ranks, T)
-    assert isinstance(dispatcher._mover, NativeFloat16Mover)
+    assert isinstance(dispatcher.mover, NativeFloat16Mover)
     generator = torch.Generator().manual_seed(hidden_size)
     replies = {}
     for rank, link in dispatcher.links.items():

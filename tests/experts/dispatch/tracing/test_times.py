@@ -59,7 +59,7 @@ def test_times_of_a_step_lie_inside_each_other(mesh: Mesh, compiled: bool, monke
     elif data_plane() is None:
         pytest.skip("no C++ compiler")
     router = mesh.router(tracing={})
-    assert isinstance(router.dispatcher._mover, NativeRowMover) is compiled
+    assert isinstance(router.dispatcher.mover, NativeRowMover) is compiled
     before = router.dispatcher.stats.shard_rows.copy()
     step = traced_step(router)
     assert [layer.layer for layer in step.layers] == [0, 1]
@@ -152,7 +152,7 @@ def test_steps_that_are_not_traced_leave_nothing(mesh: Mesh) -> None:
     router = mesh.router(tracing={})
     run(router, 0, random_batch(12))
     assert router.dispatcher.end_step() is None  # type: ignore[attr-defined]
-    if isinstance(router.dispatcher._mover, NativeRowMover):
-        assert router.dispatcher._mover._router.times is None
+    if isinstance(router.dispatcher.mover, NativeRowMover):
+        assert router.dispatcher.mover._router.times is None
         traced_step(router)
-        assert router.dispatcher._mover._router.times is None, "memory of a step that is over is not written to"
+        assert router.dispatcher.mover._router.times is None, "memory of a step that is over is not written to"
