@@ -25,6 +25,8 @@ from experts.kernels.offload.places import placed
 from experts.kernels.offload.residency import Residency
 from experts.model.spec import ExpertWeights
 
+_COPY_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
+
 
 @dataclass
 class OffloadCounts:
@@ -168,14 +170,20 @@ class OffloadedKernel(ExpertKernel):
             self.counts.wait_ns += time.perf_counter_ns() - start_ns
 
     def _claim(self, layer: int, slot: int) -> int | None:
-        """A place for a slot; None if the slot has come meanwhile. Waits for copies that others make."""
+        """A place for a slot; None if the slot has come meanwhile. Waits for copies that others make.
+
+        TimeoutError if none of them ends for long.
+        """
         residency = self.residency
         while not residency.is_in(layer, slot):
             if not residency.is_coming(layer, slot):
                 place = residency.claim(layer, slot)
                 if place is not None:
                     return place
-            residency.changed.wait()
+            if not residency.changed.wait(_COPY_TIMEOUT_S):
+                raise TimeoutError(
+                    f"layer {layer} slot {slot} waited for {_COPY_TIMEOUT_S:.0f} s for a place: no copy into one ends"
+                )
         return None
 
     def _copy(self, layer: int, slot: int, place: int) -> None:
