@@ -124,8 +124,17 @@ STAGES = Row(
                 Query(f"sum(rate(ray_expertmesh_received_bytes_total{ROUTERS}{RATE}))", "received"),
             ),
         ),
+        Panel(
+            "Prompts of decode routers",
+            "Prompts a second that a prefill router computed, and those left to decode routers for want of one.",
+            "reqps",
+            (Query(rate_by("by", "ray_expertmesh_prompts_total", ROUTERS), "by {{by}} routers"),),
+            stacked=True,
+            may_be_empty="there are no pools",
+        ),
     ),
 )
+
 
 PLACEMENT = Row(
     "Placement",
