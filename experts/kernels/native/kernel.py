@@ -123,10 +123,14 @@ class NativeKernel(ExpertKernel):
         out_MD: torch.Tensor,
         first: bool,
         last: bool,
+        ranks_N: torch.Tensor | None = None,
+        num_pairs: int = 0,
     ) -> None:
-        """One of several calls that are one `forward`, for the same rows and for slots that rise from call to call.
+        """One of several calls that are one `forward`, for the same rows. The last one writes what they sum up to.
 
-        The sums stay in float32 between them and are written by the last one, so the bits are those of one call.
+        Their slots rise from call to call, and the sums stay in float32 between them. Or `ranks_N` (int32, on the CPU)
+        says of each pair which one it is of the `num_pairs` of all calls in the order of slots, then rows: their
+        products are kept until the last call adds them up in this order. So the bits are those of one call.
         """
         self._check_shapes(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
         status = self._library.expert_mlp_forward(
@@ -144,6 +148,8 @@ class NativeKernel(ExpertKernel):
             torch.get_num_threads(),
             first,
             last,
+            None if ranks_N is None else ranks_N.data_ptr(),
+            num_pairs,
         )
         if status == BAD_PAIRS:
             self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)

@@ -53,6 +53,7 @@ def declare_functions(library: ctypes.CDLL) -> None:
     library.expert_mlp_destroy.argtypes = [pointer]
     library.expert_mlp_destroy.restype = None
     library.expert_mlp_forward.argtypes = [
-        pointer, i64, i64, i64, pointer, i64, pointer, pointer, pointer, pointer, i64, i32, i32, i32,
+        pointer, i64, i64, i64, pointer, i64, pointer, pointer, pointer, pointer, i64, i32, i32, i32, pointer,
+        i64,
     ]  # fmt: skip
     library.expert_mlp_forward.restype = i32

@@ -63,6 +63,8 @@ struct Kernel {
     // scratch memory, reused between calls
     std::vector<int32_t> starts, rows;
     std::vector<float> pair_weights, y;
+    std::vector<int32_t> ranks, apart_rows;  // see Part
+    std::vector<float> apart_weights, apart;
     std::vector<uint32_t> x_blocks, h_blocks;
     std::vector<Block> blocks;
     std::vector<Group> groups;
@@ -231,6 +233,11 @@ void second_matrix(Kernel& k, const Group& group, const uint32_t* slot, int64_t 
             MultiplyTable<Format>::get(block.rows)(h_blocks + b * s.block_I, panel, s.words_I, sums,
                                                    look_ahead(panel, s.words_I, b, group.num_blocks));
             for (int r = 0; r < block.rows; r++) {
+                if (!k.ranks.empty()) {
+                    float* target = k.apart.data() + k.ranks[block.first + r] * y_stride + p * PANEL;
+                    for (int v = 0; v < 2; v++) store(target + v * LANES, sums[2 * r + v] + bias[v]);
+                    continue;
+                }
                 const float weight = k.on_input ? 1.0f : k.pair_weights[block.first + r];
                 float* target = k.y.data() + k.rows[block.first + r] * y_stride + p * PANEL;
                 for (int v = 0; v < 2; v++) {
@@ -239,6 +246,18 @@ void second_matrix(Kernel& k, const Group& group, const uint32_t* slot, int64_t 
                 }
             }
         }
+    }
+}
+
+// Add up what was computed apart, pair by pair in the order that one call would have had: so the bits are the same.
+void add_apart(Kernel& k, int64_t begin, int64_t end) {
+    const int64_t y_stride = k.sizes.panels_D * PANEL;
+    for (size_t n = 0; n < k.apart_rows.size(); n++) {
+        const float weight = k.on_input ? 1.0f : k.apart_weights[n];
+        const float* from = k.apart.data() + n * y_stride;
+        float* target = k.y.data() + k.apart_rows[n] * y_stride;
+        for (int64_t d = begin * PANEL; d < end * PANEL; d += LANES)
+            store(target + d, load<VecF>(target + d) + weight * load<VecF>(from + d));
     }
 }
 
@@ -261,7 +280,7 @@ void write_rows(const Kernel& k, int64_t begin, int64_t end, void* const* out_ro
 
 // Sort the pairs by slot and cut each slot's rows into blocks. False if the pairs are invalid.
 bool group_pairs(Kernel& k, int64_t layer, int64_t M, int64_t N, const int32_t* offsets, const int32_t* slots,
-                 const float* weights) {
+                 const float* weights, const int32_t* ranks) {
     if (offsets[0] != 0 || offsets[M] != N) return false;
     for (int64_t m = 0; m < M; m++)
         if (offsets[m] > offsets[m + 1]) return false;
@@ -288,19 +307,28 @@ bool group_pairs(Kernel& k, int64_t layer, int64_t M, int64_t N, const int32_t* 
     }
     k.rows.resize(N);
     k.pair_weights.resize(N);
+    k.ranks.resize(ranks ? N : 0);
     for (int64_t m = 0; m < M; m++)
         for (int32_t n = offsets[m]; n < offsets[m + 1]; n++) {
             const int32_t at = k.starts[slots[n]]++;
             k.rows[at] = m;
             k.pair_weights[at] = weights[n];
+            if (!ranks) continue;
+            if (ranks[n] < 0 || size_t(ranks[n]) >= k.apart_rows.size()) return false;
+            k.ranks[at] = ranks[n];
+            k.apart_rows[ranks[n]] = m;
+            k.apart_weights[ranks[n]] = weights[n];
         }
     return true;
 }
 
-// A call may be one of several for the same rows, with pairs of ascending slots: y starts with the first, and the last
-// one writes it.
+// A call may be one of several for the same rows: y starts with the first, and the last one writes it. Either their pairs
+// are of ascending slots and are added up at once; or `ranks` says for each pair which one of `pairs` it is in the order
+// of one call, their products are kept apart, and the last one adds them up in that order.
 struct Part {
     bool first, last;
+    const int32_t* ranks = nullptr;
+    int64_t pairs = 0;
 };
 
 template <class Format>
@@ -318,6 +346,7 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* const* rows, void* con
             first_matrix<Format>(k, group, slot, 0, s.panels_I, k.x_blocks.data(), k.h_blocks.data());
             second_matrix<Format>(k, group, slot, 0, s.panels_D, k.h_blocks.data());
         }
+        if (part.last && part.ranks) add_apart(k, 0, s.panels_D);
         if (part.last) write_rows<Format>(k, 0, M, out);
         return;
     }
@@ -343,6 +372,7 @@ void run(Kernel& k, int64_t layer, int64_t M, const void* const* rows, void* con
         for (const Group& group : k.groups)
             second_matrix<Format>(k, group, words_of(k, layer, group), s.panels_D * me / team,
                                   s.panels_D * (me + 1) / team, k.h_blocks.data() + group.first_block * s.block_I);
+        if (part.last && part.ranks) add_apart(k, s.panels_D * me / team, s.panels_D * (me + 1) / team);
 #pragma omp barrier
         if (part.last) write_rows<Format>(k, M * me / team, M * (me + 1) / team, out);
     }
@@ -353,7 +383,12 @@ int32_t forward(Kernel& k, int64_t layer, int64_t M, int64_t N, const void* cons
                 const int32_t* slots, const float* weights, void* const* out, int32_t threads, Part part) try {
     if (layer < 0 || layer >= k.num_layers) return 1;
     const LayerInUse in_use(k.places, layer);
-    if (!group_pairs(k, layer, M, N, offsets, slots, weights)) return 1;
+    if (part.first && part.ranks) {
+        k.apart_rows.assign(part.pairs, 0);
+        k.apart_weights.assign(part.pairs, 0.0f);
+        k.apart.assign(part.pairs * k.sizes.panels_D * PANEL, 0.0f);
+    }
+    if (!group_pairs(k, layer, M, N, offsets, slots, weights, part.ranks)) return 1;
     if (k.places) note_use(k, layer);
     (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1, part);
     return 0;
@@ -420,13 +455,14 @@ void expert_mlp_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 int32_t expert_mlp_forward_rows(void* kernel, int64_t layer, int64_t M, int64_t N, const void* const* rows,
                                 const int32_t* offsets, const int32_t* slots, const float* weights, void* const* out,
                                 int32_t threads) {
-    return forward(*static_cast<Kernel*>(kernel), layer, M, N, rows, offsets, slots, weights, out, threads, {true, true});
+    return forward(*static_cast<Kernel*>(kernel), layer, M, N, rows, offsets, slots, weights, out, threads, {true, true, nullptr, 0});
 }
 
-// The same for rows that stand a constant number of values apart, and for a part of their pairs.
+// The same for rows that stand a constant number of values apart, and for a part of their pairs (`ranks`: see Part).
 int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, const void* rows, int64_t row_stride,
                            const int32_t* offsets, const int32_t* slots, const float* weights, void* out,
-                           int64_t out_stride, int32_t threads, int32_t first, int32_t last) try {
+                           int64_t out_stride, int32_t threads, int32_t first, int32_t last, const int32_t* ranks,
+                           int64_t pairs) try {
     Kernel& k = *static_cast<Kernel*>(kernel);
     const int64_t value_bytes = k.is_bf16 ? 2 : 4;
     k.row_addresses.resize(M);
@@ -436,7 +472,7 @@ int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, co
         k.out_addresses[m] = static_cast<char*>(out) + m * out_stride * value_bytes;
     }
     return forward(k, layer, M, N, k.row_addresses.data(), offsets, slots, weights, k.out_addresses.data(), threads,
-                   {first != 0, last != 0});
+                   {first != 0, last != 0, ranks, pairs});
 } catch (const std::bad_alloc&) {
     return 2;
 }

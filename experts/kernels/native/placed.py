@@ -17,6 +17,7 @@ from experts.kernels.base import KernelShape
 from experts.kernels.native.kernel import NativeKernel
 
 _LOOK_S = 20e-6  # between two looks at a call that may still use a slot
+_MOST_APART_BYTES = 64 << 20  # float32 products of pairs, kept between the parts of a call
 
 
 class NativePlaces(ctypes.Structure):
@@ -68,6 +69,10 @@ class PlacedNativeKernel(NativeKernel):
         """The memory of a place, uint8 [n] each."""
         start = (layer * self.num_places + place) * self._slot_bytes
         return [torch.from_numpy(self._packed[start : start + self._slot_bytes])]
+
+    def takes_any_order(self, num_pairs: int) -> bool:
+        """If the products of all pairs fit where they are kept until they are added up in the order of slots."""
+        return num_pairs * self.shape.hidden_size * 4 <= _MOST_APART_BYTES
 
     def put_in(self, layer: int, slot: int, place: int) -> None:
         """A slot's expert stands in a place: calls may use it."""

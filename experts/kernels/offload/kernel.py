@@ -123,23 +123,34 @@ class OffloadedKernel(ExpertKernel):
     ) -> None:
         """See `ExpertKernel.forward`. Waits for slots that stand in no place."""
         self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
-        parts = self._parts(np.unique(slots_N.numpy()))
+        any_order = self.places.takes_any_order(len(slots_N))
+        parts = self._parts(layer, np.unique(slots_N.numpy()), any_order)
+        pairs = (row_offsets_M1, slots_N, weights_N)
+        ranks_N = _ranks(slots_N) if any_order and len(parts) > 1 else None
         try:
             for number, slots_U in enumerate(parts):
                 self._bring_in(layer, slots_U)
-                pairs = (row_offsets_M1, slots_N, weights_N)
-                if len(parts) > 1:
-                    pairs = _pairs_of(slots_U, *pairs)
-                last = number == len(parts) - 1
-                self.places.forward_part(layer, rows_MD, *pairs, out_MD, number == 0, last)
+                first, last = number == 0, number == len(parts) - 1
+                if len(parts) == 1:
+                    self.places.forward_part(layer, rows_MD, *pairs, out_MD, first, last)
+                else:
+                    taken_N = _of_slots(slots_U, slots_N, self.shape.num_slots)
+                    told = None if ranks_N is None else ranks_N[taken_N]
+                    self.places.forward_part(
+                        layer, rows_MD, *_some(taken_N, *pairs), out_MD, first, last, told, len(slots_N)
+                    )
                 self._backing.note()
         finally:
             with self.residency.changed:
                 self.residency.unuse()
 
-    def _parts(self, slots_U: np.ndarray) -> list[np.ndarray]:
-        """Slots to compute at a time, in ascending order."""
-        return np.array_split(slots_U, max(-(-len(slots_U) // self.places.num_places), 1))
+    def _parts(self, layer: int, slots_U: np.ndarray, any_order: bool) -> list[np.ndarray]:
+        """Slots to compute at a time. First those that are here, where the order is free: else they would make room."""
+        most = self.places.num_places
+        if len(slots_U) > most and any_order:
+            here_U = self.residency.place_of_slot_LS[layer, slots_U] >= 0
+            slots_U = np.concatenate([slots_U[here_U], slots_U[~here_U]])
+        return np.split(slots_U, range(most, len(slots_U), most))
 
     def _bring_in(self, layer: int, slots_U: np.ndarray) -> None:
         """Return when all are in places, where they stay until the next part."""
@@ -262,11 +273,25 @@ class OffloadedKernel(ExpertKernel):
         self._backing.close()
 
 
-def _pairs_of(
-    slots_U: np.ndarray, row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor
+def _ranks(slots_N: torch.Tensor) -> torch.Tensor:
+    """int32 [N]: the place of each pair in the order of slots, then rows."""
+    order_N = np.argsort(slots_N.numpy(), kind="stable")
+    ranks_N = np.empty(len(order_N), np.int32)
+    ranks_N[order_N] = np.arange(len(order_N), dtype=np.int32)
+    return torch.from_numpy(ranks_N)
+
+
+def _of_slots(slots_U: np.ndarray, slots_N: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """bool [N]: the pairs whose slot is one of `slots_U`."""
+    taken_S = np.zeros(num_slots, np.bool_)
+    taken_S[slots_U] = True
+    return torch.from_numpy(taken_S[slots_N.numpy()])
+
+
+def _some(
+    taken_N: torch.Tensor, row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pairs whose slot is one of `slots_U`, which are all from the first to the last that the call has."""
-    taken_N = (slots_N >= int(slots_U[0])) & (slots_N <= int(slots_U[-1]))
+    """Some pairs of a call."""
     before_N1 = torch.zeros(len(slots_N) + 1, dtype=torch.int32)
     torch.cumsum(taken_N, 0, out=before_N1[1:], dtype=torch.int32)
     return before_N1[row_offsets_M1.long()], slots_N[taken_N], weights_N[taken_N]

@@ -58,8 +58,16 @@ class PlacedKernel(Protocol):
         out_MD: torch.Tensor,
         first: bool,
         last: bool,
+        ranks_N: torch.Tensor | None = None,
+        num_pairs: int = 0,
     ) -> None:
-        """One of several calls that are one `ExpertKernel.forward`, for the same rows; all its slots have a place."""
+        """One of several calls that are one `ExpertKernel.forward`, for the same rows; all its slots have a place.
+
+        Without `ranks_N` slots rise from call to call; see `NativeKernel.forward_part`.
+        """
+
+    def takes_any_order(self, num_pairs: int) -> bool:
+        """Whether the slots of the calls that are one may come in any order, with so many pairs in all."""
 
     def compiled_forward(self) -> tuple[int, int] | None:
         """See `ExpertKernel.compiled_forward`; it refuses slots without a place."""
@@ -96,6 +104,10 @@ class RemappedKernel:
     def await_calls(self, layer: int) -> None:
         """All calls come through `OffloadedKernel.forward`, which says itself what it uses."""
 
+    def takes_any_order(self, num_pairs: int) -> bool:
+        """It adds parts up as they come."""
+        return True
+
     def compiled_forward(self) -> tuple[int, int] | None:
         """C++ would not know the places."""
         return None
@@ -110,6 +122,8 @@ class RemappedKernel:
         out_MD: torch.Tensor,
         first: bool,
         last: bool,
+        ranks_N: torch.Tensor | None = None,
+        num_pairs: int = 0,
     ) -> None:
         """See `PlacedKernel`."""
         slots_U = np.unique(slots_N.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts.kernels import KERNELS, ExpertKernel
+from experts.kernels.native import placed
 from experts.kernels.native.kernel import NativeKernel
 from experts.kernels.offload import FileBacking, OffloadedKernel
 from tests.support.offloading import LAYERS, SHAPE, SLOTS, Call, offloaded, set_all, set_one
@@ -69,6 +71,43 @@ def test_any_calls_give_the_same_rows(
         in_layer = (kernel.residency.place_of_slot_LS >= 0).sum(1)
         assert (in_layer <= kernel.places.num_places).all()
         assert kernel.residency.count() == in_layer.sum()
+
+
+@needs_native
+@pytest.mark.parametrize("apart_bytes", [0, 1 << 20], ids=["slots rise", "any order"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("on_input", [False, True], ids=["weighted output", "weighted input"])
+def test_parts_have_the_bits_of_one_call_whether_products_are_kept_apart_or_not(
+    monkeypatch: pytest.MonkeyPatch, apart_bytes: int, dtype: torch.dtype, on_input: bool
+) -> None:
+    monkeypatch.setattr(placed, "_MOST_APART_BYTES", apart_bytes)
+    shape = replace(SHAPE, dtype=dtype, weight_on_input=on_input, has_bias=True)
+    whole = NativeKernel(shape)
+    threads = torch.get_num_threads()
+    with contextlib.closing(offloaded("native", 2, shape)) as kernel:
+        set_all(whole, kernel, shape=shape)
+        try:
+            for seed in range(12):
+                torch.set_num_threads(1 + seed % 2)
+                Call.random(seed % LAYERS, 30, seed, shape, most=SLOTS).check(kernel, whole)
+        finally:
+            torch.set_num_threads(threads)
+        assert kernel.places.takes_any_order(30 * SLOTS) is (apart_bytes > 0)
+
+
+@needs_native
+def test_slots_that_are_here_are_computed_first() -> None:
+    """In rising order each part would make room for itself by what a later part of the same call needs."""
+    with contextlib.closing(offloaded("native", 4)) as kernel:
+        set_all(kernel)
+        everything = torch.arange(SLOTS, dtype=torch.int32)
+        pairs = (torch.arange(SLOTS + 1, dtype=torch.int32), everything, torch.ones(SLOTS))
+        call = Call(0, torch.randn(SLOTS, SHAPE.hidden_size), pairs)
+        call.by(kernel)
+        for _ in range(5):
+            before = kernel.counts.misses
+            call.by(kernel)
+            assert kernel.counts.misses - before == SLOTS - 4
 
 
 @needs_native
