@@ -155,3 +155,19 @@ def _at_least(least: int, count: Any, what: str, where: str) -> int:
     if type(count) is not int or count < least:
         raise ConfigError(f"{where} is {count!r}, expected a number of {what} of {least} or more")
     return count
+
+
+def wanted_pairs(llm: LLMAppConfig, scaling: dict[str, dict[str, Any]]) -> tuple[int, list[str]]:
+    """(most pairs that the routers of an application have with one shard, where they come from, in words).
+
+    `scaling` as `router_scaling` gives it. Routers whose number only Serve knows are left out.
+    """
+    pairs, told = 0, []
+    for each in llm.each_pool:
+        routers = each.routers
+        most = scaling.get(PREFILL_ROUTER if each.pool == "prefill" else ROUTER, {}).get("max_replicas")
+        count = most or routers.count or routers.deployment_config.get("num_replicas") or 1
+        if isinstance(count, int):
+            pairs += count * routers.workers
+            told.append(f"{count} routers of {routers.workers} worker(s)")
+    return pairs, told

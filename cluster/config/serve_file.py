@@ -33,7 +33,7 @@ from cluster.config.gateway.sections import GATEWAY, GatewayAppConfig, GatewayLi
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, MissingPath, parse, portable
-from cluster.config.replicas import PREFILL_ROUTER, ROUTER, router_scaling, scaling_problems
+from cluster.config.replicas import router_scaling, scaling_problems, wanted_pairs
 from experts.protocol.settings import StrictModel
 
 EXPERTS_BUILDER = "serve_app:build_experts"
@@ -179,25 +179,8 @@ class MeshConfig(StrictModel):
         yield from dict.fromkeys(found)
         yield from self._too_many_pairs()
 
-    @property
-    def wanted_pairs(self) -> tuple[int, list[str]]:
-        """(most pairs that these routers have with one shard, where they come from, in words).
-
-        Those whose number only Serve knows are left out.
-        """
-        pairs, told = 0, []
-        for each in self.llm.each_pool:
-            routers = each.routers
-            scaling = self.router_scaling.get(PREFILL_ROUTER if each.pool == "prefill" else ROUTER, {})
-            wanted = routers.deployment_config.get("num_replicas")
-            count = scaling.get("max_replicas") or routers.count or wanted or 1
-            if isinstance(count, int):
-                pairs += count * routers.workers
-                told.append(f"{count} routers of {routers.workers} worker(s)")
-        return pairs, told
-
     def _too_many_pairs(self) -> Iterator[str]:
-        most, (pairs, told) = self.experts.shards.max_pairs, self.wanted_pairs
+        most, (pairs, told) = self.experts.shards.max_pairs, wanted_pairs(self.llm, self.router_scaling)
         if pairs > most:
             yield (
                 f"shards.max_pairs is {most}, but up to {' and '.join(told)} have {pairs} pairs with a shard, twice as "

@@ -1,4 +1,4 @@
-"""Trains the two adapters of this folder on the chats of tiny-moe, with their answers rewritten. Ten minutes on two cores.
+"""Trains the adapters of this folder on the chats of tiny-moe, with their answers rewritten: ten minutes each.
 
 python examples/tiny-adapters/train.py shout|whisper
 

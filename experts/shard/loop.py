@@ -269,17 +269,16 @@ class ShardLoop:
 
     def _answer(self, asked: Sequence[tuple[ShardChannel, _Views, int]]) -> list[tuple[ShardChannel, int]]:
         """Write replies to messages of some bytes into the channels' send buffers; returns their lengths in bytes."""
-        start_ns = time.perf_counter_ns()
+        start_ns, done = time.perf_counter_ns(), list[Work]()
         lengths: list[tuple[ShardChannel, int]] = []
-        done: list[Work] = []
         self.slots.begin_request()
         try:
             works = []
             for channel, views, nbytes in asked:
                 try:
                     works.append(self._read(channel, views, nbytes))
-                    if self.kernel.hints is not None:
-                        self.kernel.hints.note(works[-1].request.layer, header_of(channel.recv_buffer)[H_HINTS:])
+                    if (hints := self.kernel.hints) is not None:
+                        hints.note(works[-1].request.layer, header_of(channel.recv_buffer)[H_HINTS:])
                 except Exception as error:
                     lengths.append((channel, self._refuse(channel, error)))
             for batch in batches(works):

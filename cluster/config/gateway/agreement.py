@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.config.replicas import ROUTER
+from cluster.config.replicas import ROUTER, wanted_pairs
 
 
 def gateway_disagreements(file: Any) -> Iterator[str]:
@@ -42,7 +42,7 @@ def _pairs(file: Any) -> Iterator[str]:
     """Routers of several applications that have more pairs with a shard together than any of them alone."""
     for pool in file.pools:
         sharing = [each for each in file.meshes if each.experts_name == pool.experts_name]
-        most = sum(each.wanted_pairs[0] for each in sharing)
+        most = sum(wanted_pairs(each.llm, each.router_scaling)[0] for each in sharing)
         if len(sharing) > 1 and most > pool.experts.shards.max_pairs:
             yield (
                 f"{pool.experts_name}: shards.max_pairs is {pool.experts.shards.max_pairs}, but the routers of "

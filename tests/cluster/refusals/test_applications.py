@@ -66,13 +66,10 @@ def test_the_meshs_secret_has_to_be_where_the_controller_starts(monkeypatch: pyt
     assert "5 characters, expected at least 32" in lines(args)[0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", "tiny-tp.yaml", "tiny-pools.yaml"),
-        *("tiny-offload.yaml", *SHAPES),
-    ],
-)
+ONE_MODEL = [f"tiny-{name}.yaml" for name in ("cpu", "cpu-planned", "autopilot", "tp", "pools", "offload")]
+
+
+@pytest.mark.parametrize("name", [*ONE_MODEL, *SHAPES])
 def test_what_ships_is_not_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parse_module, "find_path", lambda value, where, folder: Path(value))
     monkeypatch.setenv("EXPERTMESH_MESH_SECRET", "0" * 64)  # a pod has it from a Secret

@@ -29,6 +29,7 @@ def compiled_layer(emit: Any, apart: bool) -> None:
 
         attached = True
         recorder = SimpleNamespace(wants_phases=False)
+        dispatcher = SimpleNamespace(mover=SimpleNamespace(wants_hints=False))
 
         def begin(
             self, layer: int, x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, record: bool
