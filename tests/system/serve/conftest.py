@@ -1,7 +1,7 @@
 """One Ray cluster with the whole service on it, shared by every test here: starting it takes most of a minute.
 
 It ends with the last test of this folder: two services at a time slow each other down. Tests that start one of another
-config are in `variants`.
+config are in `variants`, unless they hold it against this one.
 """
 
 from __future__ import annotations
