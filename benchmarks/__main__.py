@@ -22,6 +22,7 @@ MODULES = (
     "benchmarks.data_plane.shard_kernel",
     "benchmarks.data_plane.expert_loading",
     "benchmarks.data_plane.failover",
+    "benchmarks.data_plane.offload",
     "benchmarks.placement",
     "benchmarks.placement.published",
     "benchmarks.serving.placement_end_to_end",
