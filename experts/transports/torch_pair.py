@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _FRAME_BYTES = 64
 _HOST, _DEVICE = 0, 1
+_ROWS_GRACE_S = 1.0  # for rows whose frame has come: shards are waited for in turn, and one that is silent uses up the time
 
 
 class _Frame:
@@ -112,7 +113,8 @@ class _Pair:
     def receive(self, deadline_s: float | None, rows_timeout_s: float = 0.0) -> int:
         """Wait for the message that `expect` started to receive; returns its length. TimeoutError, ConnectionError.
 
-        Without a deadline (an idle shard), the rows must follow their frame within `rows_timeout_s`.
+        Without a deadline (an idle shard), the rows must follow their frame within `rows_timeout_s`; with one that has
+        passed, within a second.
         """
         assert self._frames is not None
         self._frames.wait(self._arriving, deadline_s)
@@ -124,7 +126,8 @@ class _Pair:
             )
         if device_bytes:
             assert self._rows is not None
-            rows_deadline_s = time.monotonic() + rows_timeout_s if deadline_s is None else deadline_s
+            now_s = time.monotonic()
+            rows_deadline_s = now_s + rows_timeout_s if deadline_s is None else max(deadline_s, now_s + _ROWS_GRACE_S)
             self._rows.wait(self._rows.recv(self.recv_tensor[:device_bytes]), rows_deadline_s)
         return host_bytes + device_bytes
 
