@@ -1,6 +1,6 @@
 """The plug-in end to end on a GPU: vLLM as a router with two shards against plain vLLM, by tokens and by speed.
 
-    python -m benchmarks.gpu.engine [--quick] [--device cpu]
+    python -m benchmarks.gpu.engine [--quick] [--attention TRITON_ATTN] [--device cpu]
 
 The model is a random Qwen3-MoE of about 1 billion parameters (hidden 1024, 12 layers, 64 experts, top-8, width 384),
 made on first use in the temporary folder. Each side is a process of its own and shares the GPU with its shards only.
@@ -59,9 +59,10 @@ def prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
     return torch.randint(10, vocabulary, (count, length), generator=generator).tolist()
 
 
-def engine_arguments(model: Path, dtype: str, eager: bool, device: str) -> dict[str, Any]:
-    """The engine options of both sides."""
-    found: dict[str, Any] = {
+def engine_arguments(model: Path, dtype: str, eager: bool, device: str, attention: str = "") -> dict[str, Any]:
+    """The engine options of both sides; `attention` is vLLM's name of a backend, "" for its choice."""
+    found: dict[str, Any] = {"attention_backend": attention} if attention else {}
+    found |= {
         "model": str(model),
         "dtype": dtype,
         "enforce_eager": eager,
@@ -85,7 +86,7 @@ def serve(side: str, model: Path, order: dict[str, Any]) -> dict[str, Any]:
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     device = order["device"]
-    keywords = engine_arguments(model, order["dtype"], order["eager"], device)
+    keywords = engine_arguments(model, order["dtype"], order["eager"], device, order["attention"])
     with contextlib.ExitStack() as stack:
         if side == "mesh":
             shards = stack.enter_context(
@@ -170,6 +171,7 @@ def main() -> None:
     """Print the table."""
 
     def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--attention", default="", help="vLLM's attention backend; its own choice if left out")
         for name in ("--serve", "--model", "--order", "--answer"):
             parser.add_argument(name, help=argparse.SUPPRESS)
 
@@ -189,7 +191,7 @@ def main() -> None:
             order = {
                 "device": args.device, "dtype": dtype, "eager": eager, "turns": 1 if on_cpu or args.quick else 3,
                 "batches": [1, 4] if on_cpu else [1, 16, 64, 256], "new_tokens": 8 if on_cpu else 64,
-                "prompt_tokens": 16, "vocabulary": 200 if on_cpu else VOCABULARY,
+                "prompt_tokens": 16, "vocabulary": 200 if on_cpu else VOCABULARY, "attention": args.attention,
             }  # fmt: skip
             try:
                 rows += rows_of({side: run_side(side, model, order) for side in SIDES}, order)

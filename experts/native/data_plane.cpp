@@ -4,6 +4,7 @@
 #include "links.h"
 #include "router.h"
 #include "shard.h"
+#include "tiles.h"
 #include "waiting.h"
 
 extern "C" {
@@ -18,6 +19,7 @@ int64_t data_plane_sizes(int64_t* sizes) {
     sizes[5] = sizeof(ShardCounts);
     sizes[6] = sizeof(SlotWords);
     sizes[7] = sizeof(Hints);
+    sizes[8] = sizeof(Device);
     return 0;
 }
 
@@ -36,7 +38,11 @@ int64_t data_plane_poll(Channel* channel) { return channel_poll(*channel); }
 
 int64_t data_plane_reply(Channel* channel, int64_t nbytes) { return channel_reply(*channel, nbytes); }
 
-// See router.h.
+// See device.h and router.h.
+int64_t data_plane_fetch(Device* d, uint64_t ids, uint64_t weights, int64_t pairs) {
+    return device::fetch(*d, ids, weights, pairs);
+}
+
 int64_t data_plane_begin(Router* router) { return router::begin(*router); }
 
 int64_t data_plane_finish(Router* router, void* y) { return router::finish(*router, y); }
@@ -61,6 +67,13 @@ int64_t data_plane_replace_table(SlotWords* words, const int32_t* slot_of_expert
 int64_t data_plane_echo(uint8_t* bell, SocketBell* sockets, Channel** channels, int64_t count, int64_t spin_ns,
                         int64_t timeout_ns) {
     return shard::echo(bell, sockets, channels, count, spin_ns, timeout_ns);
+}
+
+// See tiles.h. `parts` are the addresses of TileParts, in its order.
+int64_t data_plane_cut_tiles(const int32_t* slots_N, int64_t num_pairs, int64_t num_slots, int64_t block,
+                             const int32_t* offsets_M1, int64_t num_rows, const float* weights_N,
+                             const TileParts* parts) {
+    return cut_tiles(slots_N, num_pairs, num_slots, block, offsets_M1, num_rows, weights_N, *parts);
 }
 
 // See exchange.h.

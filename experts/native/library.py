@@ -10,6 +10,7 @@ from pathlib import Path
 from experts.native.build import NativeBuildError, build_library
 from experts.native.structs import (
     NativeChannel,
+    NativeDevice,
     NativeHints,
     NativeLink,
     NativeRouter,
@@ -34,10 +35,12 @@ _FUNCTIONS = {
     "data_plane_reply": [_pointer, _i64],
     "data_plane_begin": [_pointer],
     "data_plane_finish": [_pointer, _pointer],
+    "data_plane_fetch": [_pointer, ctypes.c_uint64, ctypes.c_uint64, _i64],
     "data_plane_combine": [_pointer, _i64, _pointer, _i64, _pointer],
     "data_plane_serve": [_pointer, _pointer, _i64, _i64],
     "data_plane_replace_table": [_pointer, _pointer],
     "data_plane_echo": [_pointer, _pointer, _pointer, _i64, _i64, _i64],
+    "data_plane_cut_tiles": [_pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer],
     "data_plane_answer": [_pointer, _i64],
     "data_plane_ping": [_pointer, _pointer, _pointer, _i64, _pointer, _pointer, _i64, _i64, _i64, _pointer],
     "data_plane_ping_link": [_pointer, _pointer, _pointer, _i64, _i64, _pointer],
@@ -67,7 +70,7 @@ def data_plane() -> ctypes.CDLL | None:
         function.argtypes, function.restype = arguments, _i64
     structs = (
         NativeLink, NativeChannel, NativeRouter, NativeRouterCounts, NativeShard, NativeShardCounts, NativeSlotWords,
-        NativeHints,
+        NativeHints, NativeDevice,
     )  # fmt: skip
     sizes = (_i64 * len(structs))()
     library.data_plane_sizes(sizes)

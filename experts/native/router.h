@@ -13,6 +13,7 @@
 
 #include "combine.h"
 #include "counts.h"
+#include "device.h"
 #include "waiting.h"
 #include "wire.h"
 
@@ -38,6 +39,7 @@ struct Router {
     RouterCounts* counts;
     int64_t *shard_rows_R, *shard_pairs_R;
     int64_t* times;  // of the exchange in progress, see Times; null but for layers that are traced
+    Device* device;  // where rows travel from and to; null for host memory
     // the batch: begin() is told of it by these words alone, since each argument of a call from Python has its price
     int64_t layer, seq, T;
     const void* x;
@@ -222,10 +224,14 @@ inline int64_t begin(Router& r) {
                    r.work_R, r.load_LR + r.layer * r.num_ranks, r.rank_TK);
     const int64_t unserved = count_rows(r, scratch);
     write_routing(r, scratch);
+    if (r.device && r.T)
+        if (const int error = device::pack(*r.device, r.rank_TK, r.x, r.T, int32_t(r.top_k),
+                                           r.hidden * value_bytes(r.dtype)))
+            return -int64_t(error);
     RouterCounts& counts = *r.counts;
     for (int64_t rank = 0; rank < r.num_ranks; rank++) {
         if (r.nbytes_R[rank] == 0) continue;
-        if (r.send_R[rank]) write_rows(r, scratch, rank);
+        if (r.send_R[rank] && !r.device) write_rows(r, scratch, rank);
         if (r.post == PACK_ONLY) continue;
         if (r.links_R[rank] && link_post(*r.links_R[rank], r.nbytes_R[rank]) == 0)
             counts.bytes_sent += r.nbytes_R[rank];
@@ -255,7 +261,7 @@ inline void note_times(Router& r, int64_t wait_ns, int64_t waited_ns, int64_t co
 }
 
 // Wait for all replies to the request that begin() sent last, combine and count: 1. 0 if anything is not as it should be:
-// then nothing was combined or counted, and each link can be waited for again.
+// then nothing was combined or counted, and each link can be waited for again. The driver's error as a negative number.
 inline int64_t finish(Router& r, void* y) {
     const int64_t start_ns = now_ns();
     static thread_local std::vector<Link*> links;
@@ -277,7 +283,13 @@ inline int64_t finish(Router& r, void* y) {
         received += nbytes[i++];
     }
     const int64_t waited_ns = now_ns();
-    combine_any(r, r.T, nullptr, r.post == POST_AGAIN, y);
+    if (!r.device) {
+        combine_any(r, r.T, nullptr, r.post == POST_AGAIN, y);
+    } else if (r.T) {
+        const int error =
+            device::combine(*r.device, y, r.T, int32_t(r.top_k), r.hidden * value_bytes(r.dtype));
+        if (error) return -int64_t(error);
+    }
     const int64_t end_ns = now_ns();
     RouterCounts& counts = *r.counts;
     counts.bytes_received += received;

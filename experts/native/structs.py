@@ -82,10 +82,27 @@ class NativeRouter(ctypes.Structure):
         *((name, _pointer) for name in ("choose_ranks", "node_of_rank_R", "work_R", "load_LR", "header")),
         *((name, _pointer) for name in ("send_R", "recv_R", "links_R")),
         *((name, _pointer) for name in ("rank_TK", "row_TK", "rows_R", "pairs_R", "nbytes_R")),
-        *((name, _pointer) for name in ("counts", "shard_rows_R", "shard_pairs_R", "times")),
+        *((name, _pointer) for name in ("counts", "shard_rows_R", "shard_pairs_R", "times", "device")),
         *((name, _i64) for name in ("layer", "seq", "T")),
         *((name, _pointer) for name in ("x", "ids_TK", "weights_TK", "slots_ER")),
         *((name, _i64) for name in ("post", "timeout_ns")),
+    )
+
+
+class NativeDevice(ctypes.Structure):
+    """A router's rows on a GPU; see device.h for the meaning of each field."""
+
+    stream: int
+    row_at: int
+    host_ids: int
+    host_weights: int
+    plan: int
+    _fields_ = (
+        *((name, _pointer) for name in ("copy_to_host", "copy_to_device", "synchronize", "launch")),
+        *((name, _pointer) for name in ("pack", "combine")),
+        *((name, ctypes.c_uint64) for name in ("plan", "send_address_R", "recv_address_R")),
+        *((name, _pointer) for name in ("host_ids", "host_weights", "stream")),
+        ("row_at", _i64),
     )
 
 

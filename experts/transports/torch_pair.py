@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 _FRAME_BYTES = 64
 _HOST, _DEVICE = 0, 1
-_ROWS_GRACE_S = 1.0  # for rows whose frame has come: shards are waited for in turn, and one that is silent uses up the time
+# For rows whose frame has come: shards are waited for in turn, and one that is silent uses up the time of the next.
+_ROWS_GRACE_S = 1.0
 
 
 class _Frame:

@@ -129,9 +129,12 @@ class NativeRowMover(HostRowMover):
     def receive(self, batch: RowBatch, plan: DispatchPlan, timeout_s: float) -> bool:
         if plan.unserved:
             return False
+        self._set_timeout(timeout_s)
+        return bool(self._finish(self._address, batch.y_TD.data_ptr()))
+
+    def _set_timeout(self, timeout_s: float) -> None:
         if timeout_s != self._timeout_s:
             self._timeout_s, self._router.timeout_ns = timeout_s, int(timeout_s * 1e9)
-        return bool(self._finish(self._address, batch.y_TD.data_ptr()))
 
     def plan_and_pack(self, batch: RowBatch, seq: int, slots_ER: np.ndarray) -> DispatchPlan:
         return self._write(batch, seq, slots_ER.ctypes.data, PACK_ONLY)

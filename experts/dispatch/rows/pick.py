@@ -25,6 +25,12 @@ def pick_row_mover(
     devices = {None if link.send_tensor is None else link.send_tensor.device.type for link in links.values()}
     if None in devices and len(devices) > 1:
         raise ValueError("some links carry rows from a device and some from host memory; use one transport for all")
+    if "cuda" in devices:
+        from experts.dispatch.rows.cuda.mover import cuda_row_mover
+
+        mover = cuda_row_mover(shape, max_rows, membership, links)
+        if mover is not None:
+            return mover
     if "cuda" in devices and importlib.util.find_spec("triton") is not None:
         from experts.dispatch.rows.triton_mover import TritonRowMover
 

@@ -6,13 +6,46 @@ base.py; P pairs sorted by slot.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from experts.kernels.base import KernelShape
 from experts.kernels.stacked import StackedKernel
 from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precision, triton_misfit
+
+HOPPER_SHARED_BYTES = 227 << 10
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a program computes at a time for a tile of pairs."""
+
+    columns: int
+    depth: int  # of a step of the products
+    warps: int
+    stages: int  # steps in flight
+
+    def fit(self, block: int, weights: int, itemsize: int, shared_bytes: int) -> int:
+        """Stages for which shared memory suffices, with so many `weights` matrices side by side."""
+        stage_bytes = itemsize * self.depth * (block + weights * self.columns)
+        return max(1, min(self.stages, shared_bytes // stage_bytes))
+
+
+# By pairs of a tile. The best of 265 on an H100 in bfloat16, over the shapes of DeepSeek-V3, Qwen3-30B and gpt-oss with
+# 1 to 4096 rows (docs/gpu-results.md).
+GATE_UP = {16: Form(32, 256, 4, 3), 32: Form(64, 128, 4, 3), 64: Form(64, 64, 4, 3), 128: Form(128, 64, 8, 4)}
+DOWN = {16: Form(64, 128, 4, 4), 32: Form(128, 128, 4, 2), 64: Form(128, 64, 4, 4), 128: Form(256, 64, 8, 4)}
+
+
+@functools.cache
+def shared_bytes(device: str) -> int:
+    """Shared memory that a program may have; Hopper's where there is no GPU to ask."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return HOPPER_SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 class TritonMlpKernel(ThreePrograms, StackedKernel):
@@ -43,17 +76,22 @@ class TritonMlpKernel(ThreePrograms, StackedKernel):
         b2 = w2 if stacked.b2_LSD is None else stacked.b2_LSD[layer]
         common = {
             "HAS_BIAS": shape.has_bias, "WEIGHT_ON_INPUT": shape.weight_on_input,
-            "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block, **pairs.options,
+            "PRECISION": dot_precision(shape.dtype), "BLOCK_P": pairs.block,
         }  # fmt: skip
+        block, itemsize, shared = pairs.block, shape.dtype.itemsize, shared_bytes(shape.device)
+        form = GATE_UP[block]
         run(
-            mlp_programs.gate_up, (-(-I // pairs.wide), pairs.num_tiles),
+            mlp_programs.gate_up, (pairs.num_tiles, -(-I // form.columns)),
             rows_MD, w13, b13, pairs.row_P, pairs.weight_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, shape.activation.alpha, self._limit,
-            KIND=shape.activation.kind, BLOCK_I=pairs.wide, BLOCK_D=64, **common,
+            KIND=shape.activation.kind, BLOCK_I=form.columns, BLOCK_D=form.depth, **common,
+            num_warps=form.warps, num_stages=form.fit(block, 2, itemsize, shared),
         )  # fmt: skip
+        form = DOWN[block]
         run(
-            mlp_programs.down, (-(-D // pairs.wide), pairs.num_tiles),
+            mlp_programs.down, (pairs.num_tiles, -(-D // form.columns)),
             h_PI, w2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I,
-            BLOCK_D=pairs.wide, BLOCK_I=64, **common,
+            BLOCK_D=form.columns, BLOCK_I=form.depth, **common,
+            num_warps=form.warps, num_stages=form.fit(block, 1, itemsize, shared),
         )  # fmt: skip

@@ -34,12 +34,12 @@ def gate_up(
     BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """h[p] = act(gate, up) of row row_P[p], for one tile and BLOCK_I columns; sums in float32."""
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)  # the fast axis: tiles that share weights run side by side
     slot = tl.load(tiles + 3 * tile).to(tl.int64)
     pair = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_P)
     in_tile = pair < tl.load(tiles + 3 * tile + 2)
     row = tl.load(row_P + pair, mask=in_tile, other=0).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     in_width = column < I
     gate_rows = w13_S2ID + slot * 2 * I * D + column.to(tl.int64)[None, :] * D
     up_rows = gate_rows + I.to(tl.int64) * D
@@ -70,11 +70,11 @@ def down(
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """y[pair_P[p]] = weight * (w2 h[p] + b2) in float32, for one tile and BLOCK_D columns."""
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)
     slot = tl.load(tiles + 3 * tile).to(tl.int64)
     pair = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_P)
     in_tile = pair < tl.load(tiles + 3 * tile + 2)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_hidden = column < D
     w2_rows = w2_SDI + slot * D * I + column.to(tl.int64)[None, :] * I
     h_rows = h_PI + pair.to(tl.int64)[:, None] * I

@@ -1,17 +1,17 @@
 """Pairs cut into tiles for Triton programs, and the base of the kernels that run three programs over them.
 
-Tile sizes are reasoned, not measured.
-
 Legend: N (row, slot) pairs, P pairs sorted by slot, D hidden size, I expert intermediate size.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import itertools
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
+from experts.native.library import data_plane
 
 
 def interpreted() -> bool:
@@ -43,9 +44,10 @@ def cut_tiles(slots_N: np.ndarray, num_slots: int, block: int) -> tuple[np.ndarr
 
 
 def choose_block(num_pairs: int, num_slots: int, most: int = 128) -> int:
-    """Pairs of a tile: the smallest power of two from 16 to `most` that holds an average slot's pairs."""
+    """Pairs of a tile: the smallest power of two from 16 to `most` that holds an average slot's pairs, and 64 up to 192
+    of them: so measured on an H100."""
     average = num_pairs / num_slots
-    return min(next((block for block in (16, 32, 64) if average <= block), 128), most)
+    return min(next((block for block, pairs in ((16, 16), (32, 32), (64, 192)) if average <= pairs), 128), most)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TiledPairs:
 
     block: int  # pairs of a tile
     num_tiles: int
-    tiles: torch.Tensor  # int32 [3 tiles]
+    tiles: torch.Tensor  # int32 [3 tiles], and room behind them
     row_P: torch.Tensor  # int32
     pair_P: torch.Tensor  # int32: index of a sorted pair in the call
     offsets_M1: torch.Tensor  # int32
@@ -78,21 +80,47 @@ def tile_pairs(
     num_slots, device = shape.num_slots, torch.device(shape.device)
     M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
     block = choose_block(N, num_slots, most_pairs(shape.dtype))
+    # Each part starts at a multiple of 16 bytes: Triton compiles a second version for other addresses.
+    sizes = (3 * (N // block + min(num_slots, N)), N, N, M + 1, N)
+    starts = list(itertools.accumulate((-(-size // 4) * 4 for size in sizes), initial=0))
+    host = torch.empty(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    num_tiles = _fill(host, starts, block, num_slots, row_offsets_M1, slots_N, weights_N)
+    sent = host.to(device, non_blocking=True)
+    tiles, row_P, pair_P, offsets_M1, weight_bits_P = (
+        sent[start : start + size] for start, size in zip(starts, sizes, strict=False)
+    )
+    return TiledPairs(block, num_tiles, tiles, row_P, pair_P, offsets_M1, weight_bits_P.view(torch.float32))
+
+
+def _fill(
+    host: torch.Tensor,
+    starts: Sequence[int],
+    block: int,
+    num_slots: int,
+    row_offsets_M1: torch.Tensor,
+    slots_N: torch.Tensor,
+    weights_N: torch.Tensor,
+) -> int:
+    """Write the five parts of `TiledPairs`, from `starts` on; returns the number of tiles."""
+    M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
+    library = data_plane()
+    if library is not None:
+        address = host.data_ptr()
+        parts = (ctypes.c_int64 * 5)(*(address + 4 * start for start in starts[:5]))
+        return int(
+            library.data_plane_cut_tiles(
+                slots_N.data_ptr(), N, num_slots, block, row_offsets_M1.data_ptr(), M, weights_N.data_ptr(), parts
+            )
+        )
     order_P, tiles_T3 = cut_tiles(slots_N.numpy(), num_slots, block)
     row_N = np.repeat(np.arange(M, dtype=np.int32), np.diff(row_offsets_M1.numpy()))
     weight_P = weights_N.numpy()[order_P].view(np.int32)
-    parts = (tiles_T3.ravel(), row_N[order_P], order_P, row_offsets_M1.numpy(), weight_P)
-    # Each part starts at a multiple of 16 bytes: Triton compiles a second version for other addresses.
-    starts = np.cumsum([0, *(-(-part.size // 4) * 4 for part in parts)])
-    host = torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
     words = host.numpy()
-    for start, part in zip(starts, parts, strict=False):
+    for start, part in zip(
+        starts, (tiles_T3.ravel(), row_N[order_P], order_P, row_offsets_M1.numpy(), weight_P), strict=False
+    ):
         words[start : start + part.size] = part
-    sent = host.to(device, non_blocking=True)
-    tiles, row_P, pair_P, offsets_M1, weight_bits_P = (
-        sent[start : start + part.size] for start, part in zip(starts.tolist(), parts, strict=False)
-    )
-    return TiledPairs(block, len(tiles_T3), tiles, row_P, pair_P, offsets_M1, weight_bits_P.view(torch.float32))
+    return len(tiles_T3)
 
 
 def each_block(pairs: TiledPairs, dtype: torch.dtype) -> list[TiledPairs]:

@@ -52,6 +52,7 @@ class CudaIpcRouterLink(RouterLink):
     def __init__(self, headers: ShmRouterLink, rows: PairRows, leash: socket.socket, hello: Hello) -> None:
         self.rank, self.transport = headers.rank, hello.transport
         self.send_buffer, self.recv_buffer = headers.send_buffer, headers.recv_buffer
+        self.native = headers.native  # for who has the rows settled before it posts
         half, used = _row_bytes(hello), hello.max_rows * hello.row_bytes
         self.send_tensor, self.recv_tensor = rows.tensor[:used], rows.tensor[half : half + used]
         self._headers, self._rows, self._leash = headers, rows, leash
