@@ -22,6 +22,8 @@ class PrefixRouter(PrefixCacheAffinityRouter):
             [chosen] = await super()._prefix_match_best_replicas(pending_request, candidate_replicas)
         except KeyError:  # the tree, which all request routers share, knows a replica that came or went just now
             return [[]]
+        except ValueError:  # no text, as in Serve's own proxy, where HAProxy sends what it has no router for just now
+            return [[]]
         if not chosen:
             return [[]]
         replica = random.choice(chosen)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,3 +130,12 @@ def test_serve_tells_a_request_router_nothing_of_what_only_chooses() -> None:
         "replica_id",
         "result",
     ]
+
+
+def test_what_has_no_text_goes_by_load() -> None:
+    """Serve's own proxy hands request routers the HTTP request, and one that raised would leave it waiting for ever."""
+    pytest.importorskip("ray.serve.llm", reason="ray.serve.llm needs vllm")
+    from cluster.router.prefix_router import PrefixRouter
+
+    router = PrefixRouter.__new__(PrefixRouter)
+    assert asyncio.run(router._prefix_match_best_replicas(SimpleNamespace(args=[object()]), [])) == [[]]
