@@ -55,6 +55,7 @@ ORDER = {
             "http",
             "adapters",
             "pools",
+            "signatures",
             "router",
             "gateway",
             "console",

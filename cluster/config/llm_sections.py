@@ -68,6 +68,36 @@ class TracingSection(StepTracing):
         return StepTracing(step_interval=self.step_interval, layers_per_step=self.layers_per_step)
 
 
+class SignaturesSection(StrictModel):
+    """Requests whose prompts take the same experts go to the same router, so that a step uses fewer of them. Needs
+    several routers, and HAProxy."""
+
+    max_lead: int = Field(
+        default=8,
+        ge=1,
+        description="Open requests by which a router that gets a request may be ahead of the one with the fewest, "
+        "counting that request.",
+    )
+    min_similarity: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Cosine between the text of a request and the nearest remembered prompt, below which load decides.",
+    )
+    remembered_prompts: int = Field(
+        default=512,
+        ge=64,
+        le=4096,
+        description="Prompts whose experts each request router remembers, the newest ones: 2.3 KB each in memory.",
+    )
+    report_s: float = Field(
+        default=5.0,
+        ge=0.5,
+        description="Seconds between a router's reports of its prompts' experts, up to 20 KB each, over Serve's "
+        "controller.",
+    )
+
+
 class RoutersSection(StrictModel):
     """The routers: replicas of Ray Serve LLM, each with a vLLM engine that holds no expert weights."""
 
@@ -111,6 +141,11 @@ class RoutersSection(StrictModel):
         default=FallbackSection(), description="What a router computes itself because no shard holds it."
     )
     tracing: TracingSection | None = Field(default=None, description="OpenTelemetry; by default none.")
+    expert_signatures: SignaturesSection | None = Field(
+        default=None,
+        description="Which router gets a request, by the experts that its prompt takes; by default the one with the "
+        "fewest open requests.",
+    )
 
     @property
     def workers(self) -> int:
@@ -144,6 +179,15 @@ class RoutersSection(StrictModel):
         ):
             if self.tracing is not None and self.engine_kwargs.get(key):
                 raise ValueError(f"engine_kwargs.{key} and tracing are both set: {why}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_request_router(self) -> RoutersSection:
+        if self.expert_signatures is not None and self.deployment_config.get("request_router_config") is not None:
+            raise ValueError(
+                "expert_signatures and deployment_config.request_router_config are both set: each says which router "
+                "gets a request; set one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,8 +38,8 @@ def router_options(routers: RoutersSection) -> dict[str, Any]:
     options = {**DEFAULTS, **copy.deepcopy(routers.deployment_config)}
     if options.get("autoscaling_config") is None:
         options.setdefault("num_replicas", routers.count or 1)
-    if options.get("request_router_config") is not None:
-        options["request_router_config"] = request_router_config(options["request_router_config"])
+    if (router_config := request_router_config(routers)) is not None:
+        options["request_router_config"] = copy.deepcopy(router_config)
     actor = dict(options.get("ray_actor_options") or {})
     group = routers.placement_group_config or {}
     options["placement_group_bundles"] = _with_replica(_engine_bundles(routers, group), actor)

@@ -6,6 +6,7 @@ prefix, lives in a deployment that HAProxy asks for each request, with the reque
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from typing import Any
@@ -30,16 +31,30 @@ OPTIONS: dict[str, Any] = {
 }
 SERVES_OWN = "ray.serve.llm.request_router.PrefixCacheAffinityRouter"
 OURS = "cluster.router.prefix_router.PrefixRouter"
+CHOSEN = "EXPERTMESH_REQUEST_ROUTER"  # in the environment of its process
+BY_SIGNATURE = "cluster.signatures.request_router.SignatureRouter"
 
 
-def request_router_config(given: dict[str, Any]) -> dict[str, Any]:
-    """Serve's `request_router_config` with its router by prefixes replaced by ours, which learns behind HAProxy."""
-    return {**given, "request_router_class": OURS} if given.get("request_router_class") == SERVES_OWN else given
+def request_router_config(routers: RoutersSection) -> dict[str, Any] | None:
+    """Serve's `request_router_config`; None if the config says nothing of one.
+
+    Serve's router by prefixes is replaced by ours, which learns behind HAProxy.
+    """
+    if (wanted := routers.expert_signatures) is not None:
+        return {
+            "request_router_class": BY_SIGNATURE,
+            "request_router_kwargs": wanted.model_dump(),
+            "request_routing_stats_period_s": wanted.report_s,
+        }
+    given: dict[str, Any] | None = routers.deployment_config.get("request_router_config")
+    if given is not None and given.get("request_router_class") == SERVES_OWN:
+        return {**given, "request_router_class": OURS}
+    return given
 
 
 def has_request_router(routers: RoutersSection) -> bool:
     """Whether the config names a request router besides Serve's usual one."""
-    given = routers.deployment_config.get("request_router_config")
+    given = request_router_config(routers)
     return given is not None and not RequestRouterConfig.model_validate(given).is_default_request_router()
 
 
@@ -52,4 +67,14 @@ def route_requests(application: Application, routers: RoutersSection) -> Applica
         return application
     if os.environ.get(FORWARD_BODY) != "1":
         logger.warning("%s is not 1 where Ray was started: requests are routed without their text", FORWARD_BODY)
-    return with_request_router(application, OPTIONS)
+    return with_request_router(application, options_of(routers))
+
+
+def options_of(routers: RoutersSection) -> dict[str, Any]:
+    """OPTIONS for a config's request router, which is told to its process.
+
+    Serve restarts the process where that has changed. It would else go on with the class and the options it had.
+    """
+    told = json.dumps(request_router_config(routers), sort_keys=True, default=str)
+    actor = {**OPTIONS["ray_actor_options"], "runtime_env": {"env_vars": {CHOSEN: told}}}
+    return {**OPTIONS, "ray_actor_options": actor}

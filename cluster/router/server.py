@@ -52,6 +52,8 @@ from cluster.router.options import runtime_env_of
 from cluster.router.scaling import RouterScaling
 from cluster.router.worker_calls import WorkerCalls
 from cluster.serve_environment import HAPROXY_SWITCH, NO_HAPROXY
+from cluster.signatures.ray_joints import text_of_tokens
+from cluster.signatures.report import Signatures
 from experts.protocol.log_lines import set_log_fields
 from experts.protocol.status import RouterStatus
 from experts.vllm_plugin.early_engine import EarlyEngine
@@ -129,6 +131,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._leases = Leases(router_id, None)
         self._keys: KeySource | None = None  # once the HTTP side is built
         self._pool = PoolMember()
+        self._signatures: Signatures | None = None  # once the engine runs, if the config wants them
         self._exporter, self._key_exporter = Exporter(ROUTER_SERIES), Exporter(KEY_SERIES)
 
     async def start(self) -> None:
@@ -154,6 +157,9 @@ class ExpertMeshLLMServer(LLMServer):
             asyncio.create_task(report_observations(self._router_id, self._controller, self._worker), name="observe"),
             *self._pool.loops(),
         ]
+        if (wanted := self._mesh.routers.expert_signatures) is not None:
+            self._signatures = Signatures(self._worker.prompts, text_of_tokens(self))
+            self._loops.append(asyncio.create_task(self._signatures.follow(wanted.report_s), name="signatures"))
 
     async def __serve_build_asgi_app__(self) -> Any:
         """vLLM's FastAPI app behind the project's keys, limits, error format and health."""
@@ -187,6 +193,11 @@ class ExpertMeshLLMServer(LLMServer):
             if task.done():
                 raise RuntimeError(f"{task.get_name()} of this router ended: {task.exception()!r}")
         self._health.check()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What Serve hands to request routers: Ray Serve LLM's own statistics, and what prompts said of experts."""
+        own = {} if self._signatures is None else self._signatures.stats()
+        return {**await super().record_routing_stats(), **own}
 
     async def mesh_status(self) -> RouterStatus:
         """The worker's counters and what this replica knows. Callers at the same time share a reading."""

@@ -10,6 +10,7 @@ from experts.protocol.membership import AppliedMembership, Preparation
 from experts.protocol.merging import merged_applied, merged_preparation, merged_status
 from experts.protocol.secret import MeshSecret
 from experts.protocol.status import RouterStatus
+from placement.traces.prompts import PromptSample
 
 
 class EngineSilentError(RuntimeError):
@@ -83,6 +84,10 @@ class WorkerCalls:
         `go_on`: whether to observe from now on.
         """
         return (await self._call("expertmesh_observation", go_on))[0]
+
+    async def prompts(self) -> list[PromptSample]:
+        """Prompts since the last call and what experts they took; the first call begins and has none."""
+        return [PromptSample.from_dict(each) for each in (await self._call("expertmesh_prompts"))[0]]
 
     async def loads(self, watch_s: float) -> dict[str, Any]:
         """How many tokens picked each expert since counting began; see `StepRecorder.loads`."""

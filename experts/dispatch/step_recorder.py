@@ -9,18 +9,20 @@ left out; the plug-in does not pass on steps of warm-up.
 Nobody takes anything from another: the controller has an observer of its own, which counts only while the controller
 wants to know, and each reader of traces a sample that begins when that reader says so. The reader without a name is
 there from the start, and what it has fades. Loads of experts are counted only for as long as somebody asks for them
-again and again.
+again and again, and prompts are sampled only once somebody wants them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from experts.dispatch.layer_shape import LayerShape
 from placement.traces.observer import StepObserver
+from placement.traces.prompts import NewPrompt, PromptSample, PromptSamples
 from placement.traces.recorder import TraceRecorder
 
 MOST_READERS = 4  # with a name; one more takes the place of the one that was silent longest
@@ -51,6 +53,9 @@ class StepRecorder:
         self._unnamed, self._observer, self._observing = None, None, False
         self._loads: TraceRecorder | None = None  # of which only the counts are read
         self._counting_since, self._counts_until_s = 0.0, 0.0  # seconds since 1970, and on time.monotonic()
+        self._steps, self._rows, self._activated = 0, 0, 0  # of those counts
+        self._prompts: PromptSamples | None = None  # from the first call of `prompts` on
+        self._last_TLK: np.ndarray | None = None  # the step before; the next one overwrites it
         if capacity:
             self._unnamed = self._sample(half_life_tokens)
         if observed_tokens:
@@ -61,7 +66,7 @@ class StepRecorder:
     @property
     def wants_phases(self) -> bool:
         """Whether it matters which rows are of prompts."""
-        return self._observing
+        return self._observing or self._loads is not None
 
     def begin_step(self, prefill_T: np.ndarray | None) -> None:
         """Rows of prompts in the step whose layers follow: bool [T], or None if there are none."""
@@ -72,11 +77,11 @@ class StepRecorder:
 
         An interrupted step, whose layers do not follow one another, is left out.
         """
-        if self._unnamed is None and not self._observing and self._loads is None:
+        if self._unnamed is None and not self._observing and self._loads is None and self._prompts is None:
             return
         num_tokens = len(topk_ids_TK)
         if layer == 0:
-            self._num_tokens = num_tokens
+            self._num_tokens, self._last_TLK = num_tokens, None
             if num_tokens > self._step_LTK.shape[1]:
                 self._step_LTK = np.empty((self._shape.num_layers, num_tokens, self._shape.top_k), np.int16)
         elif layer != self._next_layer or num_tokens != self._num_tokens:
@@ -101,6 +106,7 @@ class StepRecorder:
         """Tokens and their picks since counting began, which ends `watch_s` after this call if nobody asks again.
 
         `counts`: int64 [L, E] as bytes; `since` in seconds since 1970 names the count, as it begins at 0 after a pause.
+        `activated`: distinct experts, summed over layers and over those `steps`, of `rows` in all, that only generate.
         """
         now_s = time.monotonic()
         if self._loads is None:
@@ -108,15 +114,29 @@ class StepRecorder:
                 self._shape.num_layers, self._shape.num_experts, self._shape.top_k, 1, layers=self._layers
             )
             self._counting_since = time.time()
+            self._steps, self._rows, self._activated = 0, 0, 0
         self._counts_until_s = now_s + watch_s
         counts_LE = self._loads.counts_LE
         return {
             "since": self._counting_since,
             "tokens": int(self._loads.tokens_seen),
+            "steps": self._steps,
+            "rows": self._rows,
+            "activated": self._activated,
             "layers": list(self._loads.layers),
             "num_experts": self._shape.num_experts,
             "counts": counts_LE.astype("<i8").tobytes(),
         }
+
+    def prompts(self) -> list[PromptSample]:
+        """Samples of the prompts since the last call; the first call begins and has none."""
+        self._prompts = self._prompts or PromptSamples(self._shape.num_experts)
+        return self._prompts.take()
+
+    def note_prompts(self, prompts: Sequence[NewPrompt]) -> None:
+        """Say which rows of the step that was recorded last are of new prompts. Nothing before `prompts` was called."""
+        if self._prompts is not None and self._last_TLK is not None:
+            self._prompts.add(self._last_TLK, prompts)
 
     def to_bytes(self, reader: str = "") -> bytes:
         """The sample of a reader as an .npz file's bytes, empty if nothing was recorded. RuntimeError when off.
@@ -151,6 +171,7 @@ class StepRecorder:
 
     def _complete(self, ids_TLK: np.ndarray) -> None:
         prefill_T, self._prefill_T = self._prefill_T, None
+        self._last_TLK = ids_TLK
         if self._observer is not None and self._observing:
             if prefill_T is not None and len(prefill_T) < len(ids_TLK):
                 prefill_T = None  # of another step
@@ -158,12 +179,22 @@ class StepRecorder:
         if self._loads is not None:
             if time.monotonic() < self._counts_until_s:
                 self._loads.add(ids_TLK)
+                if prefill_T is None:
+                    self._steps += 1
+                    self._rows += len(ids_TLK)
+                    self._activated += self._distinct(ids_TLK)
             else:
                 self._loads = None
         if self._unnamed is not None:
             self._unnamed.add(ids_TLK)
         for recorder in self._readers.values():
             recorder.add(ids_TLK)
+
+    def _distinct(self, ids_TLK: np.ndarray) -> int:
+        """Experts that a step uses, summed over layers."""
+        used_LE = np.zeros((self._shape.num_layers, self._shape.num_experts + 1), np.bool_)  # the last one: none
+        np.put_along_axis(used_LE, ids_TLK.transpose(1, 0, 2).reshape(len(used_LE), -1).astype(np.int64), True, axis=1)
+        return int(used_LE[:, :-1].sum())
 
     def _sample(self, half_life_tokens: float | None) -> TraceRecorder:
         shape = self._shape

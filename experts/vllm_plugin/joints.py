@@ -187,12 +187,7 @@ def watch_traced_steps(
 
 def requests_of_rows(runner: Any, state: Any, chosen_T: np.ndarray) -> list[str]:
     """Ids of the requests that have any of the rows `chosen_T` (bool [T]) in the step that `state` is of."""
-    if hasattr(state, "input_batch"):  # model runner 2
-        ids, lengths = state.input_batch.req_ids, state.input_batch.num_scheduled_tokens.tolist()
-    else:
-        scheduled = state.scheduler_output.num_scheduled_tokens
-        ids = [request_id for request_id in runner.input_batch.req_ids if request_id in scheduled]
-        lengths = [scheduled[request_id] for request_id in ids]
+    ids, lengths = rows_of_requests(runner, state)
     if sum(lengths) > len(chosen_T):
         raise RuntimeError(f"a step of {sum(lengths)} tokens had {len(chosen_T)} rows in its MoE layers")
     stops = np.cumsum(lengths).tolist()
@@ -201,6 +196,15 @@ def requests_of_rows(runner: Any, state: Any, chosen_T: np.ndarray) -> list[str]
         for request_id, length, stop in zip(ids, lengths, stops, strict=True)
         if chosen_T[stop - length : stop].any()
     ]
+
+
+def rows_of_requests(runner: Any, state: Any) -> tuple[list[str], list[int]]:
+    """Ids of the requests of the step that `state` is of, and how many rows each has, in the order of its rows."""
+    if hasattr(state, "input_batch"):  # model runner 2
+        return list(state.input_batch.req_ids), state.input_batch.num_scheduled_tokens.tolist()
+    scheduled = state.scheduler_output.num_scheduled_tokens
+    ids = [request_id for request_id in runner.input_batch.req_ids if request_id in scheduled]
+    return ids, [scheduled[request_id] for request_id in ids]
 
 
 def _with_refused(output: Any, refused: list[str]) -> Any:

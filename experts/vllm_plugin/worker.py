@@ -19,6 +19,7 @@ from experts.vllm_plugin.joints import (
 )
 from experts.vllm_plugin.layer import current_client, register
 from experts.vllm_plugin.loader import verify_model
+from experts.vllm_plugin.new_prompts import note_new_prompts
 from experts.vllm_plugin.parent_watch import end_with_parent
 from experts.vllm_plugin.refusals import refuse_adapter
 
@@ -101,6 +102,14 @@ class ExpertMeshWorker:
     def expertmesh_observation(self, go_on: bool) -> bytes:
         """What was observed since the last call; see `StepRecorder.observation`."""
         return current_client().recorder.observation(go_on)
+
+    def expertmesh_prompts(self) -> list[dict[str, Any]]:
+        """The PromptSamples since the last call, which has the worker begin; see `StepRecorder.prompts`."""
+        client = current_client()
+        if not client.records:
+            return []
+        note_new_prompts(self.vllm_config, client.recorder.note_prompts)  # type: ignore[attr-defined]
+        return [sample.to_dict() for sample in client.recorder.prompts()]
 
     def expertmesh_loads(self, watch_s: float) -> dict[str, Any]:
         """How many tokens picked each expert; see `StepRecorder.loads`. Of several workers the first one counts."""

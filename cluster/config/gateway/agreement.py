@@ -24,6 +24,7 @@ def gateway_disagreements(file: Any) -> Iterator[str]:
     ]
     yield from (f"two applications are named {name!r}" for name, count in Counter(named).items() if count > 1)
     yield from _prefixes(file)
+    yield from _choices(file)
     yield from _pairs(file)
     yield from _versions(file)
     yield from _keys(file)
@@ -35,6 +36,15 @@ def _prefixes(file: Any) -> Iterator[str]:
             yield (
                 f"{each.llm_name}: route_prefix is {each.llm_route_prefix!r}, the gateway's: give the routers one of "
                 f"their own, such as /models/{each.llm_name}"
+            )
+
+
+def _choices(file: Any) -> Iterator[str]:
+    for each in file.meshes:
+        if each.llm.routers.expert_signatures is not None:
+            yield (
+                f"{each.llm_name}: routers.expert_signatures is set, but the gateway itself chooses a model's router: "
+                "remove it"
             )
 
 

@@ -112,6 +112,11 @@ class PoolsSection(StrictModel):
                 return [f"routers.deployment_config.{key} is set: with pools, each of them has its own"]
         if routers.count is not None:
             return ["routers.count is set: with pools, set pools.prefill.count and pools.decode.count"]
+        if routers.expert_signatures is not None:
+            return [
+                "routers.expert_signatures is set: with pools, prefill routers compute what tells a prompt's experts; "
+                "remove one"
+            ]
         found, by_files = [], []
         for pool in POOLS:
             try:

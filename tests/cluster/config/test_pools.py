@@ -89,6 +89,7 @@ def test_a_connector_of_vllm_is_handed_on() -> None:
             "pools.prefill: count and deployment_config.num_replicas are both set",
         ),
         ({"decode": {"engine_kwargs": {"load_format": "auto"}}}, {}, "load_format is set by the project"),
+        ({}, {"expert_signatures": {}}, "routers.expert_signatures is set: with pools, prefill routers compute"),
         ({"kv_folder": "kv"}, {}, "'kv' is no absolute path"),
         ({"prefill_s": 200}, {}, "kv_max_age_s is 120, expected more than prefill_s (200)"),
         ({"prefil": {}}, {}, "prefil"),

@@ -39,6 +39,7 @@ def test_every_config_that_ships_is_checked_here() -> None:
         "tiny-offload.yaml",
         "tiny-tp.yaml",
         "tiny-pools.yaml",
+        "tiny-signatures.yaml",
         "tiny-lora.yaml",
         "tiny-two-models.yaml",
     }

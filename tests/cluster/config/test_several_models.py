@@ -66,6 +66,10 @@ def drop(config: dict[str, Any], name: str) -> None:
             lambda c: app(c, "llm").update(route_prefix="/"),
             r"llm: route_prefix is '/', the gateway's: give the routers",
         ),
+        (
+            lambda c: app(c, "llm")["args"]["routers"].update(expert_signatures={}),
+            r"llm: routers\.expert_signatures is set, but the gateway itself chooses",
+        ),
         (lambda c: models(c).clear(), r"the gateway has no models"),
         (lambda c: models(c).update(y={"versions": {"v": {"app": "no"}}}), r"y\.versions\.v\.app is 'no', expected an"),
         (lambda c: models(c).pop("tiny-moe-short"), r"no model of the gateway has a version with app: short"),

@@ -17,7 +17,15 @@ from tests.support.serve.shipped_configs import SHAPES, serve_config
 
 @pytest.mark.parametrize(
     "name",
-    ["tiny-cpu.yaml", "tiny-cpu-planned.yaml", "tiny-autopilot.yaml", "tiny-offload.yaml", "tiny-tp.yaml", *SHAPES],
+    [
+        "tiny-cpu.yaml",
+        "tiny-cpu-planned.yaml",
+        "tiny-autopilot.yaml",
+        "tiny-offload.yaml",
+        "tiny-tp.yaml",
+        "tiny-signatures.yaml",
+        *SHAPES,
+    ],
 )
 def test_options_equal_ray_serve_llms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.serve.llm", reason="ray.serve.llm needs vllm")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
-from cluster.config.llm_sections import RoutersSection
+from cluster.config.llm_sections import RoutersSection, SignaturesSection
 from cluster.ray_joints import with_request_router
 from cluster.router import request_routing
 from cluster.router.options import router_options
@@ -21,9 +22,11 @@ from cluster.router.request_routing import (
     OPTIONS,
     OURS,
     has_request_router,
+    options_of,
     request_router_config,
     route_requests,
 )
+from cluster.signatures.request_router import SignatureRouter
 
 PREFIX = {"request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter"}
 
@@ -57,7 +60,7 @@ def test_only_a_request_router_with_a_name_is_attached(
     assert has_request_router(section(config)) is named
     application = object()
     assert route_requests(application, section(config)) is application  # type: ignore[comparison-overlap, arg-type]
-    assert attached == ([OPTIONS] if named else [])
+    assert attached == ([options_of(section(config))] if named else [])
 
 
 @pytest.mark.parametrize(
@@ -86,11 +89,36 @@ def test_a_cluster_that_cannot_route_by_text_is_told(
 def test_the_router_by_prefixes_is_one_that_learns() -> None:
     kwargs = {"request_router_kwargs": {"imbalanced_threshold": 3}}
     other = {"request_router_class": "a.B", **kwargs}
-    assert request_router_config({**PREFIX, **kwargs}) == {"request_router_class": OURS, **kwargs}
-    assert request_router_config(other) == other
+    assert request_router_config(section({**PREFIX, **kwargs})) == {"request_router_class": OURS, **kwargs}
+    assert request_router_config(section(other)) == other
     options = router_options(section({**PREFIX, **kwargs}))
     assert options["request_router_config"]["request_router_class"] == OURS
     assert "request_router_config" not in router_options(section(None))
+
+
+def test_signatures_choose_a_request_router_with_their_options() -> None:
+    assert RoutersSection().expert_signatures is None, "off by default"
+    routers = RoutersSection(expert_signatures=SignaturesSection(max_lead=7, report_s=1.5))
+    config = router_options(routers)["request_router_config"]
+    assert has_request_router(routers)
+    assert config["request_routing_stats_period_s"] == 1.5
+    made = RequestRouterConfig.model_validate(config)
+    assert made.get_request_router_class() is SignatureRouter
+    assert SignaturesSection(**made.request_router_kwargs) == routers.expert_signatures
+    with pytest.raises(ValueError, match="each says which router gets a request; set one"):
+        RoutersSection(expert_signatures=SignaturesSection(), deployment_config={"request_router_config": PREFIX})
+
+
+def test_another_choice_restarts_the_process_that_chooses() -> None:
+    """Serve (2.60) keeps the class that a handle began with, whatever a later config says."""
+    by_prefix, more = section(PREFIX), section({**PREFIX, "request_router_kwargs": {"imbalanced_threshold": 3}})
+    by_signature = RoutersSection(expert_signatures=SignaturesSection())
+    environments = [options_of(each)["ray_actor_options"] for each in (by_prefix, more, by_signature)]
+    assert len({str(each) for each in environments}) == 3
+    assert options_of(section(PREFIX)) == options_of(by_prefix)
+    from ray.serve._private.router import AsyncioRouter
+
+    assert "if not self._request_router and" in inspect.getsource(AsyncioRouter.request_router.fget)
 
 
 def test_it_takes_no_room_and_is_missed_soon() -> None:

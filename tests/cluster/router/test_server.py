@@ -65,7 +65,7 @@ class Server(router.ExpertMeshLLMServer):
             deadlines=deadlines,
             http=SimpleNamespace(healthy_within_s=10.0),
             model=SimpleNamespace(id="m"),
-            routers=SimpleNamespace(trace_tokens=trace_tokens, tracing=None),
+            routers=SimpleNamespace(trace_tokens=trace_tokens, tracing=None, expert_signatures=None),
             lora_config=None,
         )
         self.controller: Any = Controller()

@@ -13,6 +13,7 @@ from experts.dispatch import step_recorder
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.step_recorder import StepRecorder
 from placement.traces.observation import Observation
+from placement.traces.prompts import NewPrompt
 from placement.traces.trace import ActivationTrace
 from tests.support.small_mesh import random_batch
 
@@ -123,3 +124,45 @@ def test_loads_are_counted_while_somebody_asks_and_no_longer(monkeypatch: pytest
     now_s += 31.0
     run_step()
     assert recorder.loads(30.0)["tokens"] == 0, "nobody asked for 30 s, so the count began anew"
+
+
+def test_distinct_experts_are_counted_of_steps_that_only_generate() -> None:
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    recorder = StepRecorder(shape, capacity=0)
+    step = [random_batch(5, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS)]
+    padded = [np.concatenate([ids_TK, np.full_like(ids_TK[:1], -1)]) for ids_TK in step]
+    told = recorder.loads(30.0)
+    assert (told["steps"], told["rows"], told["activated"]) == (0, 0, 0)
+    assert recorder.wants_phases
+    for ids, prefill_T in ((step, None), (step, np.array([True, False, False, False, False])), (padded, None)):
+        recorder.begin_step(prefill_T)
+        for layer, ids_TK in enumerate(ids):
+            recorder.add(layer, ids_TK)
+    told = recorder.loads(30.0)
+    assert (told["steps"], told["rows"]) == (2, 5 + 6)
+    assert told["activated"] == 2 * sum(len(np.unique(ids_TK)) for ids_TK in step)
+
+
+def test_prompts_are_sampled_once_somebody_asks_and_of_their_own_step_alone() -> None:
+    shape = LayerShape(NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32)
+    recorder = StepRecorder(shape, capacity=0)
+    step = [random_batch(12, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS)]
+    prompts = [NewPrompt([7, 8, 9, 10, 11], 2, 5)]
+
+    def run_step(layers: int = NUM_LAYERS) -> None:
+        for layer, ids_TK in enumerate(step[:layers]):
+            recorder.add(layer, ids_TK)
+
+    run_step()
+    recorder.note_prompts(prompts)
+    assert recorder.prompts() == [], "nobody had asked"
+    recorder.note_prompts(prompts)
+    assert recorder.prompts() == [], "the step was not recorded"
+    run_step()
+    recorder.note_prompts(prompts)
+    run_step(layers=1)
+    recorder.note_prompts(prompts)  # of a step that was interrupted
+    (found,) = recorder.prompts()
+    assert (found.tokens, found.num_experts) == ([7, 8, 9, 10, 11], NUM_EXPERTS)
+    np.testing.assert_array_equal(found.ids_RLK, np.stack(step, 1)[2:7])
+    assert recorder.prompts() == []

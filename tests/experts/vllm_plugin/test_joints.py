@@ -196,6 +196,6 @@ def test_a_step_says_what_it_computed_for_whom(ends: dict[str, Any]) -> None:
     assert "input_batch" in ends["states"]["2"]
     assert {"req_ids", "num_scheduled_tokens"} <= set(ends["batch_2"])
     assert {"num_scheduled_tokens", "scheduled_new_reqs", "scheduled_cached_reqs"} <= set(ends["output"])
-    assert {"req_id", "num_computed_tokens"} <= set(ends["new"])
+    assert {"req_id", "num_computed_tokens", "prompt_token_ids"} <= set(ends["new"])
     assert {"req_ids", "num_computed_tokens"} <= set(ends["cached"])
     assert {"request_id", "new_token_ids", "finish_reason", "stop_reason", "trace_headers"} <= set(ends["core_output"])

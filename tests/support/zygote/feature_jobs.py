@@ -63,11 +63,13 @@ def generate(
 ) -> None:
     """Greedy tokens of batches of prompts, one batch after another, with and without (None) shards.
 
-    Emits `ids` [batch][prompt], `counters` (vLLM's, by name) and the router's `status`, or the `error` of its start.
+    Emits `ids` [batch][prompt], `counters` (vLLM's, by name), the router's `status` and `prompts` it sampled, or the
+    `error` of its start.
     """
     from vllm import LLM
 
     from placement.traces.observation import Observation
+    from placement.traces.prompts import PromptSample
 
     started: list[Any] = []
 
@@ -82,6 +84,7 @@ def generate(
     (engine,) = started
     if membership is not None:
         engine.collective_rpc("expertmesh_observation", args=(True,))
+        assert engine.collective_rpc("expertmesh_prompts") == [[]]
     ids = [
         [list(output.outputs[0].token_ids) for output in parity_jobs._generate(engine, batch, max_tokens=max_tokens)]
         for batch in batches
@@ -91,6 +94,9 @@ def generate(
     if membership is not None:
         (observation,) = engine.collective_rpc("expertmesh_observation", args=(False,))
         observed = Observation.from_bytes(observation).tokens_P.tolist()
+        (samples,) = engine.collective_rpc("expertmesh_prompts")
+        found = [PromptSample.from_dict(each) for each in samples]
+        emit(prompts=[[sample.tokens, sample.ids_RLK.tolist(), sample.num_experts] for sample in found])
         emit(status=engine.collective_rpc("expertmesh_status")[0], observed=observed)
     emit(done=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.support.zygote.engine_zygote import Zygote
 
@@ -84,6 +85,20 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(engines: Engines) -> None:
     chunked, whole = engines.run(max_num_batched_tokens=48), engines.run(block_size=32)
     check_tokens(chunked, whole)
     assert chunked["status"]["steps"] > whole["status"]["steps"]
+
+
+def test_what_is_sampled_of_a_prompt_are_the_experts_that_its_own_rows_take(engines: Engines) -> None:
+    """Judged by transformers. The last prompt is in the cache but for its end, whose rows are the last ones."""
+    found = engines.run(block_size=32)["prompts"]
+    assert [tokens for tokens, _, _ in found] == [REPEATED, LONG, LONG], "one row says nothing"
+    assert {num_experts for _, _, num_experts in found} == {32}
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    rows = {0: range(16), 1: [row * 140 // 32 for row in range(32)], 2: range(128, 140)}
+    for (tokens, ids_RLK, _), rows_R in zip(found, rows.values(), strict=True):
+        with torch.no_grad():
+            logits_LTE = model(torch.tensor([tokens]), output_router_logits=True).router_logits
+        expected_LRK = [logits_TE[list(rows_R)].topk(4).indices.sort().values for logits_TE in logits_LTE]
+        torch.testing.assert_close(torch.tensor(ids_RLK).sort().values, torch.stack(expected_LRK, 1))
 
 
 def test_asynchronous_scheduling_gives_the_same_tokens(engines: Engines) -> None:
