@@ -14,7 +14,7 @@ from cluster.config.parse import ConfigError
 from cluster.config.serve_file import MeshConfig
 from cluster.refusals.applications import experts_problems, llm_problems
 from experts.checkpoint.errors import CheckpointError, UnreachableError
-from experts.checkpoint.sources.base import CONFIG_NAME, INDEX_NAME
+from experts.checkpoint.sources.base import INDEX_NAME
 from experts.checkpoint.sources.opening import open_source
 
 OFFLINE = "HF_HUB_OFFLINE"
@@ -73,7 +73,7 @@ def find_model(path: str) -> ModelHere:
         if os.environ.get(OFFLINE) and "://" in path:
             return ModelHere(None, why=f"{path} is not asked for (--offline)")
         source = source.resolved()
-        return ModelHere(source.fetch([CONFIG_NAME]), indexed=INDEX_NAME in source.files(), name=str(source))
+        return ModelHere(source.fetch(source.configs()), indexed=INDEX_NAME in source.files(), name=str(source))
     except UnreachableError as error:
         return ModelHere(None, why=str(error))
     except CheckpointError as error:

@@ -10,7 +10,8 @@ from typing import Any
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.hf_config import read_json_object
 from experts.checkpoint.index import INDEX_NAME, WeightIndex
-from experts.checkpoint.sources.base import CONFIG_NAME
+from experts.checkpoint.sources.base import CONFIG_NAME, refuse_gguf
+from experts.checkpoint.sources.folder import FolderSource
 from experts.checkpoint.sources.opening import open_source
 
 # One of these is there in every checkpoint with a tokenizer: the vocabulary, or the code that knows it.
@@ -29,7 +30,10 @@ def folder_here(model: str) -> tuple[Path, bool]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The values of config.json. Raises CheckpointError that names the file if it is missing or no JSON object."""
+    """The values of config.json. CheckpointError names the file if it is missing or no JSON object, or says that all
+    weights of the folder are in GGUF.
+    """
+    refuse_gguf(folder, FolderSource(folder).files())
     return read_json_object(folder / CONFIG_NAME, "a downloaded Hugging Face checkpoint")
 
 

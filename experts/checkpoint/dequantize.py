@@ -49,6 +49,12 @@ def _fp4_pairs() -> torch.Tensor:
     return torch.stack([values_16[byte_256 & 0xF], values_16[byte_256 >> 4]], dim=1).view(torch.int32).flatten()
 
 
+def fp4_values(packed_PB: torch.Tensor) -> torch.Tensor:
+    """uint8 [P, Q / 2], the low four bits first, to their values as float32 [P, Q]."""
+    pairs = _fp4_pairs().index_select(0, packed_PB.reshape(-1).to(torch.int32))
+    return pairs.view(torch.bfloat16).view(len(packed_PB), -1).to(torch.float32)
+
+
 def dequantize_mxfp4(blocks_PqB: torch.Tensor, scales_Pq: torch.Tensor) -> torch.Tensor:
     """MXFP4 (gpt-oss): uint8 [P, Q / 32, 16] and uint8 exponents [P, Q / 32] to bfloat16 [P, Q].
 

@@ -1,4 +1,4 @@
-"""The error of an unreadable checkpoint."""
+"""The error of an unreadable checkpoint, and what is said of formats that are not read at all."""
 
 from __future__ import annotations
 
@@ -9,3 +9,11 @@ class CheckpointError(ValueError):
 
 class UnreachableError(CheckpointError):
     """The hub or the store does not answer now; later it may."""
+
+
+METHODS = "none, awq, gptq, compressed-tensors, fp8, mxfp4 or modelopt (FP8, NVFP4)"
+"""What a quantization may be."""
+GGUF = (
+    "GGUF is not supported: experts are read from safetensors; take the model's safetensors, plain or quantized as "
+    f"{METHODS.removeprefix('none, ')}"
+)

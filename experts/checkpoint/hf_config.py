@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from experts.checkpoint.errors import CheckpointError
-from experts.checkpoint.weight_format import MXFP4_BLOCK, WeightFormat
+from experts.checkpoint.quantization.from_config import scheme_of, spares_attention
+from experts.checkpoint.quantization.scheme import Scheme
+from experts.checkpoint.sources.base import CONFIG_NAME, QUANTIZATION_NAME
 
-FP8_BLOCK = 128
 # Beside the facts about experts: a router and a shard whose files differ in one of these serve different models.
 AGREED_KEYS = (
     *("num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("intermediate_size", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "scoring_func"),
 )
-_INT4_SCHEME = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 
 def read_json_object(path: Path, expected: str) -> dict[str, Any]:
@@ -34,11 +34,17 @@ def read_json_object(path: Path, expected: str) -> dict[str, Any]:
 class ModelConfig:
     """config.json, with the values of `text_config` on top: multimodal models nest their language model there."""
 
+    values: dict[str, Any]
+
     def __init__(self, folder: Path) -> None:
-        path = folder / "config.json"
+        path = folder / CONFIG_NAME
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; expected a downloaded Hugging Face checkpoint")
         self._take(read_json_object(path, "a downloaded Hugging Face checkpoint"), path)
+        beside = folder / QUANTIZATION_NAME
+        if self._quantization is None and beside.is_file():
+            settings = read_json_object(beside, "the quantization of ModelOpt")
+            self.values = {**self.values, "quantization_config": {"quant_method": "modelopt", **settings}}
 
     @classmethod
     def of_values(cls, whole: Any, path: Path) -> ModelConfig:
@@ -52,7 +58,7 @@ class ModelConfig:
         if not isinstance(whole, dict):
             raise CheckpointError(f"{self.path}: expected a JSON object, found {type(whole).__name__}")
         nested = whole.get("text_config")
-        self.values: dict[str, Any] = {**whole, **nested} if isinstance(nested, dict) else whole
+        self.values = {**whole, **nested} if isinstance(nested, dict) else whole
         self.model_type = self.str_of("model_type")
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -81,43 +87,18 @@ class ModelConfig:
             raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a string")
         return value
 
-    def weight_format(self) -> WeightFormat | None:
-        """How expert weights are stored, None for plain floats. CheckpointError names an unsupported quantization."""
+    @property
+    def _quantization(self) -> Any:
         # At the top level or next to the language model: both occur.
-        settings = self.get("quantization_config") or self.get("compression_config")
-        if settings is None:
-            return None
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        if method == "mxfp4":
-            return WeightFormat("mxfp4", MXFP4_BLOCK)
-        if method == "fp8":
-            block = settings.get("weight_block_size")
-            if block == [FP8_BLOCK, FP8_BLOCK]:
-                return WeightFormat("fp8_block", FP8_BLOCK)
-            method = f"fp8 with weight_block_size {block}"
-        if method == "compressed-tensors":
-            return self._compressed(settings)
-        raise self._unsupported(f"{method} is not supported")
+        return self.get("quantization_config") or self.get("compression_config")
 
-    def _compressed(self, settings: dict[str, Any]) -> WeightFormat:
-        """compressed-tensors; only symmetric INT4 in groups of a row is supported (Kimi-K2-Thinking)."""
-        groups = settings.get("config_groups")
-        schemes = list(groups.values()) if isinstance(groups, dict) else []
-        weights: dict[str, Any] = (schemes[0].get("weights") or {}) if len(schemes) == 1 else {}
-        found = {"format": settings.get("format")} | {key: weights.get(key) for key in _INT4_SCHEME}
-        expected = {"format": "pack-quantized"} | _INT4_SCHEME
-        if found != expected or weights.get("actorder") in ("group", "dynamic"):
-            problem = self._unsupported("compressed-tensors is not supported")
-            raise CheckpointError(
-                f"{problem}; found {len(schemes)} groups of settings, {found}, actorder {weights.get('actorder')}"
-            )
-        try:
-            return WeightFormat("int4", int(weights.get("group_size") or 0))
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+    def scheme(self) -> Scheme | None:
+        """How expert weights are stored, None for plain floats. CheckpointError names an unsupported quantization."""
+        settings = self._quantization
+        return None if settings is None else scheme_of(settings, self.path)
 
-    def _unsupported(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: quantization {what}; expected none, mxfp4, fp8 with weight_block_size "
-            f"[{FP8_BLOCK}, {FP8_BLOCK}], or compressed-tensors pack-quantized with one group of {_INT4_SCHEME}"
-        )
+    @property
+    def quantizes_dense(self) -> bool:
+        """Whether attention and dense layers are quantized too, as far as config.json tells."""
+        settings = self._quantization
+        return settings is not None and not spares_attention(settings)

@@ -18,6 +18,7 @@ from experts.checkpoint.families import activation_of, family_of
 from experts.checkpoint.fingerprint import Fingerprint, fingerprint_of
 from experts.checkpoint.hf_config import AGREED_KEYS, ModelConfig
 from experts.checkpoint.layout import Part, Role
+from experts.checkpoint.quantization.scheme import Scheme
 from experts.checkpoint.safetensors_file import TensorStore
 from experts.checkpoint.sources.opening import open_source
 from experts.checkpoint.storage import ExpertRange, ExpertStorage, find_layout
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
 class ExpertCheckpoint:
     """The routed experts of a checkpoint folder. Create it with `open`; safe to use from several threads."""
 
-    def __init__(
-        self, spec: ExpertSpec, storage: ExpertStorage, weight_format: WeightFormat | None, config: ModelConfig
-    ) -> None:
+    def __init__(self, spec: ExpertSpec, storage: ExpertStorage, scheme: Scheme | None, config: ModelConfig) -> None:
         self.spec = spec
+        self.scheme = scheme
+        """How quantized matrices are stored, None if config.json names no quantization."""
         self.store = storage.store
         self._config = config
-        self._format = weight_format
         self._storage = storage
         self._parts = {part.role: part for part in storage.layout.parts}
         self._fingerprint: concurrent.futures.Future[Fingerprint] | None = None
@@ -56,7 +56,7 @@ class ExpertCheckpoint:
         layer_ids = tuple(family.moe_layers(config))
         if not layer_ids:
             raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
-        weight_format = config.weight_format()
+        scheme = config.scheme()
         store = TensorStore(folder, source)
         layout, prefix = find_layout(store, family.layouts, layer_ids[0])
         spec = ExpertSpec(
@@ -69,13 +69,13 @@ class ExpertCheckpoint:
             activation=activation_of(family, config),
             has_bias=layout.has_bias,
             weight_on_input=family.weight_on_input,
-            quantization=None if weight_format is None else weight_format.name,
+            quantization=None if scheme is None else scheme.name,
         )
         if spec.top_k > spec.num_experts:
             raise CheckpointError(
                 f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts, expected at most {spec.num_experts}"
             )
-        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, weight_format), weight_format, config)
+        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, scheme), scheme, config)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -166,11 +166,11 @@ class ExpertCheckpoint:
 
     @functools.cached_property
     def weight_format(self) -> WeightFormat | None:
-        """The format of `read_quantized`, None unless every expert of every layer is stored in it. Reads headers only.
+        """The format of `read_quantized`, None unless kernels keep what every expert of every layer is stored in.
 
-        Of experts whose files are not here, the names of their tensors tell it.
+        Reads headers only. Of experts whose files are not here, the names of their tensors tell it.
         """
-        form, spec = self._format, self.spec
+        form, spec = None if self.scheme is None else self.scheme.kept, self.spec
         matrices = [part for part in self._parts.values() if not part.role.endswith("_bias")]
         if form is None or (form.name == "fp8_block" and any(part.transposed for part in matrices)):
             return None
@@ -194,7 +194,8 @@ class ExpertCheckpoint:
         form = self.weight_format
         if form is None:
             raise CheckpointError(
-                f"the experts of this {self.spec.model_type} are not all stored quantized; use read_expert"
+                f"the experts of this {self.spec.model_type} are not all stored quantized as kernels keep them; "
+                "use read_expert"
             )
         self._check_place(layer, expert)
 

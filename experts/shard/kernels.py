@@ -38,6 +38,8 @@ def kernel_for(checkpoint: ExpertCheckpoint, settings: ShardSettings, num_slots:
         device=settings.device,
     )
     shape = keep_quantized(shape, checkpoint.weight_format, settings.kernel)
+    if checkpoint.scheme is not None and not shape.quantized:
+        logger.info("experts stored as %s become %s when they are loaded", checkpoint.scheme.text, settings.dtype)
     num_places = num_slots if settings.offload is None else places_of(settings.offload, num_slots)
     picked = pick_kernel(replace(shape, num_slots=num_places), settings.kernel)
     if settings.offload is None or num_places == num_slots:

@@ -108,7 +108,12 @@ def engine_memory(
     return MemoryUse(
         (
             Line("dense weights", facts.held_bytes("router"), facts.basis),
-            Line("experts", experts * facts.moe_layers * facts.expert_bytes, facts.basis, f"{experts} of each layer"),
+            Line(
+                "experts",
+                experts * facts.moe_layers * facts.engine_expert_bytes,
+                facts.basis,
+                f"{experts} of each layer",
+            ),
             *_absorbed(facts),
             Line("KV cache", sequences * sequence, "config", f"{sequences} sequences of {context} tokens"),
             Line("activations", activations, "estimated"),

@@ -8,39 +8,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 Side = Literal["router", "experts", "unused"]
 Basis = Literal["headers", "config", "measured", "estimated", "nominal", "given"]
 
-FP8_BLOCK = 128
-MXFP4_BLOCK = 32
 SERVED_BYTES = 2  # of a float: services run in 16 bits
+
+
+class Quantized(Protocol):
+    """How a checkpoint stores quantized matrices; `experts.checkpoint.quantization` has them."""
+
+    @property
+    def name(self) -> str: ...
+
+    def matrix_bytes(self, rows: int, columns: int, float_bytes: int) -> int:
+        """Bytes of one matrix with its scales, of which those in the model's dtype take `float_bytes` each."""
+        ...
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a checkpoint stores weights. `form` None: all as floats of `float_bytes`.
+    """How a checkpoint stores weights.
 
-    fp8_block: linear layers and experts in one byte a value, a float32 scale for each square of 128 x 128.
-    mxfp4: experts in half a byte, a byte for each 32 values of a row.
-    int4: experts in half a byte, a float for each `group` of a row, and the matrix's shape in two int32.
+    Attributes:
+        quantized: of routed experts; None: all are floats.
+        float_bytes: of a float.
+        dense: whether attention and dense layers are quantized too.
+        kept: whether shards keep experts as they are stored; else they hold floats.
     """
 
-    form: Literal["fp8_block", "mxfp4", "int4"] | None = None
-    group: int = 32
+    quantized: Quantized | None = None
     float_bytes: int = 2
+    dense: bool = False
+    kept: bool = True
 
-    def matrix_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of one quantized matrix with its scales."""
-        values = rows * columns
-        if self.form == "fp8_block":
-            return values + 4 * math.ceil(rows / FP8_BLOCK) * math.ceil(columns / FP8_BLOCK)
-        if self.form == "mxfp4":
-            return values // 2 + rows * math.ceil(columns / MXFP4_BLOCK)
-        if self.form == "int4":
-            return values // 2 + rows * math.ceil(columns / self.group) * self.float_bytes + 8
-        return values * self.float_bytes
+    @property
+    def form(self) -> str | None:
+        """The format's name, None for floats."""
+        return None if self.quantized is None else self.quantized.name
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ class Tensors:
 
     def nbytes(self, stored: Stored) -> int:
         """Bytes in a checkpoint that stores weights so."""
-        quantized = self.kind == "expert" if stored.form in ("mxfp4", "int4") else self.kind in ("expert", "linear")
-        if stored.form is not None and quantized and self.columns > 1:
-            return self.count * stored.matrix_bytes(self.rows, self.columns)
+        quantized = self.kind == "expert" or (stored.dense and self.kind == "linear")
+        if stored.quantized is not None and quantized and self.columns > 1:
+            return self.count * stored.quantized.matrix_bytes(self.rows, self.columns, stored.float_bytes)
         return self.parameters * stored.float_bytes
 
 
@@ -173,8 +179,10 @@ class ModelFacts:
         return sum(nbytes for _, of, nbytes in self.parts() if of == side)
 
     def held_bytes(self, side: Side) -> int:
-        """Bytes of one side in a GPU's memory: quantized weights as stored, floats in the 16 bits of the service."""
-        if self.stored.form is not None:
+        """Bytes of one side in a GPU's memory: floats in the 16 bits of the service, and so experts whose format no
+        kernel keeps; other quantized weights as stored.
+        """
+        if self.stored.form is not None and (side != "experts" or self.stored.kept):
             return self.weight_bytes(side)
         known = {each.part for each in self.tensors}
         beside = sum(nbytes for part, of, nbytes in self.parts() if of == side and part not in known)
@@ -182,8 +190,15 @@ class ModelFacts:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert of one layer as held, rounded up."""
+        """Bytes of one expert of one layer as a shard holds it, rounded up."""
         return math.ceil(self.held_bytes("experts") / (self.moe_layers * self.num_experts))
+
+    @property
+    def engine_expert_bytes(self) -> int:
+        """The same in vLLM's own engine, which has a kernel for each format that is read."""
+        if self.stored.kept:
+            return self.expert_bytes
+        return math.ceil(self.weight_bytes("experts") / (self.moe_layers * self.num_experts))
 
     @property
     def expert_parameters(self) -> int:

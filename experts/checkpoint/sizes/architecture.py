@@ -90,17 +90,26 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
         attention=attention_groups(config, layers),
         max_positions=config.get("max_position_embeddings") or config.get("max_seq_len"),
         absorbed_values=absorbed_values(config, layers),
-        notes=notes,
+        notes=(*notes, *_notes(config)),
     )
 
 
+def _notes(config: ModelConfig) -> list[str]:
+    scheme = config.scheme()
+    if scheme is None or scheme.kept is not None:
+        return []
+    return [f"no kernel of a shard keeps {scheme.text}: experts are held in 16 bits"]
+
+
 def _stored(config: ModelConfig) -> Stored:
-    form = config.weight_format()
+    scheme = config.scheme()
     dtype: Any = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     float_bytes = FLOAT_BYTES.get(str(dtype))
     if float_bytes is None:
         raise CheckpointError(f"{config.path}: dtype is {dtype!r}, expected one of {', '.join(FLOAT_BYTES)}")
-    return Stored(None, float_bytes=float_bytes) if form is None else Stored(form.name, form.group, float_bytes)
+    if scheme is None:
+        return Stored(float_bytes=float_bytes)
+    return Stored(scheme, float_bytes, dense=config.quantizes_dense, kept=scheme.kept is not None)
 
 
 def _gate_extras(config: ModelConfig, E: int, D: int, moe: int) -> list[Tensors]:

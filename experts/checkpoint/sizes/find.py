@@ -11,7 +11,6 @@ from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.sizes.architecture import facts_of
 from experts.checkpoint.sizes.from_headers import parts_of_folder, parts_on_hub
 from experts.checkpoint.sizes.known_models import known_model, known_models
-from experts.checkpoint.sources.base import CONFIG_NAME
 from experts.checkpoint.sources.hub import HubSource
 from experts.checkpoint.sources.opening import is_remote_name, open_source
 from placement.sizing.model import ModelFacts
@@ -52,7 +51,7 @@ def _of_folder(folder: Path) -> ModelFacts:
 
 def _of_remote(model: str) -> ModelFacts:
     source = open_source(model).resolved()
-    config = ModelConfig(source.fetch([CONFIG_NAME]))
+    config = ModelConfig(source.fetch(source.configs()))
     facts = facts_of(config, model.rstrip("/").rsplit("/", 1)[-1])
     if not isinstance(source, HubSource):
         return _with(facts, None, "headers are read from folders and from the hub: bytes follow from config.json")

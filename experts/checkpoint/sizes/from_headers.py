@@ -90,5 +90,6 @@ def _experts(config: ModelConfig) -> re.Pattern[str]:
         layouts = family_of(config).layouts
     except CheckpointError:  # sized only; named as the others
         return re.compile(r"\bmlp\.experts\.\d+\.")
-    stems = {part.name.partition("{layer}")[2] for layout in layouts for part in layout.parts}
+    # Some formats have their own names in place of `weight`.
+    stems = {part.name.partition("{layer}")[2].removesuffix("weight") for layout in layouts for part in layout.parts}
     return re.compile("|".join(re.escape(stem).replace(r"\{expert\}", r"\d+") for stem in sorted(stems)))

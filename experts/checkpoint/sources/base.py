@@ -6,7 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from experts.checkpoint.errors import GGUF, CheckpointError
+
 CONFIG_NAME = "config.json"
+QUANTIZATION_NAME = "hf_quant_config.json"  # where older versions of ModelOpt describe what config.json does not
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_SUFFIX = ".safetensors"
 # At the top of a repository beside the safetensors files: the same weights in other formats, and what is for people.
@@ -43,18 +46,31 @@ class ModelSource(ABC):
     def remote(self) -> bool:
         """Whether files are fetched, so that some may not be here yet."""
 
+    def configs(self) -> list[str]:
+        """Names of the files that say what the model is. CheckpointError for a model in GGUF alone."""
+        names = self.files()
+        refuse_gguf(self, names)
+        return [CONFIG_NAME, *(name for name in (QUANTIZATION_NAME,) if name in names)]
+
     def facts(self) -> list[str]:
-        """Names of the files that say what the checkpoint is: config.json and the index.
+        """Names of the files that say what the checkpoint is: `configs` and the index, as far as there are any.
 
         Without an index, only the weight files themselves know which tensors they have.
         """
         names = self.files()
-        found = [name for name in (CONFIG_NAME, INDEX_NAME) if name in names]
+        found = [name for name in (*self.configs(), INDEX_NAME) if name in names]
         return found if INDEX_NAME in names else [*found, *weight_files(names)]
 
     def other_files(self) -> list[str]:
         """Names of the files that an engine may need besides weights: configs, tokenizer, templates, code."""
         return [name for name in self.files() if is_used(name) and not name.endswith(WEIGHTS_SUFFIX)]
+
+
+def refuse_gguf(model: object, names: Iterable[str]) -> None:
+    """CheckpointError if the files are in GGUF and there are none in safetensors."""
+    kinds = {PurePosixPath(name).suffix.lower() for name in names}
+    if ".gguf" in kinds and WEIGHTS_SUFFIX not in kinds:
+        raise CheckpointError(f"{model}: {GGUF}")
 
 
 def weight_files(names: Iterable[str]) -> list[str]:

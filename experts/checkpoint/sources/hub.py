@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from experts.checkpoint.errors import CheckpointError, UnreachableError
-from experts.checkpoint.sources.base import CONFIG_NAME, ModelSource
+from experts.checkpoint.sources.base import CONFIG_NAME, ModelSource, refuse_gguf
 from experts.checkpoint.sources.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class HubSource(ModelSource):
         sizes = self.files()
         for name in missing:
             if name not in sizes:
+                refuse_gguf(self, sizes)
                 raise CheckpointError(f"{self}: the model has no file {name}")
         return self._download(missing, Progress(str(self), sum(sizes[name] for name in missing)))
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experts.checkpoint.errors import CheckpointError, UnreachableError
-from experts.checkpoint.sources.base import ModelSource, is_used
+from experts.checkpoint.sources.base import ModelSource, is_used, refuse_gguf
 from experts.checkpoint.sources.progress import Progress, in_words
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class ObjectStoreSource(ModelSource):
         listing = self._listing()
         for name in missing:
             if name not in listing:
+                refuse_gguf(self, listing)
                 raise CheckpointError(f"{self}: has no file {name}")
         total = sum(int(listing[name][0]) for name in missing)
         folder.mkdir(parents=True, exist_ok=True)

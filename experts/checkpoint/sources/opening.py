@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from experts.checkpoint.errors import CheckpointError
+from experts.checkpoint.errors import GGUF, CheckpointError
 from experts.checkpoint.sources.base import ModelSource
 from experts.checkpoint.sources.folder import FolderSource
 
@@ -23,8 +23,10 @@ def is_remote_name(text: str) -> bool:
 
 def open_source(model: str | os.PathLike[str]) -> ModelSource:
     """The source that `model` names: an existing folder, an s3:// or gs:// folder, a hub id, or else a folder that does
-    not exist. Touches no network. CheckpointError for a URL of another kind.
+    not exist. Touches no network. CheckpointError for a URL of another kind, or a GGUF file.
     """
+    if str(model).lower().endswith(".gguf"):
+        raise CheckpointError(f"{model}: {GGUF}")
     if isinstance(model, os.PathLike):
         return FolderSource(Path(model))
     url = _URL.fullmatch(model)

@@ -117,7 +117,7 @@ def test_blocks_in_one_tall_matrix_are_refused(tmp_path: Path) -> None:
     known = config("dbrx", n_layers=1, d_model=D)
     known["ffn_config"] = {"moe_num_experts": E, "moe_top_k": 2, "ffn_hidden_size": I}
     checkpoint = ExpertCheckpoint.open(write(tmp_path, known, tensors))
-    with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 blocks .* stacked rows"):
+    with pytest.raises(CheckpointError, match=r"mlp\.w1: FP8 in squares .* stacked rows"):
         checkpoint.check()
 
 

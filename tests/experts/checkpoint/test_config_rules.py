@@ -20,7 +20,8 @@ from experts.checkpoint.families import (
     interleaved_layers,
 )
 from experts.checkpoint.hf_config import ModelConfig
-from experts.checkpoint.weight_format import WeightFormat
+from experts.checkpoint.quantization.blocks import Mxfp4
+from experts.checkpoint.quantization.floats import Nvfp4
 from experts.model.spec import ActivationSpec
 
 
@@ -88,62 +89,32 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 # --- formats ------------------------------------------------------------------------------------------------------
 
-INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantization_is_found_wherever_it_stands(tmp_path: Path, key: str) -> None:
+    settings = {"quant_method": "mxfp4"}
+    assert config(tmp_path, **{key: settings}).scheme() == Mxfp4()
+    assert config(tmp_path, text_config={key: settings}).scheme() == Mxfp4()
+    assert config(tmp_path, **{key: "mxfp4"}).scheme() == Mxfp4()
 
 
-def compressed(*weights: dict[str, Any], **more: Any) -> dict[str, Any]:
-    groups = {f"group_{index}": {"weights": each} for index, each in enumerate(weights)}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, **more}
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"quant_method": "mxfp4"}, WeightFormat("mxfp4", 32)),
-        ("mxfp4", WeightFormat("mxfp4", 32)),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, WeightFormat("fp8_block", 128)),
-        (compressed(INT4), WeightFormat("int4", 32)),
-        (compressed({**INT4, "group_size": 128, "actorder": "static"}), WeightFormat("int4", 128)),
-        (compressed({**INT4, "actorder": "weight", "observer": "minmax"}), WeightFormat("int4", 32)),
-    ],
-)
-def test_formats_that_are_read(tmp_path: Path, settings: Any, expected: WeightFormat) -> None:
-    assert config(tmp_path, quantization_config=settings).weight_format() == expected
-    assert config(tmp_path, compression_config=settings).weight_format() == expected
-    assert config(tmp_path, text_config={"quantization_config": settings}).weight_format() == expected
+def test_a_quantization_in_a_file_of_its_own_is_found(tmp_path: Path) -> None:
+    """As older versions of ModelOpt write it; config.json goes first."""
+    config(tmp_path)
+    beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert ModelConfig(tmp_path).scheme() == Nvfp4(divides=False)
+    assert config(tmp_path, quantization_config={"quant_method": "mxfp4"}).scheme() == Mxfp4()
+    (tmp_path / "hf_quant_config.json").write_text("{")
+    assert config(tmp_path, quantization_config={"quant_method": "mxfp4"}).scheme() == Mxfp4()
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: cannot be read as JSON"):
+        config(tmp_path)
 
 
 def test_plain_floats_have_no_format(tmp_path: Path) -> None:
-    assert config(tmp_path).weight_format() is None
-    assert config(tmp_path, quantization_config=None).weight_format() is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("awq", "quantization awq is not supported; expected none, mxfp4, fp8 with weight_block_size"),
-        ({"quant_method": "gptq"}, "quantization gptq is not supported"),
-        ({"bits": 4}, "quantization None is not supported"),
-        ({"quant_method": "fp8"}, "quantization fp8 with weight_block_size None is not supported"),
-        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"weight_block_size \[64, 128\] is not supported"),
-        (compressed(), "found 0 groups of settings, .*'format': 'pack-quantized'.*'num_bits': None"),
-        (compressed(INT4, INT4), "found 2 groups of settings, .*'num_bits': None"),
-        (compressed(INT4, format="naive-quantized"), "'format': 'naive-quantized'"),
-        (compressed({**INT4, "num_bits": 8}), "'num_bits': 8"),
-        (compressed({**INT4, "type": "float"}), "'type': 'float'"),
-        (compressed({**INT4, "symmetric": False}), "'symmetric': False"),
-        (compressed({**INT4, "strategy": "channel"}), "'strategy': 'channel'"),
-        (compressed({**INT4, "actorder": "group"}), "actorder group"),
-        (compressed({**INT4, "actorder": "dynamic"}), "actorder dynamic"),
-        (compressed({**INT4, "group_size": 24}), r"config\.json: int4 with groups of 24"),
-        (compressed({**INT4, "group_size": None}), r"config\.json: int4 with groups of 0"),
-        ({**compressed(), "config_groups": [INT4]}, "found 0 groups"),
-        ({**compressed(), "config_groups": {"g": {"weights": None}}}, "found 1 groups of settings"),
-    ],
-)
-def test_formats_that_are_refused_say_what_was_found(tmp_path: Path, settings: Any, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        config(tmp_path, quantization_config=settings).weight_format()
+    assert config(tmp_path).scheme() is None
+    assert config(tmp_path, quantization_config=None).scheme() is None
+    assert not config(tmp_path).quantizes_dense
 
 
 # --- which layers have experts ------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def test_dtypes_are_converted_from_bfloat16(tmp_path: Path) -> None:
         ({"num_local_experts": 0}, "num_local_experts is 0, expected a positive integer"),
         ({"num_experts_per_tok": 4}, "top-4 of 3 experts"),
         ({"hidden_act": "relu"}, "activation 'relu' is not supported; expected one of .*silu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization awq is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8 with weight_block_size None is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization awq with bits None is not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization hqq is not supported; expected none, awq"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors is not supported"),
     ],
 )

@@ -110,23 +110,6 @@ def test_int4_of_compressed_tensors(tmp_path: Path) -> None:
     assert torch.equal(got.w2_DI, values[f"{stem}down_proj.weight"])
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"num_bits": 8}, "'num_bits': 8"),
-        ({"symmetric": False}, "'symmetric': False"),
-        ({"strategy": "channel"}, "'strategy': 'channel'"),
-        ({"actorder": "group"}, "actorder group"),
-        ({"group_size": 24}, "int4 with groups of 24"),
-        ({"group_size": None}, "int4 with groups of 0"),
-    ],
-)
-def test_other_schemes_are_refused_by_name(tmp_path: Path, weights: dict[str, Any], message: str) -> None:
-    folder, _ = int4_checkpoint(tmp_path, **weights)
-    with pytest.raises(CheckpointError, match=message):
-        ExpertCheckpoint.open(folder)
-
-
 def test_plain_experts_have_no_format(tmp_path: Path) -> None:
     folder, tensors = deepseek_fp8(tmp_path)
     config = json.loads((folder / "config.json").read_text())

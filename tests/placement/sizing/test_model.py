@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from experts.checkpoint.quantization.blocks import Fp8Block, Mxfp4
+from experts.checkpoint.quantization.integers import PackedIntegers
 from experts.checkpoint.sizes.known_models import known_models
 from placement.sizing.model import AttentionGroup, ModelFacts, Stored, Tensors
 
@@ -70,9 +72,9 @@ def test_a_window_holds_no_more_than_its_tokens_and_those_in_flight() -> None:
     [
         (Stored(), 2 * 300 * 256),
         (Stored(float_bytes=4), 4 * 300 * 256),
-        (Stored("fp8_block", 128), 300 * 256 + 4 * 3 * 2),
-        (Stored("mxfp4", 32), 300 * 256 // 2 + 300 * 8),
-        (Stored("int4", 64), 300 * 256 // 2 + 2 * 300 * 4 + 8),
+        (Stored(Fp8Block()), 300 * 256 + 4 * 3 * 2),
+        (Stored(Mxfp4()), 300 * 256 // 2 + 300 * 8),
+        (Stored(PackedIntegers(4, 64)), 300 * 256 // 2 + 2 * 300 * 4 + 8),
     ],
 )
 def test_a_matrix_takes_its_values_and_scales(stored: Stored, expected: int) -> None:
@@ -81,6 +83,6 @@ def test_a_matrix_takes_its_values_and_scales(stored: Stored, expected: int) -> 
 
 def test_quantization_spares_what_it_does_not_name() -> None:
     linear, gate = Tensors("x", "router", 256, 256, kind="linear"), Tensors("gate", "router", 8, 256)
-    assert linear.nbytes(Stored("mxfp4", 32)) == linear.nbytes(Stored("int4", 32)) == 2 * 256 * 256
-    assert linear.nbytes(Stored("fp8_block", 128)) == 256 * 256 + 4 * 4
-    assert gate.nbytes(Stored("fp8_block", 128)) == 2 * 8 * 256
+    assert linear.nbytes(Stored(Mxfp4())) == linear.nbytes(Stored(PackedIntegers(4, 32))) == 2 * 256 * 256
+    assert linear.nbytes(Stored(Fp8Block(), dense=True)) == 256 * 256 + 4 * 4
+    assert gate.nbytes(Stored(Fp8Block(), dense=True)) == 2 * 8 * 256

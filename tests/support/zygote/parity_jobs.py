@@ -89,21 +89,23 @@ def shard(emit: Any, settings: dict[str, Any], placement: dict[str, Any], rank: 
     server.stop()
 
 
-def reference(emit: Any, model: str, result: str) -> None:
+def reference(emit: Any, model: str, result: str, dtype: str = "float32") -> None:
     """vLLM's own engine: greedy tokens, then their log-probabilities as parts of a prompt."""
-    engine = _engine(model, {})
+    engine = _engine(model, {}, dtype)
     ids = _greedy(engine)
     _save(result, {"ids": ids, "logprobs": _teacher_forced(engine, ids), "gaps": _gaps(engine, ids)})
     emit(result=result)
 
 
-def mesh(emit: Any, model: str, result: str, reference: str, memberships: list[dict[str, Any]]) -> None:
+def mesh(
+    emit: Any, model: str, result: str, reference: str, memberships: list[dict[str, Any]], dtype: str = "float32"
+) -> None:
     """The same with experts on shards, once for each membership; then score the reference's tokens."""
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     settings = RouterSettings(model_path=model, membership_by_rpc=True)
-    engine = _engine(model, router_engine_kwargs(settings, {}))
+    engine = _engine(model, router_engine_kwargs(settings, {}), dtype)
     runs = []
     for membership in memberships:
         (applied,) = engine.collective_rpc("expertmesh_use_membership", args=(membership,))
@@ -144,12 +146,12 @@ def fork_workers() -> None:
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
 
 
-def _engine(model: str, extra: dict[str, Any]) -> Any:
+def _engine(model: str, extra: dict[str, Any], dtype: str = "float32") -> Any:
     from vllm import LLM
 
     return LLM(
         model,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=128,

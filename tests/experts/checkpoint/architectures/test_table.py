@@ -114,7 +114,7 @@ def test_what_is_in_no_table_is_read_by_its_model_type(architectures: Any) -> No
     ("change", "text"),
     [
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq is not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq is not supported"),
         ({"num_local_experts": None}, "expected one of num_experts"),
     ],
 )

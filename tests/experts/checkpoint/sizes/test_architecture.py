@@ -85,7 +85,7 @@ def test_a_folder_with_config_json_alone_is_sized_from_it(tmp_path: Path) -> Non
         ({"vocab_size": None}, "expected one of vocab_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a positive integer"),
         ({"mlp_only_layers": [0, 1, 2, 3]}, "no layer of this qwen3_moe has routed experts"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq is not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq is not supported"),
     ],
 )
 def test_what_cannot_be_sized_is_refused_by_name(change: dict[str, object], told: str, tmp_path: Path) -> None:
