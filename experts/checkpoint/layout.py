@@ -24,9 +24,8 @@ class Part:
     """One stored tensor. `name` contains {layer} and, if `stack` is "none", {expert}.
 
     `transposed`: stored as [cols, rows]. `interleaved`: rows alternate gate, up, gate, up instead of two halves.
-    A quantized part has other tensors beside `name` or instead of it: `name + "_scale_inv"` beside it for FP8 blocks;
-    `_blocks` and `_scales` instead for MXFP4, `_packed` and `_scale` instead for INT4. Those two are packed along the
-    columns, so they are never transposed.
+    A quantized part has other tensors beside `name` or instead of it, which `quantization` names. Only FP8 squares
+    are transposed where floats are; the other formats have the kernels' rows and columns.
     """
 
     role: Role

@@ -244,10 +244,16 @@ def mxfp4(rows: int, columns: int, rng: np.random.Generator, like: Exact | None)
 def compressed(form: str, kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
     """quantization_config as compressed-tensors writes it, with one group."""
     weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "actorder": None} | more
+    rows: dict[str, Any] | None = None
+    if form in ("int-quantized", "float-quantized"):
+        rows = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    elif form == "nvfp4-pack-quantized":
+        rows = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "dynamic": "local"}
+        rows["group_size"] = 16
     return {
         "quant_method": "compressed-tensors",
         "format": form,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": rows}},
         "ignore": ["lm_head"],
     }
 
