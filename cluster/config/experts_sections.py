@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from experts.protocol.settings import OffloadSettings, ShardSettings, StrictModel, TlsFiles
+from experts.protocol.settings import NOT_OFFLOADED, OffloadSettings, ShardSettings, StrictModel, TlsFiles
 
 NUMBER_OF_SHARDS = "deployments: [{name: ExpertShard, num_replicas: N}] beside args"
 
@@ -88,6 +88,15 @@ class ShardsSection(StrictModel):
             raise ValueError("device is cuda, so ray_actor_options.num_gpus must be more than 0")
         if self.device == "cuda" and self.offload is not None and self.offload.folder is not None:
             raise ValueError("offload.folder is set, but shards on GPUs keep experts in host memory: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _kernel_can_be_offloaded(self) -> ShardsSection:
+        if self.offload is not None and self.offload.resident_fraction < 1 and self.kernel in NOT_OFFLOADED:
+            raise ValueError(
+                f"kernel is {self.kernel!r}, which cannot be offloaded, since its slots cannot be copied as bytes: "
+                "expected auto, which then takes another one, or no section offload"
+            )
         return self
 
 

@@ -23,10 +23,10 @@ from experts.protocol.settings import StrictModel
 PlacementPolicy = Literal["linear", "greedy", "optimized"]
 
 # The keys of `placement` that have an effect on what a policy or a file gives; all of them have with `optimized`.
-ALWAYS_READ = {"min_replicas", "spare_slots", "protect"}
+ALWAYS_READ = {"min_replicas", "spare_slots", "protect", "trace"}
 READ_BY = {
     "linear": {"policy", "num_nodes", *ALWAYS_READ},
-    "greedy": {"policy", "num_nodes", "trace", "seed", *ALWAYS_READ},
+    "greedy": {"policy", "num_nodes", "seed", *ALWAYS_READ},
     "file": {"file", *ALWAYS_READ},
 }
 
@@ -42,7 +42,11 @@ class PlacementSection(StrictModel):
     file: str | None = Field(
         default=None, description="Placement saved as JSON, for as many ranks as there are shards. No policy runs."
     )
-    trace: str | None = Field(default=None, description="Routing trace (.npz) the policy plans for.")
+    trace: str | None = Field(
+        default=None,
+        description="Routing trace (.npz) that a policy plans for. It also says which experts are hot: what protect "
+        "means, what moves first, and what is in memory first on shards that offload.",
+    )
     num_nodes: int | None = Field(
         default=None,
         ge=1,

@@ -120,7 +120,9 @@ class PlacementController(PeopleCalls, ScalingDesk):
             return JoinAnswer(None, answer.reason, False, epoch, 0, None, times)
         row = self._mesh.row_to_load(answer.rank)
         num_slots = self._config.shards.slots_per_rank or self._mesh.num_slots
-        return JoinAnswer(answer.rank, "", False, epoch, num_slots, row, times)
+        target = self._mesh.keeper.target
+        load_LE = None if target is None else target.load_LE
+        return JoinAnswer(answer.rank, "", False, epoch, num_slots, row, times, load_LE)
 
     async def ready(self, holding: ShardHolding) -> bool:
         """The shard listens and holds what it says. False: it has no seat here, or lost it."""

@@ -49,6 +49,7 @@ class JoinAnswer:
     num_slots: int  # of a layer
     placement: Placement | None  # whose row of that rank is to be loaded; None without a rank
     times: Times
+    load_LE: np.ndarray | None = field(default=None, compare=False)  # float [L, E]: tokens of each expert, if known
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,8 @@ def plan_placement(section: PlacementSection, model: ModelSize, shards: ShardsAt
     """
     num_nodes = _num_nodes(section, shards)
     usable = usable_slots(section, model, shards)
+    if section.trace is not None and (section.file is not None or section.policy == "linear"):
+        _check_trace(section.trace, model)
     if section.file is not None:
         return _from_file(section, model, shards)
     if section.policy == "linear":
@@ -118,7 +120,7 @@ async def plan_in_a_process(section: PlacementSection, model: ModelFacts, shards
 
     Raises ConfigError, also if it takes `placement.max_seconds` and five minutes.
     """
-    if section.file is None and section.policy == "linear":
+    if section.file is None and section.policy == "linear" and section.trace is None:
         return Plan(with_protected(section, plan_placement(section, model, shards), shards, None), None)
     timeout_s = section.max_seconds + PLANNING_GRACE_S
     process = await asyncio.create_subprocess_exec(
@@ -217,6 +219,16 @@ def _from_file(section: PlacementSection, model: ModelSize, shards: ShardsAtHand
             f"{fewest} {'replica' if fewest == 1 else 'replicas'}"
         )
     return placement
+
+
+def _check_trace(trace: str, model: ModelSize) -> None:
+    """A policy that plans for the trace checks it by itself."""
+    from placement.traces.trace import ActivationTrace
+
+    try:
+        check_same_model("it", ActivationTrace.load_npz(trace), "the model", model)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"placement.trace: {trace}: {error}") from None
 
 
 def check_fits(name: str, placement: Placement, num_ranks: int, slots: int | None) -> None:

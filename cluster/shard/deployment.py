@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from dataclasses import replace
@@ -73,7 +74,8 @@ class ExpertShard:
             self._rank, int((answer.placement.physical_to_logical_map >= 0).sum()), self._config.model.path,
         )  # fmt: skip
         try:
-            await asyncio.to_thread(self._server.load, answer.placement, self._rank)
+            load = functools.partial(self._server.load, load_LE=answer.load_LE)
+            await asyncio.to_thread(load, answer.placement, self._rank)
             loop = asyncio.get_running_loop()
             endpoint = await loop.run_in_executor(serving, self._server.listen, self._rank, self._epoch)
         except ValueError as error:

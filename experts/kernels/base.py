@@ -106,6 +106,11 @@ class ExpertKernel(ABC):
         self._pack(layer, slot, weights)
         self.finish_write(layer, slot)
 
+    @classmethod
+    def copies_as_bytes(cls) -> bool:
+        """Whether its slots can be copied as bytes: to another shard, or from where they are offloaded to."""
+        return cls._packing is not ExpertKernel._packing
+
     @property
     def layout(self) -> str:
         """What decides the bytes of a packed expert: those of kernels with equal layouts can be exchanged.

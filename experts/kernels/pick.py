@@ -59,8 +59,8 @@ TRIAL_TURNS = 6  # after one warm-up turn
 _verdicts: dict[tuple[object, ...], str] = {}
 
 
-def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
-    """A kernel for `shape`, with no slot set yet.
+def pick_kernel(shape: KernelShape, name: str = "auto", as_bytes: bool = False) -> ExpertKernel:
+    """A kernel for `shape`, with no slot set yet; with `as_bytes` one whose slots can be copied as bytes.
 
     `name` is a key of `KERNELS` (for a QuantizedShape, of `QUANTIZED_KERNELS`) or "auto". "auto" times each kernel that
     supports the shape on a few row counts (under 2 s in all, compilation aside), logs a table, and takes the one with
@@ -68,22 +68,30 @@ def pick_kernel(shape: KernelShape, name: str = "auto") -> ExpertKernel:
     does not support the shape.
     """
     known = kernels_for(shape)
+    if name != "auto" and name not in known:
+        raise ValueError(f"kernel {name!r} is unknown, expected auto or one of {', '.join(known)}")
+    if as_bytes:
+        known = {each: kernel for each, kernel in known.items() if kernel.copies_as_bytes()}
+        if name not in ("auto", *known):
+            told = f"expected auto or one of {', '.join(known)}"
+            raise ValueError(f"kernel {name!r} cannot be offloaded: its slots cannot be copied as bytes; {told}")
     if name != "auto":
-        if name not in known:
-            raise ValueError(f"kernel {name!r} is unknown, expected auto or one of {', '.join(known)}")
         return known[name](shape)
-    key = (shape, torch.get_num_threads())
+    key = (shape, torch.get_num_threads(), as_bytes)
     if key not in _verdicts:
-        _verdicts[key] = _measure(shape)
+        _verdicts[key] = _measure(shape, known)
         if shape.device_type == "cuda":
             torch.cuda.empty_cache()  # what the trial took, which a router on the same GPU may need
     return known[_verdicts[key]](shape)
 
 
-def keep_quantized(shape: KernelShape, form: WeightFormat | None, name: str = "auto") -> KernelShape:
+def keep_quantized(
+    shape: KernelShape, form: WeightFormat | None, name: str = "auto", as_bytes: bool = False
+) -> KernelShape:
     """The shape to build a kernel for if a checkpoint stores experts in `form` (None: plain floats).
 
-    A QuantizedShape if `name` is a kernel for quantized weights or, with "auto", if one can serve it on the GPU.
+    A QuantizedShape if `name` is a kernel for quantized weights or, with "auto", if one can serve it on the GPU (with
+    `as_bytes`: one whose slots can be copied as bytes).
     Else `shape` itself: weights become plain floats when they are loaded, because CPUs compute faster with those.
     """
     if form is None or name in KERNELS:
@@ -93,7 +101,11 @@ def keep_quantized(shape: KernelShape, form: WeightFormat | None, name: str = "a
         return quantized
     if shape.device_type == "cpu":
         return shape
-    reasons = {kernel: candidate.supports(quantized) for kernel, candidate in QUANTIZED_KERNELS.items()}
+    reasons = {
+        kernel: candidate.supports(quantized)
+        for kernel, candidate in QUANTIZED_KERNELS.items()
+        if candidate.copies_as_bytes() or not as_bytes
+    }
     if None in reasons.values():
         return quantized
     logger.warning("%s weights become %s when they are loaded: %s", form.name, shape.dtype, reasons)
@@ -143,9 +155,8 @@ def trial_shape(shape: KernelShape) -> KernelShape:
     return replace(shape, num_slots=slots, num_layers=layers)
 
 
-def _measure(shape: KernelShape) -> str:
+def _measure(shape: KernelShape, candidates: Mapping[str, type[ExpertKernel]]) -> str:
     """Name of the fastest kernel; logs each candidate with its times, or why it was passed over."""
-    candidates = kernels_for(shape)
     reasons = {name: kernel_class.supports(shape) for name, kernel_class in candidates.items()}  # may compile
     start_s = time.monotonic()
     trial = trial_shape(shape)

@@ -129,6 +129,10 @@ class RouterSettings(StrictModel):
     )
 
 
+NOT_OFFLOADED = ("vllm_mxfp4",)
+"""Kernels whose packed experts nobody but their library can copy."""
+
+
 class OffloadSettings(StrictModel):
     """Which of a shard's experts are in the kernel's memory; the others are copied there when they are needed."""
 

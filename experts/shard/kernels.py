@@ -37,12 +37,13 @@ def kernel_for(checkpoint: ExpertCheckpoint, settings: ShardSettings, num_slots:
         dtype=getattr(torch, settings.dtype),
         device=settings.device,
     )
-    shape = keep_quantized(shape, checkpoint.weight_format, settings.kernel)
+    num_places = num_slots if settings.offload is None else places_of(settings.offload, num_slots)
+    fewer = num_places < num_slots
+    shape = keep_quantized(shape, checkpoint.weight_format, settings.kernel, as_bytes=fewer)
     if checkpoint.scheme is not None and not shape.quantized:
         logger.info("experts stored as %s become %s when they are loaded", checkpoint.scheme.text, settings.dtype)
-    num_places = num_slots if settings.offload is None else places_of(settings.offload, num_slots)
-    picked = pick_kernel(replace(shape, num_slots=num_places), settings.kernel)
-    if settings.offload is None or num_places == num_slots:
+    picked = pick_kernel(replace(shape, num_slots=num_places), settings.kernel, as_bytes=fewer)
+    if settings.offload is None or not fewer:
         return picked
     return _offloaded(picked, shape, settings.offload)
 
@@ -53,7 +54,7 @@ def places_of(offload: OffloadSettings, num_slots: int) -> int:
 
 
 def _offloaded(picked: ExpertKernel, shape: KernelShape, offload: OffloadSettings) -> OffloadedKernel:
-    view_bytes = [view.numel() for view in picked.slot_views(0, 0)] if picked.layout else []
+    view_bytes = [view.numel() for view in picked.slot_views(0, 0)]
     if shape.device_type == "cpu":
         folder = None if offload.folder is None else Path(offload.folder)
         backing: FileBacking | PinnedBacking = FileBacking(folder, shape.num_layers, shape.num_slots, view_bytes)
@@ -68,16 +69,23 @@ def _offloaded(picked: ExpertKernel, shape: KernelShape, offload: OffloadSetting
     return kernel
 
 
-def settle(kernel: ExpertKernel, slots: SlotTable, placement: Placement, offload: OffloadSettings | None) -> None:
-    """Fill the memory of a kernel whose slots have just been loaded, those of experts with most replicas first.
+def start_prefetch(kernel: ExpertKernel, slots: SlotTable, offload: OffloadSettings | None) -> None:
+    """Start what brings experts in before they are needed, if that is asked for; the kernel's `close` ends it."""
+    if isinstance(kernel, OffloadedKernel) and offload is not None and offload.prefetch:
+        Prefetcher(kernel, lambda layer, words: _hinted_slots(slots.slot_of_expert_LE[layer], words)).start()
 
-    A planner gives replicas to the experts with most tokens; the others follow in order. Starts what brings experts in
-    before they are needed; the kernel's `close` ends it.
+
+def fill_hot_first(
+    kernel: ExpertKernel, slots: SlotTable, placement: Placement, load_LE: np.ndarray | None = None
+) -> None:
+    """Fill the memory of a kernel that has not served yet, with slots of the experts that have most tokens here.
+
+    `load_LE` (float [L, E]) says how many each expert has on all shards together. Without it those with most replicas
+    come first, since a planner gives replicas to hot experts; the others follow in order. ValueError if `load_LE` is of
+    another model.
     """
     if isinstance(kernel, OffloadedKernel):
-        kernel.fill(_hot_first(slots.slot_of_expert_LE, placement))
-        if offload is not None and offload.prefetch:
-            Prefetcher(kernel, lambda layer, words: _hinted_slots(slots.slot_of_expert_LE[layer], words)).start()
+        kernel.fill(_hot_first(slots.slot_of_expert_LE, placement, load_LE))
 
 
 def _hinted_slots(slot_of_expert_E: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -85,12 +93,17 @@ def _hinted_slots(slot_of_expert_E: np.ndarray, words: np.ndarray) -> np.ndarray
     return slots_N[slots_N >= 0]
 
 
-def _hot_first(slot_of_expert_LE: np.ndarray, placement: Placement) -> Iterable[tuple[int, int]]:
+def _hot_first(
+    slot_of_expert_LE: np.ndarray, placement: Placement, load_LE: np.ndarray | None
+) -> Iterable[tuple[int, int]]:
+    if load_LE is not None and load_LE.shape != slot_of_expert_LE.shape:
+        raise ValueError(f"loads are of {load_LE.shape} layers and experts, the model has {slot_of_expert_LE.shape}")
     for layer, slot_of_expert_E in enumerate(slot_of_expert_LE):
         map_S = placement.physical_to_logical_map[layer]
         replicas_E = np.bincount(map_S[map_S >= 0], minlength=placement.num_experts)
+        heat_E = replicas_E if load_LE is None else load_LE[layer] / np.maximum(replicas_E, 1)
         held = np.flatnonzero(slot_of_expert_E >= 0)
-        for expert in held[np.argsort(-replicas_E[held], kind="stable")]:
+        for expert in held[np.argsort(-heat_E[held], kind="stable")]:
             yield layer, int(slot_of_expert_E[expert])
 
 

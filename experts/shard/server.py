@@ -34,7 +34,7 @@ from experts.protocol.settings import ShardSettings
 from experts.protocol.status import ShardStatus
 from experts.protocol.wire import reply_capacity, request_capacity
 from experts.shard.hand_out import HandOut
-from experts.shard.kernels import kernel_for, offload_status, settle
+from experts.shard.kernels import fill_hot_first, kernel_for, offload_status, start_prefetch
 from experts.shard.loop import ShardLoop
 from experts.shard.mover import Mover
 from experts.shard.slots import SlotTable, experts_of
@@ -82,11 +82,14 @@ class ShardServer:
         self.load(placement, rank, num_slots)
         return self.listen(rank, epoch)
 
-    def load(self, placement: Placement, rank: int, num_slots: int | None = None) -> None:
+    def load(
+        self, placement: Placement, rank: int, num_slots: int | None = None, load_LE: np.ndarray | None = None
+    ) -> None:
         """Load the experts of `rank`, which may be none.
 
-        `num_slots`: slots of each layer, by default the settings' slots_per_rank, else the placement's. Raises
-        ValueError or CheckpointError if this shard cannot serve the placement.
+        `num_slots`: slots of each layer, by default the settings' slots_per_rank, else the placement's. `load_LE`
+        (float [L, E]): the tokens of each expert, as far as known; a shard that offloads has the hot ones in memory
+        first. Raises ValueError or CheckpointError if this shard cannot serve the placement.
         """
         if self._loop is not None:
             raise RuntimeError("this shard was started before")
@@ -111,7 +114,7 @@ class ShardServer:
         slots = SlotTable(checkpoint, kernel, num_slots, self.dtype)
         start_s = time.monotonic()
         count = slots.load(placement, rank, _LOADING_THREADS)
-        settle(kernel, slots, placement, settings.offload)
+        start_prefetch(kernel, slots, settings.offload)
         logger.info(
             "rank %d: %d experts ready in %.1f s, kernel %s", rank, count, time.monotonic() - start_s, kernel.name
         )
@@ -120,6 +123,7 @@ class ShardServer:
             slots, kernel, self._bell, self.dtype, settings.num_threads, top_k=spec.top_k, device=settings.device
         )
         self._loop.warm_up(settings.max_rows_per_dispatch)
+        fill_hot_first(kernel, slots, placement, load_LE)
         self._fingerprint = fingerprint.result()
         self._room = PairRoom()
         rows, row_bytes = settings.max_rows_per_dispatch, spec.hidden_size * self.dtype.itemsize

@@ -39,7 +39,8 @@ class FakeShardServer:
         self.load(placement, rank)
         return self.listen(rank, epoch)
 
-    def load(self, placement: Placement, rank: int) -> None:
+    def load(self, placement: Placement, rank: int, *, load_LE: np.ndarray | None = None) -> None:
+        self.load_LE = load_LE
         self.loading.set()
         assert self.may_listen.wait(AWAIT_S)
         if self.fails is not None:

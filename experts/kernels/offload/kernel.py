@@ -46,10 +46,8 @@ class OffloadedKernel(ExpertKernel):
     def __init__(self, picked: ExpertKernel, shape: KernelShape, backing: Backing, link: Link) -> None:
         """For the slots of `shape`, like `picked`, which has as many slots as there are places.
 
-        `backing` has the views of a slot of `picked`. ValueError if that kernel's slots cannot be copied as bytes.
+        `backing` has the views of a slot of `picked`, whose slots can be copied as bytes.
         """
-        if not picked.layout:
-            raise ValueError(f"kernel {picked.name!r} cannot be offloaded: its slots cannot be copied as bytes")
         self.takes_quantized = picked.takes_quantized
         super().__init__(shape)
         self.kernel_name = picked.name
@@ -64,6 +62,8 @@ class OffloadedKernel(ExpertKernel):
         self.versions_LS = np.zeros((shape.num_layers, shape.num_slots), np.int64)
         """Counts what was written to a slot: its expert is another one when this has changed."""
         self._before_close: list[Callable[[], None]] = []
+        self._filled = False
+        self._everybody_S = np.ones(shape.num_slots, np.bool_)  # kept where they are: only free places are taken
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -87,6 +87,15 @@ class OffloadedKernel(ExpertKernel):
             self.versions_LS[layer, slot] += 1  # a copy that runs is dropped when it ends
             self._loaded_LS[layer, slot] = False
             self.residency.drop(layer, slot)
+
+    def finish_write(self, layer: int, slot: int) -> None:
+        """See `ExpertKernel.finish_write`. What comes after `fill` takes a free place as it comes, if there is one.
+
+        Migration copies what is most urgent first. Not for a thread in the midst of a call.
+        """
+        super().finish_write(layer, slot)
+        if self._filled:
+            self._bring_unasked(layer, slot, self._everybody_S, count=False)
 
     def _pack(self, layer: int, slot: int, weights: ExpertWeights | QuantizedExpert) -> None:
         packer: ExpertKernel | None = getattr(self._packers, "kernel", None)
@@ -252,10 +261,13 @@ class OffloadedKernel(ExpertKernel):
         return held and not residency.is_in(layer, slot) and not residency.is_coming(layer, slot)
 
     def fill(self, slots: Iterable[tuple[int, int]]) -> None:
-        """Bring in (layer, slot) in this order, as many as find free places. Before the first call."""
-        nobody_S = np.ones(self.shape.num_slots, np.bool_)
+        """Bring in (layer, slot) in this order, as many as find places, in place of what is there. No call runs."""
+        with self.residency.changed:
+            for layer, slot in np.argwhere(self.residency.place_of_slot_LS >= 0).tolist():
+                self.residency.drop(layer, slot)
         for layer, slot in slots:
-            self._bring_unasked(layer, slot, nobody_S, count=False)
+            self._bring_unasked(layer, slot, self._everybody_S, count=False)
+        self._filled = True
 
     @property
     def hits(self) -> int:

@@ -239,7 +239,6 @@ ABOVE_0 = "Input should be greater than 0"
             "placement: policy is 'optimized', which plans for a trace, and trace is not set; a running service "
             "returns one at GET /expertmesh/trace",
         ),
-        ({"placement": {"trace": TRACE}}, "placement: policy is linear, so trace would have no effect: remove"),
         (
             {"placement": {"policy": "greedy", "trace": TRACE, "seed": 1, "load_cap": 1.1, "max_seconds": 5}},
             "placement: policy is greedy, so load_cap, max_seconds would have no effect: remove",

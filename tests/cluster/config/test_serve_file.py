@@ -75,6 +75,11 @@ def test_the_shipped_config_reads_and_paths_become_absolute() -> None:
         ("applications.0.args.model.path", "s3://", r"model\.path: 's3://': expected .* s3://bucket/folder"),
         ("applications.0.args.shards.device", "cuda", r"shards: device is cuda, so ray_actor_options.num_gpus"),
         (
+            "applications.0.args.shards",
+            {"kernel": "vllm_mxfp4", "offload": {"resident_fraction": 0.5}},
+            r"args\.shards: kernel is 'vllm_mxfp4', which cannot be offloaded, .*: expected auto",
+        ),
+        (
             "applications.1.args.routers.engine_kwargs",
             {"worker_extension_cls": "x.Y"},
             r"worker_extension_cls is set by the",

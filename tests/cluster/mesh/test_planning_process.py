@@ -43,6 +43,19 @@ def test_a_process_reads_a_file_and_refuses_what_does_not_fit(tmp_path: Path) ->
         planned(keys, shards(4))
 
 
+@pytest.mark.parametrize("of_file", [False, True], ids=["linear", "file"])
+def test_a_trace_tells_the_load_where_no_policy_plans_for_it(tmp_path: Path, of_file: bool) -> None:
+    saved, path = Placement.linear(4, 32, 3), trace_file(tmp_path)
+    saved.save(tmp_path / "p.json")
+    plan = planned(section(trace=path, **{"file": str(tmp_path / "p.json")} if of_file else {}), shards(3))
+    assert plan.placement == saved
+    assert plan.load_LE is not None
+    np.testing.assert_array_equal(plan.load_LE, ActivationTrace.load_npz(path).load())
+    other = trace_file(tmp_path, num_experts=16)
+    with pytest.raises(ConfigError, match=r"^placement\.trace: .*: it is for 4 layers of 16 experts, the model"):
+        plan_placement(section(trace=other), MODEL, shards(3))
+
+
 def test_linear_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio, "create_subprocess_exec", None)
     assert planned(section(), shards(3)).placement == Placement.linear(4, 32, 3)

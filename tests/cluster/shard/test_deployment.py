@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.controller import planner
 from cluster.controller.client import ControllerLostError
 from cluster.mesh.messages import Told
+from cluster.mesh.planning import Plan, ShardsAtHand
 from cluster.shard.deployment import ExpertShard
 from experts.protocol.secret import MeshSecret
 from placement.placement import Placement
@@ -17,6 +19,22 @@ from tests.support.controller_scene import EXPERTS, LAYERS, turns
 from tests.support.shard_scene import Cluster, PlayShard
 
 ROW = LAYERS * EXPERTS // 3  # experts of a shard, if three have one replica of each
+
+
+def test_it_hears_which_experts_are_hot_before_it_loads(play: PlayShard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the placement was planned for: a shard that offloads has those in memory first."""
+    load_LE = np.arange(LAYERS * EXPERTS, dtype=np.float64).reshape(LAYERS, EXPERTS)
+
+    async def plan(section: Any, model: Any, shards: ShardsAtHand) -> Plan:
+        return Plan(Placement.linear(LAYERS, EXPERTS, shards.num_ranks), load_LE)
+
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        assert np.array_equal(cluster.server.load_LE, load_LE)
+
+    monkeypatch.setattr(planner, "plan_in_a_process", plan)
+    play(act)
+
 
 # --- restarts of the controller -----------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ import logging
 import pytest
 import torch
 
-from experts.kernels import KERNELS, KernelShape, pick, pick_kernel
+from experts.kernels import KERNELS, ExpertKernel, KernelShape, pick, pick_kernel
 from experts.kernels.torch.loop import TorchLoopKernel
 from experts.model.spec import ActivationSpec
+from experts.protocol.settings import NOT_OFFLOADED
 
 SHAPE = KernelShape(2, 4, 64, 32, ActivationSpec("silu"))
 
@@ -45,6 +46,26 @@ def test_a_named_kernel_that_cannot_serve_the_shape_says_why(monkeypatch):
     monkeypatch.setitem(KERNELS, "refusing", RefusingKernel)
     with pytest.raises(ValueError, match=r"'refusing' cannot serve .*it does not like this shape"):
         pick_kernel(SHAPE, "refusing")
+
+
+class SecretKernel(TorchLoopKernel):
+    name = "secret"
+    _packing = ExpertKernel._packing
+
+
+def test_only_kernels_that_can_be_copied_are_offloaded(monkeypatch):
+    monkeypatch.setattr(pick, "KERNELS", {k.name: k for k in (SecretKernel, TorchLoopKernel)})
+    assert pick_kernel(SHAPE, "secret").layout == ""
+    with pytest.raises(ValueError, match=r"'secret' cannot be offloaded: .*; expected auto or one of torch_loop"):
+        pick_kernel(SHAPE, "secret", as_bytes=True)
+    assert pick_kernel(SHAPE, as_bytes=True).name == "torch_loop"
+    monkeypatch.setattr(pick, "KERNELS", {"secret": SecretKernel})
+    assert pick_kernel(SHAPE).name == "secret", "a verdict is of the candidates that were asked for"
+
+
+def test_configs_refuse_the_kernels_that_cannot_be_copied():
+    kernels = {**KERNELS, **pick.QUANTIZED_KERNELS}
+    assert {name for name, kernel in kernels.items() if not kernel.copies_as_bytes()} == set(NOT_OFFLOADED)
 
 
 def test_auto_logs_a_table_and_passes_over_what_refuses_or_breaks(monkeypatch, caplog):

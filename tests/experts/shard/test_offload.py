@@ -17,7 +17,7 @@ from experts.kernels.native.kernel import NativeKernel
 from experts.protocol.membership import Membership
 from experts.protocol.settings import OffloadSettings, ShardSettings
 from experts.protocol.wire import H_HINTS, HEADER_WORDS, HINTED_EXPERTS, hint_words, hinted_experts
-from experts.shard.kernels import places_of
+from experts.shard.kernels import fill_hot_first, places_of
 from experts.shard.server import ShardServer
 from tests.support.copying_shards import ALL, NUM_EXPERTS, NUM_LAYERS, PAIRS, check_right, copy, orders
 from tests.support.kernel_cases import BASE
@@ -124,6 +124,24 @@ def test_experts_are_copied_into_it_and_out_of_it_while_they_come_and_go(
     finally:
         first.stop()
         second.stop()
+
+
+def test_recorded_loads_say_which_experts_are_there_first(small: Path) -> None:
+    """Divided by replicas, since this shard gets its part of the tokens."""
+    placement, offload = replicated(3, 6, 1, 1), OffloadSettings(resident_fraction=0.5)
+    load_LE = np.array([[1, 9, 2, 8, 3, 7], [5, 4, 3, 2, 1, 0], [0, 0, 6, 0, 6, 7]], np.float64)
+    server = ShardServer(ShardSettings(model_path=str(small), dtype="float32", kernel="torch_loop", offload=offload))
+    server.load(placement, 0, load_LE=load_LE)
+    try:
+        assert server._loop is not None
+        kernel: Any = server._loop.kernel
+        for layer, hot in enumerate([{1, 3, 5}, {0, 1, 2}, {2, 4, 5}]):
+            slots = server._loop.slots.slot_of_expert_LE[layer]
+            assert {e for e in range(6) if kernel.residency.is_in(layer, slots[e])} == hot
+        with pytest.raises(ValueError, match=r"loads are of \(3, 5\) layers and experts, the model has \(3, 6\)"):
+            fill_hot_first(kernel, server._loop.slots, placement, load_LE[:, :5])
+    finally:
+        server._loop.kernel.close()
 
 
 def test_hot_experts_are_there_first(small: Path) -> None:

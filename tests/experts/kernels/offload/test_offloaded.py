@@ -236,6 +236,53 @@ def test_slots_may_come_early_while_calls_run(whole: ExpertKernel) -> None:
     kernel.close()
 
 
+def test_what_comes_later_takes_free_places_and_nobody_elses(whole: ExpertKernel) -> None:
+    """As a shard that starts empty gets its experts by migration, the most urgent first."""
+    kernel = offloaded(whole.name, 2)
+    kernel.fill([])
+    set_all(kernel)
+    for layer in range(LAYERS):
+        assert [kernel.residency.is_in(layer, slot) for slot in range(SLOTS)] == [True, True] + [False] * (SLOTS - 2)
+    _one_row([0, 1]).check(kernel, whole)
+    assert kernel.counts.misses == 0
+    set_one(0, 1, 0, kernel)
+    assert kernel.residency.is_in(0, 1), "written anew, it is back in its place"
+    kernel.close()
+
+
+def test_the_step_at_hand_loses_nothing_to_what_comes_early(whole: ExpertKernel) -> None:
+    """While a call waits for its second slot, neither that one nor its first can be pushed out."""
+    kernel = offloaded(whole.name, 2)
+    set_all(kernel)
+    copy, tried = kernel._backing.copy, []
+
+    def meanwhile(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
+        if not tried:
+            tried.append(slot)
+            tried.extend(kernel.bring_early(0, other, NOBODY) for other in (4, 5))
+        copy(layer, slot, targets)
+
+    _one_row([1]).check(kernel, whole)
+    kernel._backing.copy = meanwhile  # type: ignore[method-assign, assignment]
+    _one_row([1, 3]).check(kernel, whole)
+    assert tried == [3, False, False]
+    assert kernel.bring_early(0, 4, NOBODY), "when the call is over, it can"
+    kernel.close()
+
+
+def test_eviction_takes_no_copy_of_an_expert(whole: ExpertKernel) -> None:
+    """Each slot is the sole copy of its expert. What leaves the one place is still there for calls and migration."""
+    kernel = offloaded(whole.name, 1)
+    set_all(kernel)
+    for slot in [*range(SLOTS), *range(SLOTS)]:
+        _one_row([slot]).check(kernel, whole)
+        for each in range(SLOTS):
+            pairs = zip(kernel.slot_views(0, each), whole.slot_views(0, each), strict=True)
+            assert all(torch.equal(mine, theirs.cpu()) for mine, theirs in pairs)
+    assert kernel.residency.count() == 1
+    kernel.close()
+
+
 def test_a_full_disk_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"1000000\.00 GB of experts do not fit") as told:
         FileBacking(tmp_path, 10, 100, [10**12])
