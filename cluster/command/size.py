@@ -44,6 +44,18 @@ def size(
     router_gpus: Annotated[int, typer.Option(help="GPUs of a router: its tensor_parallel_size.")] = 1,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="PRICE", help="Print prices, too.")] = None,
     alternatives: Annotated[int, typer.Option(help="Further layouts to show.")] = 4,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Size shards that keep some experts in host memory (shards.offload).")
+    ] = False,
+    shards: Annotated[int, typer.Option(help="With --offload: shards that divide the experts.")] = 1,
+    device_gb: Annotated[
+        float | None, typer.Option(help="With --offload: memory of a shard's device.", show_default="the GPU's")
+    ] = None,
+    copy_gb_per_s: Annotated[float, typer.Option(help="With --offload: rate from host memory to the device.")] = 25.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --offload: routing (.npz) to predict hits by. By default made up."),
+    ] = None,
     write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the config of one service.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, every figure with unit and origin.")
@@ -71,4 +83,11 @@ def size(
         "max_gpus": max_gpus,
         "router_gpus": router_gpus,
     }
-    run.answer(run.Question(model, gpu, demand, price_per_gpu_hour, alternatives, write), as_json)
+    if not offload:
+        if shards != 1 or device_gb is not None or copy_gb_per_s != 25.0 or trace is not None:
+            raise typer.BadParameter("expected --offload beside --shards, --device-gb, --copy-gb-per-s and --trace")
+        run.answer(run.Question(model, gpu, demand, price_per_gpu_hour, alternatives, write), as_json)
+        return
+    if write is not None or price_per_gpu_hour is not None:
+        raise typer.BadParameter("expected neither --write nor --price-per-gpu-hour beside --offload")
+    run.answer_offload(run.OffloadAsked(model, gpu, demand, shards, copy_gb_per_s, device_gb, trace), as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.config.parse import ConfigError
@@ -28,10 +29,32 @@ class Question:
     write: Path | None
 
 
+@dataclasses.dataclass(frozen=True)
+class OffloadAsked:
+    """The command line with --offload; rates and memory in 10^9 bytes."""
+
+    model: str
+    gpu: str
+    demand: dict[str, float]
+    shards: int
+    copy_gb_per_s: float
+    device_gb: float | None
+    trace: Path | None
+
+
 def answer(question: Question, as_json: bool) -> None:
     """Print the layout, and write its config where one is asked for. Raises CommandError."""
+    _refusing(lambda: _answer(question, as_json))
+
+
+def answer_offload(asked: OffloadAsked, as_json: bool) -> None:
+    """Print what shards that offload have in memory, and what it costs. Raises CommandError."""
+    _refusing(lambda: _answer_offload(asked, as_json))
+
+
+def _refusing(act: Callable[[], None]) -> None:
     try:
-        _answer(question, as_json)
+        act()
     except (NoLayoutError, ConfigError, CheckpointError) as error:
         raise CommandError(*str(error).splitlines()) from None
     except SizingError as error:
@@ -70,3 +93,22 @@ def _answer(question: Question, as_json: bool) -> None:
     tell(as_json, document_of(sizing), lines_of(sizing))
     if question.write is not None:
         note(f"{question.write}: written, and accepted by the checks that need no GPU")
+
+
+def _answer_offload(asked: OffloadAsked, as_json: bool) -> None:
+    from cluster.sizing_command.offload import as_json as document_of
+    from cluster.sizing_command.offload import lines_of
+    from placement.sizing.gpus import gpu_named
+    from placement.sizing.offload import OffloadQuestion, size_offload
+    from placement.traces.trace import ActivationTrace, TraceError
+
+    facts, _ = find_facts(asked.model)
+    try:
+        trace = None if asked.trace is None else ActivationTrace.load_npz(asked.trace)
+    except (TraceError, ValueError) as error:
+        raise CommandError(f"{asked.trace}: {error}") from None
+    device_bytes = None if asked.device_gb is None else 1e9 * asked.device_gb
+    question = OffloadQuestion(asked.shards, 1e9 * asked.copy_gb_per_s, device_bytes, trace)
+    demand = Demand(**asked.demand)  # type: ignore[arg-type]
+    sizing = size_offload(facts, gpu_named(asked.gpu), demand, question)
+    tell(as_json, document_of(sizing), lines_of(sizing))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from placement.capacity.hardware import H100, Constants, ModelShape, busy_seconds
+from placement.capacity.residency import Offload, Residents
 from placement.capacity.turns import Turn, Visit, layer_seconds
 from placement.placement import Placement, check_same_model
 from placement.rule.evaluate import count_visits
@@ -32,9 +33,11 @@ class StepCost:
     """Seconds of each layer, float64 [L], averaged over routers and batches; what they follow from; bytes of a step.
 
     `shard_s` is the slowest shard's call for a router's rows alone, `wait_s` what others' rows add: those before, and
-    those in the same call. `link_s` (of a router) and `link_bytes` (of all) are by link class, both directions
-    together, in all layers. `busiest_activated` and `busiest_pairs` are of the slowest call, averaged over layers;
-    `activated` is what all tokens of a layer want. `migration_s` is the whole migration, not spread over steps.
+    those in the same call. `copy_s` is the part of `shard_s` in which experts come into memory, and `hit_rate` the
+    share of experts that were in it; 0 and 1 unless shards offload. `link_s` (of a router) and `link_bytes` (of all)
+    are by link class, both directions together, in all layers. `busiest_activated` and `busiest_pairs` are of the
+    slowest call, averaged over layers; `activated` is what all tokens of a layer want. `migration_s` is the whole
+    migration, not spread over steps.
     """
 
     router_s: np.ndarray
@@ -43,6 +46,8 @@ class StepCost:
     wait_s: np.ndarray
     weights_s: np.ndarray
     flops_s: np.ndarray
+    copy_s: np.ndarray
+    hit_rate: float
     link_s: dict[str, float]
     link_bytes: dict[str, float]
     fan_out: float
@@ -79,6 +84,7 @@ def step_cost(
     think_s: float = 0.0,
     batches: int = 8,
     seed: int = 0,
+    offload: Offload | None = None,
 ) -> StepCost:
     """Predict a router's step, where all routers together have `tokens` tokens in theirs.
 
@@ -89,6 +95,8 @@ def step_cost(
         current: the placement in use, where the migration starts from.
         think_s: what a router does between two MoE layers, which leaves shards to others. It is no part of the cost.
         batches: how many batches to draw from the trace and average.
+        offload: shards have some of their experts in memory only: each is held, and one that is not in memory costs its
+            copy. What is in memory goes on from batch to batch; in the first one it is what the trace has most of.
 
     Raises ValueError if trace, placement and topology do not fit together, TraceError for a trace of counts alone.
     """
@@ -117,7 +125,8 @@ def step_cost(
     total: dict[str, float] = defaultdict(float)
     link_s: dict[str, float] = {}
     link_bytes: dict[str, float] = {}
-    names = ("router", "wire", "shard", "wait", "weights", "flops")
+    names = ("router", "wire", "shard", "wait", "weights", "flops", "copy")
+    residents = None if offload is None else Residents(placement, trace.load(), offload.places(placement))
     layer_s = {name: np.zeros(num_layers) for name in names}
     for batch in range(batches):
         drawn = rng.choice(trace.num_tokens, tokens, replace=tokens > trace.num_tokens)
@@ -132,6 +141,10 @@ def step_cost(
             flops_IR = pairs_IR * model.pair_flops / constants.flops_per_s / topology.speed_R
             call_IR = busy_seconds(activated_IR, pairs_IR, model, constants, topology.speed_R)
             call_IR = np.where(pairs_IR > 0, call_IR + constants.call_s + constants.row_s * dispatched.rows_IR, 0.0)
+            copy_IR = np.zeros(call_IR.shape)
+            if offload is not None and residents is not None:
+                copy_IR = offload.wait_s(residents.use(layer, dispatched.used_IRE), model.expert_bytes, think_s)
+                call_IR = call_IR + copy_IR
             slowest_I = call_IR.argmax(1)
             for router, class_R in enumerate(class_IR):
                 rows_R, pairs_R = dispatched.rows_IR[router], pairs_IR[router]
@@ -150,14 +163,17 @@ def step_cost(
                 alone_IL[router, layer] = router_s + wire_out_s + wire_back_s + alone_s
                 turns_IL[router].append(
                     Turn(
-                        think_s + router_s + wire_out_s, _visits(dispatched, router, len(routers) > 1), wire_back_s
+                        think_s + router_s + wire_out_s,
+                        _visits(dispatched, router, len(routers) > 1, copy_IR[router]),
+                        wire_back_s,
                     )
-                )  # fmt: skip
+                )
                 for name, spent_s in (("router", router_s), ("wire", wire_out_s + wire_back_s), ("shard", alone_s)):
                     layer_s[name][layer] += spent_s / len(routers)
             at = np.arange(len(routers)), slowest_I
             layer_s["weights"][layer] += weights_IR[at].mean()
             layer_s["flops"][layer] += flops_IR[at].mean()
+            layer_s["copy"][layer] += copy_IR[at].mean()
             total["rows"] += int(dispatched.rows_IR.sum())
             total["nodes"] += dispatched.nodes
             total["activated"] += int(dispatched.used_IRE.any((0, 1)).sum())
@@ -176,6 +192,8 @@ def step_cost(
         wait_s=layer_s["wait"] / batches,
         weights_s=layer_s["weights"] / batches,
         flops_s=layer_s["flops"] / batches,
+        copy_s=layer_s["copy"] / batches,
+        hit_rate=1.0 if residents is None else residents.hit_rate,
         link_s={name: value / batches for name, value in link_s.items()},
         link_bytes={name: value / batches for name, value in link_bytes.items()},
         fan_out=total["rows"] / (times * tokens),
@@ -264,7 +282,7 @@ def _dispatch(ids_TK: np.ndarray, placement: Placement, layer: int, local_IR: np
     return _Dispatched(rows_IR, pairs_IR, used_IRE, nodes)
 
 
-def _visits(dispatched: _Dispatched, router: int, with_experts: bool) -> tuple[Visit, ...]:
+def _visits(dispatched: _Dispatched, router: int, with_experts: bool, copy_R: np.ndarray) -> tuple[Visit, ...]:
     """Nobody asks which experts a lone router wants."""
     found = []
     for rank in np.flatnonzero(dispatched.rows_IR[router]).tolist():
@@ -273,7 +291,7 @@ def _visits(dispatched: _Dispatched, router: int, with_experts: bool) -> tuple[V
             used_E = np.packbits(dispatched.used_IRE[router, rank], bitorder="little")
             experts = int.from_bytes(used_E.tobytes(), "little")
         rows, pairs = int(dispatched.rows_IR[router, rank]), int(dispatched.pairs_IR[router, rank])
-        found.append(Visit(rank, rows, pairs, experts))
+        found.append(Visit(rank, rows, pairs, experts, float(copy_R[rank])))
     return tuple(found)
 
 

@@ -23,12 +23,16 @@ MAX_MERGED_ROWS = 256  # as shards have it (experts/shard/compiled.py)
 
 
 class Visit(NamedTuple):
-    """What a router sends a rank in a layer; `experts` has a bit for each expert that it wants there."""
+    """What a router sends a rank in a layer; `experts` has a bit for each expert that it wants there.
+
+    `copy_s`: what the call waits for experts that are not in the shard's memory.
+    """
 
     rank: int
     rows: int
     pairs: int
     experts: int
+    copy_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,17 +140,19 @@ class _Play:
         if shard.busy or not shard.waiting:
             return
         in_turn = sorted(shard.waiting, key=lambda router: (router - shard.next_router) % self._num_routers)
-        layer, rows, pairs, experts = self._layer_I[in_turn[0]], 0, 0, 0
+        layer, rows, pairs, experts, copy_s = self._layer_I[in_turn[0]], 0, 0, 0, 0.0
         taken: list[int] = []
         for router in in_turn:
             visit = shard.waiting[router]
             if self._layer_I[router] != layer or (taken and rows + visit.rows > self._max_merged_rows):
                 continue
             rows, pairs, experts = rows + visit.rows, pairs + visit.pairs, experts | visit.experts
+            copy_s += visit.copy_s
             taken.append(router)
             del shard.waiting[router]
         shard.next_router, shard.busy = (taken[0] + 1) % self._num_routers, True
-        call_s = call_seconds(rows, pairs, experts.bit_count(), self._model, self._constants, shard.speed)
+        call_s = copy_s
+        call_s += call_seconds(rows, pairs, experts.bit_count(), self._model, self._constants, shard.speed)
         self._at(now_s + call_s, self._answer, rank, *taken)
 
     def _answer(self, now_s: float, rank: int, *routers: int) -> None:

@@ -136,7 +136,7 @@ def _samples(
     placement = Placement.linear(_TRACE_LAYERS, num_experts, shards, min_replicas=replicas)
     for tokens in _GRID:
         cost = step_cost(
-            _trace(num_experts, top_k, skew),
+            made_up_trace(num_experts, top_k, skew),
             placement,
             model=shape,
             constants=gpu.constants,
@@ -153,7 +153,7 @@ def _samples(
 
 
 @functools.lru_cache(maxsize=16)
-def _trace(num_experts: int, top_k: int, skew: float) -> ActivationTrace:
+def made_up_trace(num_experts: int, top_k: int, skew: float) -> ActivationTrace:
     """Tokens whose experts are drawn without replacement, by popularity (Gumbel's trick)."""
     E, K = num_experts, top_k
     rng = np.random.default_rng(0)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.config.serve_file import MeshConfig
 from cluster.refusals.applications import refuse_experts, refuse_llm
 from experts.checkpoint.sizes.known_models import known_models
+from placement.traces.trace import ActivationTrace
 from tests.support.command import run_here
 
 ROOT = Path(__file__).parents[3]
@@ -139,3 +141,49 @@ def test_sizing_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_shards_that_offload_are_sized(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """More memory: more experts in it, more hits, more speed; and a trace is read."""
+    ids = np.random.default_rng(0).integers(0, 32, (600, 4, 4)).astype(np.int16)
+    ActivationTrace(ids, 32).save(tmp_path / "trace.npz")
+    asked = (str(TINY_MOE), "--offload", "--headroom", "0", "--trace", str(tmp_path / "trace.npz"), "--json")
+    whole = json.loads(told(capsys, *asked, "--device-gb", "9")[1])
+    assert (whole["resident_fraction"], whole["speeds"][0]["tokens_per_s"]["value"]) == (1, 1)
+    each, others = whole["resident"]["value"] / whole["slots_per_shard"], 9e9 - whole["room"]["value"]
+    found = []
+    for slots in (8, 24):
+        status, out, _ = told(capsys, *asked, "--device-gb", str((others + (slots + 0.5) * each) / 1e9))
+        assert status == 0
+        found.append(json.loads(out))
+        assert found[-1]["resident_slots"] == slots
+        assert {each["basis"] for each in figures_in(found[-1])} <= {"headers", "config", "estimated", "given"}
+    for answer in found:
+        assert answer["resident"]["value"] <= answer["room"]["value"]
+        assert -(-answer["resident_fraction"] * answer["slots_per_shard"] // 1) == answer["resident_slots"]
+        for speed in answer["speeds"]:
+            assert 0 < speed["tokens_per_s"]["value"] <= speed["tokens_per_s_with_prefetch"]["value"] <= 1
+    hits = [answer["speeds"][0]["hit_rate"]["value"] for answer in found]
+    assert hits == sorted(hits)
+    status, out, _ = told(capsys, *asked[:-1], "--device-gb", str((others + 8.5 * each) / 1e9))
+    assert f"resident_fraction: {found[0]['resident_fraction']:g}" in out
+    assert "tokens/s of all resident" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (("--offload", "--device-gb", "0.5"), 1, "an expert of each layer takes"),
+        (("--offload", "--shards", "33"), 2, "shards is 33, expected at most the 32 experts of a layer"),
+        (("--offload", "--copy-gb-per-s", "0"), 2, "copy_bytes_per_s is 0.0, expected more than 0"),
+        (("--offload", "--write", "x.yaml"), 2, "expected neither --write nor --price-per-gpu-hour beside --offload"),
+        (("--shards", "2"), 2, "expected --offload beside --shards"),
+        (("--offload", "--trace", "missing.npz"), 1, "missing.npz"),
+    ],
+)
+def test_what_cannot_be_sized_with_offload_is_named(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], status: int, expected: str
+) -> None:
+    found, _, err = told(capsys, str(TINY_MOE), *arguments)
+    assert found == status
+    assert expected in " ".join(err.replace("│", " ").split())
