@@ -3,9 +3,13 @@
     python -m benchmarks.data_plane.offload [--quick]
 
 One shard process for each case, all with every expert of the tiny model (float32, native kernel), and a router's client
-that waits COMPUTE_S before each layer in place of attention. Routing, activations and hints are those of the tiny model
-while it generates from real prompts. The limit on copies is such that what a layer misses at half resident without
-prefetch takes half of COMPUTE_S. Cases take turns; medians of tokens/s and of the ratio to the shard with all resident.
+that waits COMPUTE_S before each layer in place of attention. Routing, activations and hints are those of the model
+while it generates from real prompts. Cases take turns; medians of tokens/s and of the ratio to the shard with all
+resident and without offloading.
+
+    limit   copies are limited so that what a layer misses at half resident without prefetch takes half of COMPUTE_S
+    disk    no such limit, but what is offloaded is read from the disk each time
+    mapped  no offloading, but a mapped file of which half is kept in memory (`shard.MappedKernel`; no cgroup)
 
 Then the recall of a layer's experts as they would be fetched early, as many as the layer uses: the most frequent ones,
 those that followed so far (`Transitions`), those of the layer's gate applied to the layer before. OLMoE's trace has
@@ -21,7 +25,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -54,6 +58,17 @@ class Decode:
     ids: list[torch.Tensor]
     weights: list[torch.Tensor]
     next_ids: list[torch.Tensor]  # of the next layer's gate; none for the last layer
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a shard has its experts. `mapped`: in a file; `cold`: what is offloaded is read from the disk."""
+
+    how: str
+    resident: float
+    offload: OffloadSettings | None
+    mapped: float | None = None
+    cold: bool = False
 
 
 def decode(steps: int) -> Decode:
@@ -92,13 +107,14 @@ def misses_of_lru(trace: Decode, batch: int, places: int) -> float:
 
 
 @contextmanager
-def case(offload: OffloadSettings | None, placement: Placement) -> Iterator[tuple[MeshClient, Connection]]:
+def running(case: Case, placement: Placement) -> Iterator[tuple[MeshClient, Connection]]:
     """A shard, and a router's client that is connected to it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.data_plane.offload.shard"])
     ours, theirs = context.Pipe()
-    settings = ShardSettings(model_path=str(TINY_MODEL), dtype="float32", kernel="native", offload=offload)
-    process = context.Process(target=serve, args=(settings.model_dump(), placement.to_json(), theirs))
+    settings = ShardSettings(model_path=str(TINY_MODEL), dtype="float32", kernel="native", offload=case.offload)
+    arguments = (settings.model_dump(), placement.to_json(), theirs, case.mapped, case.cold)
+    process = context.Process(target=serve, args=arguments)
     process.start()
     checkpoint = ExpertCheckpoint.open(TINY_MODEL)
     spec = checkpoint.spec
@@ -129,45 +145,50 @@ def tokens_per_s(client: MeshClient, trace: Decode, batch: int) -> float:
     return batch * steps / (time.perf_counter() - start_s)
 
 
-def measure(trace: Decode, batch: int, rounds: int, placement: Placement) -> list[dict[str, Any]]:
-    """All cases in turn."""
-    from contextlib import ExitStack
+def cases(rate: float) -> list[Case]:
+    """The first one has everything in memory."""
 
+    def offload(resident: float, prefetch: bool, limit: float | None) -> OffloadSettings:
+        return OffloadSettings(resident_fraction=resident, prefetch=prefetch, max_copy_bytes_per_s=limit)
+
+    found = [Case("whole", 1.0, None), Case("limit", 1.0, offload(1.0, True, rate))]
+    found += [Case("limit", each, offload(each, early, rate)) for each in FRACTIONS for early in (False, True)]
+    found += [Case("disk", 0.5, offload(0.5, early, None), cold=True) for early in (False, True)]
+    return [*found, Case("mapped", 0.5, None, mapped=0.5)]
+
+
+def measure(trace: Decode, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """All cases in turn."""
     spec = ExpertCheckpoint.open(TINY_MODEL).spec
+    placement = Placement.linear(spec.num_layers, spec.num_experts, 1)
     expert_bytes = 3 * spec.hidden_size * spec.intermediate_size * 4
     rate = max(misses_of_lru(trace, batch, spec.num_experts // 2), 0.5) * expert_bytes / (COMPUTE_S / 2)
-    cases: dict[tuple[float, bool], OffloadSettings | None] = {(1.0, False): None}
-    for fraction in FRACTIONS:
-        for prefetch in (False, True):
-            cases[fraction, prefetch] = OffloadSettings(
-                resident_fraction=fraction, prefetch=prefetch, max_copy_bytes_per_s=rate
-            )
-    found: dict[tuple[float, bool], list[float]] = {key: [] for key in cases}
+    all_cases = cases(rate)
+    found: list[list[float]] = [[] for _ in all_cases]
     with ExitStack() as stack:
-        running = {key: stack.enter_context(case(given, placement)) for key, given in cases.items()}
+        shards = [stack.enter_context(running(each, placement)) for each in all_cases]
         for number in range(rounds + 1):  # the first one warms up
-            for key, (client, _) in running.items():
+            for speeds, (client, _) in zip(found, shards, strict=True):
                 speed = tokens_per_s(client, trace, batch)
                 if number:
-                    found[key].append(speed)
-        statuses = {}
-        for key, (_, pipe) in running.items():
+                    speeds.append(speed)
+        statuses = []
+        for _, pipe in shards:
             pipe.send(True)
-            statuses[key] = pipe.recv().offload
-    whole = found[1.0, False]
+            statuses.append(pipe.recv().offload)
     rows = []
-    for (fraction, prefetch), speeds in found.items():
-        told = statuses[fraction, prefetch]
+    for case, speeds, told in zip(all_cases, found, statuses, strict=True):
         rows.append(
             {
                 "batch": batch,
-                "resident": fraction,
-                "prefetch": prefetch,
+                "how": case.how,
+                "resident": case.resident,
+                "prefetch": told is not None and case.offload is not None and case.offload.prefetch,
                 "tokens_per_s": median(speeds),
-                "of_all_resident": median(mine / theirs for mine, theirs in zip(speeds, whole, strict=True)),
+                "of_whole": median(mine / theirs for mine, theirs in zip(speeds, found[0], strict=True)),
                 "hit_rate": None if told is None else told.hits / (told.hits + told.misses),
-                "prefetches_wasted": None if not prefetch else told.prefetches_wasted / max(told.prefetched, 1),
-                "mb_per_s": None if told is None else rate / 1e6,
+                "prefetches_wasted": None if not told else told.prefetches_wasted / max(told.prefetched, 1),
+                "mb_per_s": rate / 1e6 if case.how == "limit" else None,
             }
         )
     return rows
@@ -206,8 +227,8 @@ def main() -> None:
     torch.set_num_threads(1)
     trace = decode(steps=12 if args.quick else 24)
     spec = ExpertCheckpoint.open(TINY_MODEL).spec
-    placement = Placement.linear(spec.num_layers, spec.num_experts, 1)
-    rows = [row for batch in (1, STREAMS) for row in measure(trace, batch, 1 if args.quick else 5, placement)]
+    rounds = 1 if args.quick else 5
+    rows = [row for batch in (1, STREAMS) for row in measure(trace, batch, rounds)]
     header = list(rows[0])
     print_table("One shard", header, [["-" if row[name] is None else row[name] for name in header] for row in rows])
     ids_NLK = torch.stack(trace.ids, 2).flatten(0, 1).numpy()
