@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from experts.dispatch.layer_shape import LayerShape
-from experts.dispatch.rows.base import DispatchPlan, RowBatch
+from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.cuda.driver import CALLS, CudaDriver, Driver, DriverError
 from experts.dispatch.rows.native_mover import NativeRowMover
 from experts.dispatch.rows.torch_mover import TorchRowMover
@@ -64,6 +64,11 @@ class CudaRowMover(NativeRowMover, TorchRowMover):
         self._routing_pairs = -1
         self._room_for_routing(max_rows * shape.top_k)
         self._plan_tokens = -1  # none of the memory that the base class made
+
+    def carry_over(self, before: RowMover) -> None:
+        super().carry_over(before)
+        if isinstance(before, CudaRowMover):
+            self._kept_before = before._kept  # the last layer's sums may still be on their way, on another stream
 
     def stage(
         self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor
