@@ -27,7 +27,8 @@ import torch
 from experts.dispatch.captured import triton_plan
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows import triton_programs
-from experts.dispatch.rows.triton_mover import BLOCK_D, address_table, blocks_of
+from experts.dispatch.rows.torch_mover import address_table
+from experts.dispatch.rows.triton_mover import BLOCK_D, blocks_of
 from experts.protocol.wire import aligned
 
 COUNT_WORDS = 4

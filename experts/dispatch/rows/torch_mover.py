@@ -59,6 +59,16 @@ class TorchRowMover(HostRowMover):
                 torch.index_select(batch.x_TD, 0, tokens_M, out=_rows_in(tensor, len(tokens_M), batch.x_TD))
 
 
+def address_table(tensors: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """int64 [ranks]: address of each rank's tensor, 0 for ranks without one. ValueError if not 16-aligned."""
+    address_R = torch.zeros(max(tensors, default=-1) + 1, dtype=torch.int64)
+    for rank, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"rows of rank {rank} begin at {tensor.data_ptr():#x}, expected a multiple of 16")
+        address_R[rank] = tensor.data_ptr()
+    return address_R
+
+
 def _tokens_of(rank: int, plan: DispatchPlan, device: torch.device) -> torch.Tensor:
     """The token of each row of a rank's message: int64 [M] on `device`."""
     return torch.from_numpy(np.nonzero((plan.rank_TK == rank) & (plan.row_TK >= 0))[0]).to(device, non_blocking=True)

@@ -17,7 +17,7 @@ import torch
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows import triton_programs
 from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
-from experts.dispatch.rows.torch_mover import TorchRowMover
+from experts.dispatch.rows.torch_mover import TorchRowMover, address_table
 from experts.protocol.membership import Membership
 from experts.transports.base import RouterLink
 
@@ -27,16 +27,6 @@ BLOCK_D = 1024
 def blocks_of(hidden_size: int) -> int:
     """Programs for a row."""
     return -(-hidden_size // BLOCK_D)
-
-
-def address_table(tensors: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """int64 [ranks]: address of each rank's tensor, 0 for ranks without one. ValueError if not 16-aligned."""
-    address_R = torch.zeros(max(tensors, default=-1) + 1, dtype=torch.int64)
-    for rank, tensor in tensors.items():
-        if tensor.data_ptr() % 16:
-            raise ValueError(f"rows of rank {rank} begin at {tensor.data_ptr():#x}, expected a multiple of 16")
-        address_R[rank] = tensor.data_ptr()
-    return address_R
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.rows.base import DispatchPlan, RowBatch, RowMover
 from experts.dispatch.rows.cuda.driver import CALLS, CudaDriver, Driver, DriverError
 from experts.dispatch.rows.native_mover import NativeRowMover
-from experts.dispatch.rows.torch_mover import TorchRowMover
+from experts.dispatch.rows.torch_mover import TorchRowMover, address_table
 from experts.native.library import data_plane
 from experts.native.structs import NativeDevice
 from experts.protocol.membership import Membership
@@ -53,7 +53,7 @@ class CudaRowMover(NativeRowMover, TorchRowMover):
         pack, combine = driver.programs(device, shape.dtype)
         self._plan_words = self._pinned(2 * max_rows * shape.top_k + 4)
         plan_on_device = torch.empty(len(self._plan_words), dtype=torch.int32, device=device)
-        addresses = [_address_table(tensors).to(device) for tensors in (self._send_tensors, self._recv_tensors)]
+        addresses = [address_table(tensors).to(device) for tensors in (self._send_tensors, self._recv_tensors)]
         self._kept = plan_on_device, addresses  # what the struct points to
         self._device = NativeDevice(
             *driver.calls(), pack, combine, plan_on_device.data_ptr(), *(table.data_ptr() for table in addresses)
@@ -141,18 +141,6 @@ class CudaRowMover(NativeRowMover, TorchRowMover):
     def _check(self, error: int) -> None:
         if error:
             raise DriverError(f"CUDA's driver failed at {', '.join(CALLS)}: {self._driver.name_of(error)}")
-
-
-def _address_table(tensors: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """int64 [ranks]: address of each rank's tensor, 0 for ranks without one. ValueError if not 16-aligned."""
-    address_R = torch.zeros(max(tensors) + 1, dtype=torch.int64)
-    for rank, tensor in tensors.items():
-        if tensor.data_ptr() % UNIT_BYTES:
-            raise ValueError(
-                f"rows of rank {rank} begin at {tensor.data_ptr():#x}, expected a multiple of {UNIT_BYTES}"
-            )
-        address_R[rank] = tensor.data_ptr()
-    return address_R
 
 
 def cuda_row_mover(
