@@ -61,6 +61,7 @@ async def test_prompts_go_where_reports_say_and_by_load_where_that_is_too_uneven
     router: SignatureRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_router, "ASK_EVERY_S", 0.0)
+    router.initialize_state(max_lead=8)  # more than what may be on its way to one of them
     stats = [report_of(1, [0, 1] * 20).to_stats(), report_of(1, [2, 3] * 20, seed=100).to_stats()]
     replicas = [Replica("a", stats[0]), Replica("b", stats[1])]
     router.update_replicas(replicas)
@@ -68,7 +69,7 @@ async def test_prompts_go_where_reports_say_and_by_load_where_that_is_too_uneven
         for body in ({"prompt": text_of_kind(kind, 70)}, {"messages": [{"content": text_of_kind(kind, 71)}]}):
             assert await chosen(router, replicas, asking(body)) == home
             await asyncio.gather(*router._asking)
-    replicas[0].length = 9
+    replicas[0].length = 50
     await chosen(router, replicas, None)
     await asyncio.gather(*router._asking)
     assert await chosen(router, replicas, asking({"prompt": text_of_kind(0, 72)})) == "b"
