@@ -94,6 +94,8 @@ class PeopleCalls:
         """What the autopilot planned in this controller's life and what came of it, oldest first."""
         return self._autopilot.decisions
 
+    # What `PlacementController` brings along; a class without them fails at the first call.
+
     @property
     def _problem(self) -> str:
         raise NotImplementedError
