@@ -38,7 +38,8 @@ from tests.support.small_mesh import (
 pytestmark = pytest.mark.skipif(data_plane() is None, reason="no C++ compiler")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN, NUM_RANKS = 2, 6, 3, 24, 3
-WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+WHERE = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 class DeviceLoopback(LoopbackLink):
