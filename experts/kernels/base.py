@@ -85,6 +85,16 @@ class ExpertKernel(ABC):
         self._loaded_LS = np.zeros((shape.num_layers, shape.num_slots), dtype=np.bool_)
         self._memory: list[torch.Tensor] | None = None
 
+    def make_ready(self) -> bool:
+        """Make possible what the compiled form of `forward` refused last: it is called again, and `end_ready` after it.
+
+        False if that is not possible: the call is one for `forward`, or for nobody.
+        """
+        return False
+
+    def end_ready(self) -> None:  # noqa: B027 - for most kernels it is nothing
+        """What `make_ready` did is needed no longer."""
+
     @classmethod
     @abstractmethod
     def supports(cls, shape: KernelShape) -> str | None:

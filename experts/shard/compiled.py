@@ -27,11 +27,12 @@ Views = TypeVar("Views")
 class CompiledLoop:
     """What C++ needs of a shard. One thread calls `begin` and `serve`; any thread, `call`."""
 
-    def __init__(self, shard: NativeShard, bell: ShmDoorbell, keep: Iterable[object]) -> None:
-        """`keep` is what the addresses in `shard` point to, besides `bell`."""
+    def __init__(self, shard: NativeShard, bell: ShmDoorbell, kernel: ExpertKernel, keep: Iterable[object]) -> None:
+        """`keep` is what the addresses in `shard` point to, besides `bell` and `kernel`."""
         library = data_plane()
         assert library is not None, "compiled_loop asks first"
-        self._serve, self._shard, self._bell, self._keep = library.data_plane_serve, shard, bell, tuple(keep)
+        self._serve, self._shard, self._bell, self._kernel = library.data_plane_serve, shard, bell, kernel
+        self._keep = tuple(keep)
         self._address = ctypes.addressof(shard)
         self._seen: Mapping[ShardChannel, object] | None = None
         self.channels: list[ShardChannel] = []
@@ -64,7 +65,13 @@ class CompiledLoop:
 
         Returns the index of a channel whose request is Python's to answer, NOTHING, or SERVED (with 0 only).
         """
-        return int(self._serve(self._address, self._table, len(self.channels), int(timeout_s * 1e9)))
+        index = int(self._serve(self._address, self._table, len(self.channels), int(timeout_s * 1e9)))
+        if index >= 0 and self._kernel.make_ready():
+            try:
+                index = int(self._serve(self._address, self._table, len(self.channels), 0))
+            finally:
+                self._kernel.end_ready()
+        return index
 
 
 def compiled_loop(
@@ -98,4 +105,4 @@ def compiled_loop(
         top_k=top_k or 0,
         hints=None if kernel.hints is None else ctypes.addressof(kernel.hints),
     )
-    return CompiledLoop(shard, bell, (slots, kernel, counts))
+    return CompiledLoop(shard, bell, kernel, (slots, counts))

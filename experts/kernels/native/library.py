@@ -44,9 +44,9 @@ def declare_functions(library: ctypes.CDLL) -> None:
     library.expert_mlp_pack.restype = None
     library.expert_mlp_create.argtypes = [i32, i64, i64, i64, i64, i32, f32, f32, i32, pointer, pointer, pointer]
     library.expert_mlp_create.restype = pointer
-    library.expert_mlp_take_out.argtypes = [pointer, pointer]
-    library.expert_mlp_take_out.restype = i64
-    library.expert_mlp_put_in.argtypes = [pointer, i32, pointer]
+    library.expert_mlp_take_out.argtypes = [pointer, pointer, i64]
+    library.expert_mlp_take_out.restype = None
+    library.expert_mlp_put_in.argtypes = [pointer, pointer, pointer, pointer, i64]
     library.expert_mlp_put_in.restype = None
     library.expert_mlp_probe.argtypes = [i32, i64]
     library.expert_mlp_probe.restype = ctypes.c_double

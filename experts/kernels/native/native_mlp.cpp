@@ -41,9 +41,12 @@ struct Group {
 // Where the slots of a kernel stand that has memory for some of them only. Shared with Python (placed.py), which moves
 // slots from place to place while none of the layer is in use.
 struct Places {
-    int64_t count;                 // places of each layer
     const int32_t* place_of_slot;  // [layers, slots]; `loaded` says whether it holds
     int64_t* last_use;             // [layers, slots]: what `clock` said
+    float* heat;                   // [layers, slots]: share of the layer's calls that used the slot, late ones most
+    uint8_t* wanted;               // [slots]: those of the call that was refused last
+    int64_t wanted_layer;          // of that call
+    double heat_step;              // of a call
     int64_t clock;                 // calls so far
     int64_t layer;                 // whose slots are in use, else -1
     int64_t last_layer;            // of the newest call
@@ -76,7 +79,7 @@ struct Kernel {
 const uint32_t* words_of(const Kernel& k, int64_t layer, const Group& group) {
     if (!k.places) return k.weights + (layer * k.num_slots + group.slot) * k.slot_words;
     const int32_t place = k.places->place_of_slot[layer * k.num_slots + group.slot];
-    return k.weights + (layer * k.places->count + place) * k.slot_words;
+    return k.weights + place * k.slot_words;
 }
 
 // Keeps a layer's slots where they are. Python takes a slot out of `loaded`, then looks at `layer`; here it is the other
@@ -94,14 +97,30 @@ struct LayerInUse {
 };
 
 // Note what a call uses, and tell who brings in what the next one may use.
-void note_use(const Kernel& k, int64_t layer) {
+void note_use(const Kernel& k, int64_t layer, bool first_part) {
     Places& p = *k.places;
     p.clock++;
-    for (const Group& group : k.groups) p.last_use[layer * k.num_slots + group.slot] = p.clock;
+    const float step = float(p.heat_step);
+    float* heat = p.heat + layer * k.num_slots;
+    if (first_part)
+        for (int64_t slot = 0; slot < k.num_slots; slot++) heat[slot] *= 1.0f - step;
+    for (const Group& group : k.groups) {
+        p.last_use[layer * k.num_slots + group.slot] = p.clock;
+        heat[group.slot] += step;
+    }
     p.uses += k.groups.size();
     __atomic_store_n(&p.last_layer, layer, __ATOMIC_SEQ_CST);
     const uint64_t one = 1;
     if (p.called >= 0 && write(int(p.called), &one, sizeof one) < 0) return;  // full: it has been told
+}
+
+// Note what a call that is refused would use: somebody may bring it in.
+void note_wanted(const Kernel& k, int64_t layer, int64_t N, const int32_t* slots) {
+    Places& p = *k.places;
+    std::fill(p.wanted, p.wanted + k.num_slots, uint8_t(0));
+    for (int64_t n = 0; n < N; n++)
+        if (slots[n] >= 0 && slots[n] < k.num_slots) p.wanted[slots[n]] = 1;
+    p.wanted_layer = layer;
 }
 
 // What to prefetch during a multiplication: an address, and its step for each word of the reduction.
@@ -388,8 +407,11 @@ int32_t forward(Kernel& k, int64_t layer, int64_t M, int64_t N, const void* cons
         k.apart_weights.assign(part.pairs, 0.0f);
         k.apart.assign(part.pairs * k.sizes.panels_D * PANEL, 0.0f);
     }
-    if (!group_pairs(k, layer, M, N, offsets, slots, weights, part.ranks)) return 1;
-    if (k.places) note_use(k, layer);
+    if (!group_pairs(k, layer, M, N, offsets, slots, weights, part.ranks)) {
+        if (k.places) note_wanted(k, layer, N, slots);
+        return 1;
+    }
+    if (k.places) note_use(k, layer, part.first);
     (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1, part);
     return 0;
 } catch (const std::bad_alloc&) {
@@ -415,7 +437,7 @@ void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void*
 }
 
 // `weights` [layers, slots] of expert_mlp_slot_bytes each and `loaded` [layers, slots] must outlive the kernel. With
-// `places`, which must too, `weights` is [layers, places].
+// `places`, which must too, `weights` is [places of all layers].
 void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
                 float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded, void* places) {
     const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
@@ -435,17 +457,18 @@ double expert_mlp_probe(int32_t is_bf16, int64_t repeats) {
     return 2.0 * repeats * MAX_ROWS * PANEL * words * (is_bf16 ? 2 : 1);
 }
 
-// Take a slot of a kernel with places out of use; returns the layer whose slots may still be in use, -1 for none.
-int64_t expert_mlp_take_out(void* places, uint8_t* loaded) {
-    __atomic_store_n(loaded, uint8_t(0), __ATOMIC_SEQ_CST);
+// Take slots of a kernel with places out of use: they are places of `loaded`. Calls of `Places::layer` may still use them.
+void expert_mlp_take_out(uint8_t* loaded, const int64_t* slots, int64_t count) {
+    for (int64_t i = 0; i < count; i++) __atomic_store_n(loaded + slots[i], uint8_t(0), __ATOMIC_SEQ_CST);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    return __atomic_load_n(&static_cast<Places*>(places)->layer, __ATOMIC_SEQ_CST);
 }
 
-// A slot stands in a place: calls may use it.
-void expert_mlp_put_in(int32_t* place_of_slot, int32_t place, uint8_t* loaded) {
-    __atomic_store_n(place_of_slot, place, __ATOMIC_SEQ_CST);
-    __atomic_store_n(loaded, uint8_t(1), __ATOMIC_SEQ_CST);
+// Slots stand in places: calls may use them.
+void expert_mlp_put_in(int32_t* place_of_slot, uint8_t* loaded, const int64_t* slots, const int32_t* places, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        __atomic_store_n(place_of_slot + slots[i], places[i], __ATOMIC_SEQ_CST);
+        __atomic_store_n(loaded + slots[i], uint8_t(1), __ATOMIC_SEQ_CST);
+    }
 }
 
 void expert_mlp_destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }

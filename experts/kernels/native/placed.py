@@ -1,6 +1,6 @@
 """The native kernel with memory for some of its slots: C++ finds where each stands, and notes which are used.
 
-Legend as in base.py; P places of a layer.
+Legend as in base.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import os
 import time
 import weakref
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ import torch
 from experts.kernels.base import KernelShape
 from experts.kernels.native.kernel import NativeKernel
 
+HEAT_STEP = 0.1
+"""How much a call counts in `heat_LS`: half of it comes from a layer's last seven calls."""
 _LOOK_S = 20e-6  # between two looks at a call that may still use a slot
 _MOST_APART_BYTES = 64 << 20  # float32 products of pairs, kept between the parts of a call
 
@@ -27,10 +30,11 @@ class NativePlaces(ctypes.Structure):
     layer: int
     last_layer: int
     uses: int
+    wanted_layer: int
     _fields_ = (
-        ("count", ctypes.c_int64),
-        ("place_of_slot", ctypes.c_void_p),
-        ("last_use", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("place_of_slot", "last_use", "heat", "wanted")),
+        ("wanted_layer", ctypes.c_int64),
+        ("heat_step", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("clock", "layer", "last_layer", "uses", "called")),
     )
 
@@ -38,17 +42,22 @@ class NativePlaces(ctypes.Structure):
 class PlacedNativeKernel(NativeKernel):
     """See `PlacedKernel`, whose methods it has."""
 
-    def __init__(self, shape: KernelShape, num_places: int) -> None:
-        """Slots of `shape`, of which `num_places` in each layer can be computed at a time."""
+    shares_places = True
+
+    def __init__(self, shape: KernelShape, layer_places: int) -> None:
+        """Slots of `shape`, of which `layer_places` a layer, summed over layers, can be computed at a time."""
         self._place_of_slot_LS = np.full((shape.num_layers, shape.num_slots), -1, np.int32)
         self.last_use_LS = np.zeros((shape.num_layers, shape.num_slots), np.int64)
-        self.num_places = num_places
+        self.heat_LS = np.zeros((shape.num_layers, shape.num_slots), np.float32)
+        self._wanted_S = np.zeros(shape.num_slots, np.bool_)
+        self.layer_places = layer_places
         self.called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.called)
         self._places = NativePlaces(
-            num_places, self._place_of_slot_LS.ctypes.data, self.last_use_LS.ctypes.data, 0, -1, -1, 0, self.called
-        )
-        super().__init__(shape, num_places, ctypes.addressof(self._places))
+            self._place_of_slot_LS.ctypes.data, self.last_use_LS.ctypes.data, self.heat_LS.ctypes.data,
+            self._wanted_S.ctypes.data, -1, HEAT_STEP, 0, -1, -1, 0, self.called,
+        )  # fmt: skip
+        super().__init__(shape, layer_places, ctypes.addressof(self._places))
 
     @property
     def clock(self) -> int:
@@ -65,30 +74,37 @@ class PlacedNativeKernel(NativeKernel):
         """Of the newest call; -1 before the first."""
         return self._places.last_layer
 
-    def place_views(self, layer: int, place: int) -> list[torch.Tensor]:
+    def place_views(self, place: int) -> list[torch.Tensor]:
         """The memory of a place, uint8 [n] each."""
-        start = (layer * self.num_places + place) * self._slot_bytes
+        start = place * self._slot_bytes
         return [torch.from_numpy(self._packed[start : start + self._slot_bytes])]
 
     def takes_any_order(self, num_pairs: int) -> bool:
         """If the products of all pairs fit where they are kept until they are added up in the order of slots."""
         return num_pairs * self.shape.hidden_size * 4 <= _MOST_APART_BYTES
 
-    def put_in(self, layer: int, slot: int, place: int) -> None:
-        """A slot's expert stands in a place: calls may use it."""
-        at = layer * self.shape.num_slots + slot
+    def put_in(self, slots_N: np.ndarray, places_N: np.ndarray) -> None:
+        """Slots' experts stand in places: calls may use them. int64 of layer * S + slot; int32."""
         self._library.expert_mlp_put_in(
-            self._place_of_slot_LS.ctypes.data + 4 * at, place, self._loaded_LS.ctypes.data + at
+            self._place_of_slot_LS.ctypes.data,
+            self._loaded_LS.ctypes.data,
+            slots_N.ctypes.data,
+            places_N.ctypes.data,
+            len(slots_N),
         )
 
-    def take_out(self, layer: int, slot: int) -> None:
-        """Later calls do not find the slot; `await_calls` waits for one that has."""
-        at = layer * self.shape.num_slots + slot
-        self._library.expert_mlp_take_out(ctypes.addressof(self._places), self._loaded_LS.ctypes.data + at)
+    def take_out(self, slots_N: np.ndarray) -> None:
+        """Later calls do not find the slots, int64 of layer * S + slot; `await_calls` waits for one that has."""
+        self._library.expert_mlp_take_out(self._loaded_LS.ctypes.data, slots_N.ctypes.data, len(slots_N))
 
-    def await_calls(self, layer: int) -> None:
-        """Return when no call still uses a slot of `layer` that was taken out. Not for the thread that calls."""
+    def take_wanted(self) -> tuple[int, np.ndarray] | None:
+        """The layer and the slots (int64) of the last call, if it was refused; None if it was not, or was taken."""
+        layer, self._places.wanted_layer = self._places.wanted_layer, -1
+        return None if layer < 0 else (layer, np.flatnonzero(self._wanted_S))
+
+    def await_calls(self, layers: Collection[int]) -> None:
+        """Return when no call still uses a slot of `layers` that was taken out. Not for the thread that calls."""
         before = self._places.clock
         # The call in progress has counted itself or will: two more mean that it is over.
-        while self._places.layer == layer and self._places.clock < before + 2:
+        while self._places.layer in layers and self._places.clock < before + 2:
             time.sleep(_LOOK_S)

@@ -4,14 +4,14 @@ A slot is packed once, into the backing. A call brings the slots that it needs i
 more than there are. So nothing that happens in the places loses an expert, and copies of experts from shard to shard
 read and write the backing.
 
-Legend as in base.py; P places of a layer, U distinct slots.
+Legend as in base.py; U distinct slots.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,7 +44,7 @@ class OffloadedKernel(ExpertKernel):
     name = "offloaded"
 
     def __init__(self, picked: ExpertKernel, shape: KernelShape, backing: Backing, link: Link) -> None:
-        """For the slots of `shape`, like `picked`, which has as many slots as there are places.
+        """For the slots of `shape`, like `picked`, which has as many slots as a layer has places.
 
         `backing` has the views of a slot of `picked`, whose slots can be copied as bytes.
         """
@@ -54,6 +54,13 @@ class OffloadedKernel(ExpertKernel):
         self.places = placed(picked, shape)
         self.residency = Residency(self.places, shape.num_layers, shape.num_slots)
         self.counts = OffloadCounts()
+        at_once = self.places.layer_places
+        if self.places.shares_places:  # the other half is for what comes early
+            at_once = max(at_once, shape.num_layers * at_once // 2)
+        self.most_at_once = at_once
+        """Slots of a layer that a call, or what comes early for one, may have in places."""
+        self.copy_s = 0.0
+        """Seconds that a slot takes to come, lately."""
         self.slot_bytes = sum(view.numel() for view in picked.slot_views(0, 0))
         """Bytes of a packed expert."""
         self._picked_class, self._packing_text = type(picked), picked._packing()
@@ -63,7 +70,7 @@ class OffloadedKernel(ExpertKernel):
         """Counts what was written to a slot: its expert is another one when this has changed."""
         self._before_close: list[Callable[[], None]] = []
         self._filled = False
-        self._everybody_S = np.ones(shape.num_slots, np.bool_)  # kept where they are: only free places are taken
+        self._compiled_call = False  # the next call may use other slots, too, than those that `residency` is told of
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
@@ -95,7 +102,7 @@ class OffloadedKernel(ExpertKernel):
         """
         super().finish_write(layer, slot)
         if self._filled:
-            self._bring_unasked(layer, slot, self._everybody_S, count=False)
+            self._bring_unasked(layer, [slot], None, count=False)
 
     def _pack(self, layer: int, slot: int, weights: ExpertWeights | QuantizedExpert) -> None:
         packer: ExpertKernel | None = getattr(self._packers, "kernel", None)
@@ -112,14 +119,33 @@ class OffloadedKernel(ExpertKernel):
         return self._packing_text
 
     def _weight_tensors(self) -> list[torch.Tensor]:
-        layers, places = range(self.shape.num_layers), range(self.places.num_places)
-        return [view for layer in layers for place in places for view in self.places.place_views(layer, place)]
+        places = range(self.shape.num_layers * self.places.layer_places)
+        return [view for place in places for view in self.places.place_views(place)]
 
     # Calls.
 
     def compiled_forward(self) -> tuple[int, int] | None:
         """It refuses calls whose slots are not all in places, which are for `forward` then."""
         return self.places.compiled_forward()
+
+    def make_ready(self) -> bool:
+        """See `ExpertKernel.make_ready`. More slots than can be in places at once are left to `forward`."""
+        wanted = self.places.take_wanted()
+        if wanted is None or len(wanted[1]) > self.most_at_once or not self._holds(*wanted):
+            return False
+        self._compiled_call = True
+        try:
+            self._bring_in(*wanted)
+        except Exception:  # `forward` will meet it, too, and its caller answers for it
+            self.end_ready()
+            return False
+        return True
+
+    def end_ready(self) -> None:
+        """See `ExpertKernel.end_ready`."""
+        with self.residency.changed:
+            self.residency.unuse()
+            self._compiled_call = False
 
     def forward(
         self,
@@ -131,9 +157,11 @@ class OffloadedKernel(ExpertKernel):
         out_MD: torch.Tensor,
     ) -> None:
         """See `ExpertKernel.forward`. Waits for slots that stand in no place."""
-        self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)
+        slots_U = np.unique(slots_N.numpy())
+        if not 0 <= layer < self.shape.num_layers or not self._holds(layer, slots_U):
+            self._check_call(layer, rows_MD, row_offsets_M1, slots_N, weights_N, out_MD)  # which says what is wrong
         any_order = self.places.takes_any_order(len(slots_N))
-        parts = self._parts(layer, np.unique(slots_N.numpy()), any_order)
+        parts = self._parts(layer, slots_U, any_order)
         pairs = (row_offsets_M1, slots_N, weights_N)
         ranks_N = _ranks(slots_N) if any_order and len(parts) > 1 else None
         try:
@@ -150,19 +178,26 @@ class OffloadedKernel(ExpertKernel):
                     )
                 self._backing.note()
         finally:
-            with self.residency.changed:
-                self.residency.unuse()
+            self.end_ready()
+
+    def _holds(self, layer: int, slots_U: np.ndarray) -> bool:
+        if not len(slots_U):
+            return True
+        return bool(slots_U[0] >= 0 and slots_U[-1] < self.shape.num_slots and self._loaded_LS[layer, slots_U].all())
 
     def _parts(self, layer: int, slots_U: np.ndarray, any_order: bool) -> list[np.ndarray]:
         """Slots to compute at a time. First those that are here, where the order is free: else they would make room."""
-        most = self.places.num_places
+        most = self.most_at_once
         if len(slots_U) > most and any_order:
             here_U = self.residency.place_of_slot_LS[layer, slots_U] >= 0
             slots_U = np.concatenate([slots_U[here_U], slots_U[~here_U]])
         return np.split(slots_U, range(most, len(slots_U), most))
 
     def _bring_in(self, layer: int, slots_U: np.ndarray) -> None:
-        """Return when all are in places, where they stay until the next part."""
+        """Return when all are in places, where they stay until the next part.
+
+        TimeoutError if a place is waited for, or a copy that others make, and no copy ends for long.
+        """
         residency = self.residency
         with residency.changed:
             residency.use(layer, slots_U)
@@ -171,89 +206,79 @@ class OffloadedKernel(ExpertKernel):
             return
         start_ns = time.perf_counter_ns()
         self.counts.misses += len(missing)
-        claimed: list[tuple[int, int, int]] = []
         try:
-            with residency.changed:
-                for slot in missing:
-                    place = self._claim(layer, slot)
-                    if place is not None:
-                        claimed.append((layer, slot, place))
-            self._backing.ahead([(layer, slot) for _, slot, _ in claimed])
-            while claimed:
-                self._copy(*claimed[0])
+            while True:
                 with residency.changed:
-                    residency.arrive(*claimed.pop(0)[:2], unasked=False)
+                    missing = [slot for slot in missing if not residency.is_in(layer, slot)]
+                    if not missing:
+                        return
+                    pairs = residency.claim(layer, [slot for slot in missing if not residency.is_coming(layer, slot)])
+                    if not pairs and not residency.changed.wait(_COPY_TIMEOUT_S):
+                        raise TimeoutError(
+                            f"layer {layer} slots {missing} waited for {_COPY_TIMEOUT_S:.0f} s for places: no copy "
+                            "into one ends"
+                        )
+                if pairs:
+                    self._copy(layer, pairs, [int(self.versions_LS[layer, slot]) for slot, _ in pairs], unasked=False)
         finally:
-            with residency.changed:
-                for layer, slot, _ in claimed:
-                    residency.miss(layer, slot)
             self.counts.wait_ns += time.perf_counter_ns() - start_ns
 
-    def _claim(self, layer: int, slot: int) -> int | None:
-        """A place for a slot; None if the slot has come meanwhile. Waits for copies that others make.
-
-        TimeoutError if none of them ends for long.
-        """
-        residency = self.residency
-        while not residency.is_in(layer, slot):
-            if not residency.is_coming(layer, slot):
-                place = residency.claim(layer, slot)
-                if place is not None:
-                    return place
-            if not residency.changed.wait(_COPY_TIMEOUT_S):
-                raise TimeoutError(
-                    f"layer {layer} slot {slot} waited for {_COPY_TIMEOUT_S:.0f} s for a place: no copy into one ends"
-                )
-        return None
-
-    def _copy(self, layer: int, slot: int, place: int) -> None:
-        end_s = self._link.book(self.slot_bytes)
-        self._backing.copy(layer, slot, self.places.place_views(layer, place))
-        self._link.wait(end_s)
-        self.counts.copied += 1
+    def _copy(self, layer: int, pairs: Sequence[tuple[int, int]], versions: Sequence[int], unasked: bool) -> int:
+        """Copy (slot, place), all of them expected; returns how many came, which is those with still these versions."""
+        residency, came = self.residency, list[int]()
+        whole, start_s = False, time.perf_counter()
+        try:
+            self._backing.ahead([(layer, slot) for slot, _ in pairs])
+            end_s = self._link.book(self.slot_bytes * len(pairs))
+            for slot, place in pairs:
+                self._backing.copy(layer, slot, self.places.place_views(place))
+            self._link.wait(end_s)
+            self.counts.copied += len(pairs)
+            self.copy_s += 0.1 * ((time.perf_counter() - start_s) / len(pairs) - self.copy_s)
+            whole = True
+        finally:
+            with residency.changed:
+                for (slot, _), version in zip(pairs, versions, strict=True):
+                    if whole and self.versions_LS[layer, slot] == version:
+                        came.append(slot)
+                    else:
+                        residency.miss(layer, slot)
+                residency.arrive(layer, came, unasked)
+        return len(came)
 
     # What comes before it is asked for.
 
-    def bring_early(self, layer: int, slot: int, keep_S: np.ndarray) -> bool:
-        """Bring a slot in for a later call, if another one than `keep_S` (bool) can leave; returns whether it came.
+    def bring_early(self, layer: int, slots: Sequence[int], keep_S: np.ndarray) -> int:
+        """Bring slots in for a later call, as far as others than `keep_S` (bool) can leave; returns how many came.
 
         Not for the thread that calls the kernel.
         """
-        came = self._bring_unasked(layer, slot, keep_S, count=True)
+        came = self._bring_unasked(layer, slots, keep_S, count=True)
         self.counts.prefetched += came
         return came
 
-    def _bring_unasked(self, layer: int, slot: int, keep_S: np.ndarray, count: bool) -> bool:
+    def _bring_unasked(self, layer: int, slots: Sequence[int], keep_S: np.ndarray | None, count: bool) -> int:
+        """`keep_S` None: into free places of the layer's share alone."""
         residency = self.residency
         with residency.changed:
-            if not self._may_come(layer, slot):
-                return False
-            place = residency.vacate(layer, keep_S)
-            if place is None:
-                return False
-            told = residency.using
-            version = self.versions_LS[layer, slot]
-        if not told:
-            self.places.await_calls(layer)
+            slots = [slot for slot in slots if self._may_come(layer, slot)]
+            places, layers = residency.vacate(layer, len(slots), keep_S)
+            told = residency.using and not self._compiled_call
+            versions = [int(self.versions_LS[layer, slot]) for slot in slots]
+        if not told and layers:
+            self.places.await_calls(layers)
+        pairs, as_of = [], []
         with residency.changed:
-            if not residency.still_vacated(layer, place):
-                return False
-            if not self._may_come(layer, slot) or self.versions_LS[layer, slot] != version:
-                residency.leave(layer, place)
-                return False
-            residency.expect(layer, slot, place)
-        came = False
-        try:
-            self._copy(layer, slot, place)
-            came = True
-        finally:
-            with residency.changed:
-                came = came and bool(self.versions_LS[layer, slot] == version)
-                if came:
-                    residency.arrive(layer, slot, unasked=count)
-                else:
-                    residency.miss(layer, slot)
-        return came
+            for slot, place, version in zip(slots, places, versions, strict=False):
+                if not residency.still_vacated(place):
+                    continue
+                if not self._may_come(layer, slot) or self.versions_LS[layer, slot] != version:
+                    residency.leave(place)
+                    continue
+                residency.expect(layer, slot, place)
+                pairs.append((slot, place))
+                as_of.append(version)
+        return self._copy(layer, pairs, as_of, unasked=count) if pairs else 0
 
     def _may_come(self, layer: int, slot: int) -> bool:
         residency = self.residency
@@ -266,7 +291,7 @@ class OffloadedKernel(ExpertKernel):
             for layer, slot in np.argwhere(self.residency.place_of_slot_LS >= 0).tolist():
                 self.residency.drop(layer, slot)
         for layer, slot in slots:
-            self._bring_unasked(layer, slot, self._everybody_S, count=False)
+            self._bring_unasked(layer, [slot], None, count=False)
         self._filled = True
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+_OVERSLEPT_S = 1e-4  # Linux wakes threads so much late
+
 
 class Link:
     """Spaces copies so that no more than `bytes_per_s` come; None is no limit.
@@ -28,4 +30,4 @@ class Link:
     def wait(self, end_s: float) -> None:
         """Until a turn has ended: the copy takes at least so long."""
         while (left_s := end_s - time.monotonic()) > 0:
-            time.sleep(left_s)
+            time.sleep(max(left_s - _OVERSLEPT_S, 0.0))  # 0 lets other threads run

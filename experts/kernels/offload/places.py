@@ -1,12 +1,13 @@
 """What a kernel with fewer places than slots can do, and that for kernels that know nothing of places.
 
-Legend as in base.py; P places of a layer.
+Legend as in base.py. Places are numbered over all layers.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -14,14 +15,16 @@ import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
 from experts.kernels.native.kernel import NativeKernel
-from experts.kernels.native.placed import PlacedNativeKernel
+from experts.kernels.native.placed import HEAT_STEP, PlacedNativeKernel
 
 
 class PlacedKernel(Protocol):
     """A kernel that computes the slots that stand in one of its places."""
 
-    num_places: int
+    layer_places: int  # places of a layer; where they are shared, all of them by the number of layers
+    shares_places: bool  # whether a place takes slots of any layer, or those of its own alone
     last_use_LS: np.ndarray  # int64: what `clock` said when the slot was used, 0 for never
+    heat_LS: np.ndarray  # float32: share of the layer's calls that used the slot, see HEAT_STEP
     called: int  # an eventfd that is told of each call
 
     @property
@@ -36,17 +39,20 @@ class PlacedKernel(Protocol):
     def last_layer(self) -> int:
         """Of the newest call; -1 before the first."""
 
-    def place_views(self, layer: int, place: int) -> list[torch.Tensor]:
+    def place_views(self, place: int) -> list[torch.Tensor]:
         """The memory of a place, uint8 [n] each."""
 
-    def put_in(self, layer: int, slot: int, place: int) -> None:
-        """A slot's expert stands in a place: calls may use it."""
+    def put_in(self, slots_N: np.ndarray, places_N: np.ndarray) -> None:
+        """Slots' experts stand in places: calls may use them. int64 of layer * S + slot; int32."""
 
-    def take_out(self, layer: int, slot: int) -> None:
-        """Later calls do not find the slot; `await_calls` waits for one that has."""
+    def take_out(self, slots_N: np.ndarray) -> None:
+        """Later calls do not find the slots, int64 of layer * S + slot; `await_calls` waits for one that has."""
 
-    def await_calls(self, layer: int) -> None:
-        """Return when no call still uses a slot of `layer` that was taken out. Not for the thread that calls."""
+    def take_wanted(self) -> tuple[int, np.ndarray] | None:
+        """The layer and the slots (int64) of the last call, if it was refused; None if it was not, or was taken."""
+
+    def await_calls(self, layers: Collection[int]) -> None:
+        """Return when no call still uses a slot of `layers` that was taken out. Not for the thread that calls."""
 
     def forward_part(
         self,
@@ -74,34 +80,42 @@ class PlacedKernel(Protocol):
 
 
 class RemappedKernel:
-    """A kernel whose slots are the places. Parts of a call are each rounded to its dtype, and summed in float32."""
+    """A kernel whose slots are a layer's places. Parts of a call are each rounded to its dtype, summed in float32."""
+
+    shares_places = False
 
     def __init__(self, kernel: ExpertKernel, num_slots: int) -> None:
         """`num_slots` are to be told from places, which are the slots of `kernel`."""
         self._kernel = kernel
-        self.num_places = kernel.shape.num_slots
+        self.layer_places = kernel.shape.num_slots
         shape = (kernel.shape.num_layers, num_slots)
         self._place_of_slot_LS = np.full(shape, -1, np.int32)
         self.last_use_LS = np.zeros(shape, np.int64)
+        self.heat_LS = np.zeros(shape, np.float32)
         self.called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.called)
         self.clock, self.uses, self.last_layer = 0, 0, -1
         self._sum_MD: torch.Tensor | None = None
 
-    def place_views(self, layer: int, place: int) -> list[torch.Tensor]:
+    def place_views(self, place: int) -> list[torch.Tensor]:
         """See `PlacedKernel`."""
-        return self._kernel.slot_views(layer, place)
+        return self._kernel.slot_views(*divmod(place, self.layer_places))
 
-    def put_in(self, layer: int, slot: int, place: int) -> None:
+    def put_in(self, slots_N: np.ndarray, places_N: np.ndarray) -> None:
         """See `PlacedKernel`."""
-        self._place_of_slot_LS[layer, slot] = place
-        self._kernel.finish_write(layer, place)
+        self._place_of_slot_LS.ravel()[slots_N] = places_N % self.layer_places
+        for place in places_N.tolist():
+            self._kernel.finish_write(place // self.layer_places, place % self.layer_places)
 
-    def take_out(self, layer: int, slot: int) -> None:
+    def take_out(self, slots_N: np.ndarray) -> None:
         """See `PlacedKernel`."""
-        self._kernel.begin_write(layer, int(self._place_of_slot_LS[layer, slot]))
+        for slot, place in zip(slots_N.tolist(), self._place_of_slot_LS.ravel()[slots_N].tolist(), strict=True):
+            self._kernel.begin_write(slot // self._place_of_slot_LS.shape[1], place)
 
-    def await_calls(self, layer: int) -> None:
+    def take_wanted(self) -> None:
+        """It has no compiled form that refuses."""
+
+    def await_calls(self, layers: Collection[int]) -> None:
         """All calls come through `OffloadedKernel.forward`, which says itself what it uses."""
 
     def takes_any_order(self, num_pairs: int) -> bool:
@@ -129,6 +143,9 @@ class RemappedKernel:
         slots_U = np.unique(slots_N.numpy())
         self.clock += 1
         self.last_use_LS[layer, slots_U] = self.clock
+        if first:
+            self.heat_LS[layer] *= 1 - HEAT_STEP
+        self.heat_LS[layer, slots_U] += HEAT_STEP
         self.uses += len(slots_U)
         self.last_layer = layer
         os.eventfd_write(self.called, 1)

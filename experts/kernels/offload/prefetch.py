@@ -16,6 +16,8 @@ from experts.native.structs import NativeHints
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE_S = 0.001
+"""Of copies that come early in one go: a call that needs the first waits for the last."""
 LEAST_SHARE = 0.25
 """Of calls in which a slot has to follow to be brought in early: a copy without use delays one that is waited for."""
 
@@ -66,29 +68,33 @@ class Prefetcher:
             return
         self._heard = clock
         self._forget_changes(layer)
-        self._transitions.note(layer, slots_U)
         following = (layer + 1) % self._kernel.shape.num_layers
         likely_N = self._told(layer, following)
         if likely_N is None:
             likely_N = self._transitions.likely(layer, slots_U, LEAST_SHARE)
         self._bring(following, likely_N)
+        self._transitions.note(layer, slots_U)
 
     def _told(self, layer: int, following: int) -> np.ndarray | None:
-        """What the router of the newest request says of the following layer; None if it says nothing."""
+        """What the router of the newest request says of the following layer, the hottest first; None if nothing."""
         newest = self._hints.newest(self._seen_hints)
         self._seen_hints = self._hints.written
         if newest is None or newest[0] != layer or not newest[1].any():
             return None
-        return self._hinted(following, newest[1])
+        hinted_N = self._hinted(following, newest[1])
+        return hinted_N[np.argsort(-self._kernel.places.heat_LS[following, hinted_N], kind="stable")]
 
     def _bring(self, layer: int, likely_N: np.ndarray) -> None:
-        wanted_N = likely_N[: self._kernel.places.num_places]
-        keep_S = np.zeros(self._kernel.shape.num_slots, np.bool_)
+        kernel = self._kernel
+        wanted_N = likely_N[: kernel.most_at_once]
+        keep_S = np.zeros(kernel.shape.num_slots, np.bool_)
         keep_S[wanted_N] = True
-        for slot in wanted_N.tolist():
-            if self._stopping or self._kernel.places.last_layer == layer:
+        missing = wanted_N[kernel.residency.place_of_slot_LS[layer, wanted_N] < 0].tolist()
+        at_once = max(int(AT_ONCE_S / max(kernel.copy_s, 1e-6)), 1)
+        for first in range(0, len(missing), at_once):
+            if self._stopping or kernel.places.last_layer == layer:
                 return  # it is too late for this layer
-            self._kernel.bring_early(layer, slot, keep_S)
+            kernel.bring_early(layer, missing[first : first + at_once], keep_S)
 
     def _forget_changes(self, layer: int) -> None:
         changed = np.flatnonzero(self._versions_LS[layer] != self._kernel.versions_LS[layer])

@@ -1,20 +1,24 @@
-"""Which slots stand in which places of a layer, and which one leaves when another comes.
+"""Which slots stand in which places, and which ones leave when others come.
 
 A place is free, has a slot, expects one that is being copied (coming), or is being vacated for one: its slot is out of
-use, but a call may still read it.
+use, but a call may still read it. The slot that leaves is one that few calls of its layer use; of two alike, the one
+whose layer is called later. Layers are called in turn, so a shared place goes from layer to layer with the tokens.
 
-Legend: L MoE layers, S slots of a layer, P places of a layer.
+Legend: L MoE layers, S slots of a layer, P places of all layers.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
 from experts.kernels.offload.places import PlacedKernel
 
 FREE, VACATED = -1, -2
+LATER_IS_WORTH = 0.65
+"""What a slot of the layer called last is worth beside one of the layer called next that is used as often."""
 
 
 class Residency:
@@ -24,11 +28,14 @@ class Residency:
         self.changed = threading.Condition()
         self.place_of_slot_LS = np.full((num_layers, num_slots), -1, np.int32)
         """-1: nowhere, or still coming."""
-        self._slot_of_place_LP = np.full((num_layers, kernel.num_places), FREE, np.int32)
+        self._slot_of_place_P = np.full(num_layers * kernel.layer_places, FREE, np.int64)  # layer * S + slot
         self._coming: dict[tuple[int, int], int] = {}  # places by (layer, slot)
         self._kernel = kernel
         self._use_at_arrival_LS = np.full((num_layers, num_slots), -1, np.int64)  # of those nobody had asked for
         self._using: tuple[int, np.ndarray] | None = None
+        layers_L = np.arange(num_layers)
+        calls_LL = (layers_L - 1 - layers_L[:, None]) % num_layers  # [last called, layer]: calls before its next one
+        self._worth_LL1 = (1 - (1 - LATER_IS_WORTH) / max(num_layers - 1, 1) * calls_LL).astype(np.float32)[:, :, None]
         self.wasted = 0
         """Slots that came before they were asked for, and left without a use."""
 
@@ -55,86 +62,109 @@ class Residency:
         """Whether a copy of the slot runs."""
         return (layer, slot) in self._coming
 
-    def claim(self, layer: int, slot: int) -> int | None:
-        """A place for `slot`, which is coming from now on, for the thread that calls the kernel.
+    def claim(self, layer: int, slots: Sequence[int]) -> list[tuple[int, int]]:
+        """(slot, place) for as many of `slots` as find one, coming from now on, for the thread that calls the kernel.
 
-        It may take a place that is being vacated, since no call runs while it asks. None: all places are in use or
-        expect others; wait for `changed`.
+        It may take places that are being vacated, since no call runs while it asks. None at all: all places are in
+        use or expect others; wait for `changed`.
         """
         assert self._using is not None
-        places_P = self._slot_of_place_LP[layer]
-        found = np.flatnonzero(places_P == FREE)
-        if not found.size:
-            found = np.flatnonzero(places_P == VACATED)
-        place = int(found[0]) if found.size else self._evict(layer, None)
-        if place is not None:
+        places = self._in_state(layer, FREE, len(slots))
+        places += self._in_state(layer, VACATED, len(slots) - len(places))
+        places += self._evict(layer, len(slots) - len(places), None)[0]
+        found = list(zip(slots, places, strict=False))
+        for slot, place in found:
             self.expect(layer, slot, place)
-        return place
+        return found
 
-    def vacate(self, layer: int, keep_S: np.ndarray) -> int | None:
-        """A place for a slot that nobody has asked for yet, or None; what stood there is none of `keep_S` (bool).
+    def vacate(self, layer: int, count: int, keep_S: np.ndarray | None) -> tuple[list[int], set[int]]:
+        """Up to `count` places for slots that nobody has asked for yet, and the layers of the slots that left them.
 
-        No call finds its slot any more; one that began before may still use it.
+        What stood there is none of `keep_S` (bool [S]) of this layer. No call finds it any more; one that began before
+        may still use it. None: free places alone, as many as are the layer's share.
         """
-        free = np.flatnonzero(self._slot_of_place_LP[layer] == FREE)
-        place = int(free[0]) if free.size else self._evict(layer, keep_S)
-        if place is not None:
-            self._slot_of_place_LP[layer, place] = VACATED
-        return place
+        if keep_S is None:
+            here = int((self.place_of_slot_LS[layer] >= 0).sum()) + sum(each == layer for each, _ in self._coming)
+            count = min(count, self._kernel.layer_places - here)
+        places = self._in_state(layer, FREE, count)
+        layers: set[int] = set()
+        if keep_S is not None:
+            evicted, layers = self._evict(layer, count - len(places), keep_S)
+            places += evicted
+        self._slot_of_place_P[places] = VACATED
+        return places, layers
 
-    def still_vacated(self, layer: int, place: int) -> bool:
+    def still_vacated(self, place: int) -> bool:
         """Whether a place that was vacated was not claimed since."""
-        return bool(self._slot_of_place_LP[layer, place] == VACATED)
+        return bool(self._slot_of_place_P[place] == VACATED)
 
     def expect(self, layer: int, slot: int, place: int) -> None:
         """A copy of the slot into the place begins."""
-        self._slot_of_place_LP[layer, place] = slot
+        self._slot_of_place_P[place] = layer * self.place_of_slot_LS.shape[1] + slot
         self._coming[layer, slot] = place
 
-    def leave(self, layer: int, place: int) -> None:
+    def leave(self, place: int) -> None:
         """A place that was vacated is free."""
-        self._slot_of_place_LP[layer, place] = FREE
+        self._slot_of_place_P[place] = FREE
 
-    def arrive(self, layer: int, slot: int, unasked: bool) -> None:
-        """The copy has ended: calls find the slot. It counts as just used."""
-        place = self._coming.pop((layer, slot))
-        kernel = self._kernel
-        kernel.last_use_LS[layer, slot] = kernel.clock
-        self._use_at_arrival_LS[layer, slot] = kernel.clock if unasked else -1
-        self.place_of_slot_LS[layer, slot] = place
-        kernel.put_in(layer, slot, place)
+    def arrive(self, layer: int, slots: Sequence[int], unasked: bool) -> None:
+        """The copies have ended: calls find the slots."""
+        places_N = np.array([self._coming.pop((layer, slot)) for slot in slots], np.int32)
+        kernel, slots_N = self._kernel, np.array(slots, np.int64)
+        kernel.last_use_LS[layer, slots_N] = kernel.clock
+        self._use_at_arrival_LS[layer, slots_N] = kernel.clock if unasked else -1
+        self.place_of_slot_LS[layer, slots_N] = places_N
+        kernel.put_in(slots_N + layer * self.place_of_slot_LS.shape[1], places_N)
         self.changed.notify_all()
 
     def miss(self, layer: int, slot: int) -> None:
         """The copy failed, or what was copied is no longer the slot's expert."""
-        self._slot_of_place_LP[layer, self._coming.pop((layer, slot))] = FREE
+        self._slot_of_place_P[self._coming.pop((layer, slot))] = FREE
         self.changed.notify_all()
 
     def drop(self, layer: int, slot: int) -> None:
         """The slot's expert changes; no call uses it."""
         if self.is_in(layer, slot):
-            self._slot_of_place_LP[layer, self._take_out(layer, slot)] = FREE
+            self._slot_of_place_P[self._take_out(np.array([layer * self.place_of_slot_LS.shape[1] + slot]))] = FREE
 
     def count(self) -> int:
         """Slots that calls find, over all layers."""
         return int((self.place_of_slot_LS >= 0).sum())
 
-    def _evict(self, layer: int, keep_S: np.ndarray | None) -> int | None:
-        """The place of the slot that was used longest ago, without it; None if all are in use, kept or coming."""
-        leaving_S = self.place_of_slot_LS[layer] >= 0
-        if keep_S is not None:
-            leaving_S &= ~keep_S
-        if self._using is not None and self._using[0] == layer:
-            leaving_S &= ~self._using[1]
-        candidates = np.flatnonzero(leaving_S)
-        if not candidates.size:
-            return None
-        return self._take_out(layer, int(candidates[self._kernel.last_use_LS[layer, candidates].argmin()]))
+    def _in_state(self, layer: int, state: int, count: int) -> list[int]:
+        """Up to `count` places that take slots of the layer and are FREE or VACATED."""
+        if count <= 0:
+            return []
+        first, places_P = 0, self._slot_of_place_P
+        if not self._kernel.shares_places:
+            first = layer * self._kernel.layer_places
+            places_P = places_P[first : first + self._kernel.layer_places]
+        return [first + place for place in np.flatnonzero(places_P == state)[:count].tolist()]
 
-    def _take_out(self, layer: int, slot: int) -> int:
-        place = int(self.place_of_slot_LS[layer, slot])
-        self.place_of_slot_LS[layer, slot] = -1
-        self._kernel.take_out(layer, slot)
-        self.wasted += int(self._use_at_arrival_LS[layer, slot] == self._kernel.last_use_LS[layer, slot])
-        self._use_at_arrival_LS[layer, slot] = -1
-        return place
+    def _evict(self, layer: int, count: int, keep_S: np.ndarray | None) -> tuple[list[int], set[int]]:
+        """Up to `count` places without their slots, and the layers of these; fewer where slots are in use or kept."""
+        if count <= 0:
+            return [], set()
+        leaving_LS = self.place_of_slot_LS >= 0
+        if not self._kernel.shares_places:
+            leaving_LS[:layer] = leaving_LS[layer + 1 :] = False
+        if keep_S is not None:
+            leaving_LS[layer] &= ~keep_S
+        if self._using is not None:
+            leaving_LS[self._using[0]] &= ~self._using[1]
+        candidates = np.flatnonzero(leaving_LS)
+        if len(candidates) > count:
+            worth = (self._kernel.heat_LS * self._worth_LL1[self._kernel.last_layer]).ravel()[candidates]
+            candidates = candidates[np.argpartition(worth, count - 1)[:count]]
+        layers = set((candidates // self.place_of_slot_LS.shape[1]).tolist())
+        return self._take_out(candidates).tolist(), layers
+
+    def _take_out(self, slots_N: np.ndarray) -> np.ndarray:
+        """The places of slots, int64 of layer * S + slot."""
+        places_N = self.place_of_slot_LS.ravel()[slots_N]
+        self.place_of_slot_LS.ravel()[slots_N] = -1
+        self._kernel.take_out(slots_N)
+        unused_N = self._use_at_arrival_LS.ravel()[slots_N] == self._kernel.last_use_LS.ravel()[slots_N]
+        self.wasted += int(unused_N.sum())
+        self._use_at_arrival_LS.ravel()[slots_N] = -1
+        return places_N

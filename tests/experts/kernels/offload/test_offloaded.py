@@ -22,6 +22,7 @@ from experts.kernels.offload import FileBacking, OffloadedKernel
 from tests.support.offloading import LAYERS, SHAPE, SLOTS, Call, offloaded, set_all, set_one
 
 NOBODY = np.zeros(SLOTS, np.bool_)
+ONE_LAYER = replace(SHAPE, num_layers=1)
 NAMES = [name for name in ("native", "torch_loop") if KERNELS[name].supports(SHAPE) is None]
 needs_native = pytest.mark.skipif(NativeKernel.supports(SHAPE) is not None, reason=str(NativeKernel.supports(SHAPE)))
 
@@ -66,11 +67,11 @@ def test_any_calls_give_the_same_rows(
         for kernel in kernels:
             call.check(kernel, whole)
             for early_layer, slot in early[number : number + 1]:
-                kernel.bring_early(early_layer, slot, NOBODY)
+                kernel.bring_early(early_layer, [slot, (slot + 1) % SLOTS], NOBODY)
     for kernel in kernels:
         in_layer = (kernel.residency.place_of_slot_LS >= 0).sum(1)
-        assert (in_layer <= kernel.places.num_places).all()
-        assert kernel.residency.count() == in_layer.sum()
+        assert kernel.residency.count() == in_layer.sum() <= LAYERS * kernel.places.layer_places
+        assert kernel.places.shares_places or (in_layer <= kernel.places.layer_places).all()
 
 
 @needs_native
@@ -98,8 +99,8 @@ def test_parts_have_the_bits_of_one_call_whether_products_are_kept_apart_or_not(
 @needs_native
 def test_slots_that_are_here_are_computed_first() -> None:
     """In rising order each part would make room for itself by what a later part of the same call needs."""
-    with contextlib.closing(offloaded("native", 4)) as kernel:
-        set_all(kernel)
+    with contextlib.closing(offloaded("native", 4, ONE_LAYER)) as kernel:
+        set_all(kernel, shape=ONE_LAYER)
         everything = torch.arange(SLOTS, dtype=torch.int32)
         pairs = (torch.arange(SLOTS + 1, dtype=torch.int32), everything, torch.ones(SLOTS))
         call = Call(0, torch.randn(SLOTS, SHAPE.hidden_size), pairs)
@@ -120,13 +121,35 @@ def test_sixteen_bits_are_rounded_once_even_in_parts() -> None:
     kernel.close()
 
 
-def test_the_slot_that_was_used_longest_ago_leaves(whole: ExpertKernel) -> None:
-    kernel = offloaded(whole.name, 2)
-    set_all(kernel)
-    for slots, misses in (([0], 1), ([1], 2), ([0], 2), ([2], 3), ([0], 3), ([1], 4), ([0, 1], 4), ([2, 0], 5)):
+def test_the_slot_that_few_calls_use_leaves(whole: ExpertKernel) -> None:
+    """What was used often stays; what was used often long ago leaves."""
+    kernel = offloaded(whole.name, 2, ONE_LAYER)
+    set_all(kernel, shape=ONE_LAYER)
+    for slots, misses in (([0], 1), ([0], 1), ([1], 2), ([2], 3), ([0], 3), ([1], 4), ([0, 1], 4), ([2, 0], 5)):
         _one_row(slots).check(kernel, whole)
         assert kernel.counts.misses == misses, slots
     assert (kernel.hits, kernel.counts.copied) == (10 - 5, 5)
+    for _ in range(20):
+        _one_row([2]).check(kernel, whole)
+    _one_row([1]).check(kernel, whole)
+    assert [kernel.residency.is_in(0, slot) for slot in range(3)] == [False, True, True]
+    kernel.close()
+
+
+def test_shared_places_go_to_the_layer_that_is_called_next(whole: ExpertKernel) -> None:
+    """All slots of a layer come early, though there is room for half of all; others get their share."""
+    kernel = offloaded(whole.name, SLOTS // 2)
+    set_all(kernel)
+    came_then = SLOTS if kernel.places.shares_places else SLOTS // 2
+    everything = [list(range(SLOTS)), [SLOTS - 1]]
+    for number in range(4):
+        layer = number % LAYERS
+        kernel.bring_early(layer, range(SLOTS), np.zeros(SLOTS, np.bool_))
+        assert (kernel.residency.place_of_slot_LS[layer] >= 0).sum() == came_then
+        before = kernel.counts.misses
+        for slots in everything:
+            _one_row(slots, layer).check(kernel, whole)
+        assert (kernel.counts.misses == before) is kernel.places.shares_places
     kernel.close()
 
 
@@ -134,6 +157,35 @@ def _one_row(slots: list[int], layer: int = 0) -> Call:
     call = Call.random(layer, 1, 0)
     pairs = (torch.tensor([0, len(slots)]).int(), torch.tensor(slots).int(), torch.ones(len(slots)))
     return replace(call, pairs=pairs)
+
+
+@needs_native
+def test_what_compiled_code_refused_is_made_ready_for_it() -> None:
+    whole, kernel = NativeKernel(ONE_LAYER), offloaded("native", 2, ONE_LAYER)
+    set_all(whole, kernel, shape=ONE_LAYER)
+
+    def compiled(call: Call) -> torch.Tensor:
+        out_MD = torch.full_like(call.rows_MD, torch.nan)
+        kernel.places.forward_part(call.layer, call.rows_MD, *call.pairs, out_MD, True, True)
+        return out_MD
+
+    call, too_many, none = _one_row([1, 3]), _one_row([0, 1, 2]), _one_row([5])
+    assert not kernel.make_ready(), "nothing was refused"
+    with pytest.raises(ValueError, match="slot 1 holds no expert"):
+        compiled(call)
+    assert kernel.make_ready()
+    assert kernel.bring_early(0, [4], NOBODY) == 0, "it would take what is to be used"
+    assert torch.equal(compiled(call), call.by(whole))
+    kernel.end_ready()
+    assert not kernel.make_ready(), "nothing was refused since"
+    assert kernel.bring_early(0, [4], NOBODY) == 1
+    kernel.begin_write(0, 5)
+    for left_to_python in (too_many, none):
+        with pytest.raises(ValueError, match="holds no expert"):
+            compiled(left_to_python)
+        assert not kernel.make_ready()
+    assert (kernel.counts.misses, kernel.hits) == (2, 0)
+    kernel.close()
 
 
 def test_what_is_written_anew_is_computed_anew(whole: ExpertKernel) -> None:
@@ -169,20 +221,20 @@ def test_a_slot_that_changes_while_it_comes_early_is_not_used(whole: ExpertKerne
         set_one(layer, slot, 7, kernel, fresh)
 
     kernel._backing.copy = change_meanwhile  # type: ignore[method-assign, assignment]
-    assert not kernel.bring_early(0, 4, NOBODY)
+    assert kernel.bring_early(0, [4], NOBODY) == 0
     assert not kernel.residency.is_in(0, 4)
     _one_row([4, 1]).check(kernel, fresh)
     kernel.close()
 
 
 def test_what_came_early_is_used_or_wasted(whole: ExpertKernel) -> None:
-    kernel = offloaded(whole.name, 2)
-    set_all(kernel)
-    assert kernel.bring_early(0, 4, NOBODY)
-    assert not kernel.bring_early(0, 4, NOBODY), "it is there"
+    kernel = offloaded(whole.name, 2, ONE_LAYER)
+    set_all(kernel, shape=ONE_LAYER)
+    assert kernel.bring_early(0, [4], NOBODY) == 1
+    assert kernel.bring_early(0, [4], NOBODY) == 0, "it is there"
     _one_row([4]).check(kernel, whole)
     assert kernel.counts.misses == 0
-    assert kernel.bring_early(0, 5, NOBODY)
+    assert kernel.bring_early(0, [4, 5], NOBODY) == 1
     _one_row([1]).check(kernel, whole)
     _one_row([2]).check(kernel, whole)
     assert (kernel.counts.prefetched, kernel.residency.wasted) == (2, 1), "4 was used, 5 was not"
@@ -203,7 +255,7 @@ def test_a_copy_that_fails_refuses_one_call(whole: ExpertKernel) -> None:
     with pytest.raises(OSError, match="broken"):
         _one_row([1, 3]).by(kernel)
     with pytest.raises(OSError, match="broken"):
-        kernel.bring_early(0, 3, NOBODY)
+        kernel.bring_early(0, [2, 3], NOBODY)
     _one_row([1, 2]).check(kernel, whole)
     kernel._backing.copy = copy  # type: ignore[method-assign]
     _one_row([1, 3]).check(kernel, whole)
@@ -220,7 +272,7 @@ def test_slots_may_come_early_while_calls_run(whole: ExpertKernel) -> None:
     def hurry() -> None:
         number = 0
         while not done.is_set():
-            came[0] += kernel.bring_early(number // SLOTS % LAYERS, number % SLOTS, NOBODY)
+            came[0] += kernel.bring_early(number // SLOTS % LAYERS, [number % SLOTS, 0], NOBODY)
             number += 1
 
     thread = threading.Thread(target=hurry)
@@ -252,28 +304,28 @@ def test_what_comes_later_takes_free_places_and_nobody_elses(whole: ExpertKernel
 
 def test_the_step_at_hand_loses_nothing_to_what_comes_early(whole: ExpertKernel) -> None:
     """While a call waits for its second slot, neither that one nor its first can be pushed out."""
-    kernel = offloaded(whole.name, 2)
-    set_all(kernel)
+    kernel = offloaded(whole.name, 2, ONE_LAYER)
+    set_all(kernel, shape=ONE_LAYER)
     copy, tried = kernel._backing.copy, []
 
     def meanwhile(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
         if not tried:
             tried.append(slot)
-            tried.extend(kernel.bring_early(0, other, NOBODY) for other in (4, 5))
+            tried.extend(kernel.bring_early(0, [other], NOBODY) for other in (4, 5))
         copy(layer, slot, targets)
 
     _one_row([1]).check(kernel, whole)
     kernel._backing.copy = meanwhile  # type: ignore[method-assign, assignment]
     _one_row([1, 3]).check(kernel, whole)
-    assert tried == [3, False, False]
-    assert kernel.bring_early(0, 4, NOBODY), "when the call is over, it can"
+    assert tried == [3, 0, 0]
+    assert kernel.bring_early(0, [4], NOBODY) == 1, "when the call is over, it can"
     kernel.close()
 
 
 def test_eviction_takes_no_copy_of_an_expert(whole: ExpertKernel) -> None:
     """Each slot is the sole copy of its expert. What leaves the one place is still there for calls and migration."""
-    kernel = offloaded(whole.name, 1)
-    set_all(kernel)
+    kernel = offloaded(whole.name, 1, ONE_LAYER)
+    set_all(kernel, shape=ONE_LAYER)
     for slot in [*range(SLOTS), *range(SLOTS)]:
         _one_row([slot]).check(kernel, whole)
         for each in range(SLOTS):
