@@ -139,8 +139,8 @@ class OffloadSettings(StrictModel):
     resident_fraction: float = Field(
         gt=0,
         le=1,
-        description="Share of a shard's slots in each layer that is in the kernel's memory, rounded up to whole slots. "
-        "With 1 nothing is offloaded.",
+        description="Share of a shard's slots that the kernel's memory has room for, rounded up to whole slots of a "
+        "layer. With 1 nothing is offloaded.",
     )
     folder: str | None = Field(
         default=None,

@@ -63,7 +63,8 @@ class CompiledLoop:
     def serve(self, timeout_s: float) -> int:
         """Answer requests for up to `timeout_s`, with 0 one batch at most.
 
-        Returns the index of a channel whose request is Python's to answer, NOTHING, or SERVED (with 0 only).
+        Returns the index of a channel whose request is Python's to answer, NOTHING, or SERVED (with 0, or after the
+        kernel was made ready for a request).
         """
         index = int(self._serve(self._address, self._table, len(self.channels), int(timeout_s * 1e9)))
         if index >= 0 and self._kernel.make_ready():

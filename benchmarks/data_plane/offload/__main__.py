@@ -1,9 +1,9 @@
 """What a shard with fewer resident experts costs, with and without prefetch, beside one with all of them resident.
 
-    python -m benchmarks.data_plane.offload [--quick]
+    python -m benchmarks.data_plane.offload [--quick] [--model tiny|bench]
 
-One shard process for each case, all with every expert of the tiny model (float32, native kernel), and a router's client
-that waits COMPUTE_S before each layer in place of attention. Routing, activations and hints are those of the model
+One shard process for each case, all with every expert of the model (float32, native kernel), and a router's client that
+waits COMPUTE_S before each layer in place of attention. Routing, activations and hints are those of the model
 while it generates from real prompts. Cases take turns; medians of tokens/s and of the ratio to the shard with all
 resident and without offloading.
 
@@ -24,16 +24,17 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import ROOT, TINY_MODEL, median, print_table, real_prompts, save
+from benchmarks.common import ROOT, TINY_MODEL, bench_model, median, print_table, real_prompts, save
 from benchmarks.data_plane.offload.shard import serve
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.layer_shape import LayerShape
@@ -71,11 +72,11 @@ class Case:
     cold: bool = False
 
 
-def decode(steps: int) -> Decode:
+def decode(path: Path, steps: int) -> Decode:
     """Generate with transformers and note the gates' inputs."""
     from transformers import Qwen3MoeForCausalLM
 
-    model = Qwen3MoeForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
+    model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     blocks = [layer.mlp for layer in model.model.layers]
     seen: list[list[torch.Tensor]] = [[] for _ in blocks]
     for noted, block in zip(seen, blocks, strict=True):
@@ -107,19 +108,19 @@ def misses_of_lru(trace: Decode, batch: int, places: int) -> float:
 
 
 @contextmanager
-def running(case: Case, placement: Placement) -> Iterator[tuple[MeshClient, Connection]]:
+def running(case: Case, path: Path, placement: Placement) -> Iterator[tuple[MeshClient, Connection]]:
     """A shard, and a router's client that is connected to it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.data_plane.offload.shard"])
     ours, theirs = context.Pipe()
-    settings = ShardSettings(model_path=str(TINY_MODEL), dtype="float32", kernel="native", offload=case.offload)
+    settings = ShardSettings(model_path=str(path), dtype="float32", kernel="native", offload=case.offload)
     arguments = (settings.model_dump(), placement.to_json(), theirs, case.mapped, case.cold)
     process = context.Process(target=serve, args=arguments)
     process.start()
-    checkpoint = ExpertCheckpoint.open(TINY_MODEL)
+    checkpoint = ExpertCheckpoint.open(path)
     spec = checkpoint.spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, torch.float32)
-    client = MeshClient(RouterSettings(model_path=str(TINY_MODEL), trace_tokens=0), checkpoint, shape, "cpu")
+    client = MeshClient(RouterSettings(model_path=str(path), trace_tokens=0), checkpoint, shape, "cpu")
     try:
         client.apply_membership(Membership(1, placement, (ours.recv(),)))
         yield client, ours
@@ -145,28 +146,28 @@ def tokens_per_s(client: MeshClient, trace: Decode, batch: int) -> float:
     return batch * steps / (time.perf_counter() - start_s)
 
 
-def cases(rate: float) -> list[Case]:
+def cases(rate: float, fractions: Sequence[float]) -> list[Case]:
     """The first one has everything in memory."""
 
     def offload(resident: float, prefetch: bool, limit: float | None) -> OffloadSettings:
         return OffloadSettings(resident_fraction=resident, prefetch=prefetch, max_copy_bytes_per_s=limit)
 
     found = [Case("whole", 1.0, None), Case("limit", 1.0, offload(1.0, True, rate))]
-    found += [Case("limit", each, offload(each, early, rate)) for each in FRACTIONS for early in (False, True)]
+    found += [Case("limit", each, offload(each, early, rate)) for each in fractions for early in (False, True)]
     found += [Case("disk", 0.5, offload(0.5, early, None), cold=True) for early in (False, True)]
     return [*found, Case("mapped", 0.5, None, mapped=0.5)]
 
 
-def measure(trace: Decode, batch: int, rounds: int) -> list[dict[str, Any]]:
+def measure(trace: Decode, path: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
     """All cases in turn."""
-    spec = ExpertCheckpoint.open(TINY_MODEL).spec
+    spec = ExpertCheckpoint.open(path).spec
     placement = Placement.linear(spec.num_layers, spec.num_experts, 1)
     expert_bytes = 3 * spec.hidden_size * spec.intermediate_size * 4
     rate = max(misses_of_lru(trace, batch, spec.num_experts // 2), 0.5) * expert_bytes / (COMPUTE_S / 2)
-    all_cases = cases(rate)
+    all_cases = cases(rate, FRACTIONS if path == TINY_MODEL else (0.5,))
     found: list[list[float]] = [[] for _ in all_cases]
     with ExitStack() as stack:
-        shards = [stack.enter_context(running(each, placement)) for each in all_cases]
+        shards = [stack.enter_context(running(each, path, placement)) for each in all_cases]
         for number in range(rounds + 1):  # the first one warms up
             for speeds, (client, _) in zip(found, shards, strict=True):
                 speed = tokens_per_s(client, trace, batch)
@@ -222,18 +223,20 @@ def main() -> None:
     """Print and save both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few runs: does it work, not how fast")
+    parser.add_argument("--model", choices=["tiny", "bench"], default="tiny", help="bench: half resident alone")
     args = parser.parse_args()
     os.environ.setdefault("EXPERTMESH_SECRET", secrets.token_hex(32))
     torch.set_num_threads(1)
-    trace = decode(steps=12 if args.quick else 24)
-    spec = ExpertCheckpoint.open(TINY_MODEL).spec
+    path = TINY_MODEL if args.model == "tiny" else bench_model()
+    trace = decode(path, steps=12 if args.quick else 24)
+    spec = ExpertCheckpoint.open(path).spec
     rounds = 1 if args.quick else 5
-    rows = [row for batch in (1, STREAMS) for row in measure(trace, batch, rounds)]
+    rows = [row for batch in (1, STREAMS) for row in measure(trace, path, batch, rounds)]
     header = list(rows[0])
     print_table("One shard", header, [["-" if row[name] is None else row[name] for name in header] for row in rows])
     ids_NLK = torch.stack(trace.ids, 2).flatten(0, 1).numpy()
     told = [
-        {"next": f"tiny {layer + 1}", "frequency": a, "transitions": b, "gate": recall_of_gate(trace, layer)}
+        {"next": f"{args.model} {layer + 1}", "frequency": a, "transitions": b, "gate": recall_of_gate(trace, layer)}
         for layer, (a, b) in enumerate(recalls(ids_NLK, spec.num_experts))
     ]
     olmoe = np.load(OLMOE)
@@ -241,7 +244,7 @@ def main() -> None:
     for layer, (a, b) in zip(olmoe["layers"][1:].tolist(), recalls(tokens_NLK, int(olmoe["num_experts"])), strict=True):
         told.append({"next": f"OLMoE {layer}", "frequency": a, "transitions": b, "gate": None})
     print_table("Recall", list(told[0]), [["-" if value is None else value for value in row.values()] for row in told])
-    save("offload", {"compute_s": COMPUTE_S, "shards": rows, "recall": told})
+    save("offload", {"model": args.model, "compute_s": COMPUTE_S, "shards": rows, "recall": told})
 
 
 if __name__ == "__main__":
