@@ -125,7 +125,7 @@ class OffloadedKernel(ExpertKernel):
     # Calls.
 
     def compiled_forward(self) -> tuple[int, int] | None:
-        """It refuses calls whose slots are not all in places, which are for `forward` then."""
+        """It refuses calls whose slots are not all in places: see `make_ready`."""
         return self.places.compiled_forward()
 
     def make_ready(self) -> bool:
