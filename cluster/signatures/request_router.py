@@ -33,6 +33,7 @@ class SignatureRouter(RequestRouter):
         self._chooser = Chooser(SignaturesSection(**options), random.Random())
         self._asking: set[asyncio.Task[None]] = set()
         self._asked_s = 0.0
+        self._ask_every_s = ASK_EVERY_S
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any | None = None
@@ -62,7 +63,7 @@ class SignatureRouter(RequestRouter):
     def _ask_loads(self) -> None:
         """Ask all replicas, in the background, if the last time is long enough ago and all have answered."""
         now_s = time.monotonic()
-        if self._asking or now_s < self._asked_s + ASK_EVERY_S:
+        if self._asking or now_s < self._asked_s + self._ask_every_s:
             return
         self._asked_s = now_s
         for replica in self.curr_replicas.values():
