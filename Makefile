@@ -16,7 +16,7 @@ TORCH := 2.13.0
 TRITON := 3.6.0
 TRITON_READY := $(VENV)/.triton-$(TRITON)
 TRITON_COMPILES := tests/experts/kernels/test_compiles.py
-TRITON_TESTS := tests/experts/kernels tests/experts/dispatch
+TRITON_TESTS := tests/experts/kernels tests/experts/dispatch tests/benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help serve monitoring test test-triton test-cluster fuzz mutants rehearse-gpu test-gpu lint docs bench bench-quick bench-gpu lock clean

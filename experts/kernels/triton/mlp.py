@@ -6,46 +6,19 @@ base.py; P pairs sorted by slot.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from experts.kernels.base import KernelShape
 from experts.kernels.stacked import StackedKernel
+from experts.kernels.triton.forms import Form, shared_bytes
 from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precision, triton_misfit
-
-HOPPER_SHARED_BYTES = 227 << 10
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a program computes at a time for a tile of pairs."""
-
-    columns: int
-    depth: int  # of a step of the products
-    warps: int
-    stages: int  # steps in flight
-
-    def fit(self, block: int, weights: int, itemsize: int, shared_bytes: int) -> int:
-        """Stages for which shared memory suffices, with so many `weights` matrices side by side."""
-        stage_bytes = itemsize * self.depth * (block + weights * self.columns)
-        return max(1, min(self.stages, shared_bytes // stage_bytes))
-
 
 # By pairs of a tile. The best of 265 on an H100 in bfloat16, over the shapes of DeepSeek-V3, Qwen3-30B and gpt-oss with
 # 1 to 4096 rows (docs/gpu-results.md).
 GATE_UP = {16: Form(32, 256, 4, 3), 32: Form(64, 128, 4, 3), 64: Form(64, 64, 4, 3), 128: Form(128, 64, 8, 4)}
 DOWN = {16: Form(64, 128, 4, 4), 32: Form(128, 128, 4, 2), 64: Form(128, 64, 4, 4), 128: Form(256, 64, 8, 4)}
-
-
-@functools.cache
-def shared_bytes(device: str) -> int:
-    """Shared memory that a program may have; Hopper's where there is no GPU to ask."""
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        return HOPPER_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 class TritonMlpKernel(ThreePrograms, StackedKernel):

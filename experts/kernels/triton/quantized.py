@@ -11,15 +11,14 @@ import torch
 
 from experts.kernels.base import KernelShape
 from experts.kernels.quantized import QuantizedShape, QuantizedStackKernel
+from experts.kernels.triton.forms import Form
 from experts.kernels.triton.tiles import ThreePrograms, TiledPairs, dot_precision, triton_misfit
 
-
-def step_for(block: int) -> int:
-    """Values of a weight row in one step. Long if few pairs share the row, as more bytes are then in flight.
-
-    Divides 128, so that no step crosses an FP8 block.
-    """
-    return 128 if block <= 32 else 64
+# By pairs of a tile. A depth divides 128, so that no step crosses an FP8 block. Not measured against others yet: long
+# steps where few pairs share a weight's row, as more bytes are then in flight; gate_up has two accumulators, and
+# weights that pass through registers.
+GATE_UP = {16: Form(64, 128, 4, 3), 32: Form(64, 128, 4, 3), 64: Form(64, 64, 4, 3), 128: Form(64, 64, 8, 3)}
+DOWN = {16: Form(64, 128, 4, 3), 32: Form(64, 128, 4, 3), 64: Form(64, 64, 4, 3), 128: Form(128, 64, 8, 3)}
 
 
 class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
@@ -57,19 +56,21 @@ class TritonQuantizedKernel(ThreePrograms, QuantizedStackKernel):
         b2 = h_PI if stack.b2_LSD is None else stack.b2_LSD[layer]
         common = {
             "HAS_BIAS": shape.has_bias, "PRECISION": dot_precision(shape.dtype), "FORMAT": shape.format.name,
-            "GROUP": shape.format.group, "BLOCK_P": pairs.block, **pairs.options,
+            "GROUP": shape.format.group, "BLOCK_P": pairs.block,
         }  # fmt: skip
-        step = step_for(pairs.block)
-        narrow = 64  # two accumulators, and weights that pass through registers
+        form = GATE_UP[pairs.block]
         run(
-            quantized_programs.gate_up, (-(-I // narrow), pairs.num_tiles),
+            quantized_programs.gate_up, (-(-I // form.columns), pairs.num_tiles),
             rows_MD, w13, s13, b13, pairs.row_P, pairs.tiles, h_PI,
             rows_MD.stride(0), D, I, w13.shape[2], s13.shape[1] // 2, s13.shape[2], shape.activation.alpha, self._limit,
-            KIND=shape.activation.kind, BLOCK_I=narrow, BLOCK_D=step, **common,
+            KIND=shape.activation.kind, BLOCK_I=form.columns, BLOCK_D=form.depth, **common,
+            num_warps=form.warps, num_stages=form.stages,
         )  # fmt: skip
+        form = DOWN[pairs.block]
         run(
-            quantized_programs.down, (-(-D // pairs.wide), pairs.num_tiles),
+            quantized_programs.down, (-(-D // form.columns), pairs.num_tiles),
             h_PI, w2, s2, b2, pairs.pair_P, pairs.weight_P, pairs.tiles, y_ND,
             D, I, w2.shape[2], s2.shape[1], s2.shape[2],
-            BLOCK_D=pairs.wide, BLOCK_I=step, **common,
+            BLOCK_D=form.columns, BLOCK_I=form.depth, **common,
+            num_warps=form.warps, num_stages=form.stages,
         )  # fmt: skip

@@ -62,24 +62,21 @@ class TiledPairs:
     offsets_M1: torch.Tensor  # int32
     weight_P: torch.Tensor  # float32
 
-    @property
-    def wide(self) -> int:
-        """Columns of a tile."""
-        return 64 if self.block <= 64 else 128
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's options for programs over these tiles."""
-        return {"num_warps": 8 if self.block == 128 else 4, "num_stages": 3}
-
 
 def tile_pairs(
-    row_offsets_M1: torch.Tensor, slots_N: torch.Tensor, weights_N: torch.Tensor, shape: KernelShape
+    row_offsets_M1: torch.Tensor,
+    slots_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    shape: KernelShape,
+    block: int | None = None,
 ) -> TiledPairs:
-    """Sort the pairs, cut them into tiles, and send all to the device in one copy that nothing waits for."""
+    """Sort the pairs, cut them into tiles, and send all to the device in one copy that nothing waits for.
+
+    `block`: pairs of a tile; None for what suits their number.
+    """
     num_slots, device = shape.num_slots, torch.device(shape.device)
     M, N = row_offsets_M1.shape[0] - 1, slots_N.shape[0]
-    block = choose_block(N, num_slots, most_pairs(shape.dtype))
+    block = block or choose_block(N, num_slots, most_pairs(shape.dtype))
     # Each part starts at a multiple of 16 bytes: Triton compiles a second version for other addresses.
     sizes = (3 * (N // block + min(num_slots, N)), N, N, M + 1, N)
     starts = list(itertools.accumulate((-(-size // 4) * 4 for size in sizes), initial=0))
