@@ -5,7 +5,7 @@
 Every side gets the same cores, the same prompts (distinct, from the standard library's source) and the same engine
 settings. Runs are interleaved; medians of at least five count. Only one side runs at a time; the others are paused,
 since vLLM's idle workers would take the cores. Goals: at least 0.95 times the better vLLM at batch 64, 1.0 times at
-256.
+256. `--sides mesh,mesh:../before` compares with the router of another checkout.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class Side:
 
 @contextlib.contextmanager
 def started(name: str, model: Path, dtype: str) -> Iterator[Side]:
-    """A paused side; it ends with the context, and with this process."""
+    """A paused side, "mesh:TREE" from another checkout; it ends with the context, and with this process."""
+    kind, _, tree = name.partition(":")
     with tied(
-        [*ENGINE_SIDE, name, str(model), dtype],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [*ENGINE_SIDE, kind, str(model), dtype], env={**os.environ, "PYTHONPATH": tree or str(ROOT)},
+        cwd=tree or ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         side = Side(name, process)
         side.read()
@@ -105,7 +106,7 @@ def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens:
                     if turn:  # the first turn warms up
                         found[side.name].append(outcome)
             speed = {name: median(o["tokens_per_s"] for o in found[name]) for name in found}
-            best_vllm = max((speed[name] for name in speed if name != "mesh"), default=float("nan"))
+            best_vllm = max((speed[name] for name in speed if not name.startswith("mesh")), default=float("nan"))
             for name in sides:
                 ttft = [t for o in found[name] for t in o["ttft_s"]]
                 gaps = [g for o in found[name] for g in o["gap_s"]]
@@ -114,7 +115,7 @@ def compare(model: Path, dtype: str, batches: list[int], turns: int, new_tokens:
                         "model": model.name,
                         "dtype": dtype,
                         "batch": batch,
-                        "side": NAMES[name],
+                        "side": NAMES.get(name, name),
                         "tokens_per_s": speed[name],
                         "of_better_vllm": speed[name] / best_vllm,
                         "goal": GOALS.get(batch, "") if name == "mesh" else "",
@@ -138,7 +139,7 @@ def main() -> None:
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
         help="of the bench model; auto: bfloat16, or float32 where bfloat16 is emulated and slower",
     )  # fmt: skip
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--sides", default=",".join(SIDES), help="some of these, and mesh:TREE for another checkout's")
     args = parser.parse_args()
     turns = args.turns or (1 if args.quick else 5)
     new_tokens = 16 if args.quick else 64
