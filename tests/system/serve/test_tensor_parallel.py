@@ -87,7 +87,7 @@ def test_a_killed_worker_takes_its_router_along_and_serve_starts_another(tensor:
     [router] = tensor.status()["routers"]
     before, engine = tensor.shards(), workers(tensor)
     with pytest.raises(openai.APIError):
-        tensor.greedy(160, lambda index: engine[1].kill() if index == 10 else None)
+        tensor.greedy(900, lambda index: engine[1].kill() if index == 1 else None)  # far from its end
     wait_for(lambda: not any(p.is_running() for p in engine), 60, "the other worker to end")
 
     def replaced() -> bool:
