@@ -138,18 +138,22 @@ Ahead look_ahead(const uint32_t* panel, int64_t words, int b, int num_blocks) {
 // sums[r][vector] of R rows times one panel, over the whole reduction.
 template <class Format, int R>
 void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, VecF* sums, Ahead ahead) {
+    constexpr int STEPS = Format::STEPS;
     VecF acc[R][2] = {};
-    for (int64_t start = 0; start < words; start += CHUNK, block += MAX_ROWS * ROW_STRIDE) {
-        const int64_t length = std::min<int64_t>(CHUNK, words - start);
+    for (int64_t start = 0; start < words; start += CHUNK / STEPS, block += MAX_ROWS * ROW_STRIDE) {
+        const int64_t length = std::min<int64_t>(CHUNK / STEPS, words - start);
         for (int64_t k = 0; k < length; k++, panel += PANEL, ahead.from += ahead.step) {
             __builtin_prefetch(ahead.from);
             __builtin_prefetch(ahead.from + LANES);
-            const typename Format::B first = Format::load_b(panel), second = Format::load_b(panel + LANES);
+#pragma GCC unroll 2
+            for (int step = 0; step < STEPS; step++) {
+                const typename Format::B first = Format::load_b(panel, step), second = Format::load_b(panel + LANES, step);
 #pragma GCC unroll 12
-            for (int r = 0; r < R; r++) {
-                const uint32_t a = block[r * ROW_STRIDE + k];
-                acc[r][0] = Format::multiply_add(acc[r][0], a, first);
-                acc[r][1] = Format::multiply_add(acc[r][1], a, second);
+                for (int r = 0; r < R; r++) {
+                    const uint32_t* a = block + r * ROW_STRIDE + k * STEPS + step;
+                    acc[r][0] = Format::multiply_add(acc[r][0], a, first);
+                    acc[r][1] = Format::multiply_add(acc[r][1], a, second);
+                }
             }
         }
     }
@@ -186,26 +190,30 @@ template <class Format>
 void gather(const Kernel& k, const Group& group, const void* const* rows, uint32_t* x_blocks) {
     typedef typename Format::Value Value;
     const Sizes& s = k.sizes;
-    constexpr int64_t CHUNK_VALUES = CHUNK * Format::GROUP;
+    constexpr int64_t CHUNK_VALUES = CHUNK * Format::BLOCK_GROUP;
+    constexpr bool as_they_are = Format::GROUP == Format::BLOCK_GROUP;
     for (int b = 0; b < group.num_blocks; b++) {
         const Block& block = k.blocks[group.first_block + b];
         for (int r = 0; r < block.rows; r++) {
             const auto* source = static_cast<const Value*>(rows[k.rows[block.first + r]]);
-            const float weight = k.pair_weights[block.first + r];
+            const float weight = k.on_input ? k.pair_weights[block.first + r] : 1.0f;
             uint32_t* target = x_blocks + b * s.block_D + r * ROW_STRIDE;
             for (int64_t start = 0; start < s.D; start += CHUNK_VALUES, target += MAX_ROWS * ROW_STRIDE) {
                 const int64_t length = std::min<int64_t>(CHUNK_VALUES, s.D - start);
-                Value* values = reinterpret_cast<Value*>(target);
-                if (length % Format::GROUP) target[length / Format::GROUP] = 0;
-                if (!k.on_input) {
-                    memcpy(values, source + start, length * sizeof(Value));
+                for (int64_t i = length; i % Format::GROUP; i++) target[i / Format::BLOCK_GROUP] = 0;
+                if (as_they_are && !k.on_input) {
+                    memcpy(target, source + start, length * sizeof(Value));
                     continue;
                 }
-                for (int64_t i = 0; i < length; i++) {
-                    Value rounded[LANES];
-                    Format::store_lanes(rounded, splat(Format::widen(source[start + i]) * weight));
-                    values[i] = rounded[0];
-                }
+                int64_t i = 0;
+                for (; i + LANES <= length; i += LANES)
+                    Format::store_block(target + i / Format::BLOCK_GROUP, Format::load_lanes(source + start + i) * weight);
+                if (i == length) continue;
+                Value last[LANES] = {};
+                memcpy(last, source + start + i, (length - i) * sizeof(Value));
+                uint32_t words[LANES];
+                Format::store_block(words, Format::load_lanes(last) * weight);
+                memcpy(target + i / Format::BLOCK_GROUP, words, divide_up(length - i, Format::BLOCK_GROUP) * 4);
             }
         }
     }
@@ -221,7 +229,7 @@ void first_matrix(const Kernel& k, const Group& group, const uint32_t* slot, int
     for (int64_t p = begin; p < end; p++) {
         const uint32_t* panel = slot + p * PANEL * s.words_D;
         const VecF gate_bias = load<VecF>(biases + p * PANEL), up_bias = load<VecF>(biases + p * PANEL + LANES);
-        const int64_t word = p * LANES / Format::GROUP, offset = word / CHUNK * MAX_ROWS * ROW_STRIDE + word % CHUNK;
+        const int64_t word = p * LANES / Format::BLOCK_GROUP, offset = word / CHUNK * MAX_ROWS * ROW_STRIDE + word % CHUNK;
         for (int b = 0; b < group.num_blocks; b++) {
             const int rows = k.blocks[group.first_block + b].rows;
             MultiplyTable<Format>::get(rows)(x_blocks + b * s.block_D, panel, s.words_D, sums,
@@ -229,7 +237,7 @@ void first_matrix(const Kernel& k, const Group& group, const uint32_t* slot, int
             uint32_t* target = h_blocks + b * s.block_I + offset;
             for (int r = 0; r < rows; r++, target += ROW_STRIDE) {
                 VecF h = activate(k.activation, k.alpha, k.limit, sums[2 * r] + gate_bias, sums[2 * r + 1] + up_bias);
-                Format::store_lanes(reinterpret_cast<typename Format::Value*>(target), h);
+                Format::store_block(target, h);
             }
         }
     }
@@ -418,12 +426,16 @@ int32_t forward(Kernel& k, int64_t layer, int64_t M, int64_t N, const void* cons
     return 2;
 }
 
+Sizes sizes_of(int32_t is_bf16, int64_t hidden, int64_t width) {
+    return (is_bf16 ? Sizes::of<BFloat16> : Sizes::of<Float32>)(hidden, width);
+}
+
 }  // namespace
 
 extern "C" {
 
 int64_t expert_mlp_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
-    return Sizes(hidden, width, is_bf16 ? 2 : 1).slot_bytes();
+    return sizes_of(is_bf16, hidden, width).slot_bytes();
 }
 
 // Lanes of a vector: with the sizes and the number format they decide how an expert is packed.
@@ -432,7 +444,7 @@ int32_t expert_mlp_lanes() { return LANES; }
 // w13 [2 * width, hidden] and w2 [hidden, width] in the format's own type, biases in float32 or null.
 void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
              const float* b2, void* slot) {
-    const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
+    const Sizes sizes = sizes_of(is_bf16, hidden, width);
     (is_bf16 ? pack_slot<BFloat16> : pack_slot<Float32>)(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
 }
 
@@ -440,7 +452,7 @@ void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void*
 // `places`, which must too, `weights` is [places of all layers].
 void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
                 float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded, void* places) {
-    const Sizes sizes(hidden, width, is_bf16 ? 2 : 1);
+    const Sizes sizes = sizes_of(is_bf16, hidden, width);
     return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
                                      alpha,    limit,    static_cast<const uint32_t*>(weights), sizes.slot_bytes() / 4,
                                      loaded,   static_cast<Places*>(places), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int PANEL = 2 * LANES;        // words of a panel at one step of the reduction
-constexpr int CHUNK = 256;              // words of a row that lie together in a block
+constexpr int CHUNK = 256;              // words of a row that lie together in a block, see BLOCK_GROUP
 constexpr int ROW_STRIDE = CHUNK + 16;  // one cache line more, so that rows do not share cache sets
 constexpr int PREFETCH_WORDS = 2048;    // how far ahead memory is prefetched if a panel is used once
 
@@ -22,13 +22,17 @@ struct Sizes {
     int64_t panels_I, panels_D;  // of w13, of w2
     int64_t block_D, block_I;    // words of a gathered block
 
-    Sizes(int64_t hidden, int64_t width, int group) : D(hidden), I(width) {
+    Sizes(int64_t hidden, int64_t width, int group, int block_group) : D(hidden), I(width) {
         panels_I = divide_up(I, LANES);
         panels_D = divide_up(D, PANEL);
         words_D = divide_up(D, group);
         words_I = panels_I * LANES / group;
-        block_D = divide_up(words_D, CHUNK) * MAX_ROWS * ROW_STRIDE;
-        block_I = divide_up(words_I, CHUNK) * MAX_ROWS * ROW_STRIDE;
+        block_D = divide_up(words_D * group / block_group, CHUNK) * MAX_ROWS * ROW_STRIDE;
+        block_I = divide_up(words_I * group / block_group, CHUNK) * MAX_ROWS * ROW_STRIDE;
+    }
+    template <class Format>
+    static Sizes of(int64_t hidden, int64_t width) {
+        return Sizes(hidden, width, Format::GROUP, Format::BLOCK_GROUP);
     }
     int64_t w13_words() const { return panels_I * PANEL * words_D; }
     int64_t w2_words() const { return panels_D * PANEL * words_I; }

@@ -98,62 +98,61 @@ static inline VecF activate(int32_t kind, float alpha, float limit, VecF gate, V
     }
 }
 
-// A number format: matrices are packed into 32-bit words of GROUP values that follow each other in the reduction.
+// A number format. A panel holds 32-bit words of GROUP values that follow each other in the reduction, a gathered block words
+// of BLOCK_GROUP values. Where instructions multiply the words as they are, both are alike. Else a word of a panel takes STEPS
+// products, and blocks hold float32: a row's value is read once for each panel, so it is widened once and not each time.
 struct Float32 {
     typedef float Value;
-    static constexpr int GROUP = 1;
-    static inline float widen(float value) { return value; }
+    static constexpr int GROUP = 1, BLOCK_GROUP = 1, STEPS = 1;
+    static inline VecF load_lanes(const float* source) { return load<VecF>(source); }
     static inline void store_lanes(float* target, VecF value) { store(target, value); }
-    struct B {
-        VecF value;
-    };
-    static inline B load_b(const uint32_t* words) { return {load<VecF>(words)}; }
-    static inline VecF multiply_add(VecF sum, uint32_t a, const B& b) {
+    static inline void store_block(uint32_t* target, VecF value) { store(target, value); }
+    typedef VecF B;
+    static inline B load_b(const uint32_t* words, int) { return load<VecF>(words); }
+    static inline VecF multiply_add(VecF sum, const uint32_t* a, B b) {
         float value;
-        memcpy(&value, &a, 4);
-        return sum + b.value * value;
+        memcpy(&value, a, 4);
+        return sum + b * value;
     }
 };
 
 struct BFloat16 {
     typedef uint16_t Value;
     static constexpr int GROUP = 2;
-    static inline float widen(uint16_t value) {
-        uint32_t bits = uint32_t(value) << 16;
-        float wide;
-        memcpy(&wide, &bits, 4);
+    static inline VecF load_lanes(const uint16_t* source) {
+        VecU bits = __builtin_convertvector(load<VecH>(source), VecU) << 16;
+        VecF wide;
+        memcpy(&wide, &bits, sizeof wide);
         return wide;
     }
 #if defined(__AVX512BF16__)
+    static constexpr int BLOCK_GROUP = 2, STEPS = 1;
     static inline void store_lanes(uint16_t* target, VecF value) { store(target, _mm512_cvtneps_pbh((__m512)value)); }
-    struct B {
-        __m512bh value;
-    };
-    static inline B load_b(const uint32_t* words) { return {load<__m512bh>(words)}; }
-    static inline VecF multiply_add(VecF sum, uint32_t a, const B& b) {
-        return (VecF)_mm512_dpbf16_ps((__m512)sum, b.value, (__m512bh)_mm512_set1_epi32(int(a)));
+    static inline void store_block(uint32_t* target, VecF value) { store_lanes(reinterpret_cast<uint16_t*>(target), value); }
+    typedef __m512bh B;
+    static inline B load_b(const uint32_t* words, int) { return load<__m512bh>(words); }
+    static inline VecF multiply_add(VecF sum, const uint32_t* a, B b) {
+        return (VecF)_mm512_dpbf16_ps((__m512)sum, b, (__m512bh)_mm512_set1_epi32(int(*a)));
     }
 #else
-    static inline void store_lanes(uint16_t* target, VecF value) {  // round to nearest even
+    static constexpr int BLOCK_GROUP = 1, STEPS = 2;
+    static inline VecU rounded(VecF value) {  // to nearest even, in the upper half
         VecU bits;
         memcpy(&bits, &value, sizeof bits);
-        VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        rounded = value == value ? rounded : (bits >> 16) | 0x40u;
-        store(target, __builtin_convertvector(rounded, VecH));
+        VecU near = bits + 0x7fffu + ((bits >> 16) & 1u);
+        return (value == value ? near : bits | 0x400000u) & 0xffff0000u;
     }
-    struct B {
-        VecF low, high;
-    };
-    static inline B load_b(const uint32_t* words) {
-        VecU both = load<VecU>(words), low = both << 16, high = both & 0xffff0000u;
+    static inline void store_lanes(uint16_t* target, VecF value) {
+        store(target, __builtin_convertvector(rounded(value) >> 16, VecH));
+    }
+    static inline void store_block(uint32_t* target, VecF value) { store(target, rounded(value)); }
+    typedef VecF B;
+    static inline B load_b(const uint32_t* words, int step) {  // the values of a word one after the other
+        VecU both = load<VecU>(words), wide = step == 0 ? both << 16 : both & 0xffff0000u;
         B b;
-        memcpy(&b.low, &low, sizeof low);
-        memcpy(&b.high, &high, sizeof high);
+        memcpy(&b, &wide, sizeof b);
         return b;
     }
-    static inline VecF multiply_add(VecF sum, uint32_t a, const B& b) {
-        sum = sum + b.low * widen(uint16_t(a));
-        return sum + b.high * widen(uint16_t(a >> 16));
-    }
+    static inline VecF multiply_add(VecF sum, const uint32_t* a, B b) { return Float32::multiply_add(sum, a, b); }
 #endif
 };
