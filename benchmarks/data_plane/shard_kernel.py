@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.common import median, print_table, save
 from experts.kernels import KERNELS, ExpertKernel, KernelShape
+from experts.kernels.native.kernel import FORMAT_IDS
 from experts.kernels.native.library import load_library
 from experts.kernels.pick import random_pairs, random_weights
 from experts.model.spec import ActivationSpec
@@ -63,7 +64,7 @@ class Probes:
         # torch's matmul is far from the peak on some processors; our own inner loop, in cache, is a second probe.
         native = KERNELS["native"].supports(KernelShape(1, 1, 1, 1, ActivationSpec("silu"), dtype=dtype, device=device))
         self._library = load_library() if native is None else None
-        self._is_bf16 = int(dtype == torch.bfloat16)
+        self._format = FORMAT_IDS[dtype]
 
     def run(self) -> None:
         """Probe once more."""
@@ -75,7 +76,7 @@ class Probes:
 
             def probe() -> None:
                 nonlocal flops
-                flops = library.expert_mlp_probe(self._is_bf16, repeats)
+                flops = library.expert_mlp_probe(self._format, repeats)
 
             seconds = time_s(probe, self._device)
             self.peak_flops = max(self.peak_flops, flops / seconds)
@@ -202,7 +203,7 @@ def main() -> None:
     on_cuda = arguments.device == "cuda"
     default = [name for name in SHAPES if (name != "bench") == on_cuda]
     names = {None: default, "all": list(SHAPES)}.get(arguments.shape, [arguments.shape])
-    dtypes = (torch.bfloat16,) if on_cuda else (torch.bfloat16, torch.float32)
+    dtypes = (torch.bfloat16,) if on_cuda else (torch.bfloat16, torch.float16, torch.float32)
     turns = 2 if arguments.quick else 7
     runs = [compare(name, dtype, arguments.device, arguments.quick, turns) for name in names for dtype in dtypes]
     save("shard_kernel", {"threads": arguments.threads, "turns": turns, "runs": runs})

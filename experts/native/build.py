@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -25,7 +26,7 @@ class NativeBuildError(RuntimeError):
 
 
 def build_library(source: Path) -> Path:
-    """The library made of `source` and its folder's headers, compiled if the cache lacks it.
+    """The library made of `source` and the headers that it includes by name, compiled if the cache lacks it.
 
     NativeBuildError says why it cannot be.
     """
@@ -43,10 +44,23 @@ def build_library(source: Path) -> Path:
 def library_path(source: Path, compiler: str) -> Path:
     """Where the library of `source` is, once it has been compiled here."""
     key = hashlib.sha256()
-    texts = [path.read_text() for path in (*sorted(source.parent.glob("*.h")), source)]
+    texts = [path.read_text() for path in sorted(_with_headers(source))]
     for text in (*texts, *FLAGS, compiler, _version(compiler), _machine()):
         key.update(text.encode() + b"\0")
     return cache_folder() / f"{source.stem.replace('_', '-')}-{key.hexdigest()[:16]}.so"
+
+
+def _with_headers(source: Path) -> set[Path]:
+    """`source` and all that it includes in quotes, by itself or through another header."""
+    found: set[Path] = set()
+    waiting = [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+            waiting += [(path.parent / name).resolve() for name in names]
+    return found
 
 
 def compile_source(compiler: str, source: Path, target: Path, *more_flags: str) -> None:

@@ -19,11 +19,12 @@ from experts.model.spec import ExpertWeights
 from experts.native.build import NativeBuildError
 
 ACTIVATION_IDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "swigluoai": 3}
+FORMAT_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BAD_PAIRS = 1
 
 
 class NativeKernel(ExpertKernel):
-    """Packed weights, in huge pages if the system provides them; float32 and bfloat16."""
+    """Packed weights, in huge pages if the system provides them; float32, bfloat16 and float16."""
 
     name = "native"
 
@@ -31,10 +32,8 @@ class NativeKernel(ExpertKernel):
         """`num_places` of memory in each layer, by default one for each slot; else see placed.py."""
         super().__init__(shape)
         self._library = load_library()
-        self._is_bf16 = int(shape.dtype == torch.bfloat16)
-        self._slot_bytes = self._library.expert_mlp_slot_bytes(
-            self._is_bf16, shape.hidden_size, shape.intermediate_size
-        )
+        self._format = FORMAT_IDS[shape.dtype]
+        self._slot_bytes = self._library.expert_mlp_slot_bytes(self._format, shape.hidden_size, shape.intermediate_size)
         size = shape.num_layers * (num_places or shape.num_slots) * self._slot_bytes
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -42,7 +41,7 @@ class NativeKernel(ExpertKernel):
         self._packed = np.frombuffer(memory, dtype=np.uint8)
         activation = shape.activation
         handle = self._library.expert_mlp_create(
-            self._is_bf16,
+            self._format,
             shape.num_layers,
             shape.num_slots,
             shape.hidden_size,
@@ -62,11 +61,9 @@ class NativeKernel(ExpertKernel):
 
     @classmethod
     def supports(cls, shape: KernelShape) -> str | None:
-        """float32 and bfloat16 on the CPU, all activations and sizes; needs a C++ compiler."""
+        """All activations and sizes on the CPU, in float32, bfloat16 and float16; needs a C++ compiler."""
         if shape.device_type != "cpu":
             return f"it runs on the CPU, not on {shape.device}"
-        if shape.dtype not in (torch.float32, torch.bfloat16):
-            return f"it takes float32 and bfloat16, not {shape.dtype}"
         try:
             load_library()
         except NativeBuildError as error:
@@ -81,7 +78,7 @@ class NativeKernel(ExpertKernel):
         b13 = None if weights.b13_2I is None else weights.b13_2I.to("cpu", shape.dtype).float().contiguous()
         b2 = None if weights.b2_D is None else weights.b2_D.to("cpu", shape.dtype).float().contiguous()
         self._library.expert_mlp_pack(
-            self._is_bf16,
+            self._format,
             shape.hidden_size,
             shape.intermediate_size,
             w13.data_ptr(),

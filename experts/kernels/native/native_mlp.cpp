@@ -57,7 +57,7 @@ struct Places {
 struct Kernel {
     Sizes sizes;
     int64_t num_layers, num_slots;
-    int32_t is_bf16, activation, on_input;
+    int32_t format, activation, on_input;
     float alpha, limit;
     const uint32_t* weights;
     int64_t slot_words;
@@ -420,53 +420,60 @@ int32_t forward(Kernel& k, int64_t layer, int64_t M, int64_t N, const void* cons
         return 1;
     }
     if (k.places) note_use(k, layer, part.first);
-    (k.is_bf16 ? run<BFloat16> : run<Float32>)(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1, part);
+    with_format(k.format, [&](auto format) {
+        run<decltype(format)>(k, layer, M, rows, out, expert_mlp_has_threads() ? threads : 1, part);
+    });
     return 0;
 } catch (const std::bad_alloc&) {
     return 2;
 }
 
-Sizes sizes_of(int32_t is_bf16, int64_t hidden, int64_t width) {
-    return (is_bf16 ? Sizes::of<BFloat16> : Sizes::of<Float32>)(hidden, width);
+Sizes sizes_of(int32_t number, int64_t hidden, int64_t width) {
+    return with_format(number, [&](auto format) { return Sizes::of<decltype(format)>(hidden, width); });
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t expert_mlp_slot_bytes(int32_t is_bf16, int64_t hidden, int64_t width) {
-    return sizes_of(is_bf16, hidden, width).slot_bytes();
+int64_t expert_mlp_slot_bytes(int32_t format, int64_t hidden, int64_t width) {
+    return sizes_of(format, hidden, width).slot_bytes();
 }
 
 // Lanes of a vector: with the sizes and the number format they decide how an expert is packed.
 int32_t expert_mlp_lanes() { return LANES; }
 
 // w13 [2 * width, hidden] and w2 [hidden, width] in the format's own type, biases in float32 or null.
-void expert_mlp_pack(int32_t is_bf16, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
+void expert_mlp_pack(int32_t number, int64_t hidden, int64_t width, const void* w13, const float* b13, const void* w2,
              const float* b2, void* slot) {
-    const Sizes sizes = sizes_of(is_bf16, hidden, width);
-    (is_bf16 ? pack_slot<BFloat16> : pack_slot<Float32>)(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
+    const Sizes sizes = sizes_of(number, hidden, width);
+    with_format(number, [&](auto format) {
+        pack_slot<decltype(format)>(sizes, w13, b13, w2, b2, static_cast<uint32_t*>(slot));
+    });
 }
 
 // `weights` [layers, slots] of expert_mlp_slot_bytes each and `loaded` [layers, slots] must outlive the kernel. With
 // `places`, which must too, `weights` is [places of all layers].
-void* expert_mlp_create(int32_t is_bf16, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
+void* expert_mlp_create(int32_t format, int64_t layers, int64_t slots, int64_t hidden, int64_t width, int32_t activation,
                 float alpha, float limit, int32_t on_input, const void* weights, const uint8_t* loaded, void* places) {
-    const Sizes sizes = sizes_of(is_bf16, hidden, width);
-    return new (std::nothrow) Kernel{sizes,    layers,   slots,   is_bf16, activation, on_input,
+    const Sizes sizes = sizes_of(format, hidden, width);
+    return new (std::nothrow) Kernel{sizes,    layers,   slots,   format,  activation, on_input,
                                      alpha,    limit,    static_cast<const uint32_t*>(weights), sizes.slot_bytes() / 4,
                                      loaded,   static_cast<Places*>(places), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 }
 
 // Multiplies a block and a panel in the innermost cache, `repeats` times: the processor's ceiling for this kernel's inner
 // loop, for benchmarks. Returns the number of floating-point operations.
-double expert_mlp_probe(int32_t is_bf16, int64_t repeats) {
+double expert_mlp_probe(int32_t number, int64_t repeats) {
     constexpr int64_t words = CHUNK / 4;
     std::vector<uint32_t> block(MAX_ROWS * ROW_STRIDE), panel(2 * words * PANEL);
     VecF sums[MAX_ROWS * 2];
-    const Multiply run = is_bf16 ? MultiplyTable<BFloat16>::get(MAX_ROWS) : MultiplyTable<Float32>::get(MAX_ROWS);
-    for (int64_t i = 0; i < repeats; i++) run(block.data(), panel.data(), words, sums, {panel.data(), PANEL});
-    return 2.0 * repeats * MAX_ROWS * PANEL * words * (is_bf16 ? 2 : 1);
+    return with_format(number, [&](auto format) {
+        typedef decltype(format) Format;
+        const Multiply run = MultiplyTable<Format>::get(MAX_ROWS);
+        for (int64_t i = 0; i < repeats; i++) run(block.data(), panel.data(), words, sums, {panel.data(), PANEL});
+        return 2.0 * repeats * MAX_ROWS * PANEL * words * Format::GROUP;
+    });
 }
 
 // Take slots of a kernel with places out of use: they are places of `loaded`. Calls of `Places::layer` may still use them.
@@ -499,7 +506,7 @@ int32_t expert_mlp_forward(void* kernel, int64_t layer, int64_t M, int64_t N, co
                            int64_t out_stride, int32_t threads, int32_t first, int32_t last, const int32_t* ranks,
                            int64_t pairs) try {
     Kernel& k = *static_cast<Kernel*>(kernel);
-    const int64_t value_bytes = k.is_bf16 ? 2 : 4;
+    const int64_t value_bytes = with_format(k.format, [](auto format) { return sizeof(typename decltype(format)::Value); });
     k.row_addresses.resize(M);
     k.out_addresses.resize(M);
     for (int64_t m = 0; m < M; m++) {

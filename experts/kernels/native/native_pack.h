@@ -1,7 +1,7 @@
 // The layout of a slot's weights in memory, and the copy into that layout.
 //
 // Legend: D hidden size, I expert intermediate size, K length of a reduction. "Words" are 32 bits: one float32 or two
-// bfloat16 neighbours of a reduction. A packed slot: w13 panels, w2 panels, then the biases in float32.
+// neighbours of a reduction in 16 bits each (float16: two of the panel's columns share two words). A packed slot: w13 panels, w2 panels, then the biases in float32.
 //   w13 panel p: [K words][gate columns p * LANES .., up columns p * LANES ..]    w2 panel p: [K words][2 * LANES columns]
 #pragma once
 
@@ -40,23 +40,21 @@ struct Sizes {
     int64_t slot_bytes() const { return divide_up(4 * (w13_words() + w2_words() + b13_words() + panels_D * PANEL), 64) * 64; }
 };
 
-// Word number `word` of a row, with zeros beyond the row's end.
+// One lane of a panel: a row of the matrix with zeros beyond its end, or zeros where `row` is null.
 template <class Format>
-inline uint32_t word_at(const typename Format::Value* row, int64_t word, int64_t length) {
-    typename Format::Value values[Format::GROUP] = {};
-    for (int g = 0; g < Format::GROUP; g++)
-        if (word * Format::GROUP + g < length) values[g] = row[word * Format::GROUP + g];
-    uint32_t packed;
-    memcpy(&packed, values, 4);
-    return packed;
-}
-
-// One lane of a panel: a row of the matrix, or zeros where `row` is null.
-template <class Format>
-void pack_lane(const typename Format::Value* row, int64_t length, int64_t words, uint32_t* target) {
-    const int64_t whole = row ? length / Format::GROUP : 0;
-    for (int64_t k = 0; k < whole; k++) memcpy(target + k * PANEL, row + k * Format::GROUP, 4);
-    for (int64_t k = whole; k < words; k++) target[k * PANEL] = row ? word_at<Format>(row, k, length) : 0;
+void pack_lane(const typename Format::Value* row, int64_t length, int64_t words, uint32_t* panel, int lane) {
+    constexpr int GROUP = Format::GROUP;
+    const int64_t whole = row ? length / GROUP : 0;
+    uint32_t* target = panel + lane / LANES * LANES;
+    for (int64_t k = 0; k < words; k++, target += PANEL) {
+        if (k < whole) {
+            Format::put(target, lane % LANES, row + k * GROUP);
+            continue;
+        }
+        typename Format::Value values[GROUP] = {};
+        for (int g = 0; row && k * GROUP + g < length; g++) values[g] = row[k * GROUP + g];
+        Format::put(target, lane % LANES, values);
+    }
 }
 
 template <class Format>
@@ -66,13 +64,13 @@ void pack_slot(const Sizes& s, const void* w13_any, const float* b13, const void
     for (int64_t p = 0; p < s.panels_I; p++)
         for (int lane = 0; lane < PANEL; lane++) {
             const int64_t column = p * LANES + lane % LANES, row = column + (lane < LANES ? 0 : s.I);
-            pack_lane<Format>(column < s.I ? w13 + row * s.D : nullptr, s.D, s.words_D, slot + p * s.words_D * PANEL + lane);
+            pack_lane<Format>(column < s.I ? w13 + row * s.D : nullptr, s.D, s.words_D, slot + p * s.words_D * PANEL, lane);
         }
     uint32_t* target = slot + s.w13_words();
     for (int64_t p = 0; p < s.panels_D; p++)
         for (int lane = 0; lane < PANEL; lane++) {
             const int64_t column = p * PANEL + lane;
-            pack_lane<Format>(column < s.D ? w2 + column * s.I : nullptr, s.I, s.words_I, target + p * s.words_I * PANEL + lane);
+            pack_lane<Format>(column < s.D ? w2 + column * s.I : nullptr, s.I, s.words_I, target + p * s.words_I * PANEL, lane);
         }
     float* biases = reinterpret_cast<float*>(target + s.w2_words());
     for (int64_t i = 0; i < s.b13_words(); i++) {

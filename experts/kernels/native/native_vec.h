@@ -1,15 +1,14 @@
-// Vector types, activations and the two number formats of native_mlp.cpp, in GCC's portable vector extension.
-// The only intrinsics are those of AVX512_BF16; without it, bf16 pairs are widened to float32.
+// Vector types, activations and the number formats of native_mlp.cpp, in GCC's portable vector extension. The only intrinsics
+// are the products of AVX512_BF16, without which bfloat16 is widened to float32, and float16's conversions.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "../../native/float16.h"  // and the processor's own functions
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int LANES = 16, MAX_ROWS = 12;  // 12 rows x 2 vectors of sums, of 32 registers
 #elif defined(__AVX__)
 constexpr int LANES = 8, MAX_ROWS = 6;  // of 16 registers
@@ -107,6 +106,7 @@ struct Float32 {
     static inline VecF load_lanes(const float* source) { return load<VecF>(source); }
     static inline void store_lanes(float* target, VecF value) { store(target, value); }
     static inline void store_block(uint32_t* target, VecF value) { store(target, value); }
+    static inline void put(uint32_t* words, int lane, const float* value) { memcpy(words + lane, value, 4); }
     typedef VecF B;
     static inline B load_b(const uint32_t* words, int) { return load<VecF>(words); }
     static inline VecF multiply_add(VecF sum, const uint32_t* a, B b) {
@@ -119,6 +119,7 @@ struct Float32 {
 struct BFloat16 {
     typedef uint16_t Value;
     static constexpr int GROUP = 2;
+    static inline void put(uint32_t* words, int lane, const uint16_t* values) { memcpy(words + lane, values, 4); }
     static inline VecF load_lanes(const uint16_t* source) {
         VecU bits = __builtin_convertvector(load<VecH>(source), VecU) << 16;
         VecF wide;
@@ -156,3 +157,52 @@ struct BFloat16 {
     static inline VecF multiply_add(VecF sum, const uint32_t* a, B b) { return Float32::multiply_add(sum, a, b); }
 #endif
 };
+
+// Of a vector's words the first half holds the first values and the second half the second ones, as conversions take them.
+struct Float16 {
+    typedef uint16_t Value;
+    static constexpr int GROUP = 2, BLOCK_GROUP = 1, STEPS = 2;
+    static inline void put(uint32_t* words, int lane, const uint16_t* values) {
+        for (int step = 0; step < STEPS; step++) memcpy(reinterpret_cast<uint16_t*>(words) + step * LANES + lane, values + step, 2);
+    }
+    static inline VecF load_lanes(const uint16_t* source) {
+#if defined(__AVX512F__)
+        return (VecF)_mm512_cvtph_ps(load<__m256i>(source));
+#elif defined(__F16C__)
+        return (VecF)_mm256_cvtph_ps(load<__m128i>(source));
+#else
+        VecF wide;
+        for (int lane = 0; lane < LANES; lane++) wide[lane] = float16::widen(source[lane]);
+        return wide;
+#endif
+    }
+    static inline void store_lanes(uint16_t* target, VecF value) {  // to nearest even
+#if defined(__AVX512F__)
+        store(target, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+        store(target, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+        for (int lane = 0; lane < LANES; lane++) target[lane] = float16::round(value[lane]);
+#endif
+    }
+    static inline void store_block(uint32_t* target, VecF value) {
+        uint16_t halves[LANES];
+        store_lanes(halves, value);
+        store(target, load_lanes(halves));
+    }
+    typedef VecF B;
+    static inline B load_b(const uint32_t* words, int step) {
+        return load_lanes(reinterpret_cast<const uint16_t*>(words) + step * LANES);
+    }
+    static inline VecF multiply_add(VecF sum, const uint32_t* a, B b) { return Float32::multiply_add(sum, a, b); }
+};
+
+// Calls `use` with the format of that number: 0 float32, 1 bfloat16, 2 float16 (kernel.py has the same).
+template <class Use>
+auto with_format(int32_t number, Use use) {
+    switch (number) {
+        case 0: return use(Float32());
+        case 1: return use(BFloat16());
+        default: return use(Float16());
+    }
+}

@@ -16,9 +16,8 @@ from tests.support.kernel_cases import ACTIVATIONS, BASE, TOLERANCE, build, chec
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 BY_DTYPE = {name: dataclasses.replace(BASE, dtype=dtype) for name, dtype in DTYPES.items()}
-TWO_DTYPES = {name: BY_DTYPE[name] for name in ("float32", "bfloat16")}
 ON_CPU = {
-    "native": {"float32", "bfloat16"},
+    "native": {"float32", "bfloat16", "float16"},
     "vllm_cpu": {"float32", "bfloat16", "float16"},
     "vllm_triton": set(),
     "triton_mlp": {"float32", "float16"},  # in Triton's interpreter
@@ -49,7 +48,7 @@ def test_row_counts(name, shape, num_rows):
             shape, activation=spec, has_bias=has_bias
         )
         for (dtype, shape), (activation, spec), has_bias in product(
-            TWO_DTYPES.items(), ACTIVATIONS.items(), (False, True)
+            BY_DTYPE.items(), ACTIVATIONS.items(), (False, True)
         )
     }
 )
@@ -58,7 +57,7 @@ def test_activations_and_biases(name, shape):
 
 
 @pytest.mark.parametrize("pairs_per_row", [1, 3])
-@each_kernel({dtype: dataclasses.replace(shape, weight_on_input=True) for dtype, shape in TWO_DTYPES.items()})
+@each_kernel({dtype: dataclasses.replace(shape, weight_on_input=True) for dtype, shape in BY_DTYPE.items()})
 def test_weight_on_input(name, shape, pairs_per_row):
     run_case(name, shape, 7, 3, pairs_per_row)
 
@@ -66,7 +65,7 @@ def test_weight_on_input(name, shape, pairs_per_row):
 @each_kernel(
     {
         f"{dtype}-{D}x{I}": dataclasses.replace(shape, num_layers=1, hidden_size=D, intermediate_size=I)
-        for dtype, shape in TWO_DTYPES.items()
+        for dtype, shape in BY_DTYPE.items()
         for D, I in [(80, 72), (33, 17), (1, 1), (520, 40), (1100, 8)]
     }
 )
@@ -74,7 +73,7 @@ def test_odd_sizes(name, shape):
     run_case(name, shape, 15, seed=shape.hidden_size)
 
 
-@each_kernel(TWO_DTYPES)
+@each_kernel(BY_DTYPE)
 def test_uniform_pairs_one_expert_and_rows_without_pairs(name, shape):
     kernel, experts = build(name, shape, seed=1)
     rows_MD = torch.randn(37, BASE.hidden_size).to(shape.dtype)

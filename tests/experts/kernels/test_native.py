@@ -19,6 +19,7 @@ from experts.native.build import compile_source, find_compiler
 from tests.support.kernel_cases import ACTIVATIONS, BASE, build, run_case
 
 pytestmark = pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason=str(NativeKernel.supports(BASE)))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_alone_gets_the_bits_that_it_gets_in_a_batch(dtype, threads):
     threads(1)
     shape = dataclasses.replace(BASE, hidden_size=1200, num_layers=1, dtype=dtype)
@@ -44,7 +45,7 @@ def test_a_row_alone_gets_the_bits_that_it_gets_in_a_batch(dtype, threads):
         assert torch.equal(alone[0], together[m])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 90])
 def test_thread_counts_do_not_change_a_bit(num_rows, dtype, threads):
     kernel, _ = build("native", dataclasses.replace(BASE, has_bias=True, dtype=dtype), seed=0)
@@ -74,7 +75,7 @@ def test_processors_with_fewer_instructions(flag, monkeypatch, tmp_path_factory,
     threads(1)
     library = variant(tmp_path_factory.getbasetemp(), flag)
     monkeypatch.setattr(native, "load_library", lambda: library)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for num_rows in (1, 40):
             run_case("native", dataclasses.replace(BASE, has_bias=True, dtype=dtype), num_rows, seed=1)
         odd = dataclasses.replace(BASE, hidden_size=33, intermediate_size=17, dtype=dtype)
