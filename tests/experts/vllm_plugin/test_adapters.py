@@ -19,6 +19,7 @@ from tests.support.small_mesh import mesh_of
 from tests.support.spoiled_checkpoints import TINY
 from tests.support.zygote.adapter_jobs import NEW_TOKENS
 from tests.support.zygote.engine_zygote import Zygote
+from tests.support.zygote.parity_jobs import TWO_WORKERS
 
 ENGINE_S = 400.0
 TIE = 1e-4  # sums of the same products in different orders move a log-probability by about 1e-5
@@ -29,6 +30,10 @@ CASES: dict[str, tuple[str | None, dict[str, list[str]]]] = {
     "qwen2_moe": ("qwen2_moe", {"all": [*ATTENTION, *MLP, "gate"]}),
     "deepseek_v3": ("deepseek_v3", {"all": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", *MLP, "gate"]}),
 }
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+# What else an engine does while it has adapters, for a head and for shared experts that two workers have half of each.
+TOGETHER = {"speculative_config": NGRAM, **TWO_WORKERS}
+TOGETHER_CASES = ("tiny-moe", "qwen2_moe")
 LAYER = "base_model.model.model.layers.1."
 WITHOUT_EFFECT = {
     "routed": "mlp.experts.3.gate_proj",
@@ -45,6 +50,7 @@ class Run:
 
     plain: dict[str, dict[str, Any]]
     router: dict[str, Any]
+    together: dict[str, Any] | None
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -68,11 +74,18 @@ def run(vllm_zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, request: 
             "adapter_router", model=base, membership=mesh.membership().to_dict(), adapters=paths, refused=refused
         )
         vllm_zygote.wait(job, "turns", ENGINE_S)
+        together = None
+        if request.param in TOGETHER_CASES:
+            other = vllm_zygote.start(
+                "adapter_together", model=base, membership=mesh.membership().to_dict(), adapters=paths, options=TOGETHER
+            )
+            vllm_zygote.wait(other, "turns", ENGINE_S)
+            together = vllm_zygote.events(other)
     plain = {}
     for name, reference in references.items():
         vllm_zygote.wait(reference, "ids", ENGINE_S)
         plain[name] = vllm_zygote.events(reference)
-    return Run(plain, vllm_zygote.events(job))
+    return Run(plain, vllm_zygote.events(job), together)
 
 
 def check_tokens(got: list[list[int]], plain: dict[str, Any]) -> None:
@@ -80,6 +93,13 @@ def check_tokens(got: list[list[int]], plain: dict[str, Any]) -> None:
     for ours, theirs, gaps in zip(got, plain["ids"], plain["gaps"], strict=True):
         apart = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         assert apart is None or gaps[apart] <= TIE, f"token {apart} of {ours}, expected {theirs}"
+
+
+def check_mixed(mixed: dict[str, list[int]], plain: dict[str, dict[str, Any]]) -> None:
+    """One prompt's tokens with each adapter and with none, made at a time."""
+    assert mixed.keys() == plain.keys()
+    for name, ids in mixed.items():
+        check_tokens([ids], {"ids": [plain[name]["ids"][-1][:NEW_TOKENS]], "gaps": plain[name]["gaps"][-1:]})
 
 
 def test_each_adapter_gives_the_tokens_of_its_merged_model(run: Run) -> None:
@@ -103,10 +123,23 @@ def test_requests_without_an_adapter_get_the_base_model(run: Run) -> None:
 
 
 def test_requests_of_several_adapters_at_a_time_keep_to_theirs(run: Run) -> None:
-    assert run.router["mixed"].keys() == run.plain.keys()
-    for name, ids in run.router["mixed"].items():
-        longest, gaps = run.plain[name]["ids"][-1][:NEW_TOKENS], run.plain[name]["gaps"][-1:]
-        check_tokens([ids], {"ids": [longest], "gaps": gaps})
+    check_mixed(run.router["mixed"], run.plain)
+
+
+@pytest.mark.parametrize("run", TOGETHER_CASES, indirect=True)
+def test_adapters_go_with_speculation_and_two_workers(run: Run) -> None:
+    """In one engine: guesses are made and checked for each adapter, and each worker has half of every adapter."""
+    assert run.together is not None
+    assert {name for name, _ in run.together["turns"]} == run.plain.keys()
+    for name, ids in run.together["turns"]:
+        plain = run.plain[name]
+        check_tokens(ids, {**plain, "ids": [whole[:NEW_TOKENS] for whole in plain["ids"]]})
+    check_mixed(run.together["mixed"], run.plain)
+    assert run.together["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert len(run.together["statuses"]) == 2
+    for status in run.together["statuses"]:
+        assert (status["failovers"], status["fallback_pairs"]) == (0, 0)
+        assert sum(status["shard_pairs"]) > 0
 
 
 def test_an_adapter_that_could_not_be_applied_is_refused_by_name(run: Run) -> None:

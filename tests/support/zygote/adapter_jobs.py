@@ -115,31 +115,57 @@ def router(
     """
     from vllm.lora.request import LoRARequest
 
-    from experts.protocol.settings import RouterSettings
-    from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
-
-    settings = RouterSettings(model_path=model, membership_by_rpc=True)
-    options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
-    engine = parity_jobs._engine(model, router_engine_kwargs(settings, options))
-    engine.collective_rpc("expertmesh_use_membership", args=(membership,))
-    requests = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters.items(), start=1)}
-
-    def tokens(name: str | None) -> list[list[int]]:
-        request = None if name is None else requests[name]
-        outputs = engine.generate(
-            [{"prompt_token_ids": ids} for ids in parity_jobs.prompts()],
-            parity_jobs.greedy_sampling(parity_jobs.NEW_TOKENS),
-            use_tqdm=False,
-            lora_request=request,
-        )
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    emit(base=tokens(None))
-    turns = [(name, tokens(name)) for _ in range(2) for name in adapters]
+    engine = _router(model, membership, {})
+    requests = _requests(adapters)
+    emit(base=_tokens(engine, None))
+    turns = [(name, _tokens(engine, request)) for _ in range(2) for name, request in requests.items()]
     add = engine.llm_engine.add_lora
     emit(refusals={name: error_of(add, LoRARequest(name, 100, path)) for name, path in refused.items()})
     (status,) = engine.collective_rpc("expertmesh_status")
-    emit(turns=turns, mixed=_mixed(engine, requests), base_again=tokens(None), status=status)
+    emit(turns=turns, mixed=_mixed(engine, requests), base_again=_tokens(engine, None), status=status)
+
+
+def together(
+    emit: Any, model: str, membership: dict[str, Any], adapters: dict[str, str], options: dict[str, Any]
+) -> None:
+    """A router with other engine options beside adapters: the first tokens of each adapter and of none in `turns`,
+    `mixed`, the status of each of its workers and vLLM's `counters`.
+    """
+    parity_jobs.fork_workers()
+    engine = _router(model, membership, {"disable_log_stats": False, **options})
+    requests = _requests(adapters)
+    turns = [(name, _tokens(engine, request, NEW_TOKENS)) for name, request in {**requests, "": None}.items()]
+    mixed = _mixed(engine, requests)
+    counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    emit(turns=turns, mixed=mixed, counters=counters, statuses=engine.collective_rpc("expertmesh_status"))
+
+
+def _router(model: str, membership: dict[str, Any], options: dict[str, Any]) -> Any:
+    """An engine over shards with room for one adapter."""
+    from experts.protocol.settings import RouterSettings
+    from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
+
+    settings = RouterSettings(model_path=model, membership_by_rpc=True, router_id="r")
+    lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    engine = parity_jobs._engine(model, router_engine_kwargs(settings, {**lora, **options}))
+    engine.collective_rpc("expertmesh_use_membership", args=(membership,))
+    return engine
+
+
+def _requests(adapters: dict[str, str]) -> dict[str, Any]:
+    from vllm.lora.request import LoRARequest
+
+    return {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters.items(), start=1)}
+
+
+def _tokens(engine: Any, request: Any, count: int = parity_jobs.NEW_TOKENS) -> list[list[int]]:
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for ids in parity_jobs.prompts()],
+        parity_jobs.greedy_sampling(count),
+        use_tqdm=False,
+        lora_request=request,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def _mixed(engine: Any, requests: dict[str, Any]) -> dict[str, list[int]]:
@@ -155,4 +181,10 @@ def _mixed(engine: Any, requests: dict[str, Any]) -> dict[str, list[int]]:
     return done
 
 
-JOBS = {"adapter_joints": joints, "adapter_checkpoint": checkpoint, "adapter_plain": plain, "adapter_router": router}
+JOBS = {
+    "adapter_joints": joints,
+    "adapter_checkpoint": checkpoint,
+    "adapter_plain": plain,
+    "adapter_router": router,
+    "adapter_together": together,
+}

@@ -149,20 +149,19 @@ def fork_workers() -> None:
 def _engine(model: str, extra: dict[str, Any], dtype: str = "float32") -> Any:
     from vllm import LLM
 
-    return LLM(
-        model,
-        dtype=dtype,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        max_model_len=128,
-        max_num_seqs=NUM_PROMPTS,
-        max_num_batched_tokens=NUM_PROMPTS * 128,
-        num_gpu_blocks_override=96,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        seed=0,
-        **extra,
-    )
+    options = {
+        "dtype": dtype,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "max_num_seqs": NUM_PROMPTS,
+        "max_num_batched_tokens": NUM_PROMPTS * 128,
+        "num_gpu_blocks_override": 96,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    return LLM(model, **{**options, **extra})
 
 
 def greedy_sampling(count: int, **sampling: Any) -> Any:
