@@ -83,6 +83,7 @@ def routers(lives: Sequence[RouterLive], status: ControllerStatus | None) -> lis
             "id": live.status.router_id,
             "answers": True,
             "pool": live.status.pool,
+            "workers": live.status.workers,
             "epoch": live.status.epoch,
             "connected": len(live.status.connected),
             "num_ranks": live.status.num_ranks,

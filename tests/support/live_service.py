@@ -52,6 +52,7 @@ class MadeUpService:
         self.routers = [f"llm#Router#{name:04x}{seed:04x}" for name in range(routers)]
         self.lost: set[int] = set()
         self.silent_routers: set[str] = set()
+        self.workers = dict.fromkeys(self.routers, 1)
         self.draining: set[int] = set()
         self.controller_away = False
         self.epoch = 7
@@ -181,6 +182,7 @@ class MadeUpService:
             failovers=3 if self.lost else 0,
             fallback_pairs=0,
             refused_requests=0,
+            workers=self.workers[name],
         )
         pulse = Pulse(True, tokens, 37, 2 if self.lost else 0, 0.61, between.counts, first.counts)
         loads = None

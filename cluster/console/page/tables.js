@@ -123,6 +123,7 @@ export class Routers {
       } },
       { name: "State", kind: "status", cell: (cell, router) => stateCell(cell, !router.answers ? "missing" : lostRanks(router).length ? "partial" : "serving") },
       { name: "Epoch", kind: "number", text: (router) => whole(router.epoch) },
+      { name: "Workers", kind: "number", title: "Of its engine, which compute each step together (tensor parallelism)", text: (router) => (router.answers ? whole(router.workers) : NONE) },
       { name: "Shards", kind: "number", text: (router) => (router.answers ? `${router.connected} of ${router.num_ranks}` : NONE) },
       { name: "Without", text: (router) => lostRanks(router).length ? `rank ${ranges(lostRanks(router))}` : "" },
       { name: "Running", kind: "number", text: (router) => (router.counted ? whole(router.running) : NONE) },

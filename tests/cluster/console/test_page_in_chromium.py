@@ -242,6 +242,22 @@ def test_a_loss_a_move_and_the_return_are_seen_as_they_come(browser: Browser) ->
         assert opened.problems == []
 
 
+def test_a_router_says_of_how_many_workers_its_engine_is(browser: Browser) -> None:
+    service = MadeUpService(4, 32, 3, routers=3)
+    two, one, silent = service.routers
+    service.workers[two] = 2
+    service.silent_routers = {silent}
+    with served(service) as url, Opened(browser, url) as opened:
+        page = opened.shown()
+        column = page.locator("#routers thead th").all_inner_texts().index("Workers")
+        shown = {
+            row.locator("th").get_attribute("title"): row.locator("th, td").nth(column).inner_text()
+            for row in page.locator("#routers tbody tr").all()
+        }
+        assert shown == {two: "2", one: "1", silent: "\u2013"}
+        assert opened.problems == []
+
+
 def test_text_from_the_service_is_never_markup(browser: Browser) -> None:
     service = MadeUpService(4, 32, 3)
     service.event("lost", "<img src=x onerror=alert(1)><b>bold</b>", 1)
