@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import dataclasses
 import importlib
+import os
 import socket
 from typing import Any
 
@@ -102,12 +103,18 @@ def generate(
 
 
 def serve(
-    emit: Any, model: str, model_id: str, engine_kwargs: dict[str, Any], membership: dict[str, Any] | None
+    emit: Any,
+    model: str,
+    model_id: str,
+    engine_kwargs: dict[str, Any],
+    membership: dict[str, Any] | None,
+    env_vars: dict[str, str] | None = None,
 ) -> None:
     """vLLM's app and the front door before an engine whose experts are on shards; emits its `url`, serves until ended.
 
-    `engine_kwargs` as in a config, of vLLM's engine and of its front end.
+    `engine_kwargs` and `env_vars` as in a config, of vLLM's engine and of its front end.
     """
+    os.environ.update(env_vars or {})
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -40,6 +40,13 @@ def test_labels_are_scored_by_the_next_token(api: ModelApi) -> None:
     assert len({each["score"] for each in answer["data"]}) == 2
 
 
+def test_structured_decisions_are_refused_for_this_model(api: ModelApi) -> None:
+    questions = {"q": {"type": "choice", "instructions": "Which?", "criteria": {"join": None, "split": None}}}
+    status, error = api.refused("/v1/systemone", state="os.path", questions=questions)
+    assert (status, error["code"]) == (400, "invalid_value")
+    assert "The model does not support the structured decision API" in error["message"]
+
+
 def test_vllms_series_count_what_the_engine_made(api: ModelApi) -> None:
     before = api.counter("vllm:generation_tokens_total")
     api.tokens("def", 5, ignore_eos=True)

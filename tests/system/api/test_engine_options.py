@@ -137,6 +137,74 @@ def test_a_dense_draft_model_changes_no_token(engines: Engines, draft: Path) -> 
     assert run["status"]["dispatches"] == run["status"]["layers"] * run["status"]["steps"]
 
 
+@pytest.fixture(scope="module")
+def medusa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two heads, each of which guesses what the model says next once more."""
+    folder = tmp_path_factory.mktemp("medusa")
+    hidden, vocab, embedding = _sizes()
+    tensors = {}
+    for head in range(2):
+        tensors[f"blocks.{head}.layers.0.weight"] = torch.zeros(hidden, hidden)
+        tensors[f"lm_heads.{head}.weight"] = embedding.clone()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"architectures": ["MedusaModel"], "model_type": "medusa", "hidden_size": hidden, "vocab_size": vocab}
+    (folder / "config.json").write_text(json.dumps({**config, "num_heads": 2, "num_hidden_layers": 1}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eagle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer that hands on the model's last state, so that it guesses what the model says next once more."""
+    folder, width = tmp_path_factory.mktemp("eagle"), 16
+    hidden, vocab, _ = _sizes()
+    tensors = {"fc.weight": torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)}
+    for name in "qkvo":
+        tensors[f"layers.0.self_attn.{name}_proj.weight"] = torch.zeros(hidden, hidden)
+    for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+        tensors[f"layers.0.mlp.{name}_proj.weight"] = torch.zeros(shape)
+    tensors["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    save_file(tensors, folder / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": width}
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return folder
+
+
+def _sizes() -> tuple[int, int, torch.Tensor]:
+    """Hidden size, vocabulary and embedding of the tiny model."""
+    embedding = load_file(TINY / "model.safetensors")["model.embed_tokens.weight"]
+    return embedding.shape[1], embedding.shape[0], embedding
+
+
+@pytest.mark.parametrize("method", ["medusa", "eagle"])
+def test_heads_without_experts_change_no_token(engines: Engines, request: pytest.FixtureRequest, method: str) -> None:
+    folder: Path = request.getfixturevalue(method)
+    speculative = {"method": method, "model": str(folder), "num_speculative_tokens": 2}
+    run = engines.run(speculative_config=speculative)
+    check_tokens(run, engines.run(block_size=32))
+    assert run["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert run["status"]["dispatches"] == run["status"]["layers"] * run["status"]["steps"]
+
+
+def test_suffix_decoding_is_refused_by_vllm_without_its_package(engines: Engines) -> None:
+    error = engines.run(speculative_config={"method": "suffix"})["error"]
+    assert "Arctic Inference is required for suffix decoding" in error
+
+
+def test_a_connector_of_vllms_takes_over_blocks_and_changes_no_token(engines: Engines, tmp_path: Path) -> None:
+    """The second time, out of files: without a prefix cache the engine has no blocks of its own."""
+    transfer = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    run = engines.run(kv_transfer_config=transfer, enable_prefix_caching=False, block_size=32)
+    without = engines.run(enable_prefix_caching=False)
+    check_tokens(run, without)
+    assert run["counters"]["vllm:external_prefix_cache_hits"] == len(LONG) // 32 * 32
+    assert run["status"]["rows"] < without["status"]["rows"]
+
+
 def test_a_draft_model_with_experts_is_refused_by_name(engines: Engines) -> None:
     speculative = {"method": "draft_model", "model": str(TINY), "num_speculative_tokens": 2}
     error = engines.run(speculative_config=speculative)["error"]

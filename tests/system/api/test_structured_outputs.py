@@ -49,6 +49,19 @@ def test_regex_choice_and_grammar_are_kept(api: ModelApi, asked: dict[str, Any],
     assert re.fullmatch(expected, said(api, extra_body={"structured_outputs": asked}))
 
 
+def test_a_structural_tag_has_its_schema_between_its_ends(api: ModelApi) -> None:
+    """As the format of the answer, and as vLLM's own field."""
+    tag = {"begin": "<call>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</call>"}
+    tags = {"type": "triggered_tags", "triggers": ["<call>"], "tags": [{"type": "tag", **tag}]}
+    tags |= {"at_least_one": True, "stop_after_first": True}
+    whole = {"type": "structural_tag", "format": tags}
+    for asked in ({"response_format": whole}, {"structured_outputs": {"structural_tag": json.dumps(whole)}}):
+        text = said(api, extra_body=asked)
+        assert text.startswith("<call>")
+        assert text.endswith("</call>")
+        check_schema(text.removeprefix("<call>").removesuffix("</call>"))
+
+
 def test_a_streamed_answer_keeps_its_grammar(api: ModelApi) -> None:
     chunks = api.client.completions.create(
         model=api.model, prompt="def", max_tokens=16, stream=True, extra_body={"structured_outputs": {"regex": "ab{5}"}}
