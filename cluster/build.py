@@ -112,9 +112,8 @@ def llm_application(config: LLMAppConfig) -> Application:
     refuse_llm(config, folder=folder, complete=complete)
     args = config.model_dump(exclude_unset=True)
     routers, bound = config.routers, {}
-    if config.http.names_keys:
-        ledger = serve.deployment(KeyLedger, name=KEY_LEDGER, logging_config=quiet(), **LEDGER_OPTIONS)
-        bound["ledger"] = ledger.bind()
+    if config.http.names_keys and config.http.ledger_app is None:
+        bound["ledger"] = _ledger()
     if config.pools is not None:
         prefill = router_options(config.of_pool("prefill").routers)
         bound["prefill"] = serve.deployment(PrefillRouter, name=PREFILL_ROUTER, **prefill).bind(args)
@@ -134,9 +133,14 @@ def gateway_application(config: GatewayAppConfig) -> Application:
     """One address for several models. Raises ConfigError, with nothing deployed."""
     refuse_gateway(config)
     options = gateway_options(config)
+    bound = {"ledger": _ledger()} if config.http.names_keys else {}
     return serve.deployment(GatewayServer, name=GATEWAY, user_config={}, logging_config=quiet(), **options).bind(
-        config.model_dump(exclude_unset=True)
+        config.model_dump(exclude_unset=True), **bound
     )
+
+
+def _ledger() -> Application:
+    return serve.deployment(KeyLedger, name=KEY_LEDGER, logging_config=quiet(), **LEDGER_OPTIONS).bind()
 
 
 def _with_env(options: dict[str, Any], env_vars: dict[str, str]) -> dict[str, Any]:

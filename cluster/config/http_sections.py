@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from experts.protocol.settings import StrictModel
 
@@ -78,6 +79,9 @@ class ConsoleHttpSection(KeysSection):
         default=None,
         description="Environment variable with more admin keys, comma-separated. It must be set if named here.",
     )
+    ledger_app: str | None = Field(
+        default=None, min_length=1, description="Where the usage of keys is counted, as http.ledger_app of the routers."
+    )
 
     @field_validator("admin_keys")
     @classmethod
@@ -118,6 +122,12 @@ def _with_env(name: str, keys: list[str], variable: str | None) -> frozenset[str
 class HttpSection(KeysSection):
     """What stands before the OpenAI API, in addition to Serve's own http_options."""
 
+    ledger_app: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Application that counts what each key uses: the name of the gateway, behind which a key has one "
+        "limit for all models. By default these routers have a ledger of their own.",
+    )
     max_pending_requests: int = Field(
         default=256,
         ge=1,
@@ -144,3 +154,23 @@ class HttpSection(KeysSection):
         description="/health passes if a token was generated through the shards within this time; otherwise it "
         "generates one.",
     )
+
+    @model_validator(mode="after")
+    def _counts_what_has_names(self) -> HttpSection:
+        if self.ledger_app is not None and not self.names_keys:
+            raise ValueError(
+                f"ledger_app is {self.ledger_app!r}, but nothing is counted without names of keys: set keys_file or "
+                "keys_env, or remove it"
+            )
+        return self
+
+
+def ledger_disagreements(routers: HttpSection, console: ConsoleHttpSection | None, has_gateway: bool) -> Iterator[str]:
+    """What does not fit of `ledger_app`, one line each."""
+    if routers.ledger_app is not None and not has_gateway:
+        yield f"http.ledger_app is {routers.ledger_app!r}, but the file has no gateway: remove it"
+    if routers.names_keys and console is not None and console.ledger_app != routers.ledger_app:
+        yield (
+            f"http.ledger_app is {routers.ledger_app!r} for the routers and {console.ledger_app!r} for the console: "
+            "make them equal"
+        )

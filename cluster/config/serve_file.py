@@ -30,6 +30,7 @@ from cluster.config.deployments import DeploymentOverrides
 from cluster.config.devices import device_disagreements
 from cluster.config.gateway.agreement import gateway_disagreements
 from cluster.config.gateway.sections import GATEWAY, GatewayAppConfig, GatewayLive
+from cluster.config.http_sections import ledger_disagreements
 from cluster.config.live_sections import LiveConfig
 from cluster.config.model_section import ModelSection
 from cluster.config.parse import ConfigError, MissingPath, parse, portable
@@ -155,6 +156,7 @@ class MeshConfig(StrictModel):
                 f"transport.max_rows_per_dispatch is {rows}, more than shards.max_rows_per_dispatch accepts "
                 f"({self.experts.shards.max_rows_per_dispatch})"
             )
+        yield from ledger_disagreements(self.llm.http, None if self.console is None else self.console.http, several)
         if self.llm.experts_app != self.experts_name:
             yield f"experts_app is {self.llm.experts_app!r}, but the application is named {self.experts_name!r}"
         if self.llm_name == self.experts_name:

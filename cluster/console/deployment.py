@@ -32,5 +32,7 @@ class ConsoleServer:
             RouterClient(deployment_handle(ROUTER, app), deployment_handle(PREFILL_ROUTER, app))
             for app in self._config.llm_apps
         ]
-        ledgers = [deployment_handle(KEY_LEDGER, app) for app in self._config.llm_apps]
+        counting = [self._config.http.ledger_app or app for app in self._config.llm_apps]
+        handles = {app: deployment_handle(KEY_LEDGER, app) for app in counting}
+        ledgers = [handles[app] for app in counting]
         return console_app(Console(self._config, ControllerClient(self._config.experts_app), routers, ledgers))

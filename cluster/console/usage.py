@@ -24,7 +24,8 @@ USAGE: dict[str, Callable[[FastAPI], Callable[..., Any]]] = {"usage": lambda app
 
 
 class Usage:
-    """The handlers of USAGE. `ledgers`: handles of the applications' ledgers, which need not exist."""
+    """The handlers of USAGE. `ledgers`: for each of `routers` the handle of the ledger that they count with, which need
+    not exist; the same one where applications count together."""
 
     def __init__(self, routers: Sequence[RouterClient], ledgers: Sequence[Any]) -> None:
         self._routers, self._ledgers = routers, ledgers
@@ -54,11 +55,11 @@ class Usage:
         """(what routers say, what ledgers say, one line for each that does not answer)."""
         answers = await asyncio.gather(*(client.keys(timeout_s=ROUTERS_TIMEOUT_S) for client in self._routers))
         errors = [error for _, missing in answers for error in missing]
-        asked = [
-            ledger
+        asked = {
+            id(ledger): ledger  # once, if several applications have it
             for ledger, (found, _) in zip(self._ledgers, answers, strict=False)
             if not found or any(one.limits_by != "nothing" for one in found)  # others have no ledger
-        ]
+        }.values()
         said = await asyncio.gather(*(usage_of(one, LEDGER_TIMEOUT_S) for one in asked), return_exceptions=True)
         errors += ["the ledger of keys does not answer" for one in said if isinstance(one, BaseException)]
         return (

@@ -24,7 +24,8 @@ logger = logging.getLogger("ray.serve")
 class GatewayServer:
     """One replica. There may be any number of them; each counts shares for itself."""
 
-    def __init__(self, gateway: dict[str, Any]) -> None:
+    def __init__(self, gateway: dict[str, Any], ledger: Any = None) -> None:
+        """`ledger` is there so that the application has one: routers count with it what each key uses."""
         # Here, so that Serve's build task does without Starlette and aiohttp.
         from cluster.controller.client import ROUTER
         from cluster.gateway.forward import Forwarder

@@ -26,7 +26,7 @@ from cluster.controller.client import ROUTER, ControllerClient, ControllerLostEr
 from cluster.http.app import front_door
 from cluster.http.health import GenerationHealth
 from cluster.http.vllm_joints import front_end_options
-from cluster.keys.deployment import settle_of
+from cluster.keys.deployment import KEY_LEDGER, settle_of
 from cluster.keys.leases import Leases, RouterKeys
 from cluster.keys.sources import KeySource
 from cluster.observability.exporter import Exporter
@@ -103,6 +103,8 @@ class ExpertMeshLLMServer(LLMServer):
         self._set_up(mesh, replica.replica_id, ControllerClient(mesh.experts_app))
         self._peers = RouterClient(deployment_handle(ROUTER, replica.app_name))
         self._start_s.update(started)
+        if mesh.http.ledger_app is not None and mesh.pool != "prefill":  # which takes no requests of clients
+            ledger = deployment_handle(KEY_LEDGER, mesh.http.ledger_app)
         self._leases = Leases(self._router_id, None if ledger is None else settle_of(ledger))
         self._pool = PoolMember.of(mesh, prefill)
         extra = dict(llm_config.engine_kwargs["additional_config"])

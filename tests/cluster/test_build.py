@@ -9,6 +9,7 @@ from ray.serve._private.build_app import build_app
 
 from cluster import build
 from cluster.config.apps import LLMAppConfig
+from cluster.config.gateway.sections import GATEWAY, GatewayAppConfig
 from cluster.config.parse import parse
 from cluster.config.replicas import PREFILL_ROUTER
 from cluster.controller.client import ROUTER
@@ -46,6 +47,17 @@ def test_keys_with_names_have_one_ledger_that_routers_call(
     assert found[ROUTER].init_kwargs == {"ledger": KEY_LEDGER}
     assert found[KEY_LEDGER].num_replicas == 1, "whose memory is the state"
     assert found[KEY_LEDGER].ray_actor_options["num_cpus"] == 0, "it needs no room of its own"
+
+
+def test_routers_that_count_elsewhere_have_no_ledger_and_the_gateway_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = deployments({"keys_file": "/keys.yaml", "ledger_app": "gateway"}, monkeypatch)
+    assert found.keys() == {ROUTER}
+    monkeypatch.setattr(build, "refuse_gateway", lambda *args, **more: None)
+    for http, expected in (({"keys_file": "/keys.yaml"}, {GATEWAY, KEY_LEDGER}), ({"api_keys": ["k"]}, {GATEWAY})):
+        application = build.gateway_application(parse(GatewayAppConfig, {"http": http}))
+        built = build_app(application, name="gateway", make_deployment_handle=lambda deployment, app: deployment.name)
+        assert built.ingress_deployment_name == GATEWAY
+        assert {each.name for each in built.deployments} == expected
 
 
 def test_two_pools_are_two_deployments_of_which_one_takes_requests(monkeypatch: pytest.MonkeyPatch) -> None:

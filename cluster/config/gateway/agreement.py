@@ -91,6 +91,7 @@ def _versions(file: Any) -> Iterator[str]:
 
 def _keys(file: Any) -> Iterator[str]:
     asking = [each.llm_name for each in file.meshes if each.llm.http.asks_for_keys]
+    yield from _ledgers(file)
     if file.gateway is None or file.gateway.http.asks_for_keys:
         return
     if asking:
@@ -98,3 +99,20 @@ def _keys(file: Any) -> Iterator[str]:
     for model, versions in file.models.models.items():
         if versions.split_by == "key":
             yield f"models.{model}.split_by is key, but the gateway has no API keys: set them in its http"
+
+
+def _ledgers(file: Any) -> Iterator[str]:
+    """A key has one limit for all models, so all routers count with the gateway's ledger."""
+    counting = [each for each in file.meshes if each.llm.http.names_keys]
+    for each in counting:
+        named = each.llm.http.ledger_app
+        if named != file.gateway_name:
+            yield (
+                f"{each.llm_name}: http.ledger_app is {named!r}, expected {file.gateway_name!r}: a key has one limit "
+                "for all models behind the gateway, whose application counts what it uses"
+            )
+    if counting and file.gateway.http.asks_for_keys and not file.gateway.http.names_keys:
+        yield (
+            f"{counting[0].llm_name} has keys with names and the gateway has none, so nothing would count what they "
+            "use: name the same keys_file or keys_env in its http"
+        )

@@ -100,7 +100,8 @@ class GatewayLive(StrictModel):
 
 
 class GatewayHttpSection(KeysSection):
-    """Keys and bounds of the gateway. Routers check keys and keep limits as well, and each has bounds of its own."""
+    """Keys and bounds of the gateway. Routers check keys as well, count with the gateway's ledger what each uses
+    (http.ledger_app), and have bounds of their own."""
 
     max_body_bytes: int = Field(
         default=8 * 2**20, ge=1024, description="Largest request body; larger ones get status 413."

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cluster.config.http_sections import ConsoleHttpSection, HttpSection
+from cluster.config.parse import ConfigError
+from cluster.config.serve_file import MeshConfig
+from tests.support.serve.shipped_configs import serve_config
 
 
 def test_api_keys_from_config_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +62,17 @@ def test_a_file_of_keys_is_named_by_its_absolute_path() -> None:
 def test_an_empty_key_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="key is empty"):
         ConsoleHttpSection(**{name: ["a", " "]})
+
+
+def test_what_is_counted_elsewhere_has_names() -> None:
+    assert HttpSection(keys_env="K", ledger_app="gateway").ledger_app == "gateway"
+    with pytest.raises(ValueError, match="ledger_app is 'gateway', but nothing is counted without names of keys"):
+        HttpSection(api_keys=["k"], ledger_app="gateway")
+
+
+def test_a_ledger_elsewhere_is_refused_without_a_gateway() -> None:
+    config = serve_config("tiny-cpu.yaml")
+    config["applications"][1]["args"]["http"] |= {"keys_file": "/keys.yaml", "ledger_app": "gateway"}
+    config["applications"][2]["args"]["http"] = {"keys_file": "/keys.yaml", "ledger_app": "gateway"}
+    with pytest.raises(ConfigError, match=r"http\.ledger_app is 'gateway', but the file has no gateway: remove it"):
+        MeshConfig.from_serve_config(config)

@@ -52,6 +52,21 @@ def test_routers_of_another_name_may_share_the_experts() -> None:
         MeshConfig.from_serve_config(config, folder=CONFIG.parent)
 
 
+def keys(config: dict[str, Any], *names: str, **counting: str) -> None:
+    """A list of keys for applications, some of which count with another one's ledger."""
+    for name in names:
+        app(config, name)["args"]["http"] = {"keys_file": "/keys.yaml"}
+    for name, ledger_app in counting.items():
+        app(config, name)["args"]["http"] = {"keys_file": "/keys.yaml", "ledger_app": ledger_app}
+
+
+def test_all_models_count_with_the_gateways_ledger() -> None:
+    config = data()
+    keys(config, "gateway", **dict.fromkeys(("llm", "llm-canary", "short", "console"), "gateway"))
+    mesh = MeshConfig.from_serve_config(config, folder=CONFIG.parent)
+    assert [each.llm.http.ledger_app for each in mesh.meshes] == ["gateway"] * 3
+
+
 def drop(config: dict[str, Any], name: str) -> None:
     config["applications"].remove(app(config, name))
 
@@ -86,6 +101,22 @@ def drop(config: dict[str, Any], name: str) -> None:
         (
             lambda c: app(c, "short")["args"].update(http={"api_keys": ["k"]}),
             r"short has API keys and the gateway has none",
+        ),
+        (
+            lambda c: keys(c, "gateway", "short"),
+            r"short: http\.ledger_app is None, expected 'gateway': a key has one limit",
+        ),
+        (
+            lambda c: keys(c, "gateway", short="llm"),
+            r"short: http\.ledger_app is 'llm', expected 'gateway': a key has one limit for all models",
+        ),
+        (
+            lambda c: (keys(c, short="gateway"), app(c, "gateway")["args"].update(http={"api_keys": ["k"]})),
+            r"short has keys with names and the gateway has none, so nothing would count",
+        ),
+        (
+            lambda c: (keys(c, "gateway", "console", llm="gateway"), keys(c, **{"llm-canary": "gateway"})),
+            r"llm: http\.ledger_app is 'gateway' for the routers and None for the console: make them equal",
         ),
         (lambda c: models(c)["tiny-moe"].update(split_by="key"), r"split_by is key, but the gateway has no API keys"),
         (lambda c: app(c, "console").update(name="short"), r"two applications are named 'short'"),

@@ -170,3 +170,13 @@ def test_of_several_applications_those_without_names_of_keys_have_no_ledger_to_a
     assert body["complete"]
     assert (bare.asked, named.asked) == (0, 1)
     assert body["keys"]["team"]["requests"] == 4
+
+
+def test_applications_that_count_together_are_asked_once_and_counted_once(file: Path) -> None:
+    """The ledger tells of routers of other consoles too."""
+    elsewhere = RouterKeys("r7", {"team": Totals(10, 100, 50)}, "leases", "")
+    ledger = LedgerHandle([FIRST, elsewhere])
+    body = Applications(file, [[FIRST], [SECOND]], [ledger, ledger]).get("/usage", ADMIN).json()
+    assert ledger.asked == 1
+    assert body["complete"]
+    assert body["keys"]["team"]["requests"] == 3 + 4 + 10

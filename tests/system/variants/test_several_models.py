@@ -3,10 +3,12 @@ canary that is promoted and rolled back under streams, and killed routers."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,22 +18,32 @@ import pytest
 import yaml
 
 from benchmarks.serving.endless_streams import Streams
-from tests.support.serve.service import REPOSITORY, Service, running_service
+from cluster.keys.command import line_of
+from tests.support.serve.service import API_KEY, REPOSITORY, Service, running_service
 from tests.support.waiting import wait_for
 
+FEW = "sk-few"  # a key with few requests a minute
 PROMPTS = [[11, 12, 13, 14], [21, 22, 23, 24, 25], [31, 32, 33]]
 MODEL, OTHER = "tiny-moe", "tiny-moe-short"
 
 
-def use_shipped_config(config: dict[str, Any]) -> None:
-    """The shipped applications on the port of a test's service."""
+def use_shipped_config(config: dict[str, Any], keys: Path) -> None:
+    """The shipped applications on the port of a test's service, with a list of keys."""
     shipped = yaml.safe_load((REPOSITORY / "configs" / "tiny-two-models.yaml").read_text())
     config["applications"] = shipped["applications"]
+    counting = {"serve_app:build_llm": "gateway", "serve_app:build_console": "gateway", "serve_app:build_gateway": None}
+    for app in shipped["applications"]:
+        if app["import_path"] in counting:
+            http = {"keys_file": str(keys), "ledger_app": counting[app["import_path"]]}
+            app["args"]["http"] = {name: value for name, value in http.items() if value is not None}
 
 
 @pytest.fixture(scope="module")
-def two_models() -> Iterator[Service]:
-    with running_service(use_shipped_config) as running:
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    lines = [line_of(API_KEY, name="ops", role="admin"), line_of(FEW, name="few", requests_per_minute=4)]
+    keys.write_text("\n".join(lines))
+    with running_service(lambda config: use_shipped_config(config, keys)) as running:
         yield running
 
 
@@ -45,9 +57,10 @@ def shards() -> list[int]:
     return [*replicas("experts:ExpertShard"), *replicas("short-experts:ExpertShard")]
 
 
-def ask(service: Service, model: str, **more: Any) -> httpx.Response:
+def ask(service: Service, model: str, key: str = API_KEY, **more: Any) -> httpx.Response:
     body = {"model": model, "prompt": "def main(", "max_tokens": 4, "temperature": 0, **more}
-    return httpx.post(f"{service.url}/v1/completions", json=body, timeout=120)
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{service.url}/v1/completions", json=body, headers=headers, timeout=120)
 
 
 def test_one_address_has_all_models_for_the_openai_package(two_models: Service) -> None:
@@ -64,6 +77,27 @@ def test_one_address_has_all_models_for_the_openai_package(two_models: Service) 
     assert ask(two_models, OTHER, prompt=long).json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_a_key_has_one_limit_for_all_models(two_models: Service) -> None:
+    """Its usage too, whichever pool's console is asked."""
+    answers = [ask(two_models, model, FEW) for model in (MODEL, OTHER) * 2]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["3", "2", "1", "0"]
+    for model in (MODEL, OTHER):
+        refused = ask(two_models, model, FEW)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+
+    def usage() -> dict[str, Any]:
+        status, body = two_models.get("/expertmesh/usage")
+        assert status == 200, body
+        return dict(json.loads(body))
+
+    told = wait_for(
+        lambda: (u := usage())["keys"].get("few", {}).get("refused") == 2 and u, 30, "the ledger to hear of it"
+    )
+    assert told["keys"]["few"]["requests"] == 4
+    assert told["complete"], told["errors"]
+
+
 def test_a_canary_is_promoted_and_rolled_back_under_streams(two_models: Service) -> None:
     before = shards()
     assert len(before) == 3
@@ -74,7 +108,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_streams(two_models: Service)
     def versions(count: int) -> Counter[str]:
         return Counter(ask(two_models, MODEL).headers["x-expertmesh-version"] for _ in range(count))
 
-    streams = Streams(two_models.url, MODEL, PROMPTS, max_tokens=64)
+    streams = Streams(two_models.url, MODEL, PROMPTS, max_tokens=64, api_key=API_KEY)
     with streams.running() as running:
         wait_for(running.warm, 60, "the first text of every stream")
         canary("set", MODEL, "canary=1", "stable=1")
@@ -97,7 +131,7 @@ def test_a_killed_router_harms_nobody_else(two_models: Service) -> None:
     os.kill(of_canary, signal.SIGKILL)
     answers = [ask(two_models, MODEL) for _ in range(6)]
     assert [(answer.status_code, answer.headers["x-expertmesh-version"]) for answer in answers] == [(200, "stable")] * 6
-    streams = Streams(two_models.url, MODEL, PROMPTS, max_tokens=32)
+    streams = Streams(two_models.url, MODEL, PROMPTS, max_tokens=32, api_key=API_KEY)
     with streams.running() as running:
         wait_for(running.warm, 60, "the first text of every stream")
         os.kill(of_other, signal.SIGKILL)
