@@ -14,6 +14,7 @@ from cluster.config.pools.section import POOLS, PoolsSection
 from experts.kv_transfer.engine_options import Pool
 from experts.protocol.settings import RouterSettings, ShardSettings, StrictModel
 from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
+from experts.vllm_plugin.engine_options import refused_without_mtp
 
 
 class ExpertsAppConfig(StrictModel):
@@ -28,6 +29,7 @@ class ExpertsAppConfig(StrictModel):
         """Settings of one shard with `num_slots` slots a layer; `bind_host` is where routers reach it."""
         return ShardSettings(
             model_path=self.model.path,
+            mtp=self.model.mtp,
             dtype=self.model.dtype,
             device=self.shards.device,
             kernel=self.shards.kernel,
@@ -92,6 +94,12 @@ class LLMAppConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _mtp_layer_on_shards(self) -> LLMAppConfig:
+        for problem in () if self.model.mtp else refused_without_mtp(self.routers.engine_kwargs):
+            raise ValueError(f"routers.engine_kwargs.{problem}")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_adapters(self) -> LLMAppConfig:
         enabled = self.routers.engine_kwargs.get("enable_lora")
         if enabled and self.lora_config is None:
@@ -106,6 +114,7 @@ class LLMAppConfig(StrictModel):
         """Settings of one router's vLLM worker."""
         return RouterSettings(
             model_path=self.model.path,
+            mtp=self.model.mtp,
             transport=self.transport.name,
             dispatch_timeout_ms=self.deadlines.dispatch_ms,
             connect_timeout_s=self.deadlines.connect_s,

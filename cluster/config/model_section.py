@@ -21,6 +21,12 @@ class ModelSection(StrictModel):
     dtype: DTypeName = Field(
         default="bfloat16", description="Data type of weights and computation, on routers and shards alike."
     )
+    mtp: bool = Field(
+        default=False,
+        description="Whether shards hold the experts of the checkpoint's layer for multi-token prediction (MTP) too. "
+        "Routers with `speculative_config: {method: mtp, num_speculative_tokens: 1}` in their `engine_kwargs` need it; "
+        "others may share the shards.",
+    )
 
     @field_validator("id")
     @classmethod

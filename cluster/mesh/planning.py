@@ -47,7 +47,7 @@ def read_spec(config: ExpertsAppConfig) -> ExpertSpec:
     Of a model that is not a folder, this fetches config.json and the index.
     """
     try:
-        checkpoint = ExpertCheckpoint.open(config.model.path)
+        checkpoint = ExpertCheckpoint.open(config.model.path, config.model.mtp)
         checkpoint.check()
         return checkpoint.spec
     except CheckpointError as error:

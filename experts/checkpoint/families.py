@@ -190,7 +190,7 @@ FAMILIES = (
         intermediate_size=("intermediate_size",),
     ),
     # Kimi-K2 has DeepSeek-V3's names, GLM-5 (glm_moe_dsa) those of DeepSeek-V3.2. Layers past num_hidden_layers are
-    # multi-token prediction heads; they are not read.
+    # for multi-token prediction; architectures/mtp.py knows which of them are read.
     Family(
         (
             "deepseek",

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experts.checkpoint.architectures.mtp import check_mtp, mtp_aside, mtp_layer_id
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import activation_of, family_of
 from experts.checkpoint.fingerprint import Fingerprint, fingerprint_of
@@ -44,9 +45,10 @@ class ExpertCheckpoint:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> ExpertCheckpoint:
+    def open(cls, path: str | os.PathLike[str], mtp: bool = False) -> ExpertCheckpoint:
         """Read config.json and the index or header, but no weights. `path` is a folder or another name of a model.
 
+        `mtp`: the experts of the layer for multi-token prediction too, as the last layer.
         CheckpointError names the missing file, key or tensor, or the unsupported quantization.
         """
         source = open_source(path).resolved()
@@ -56,12 +58,14 @@ class ExpertCheckpoint:
         layer_ids = tuple(family.moe_layers(config))
         if not layer_ids:
             raise CheckpointError(f"{config.path}: no layer of this {config.model_type} has routed experts")
+        if mtp:
+            check_mtp(config)
         scheme = config.scheme()
         store = TensorStore(folder, source)
         layout, prefix = find_layout(store, family.layouts, layer_ids[0])
         spec = ExpertSpec(
             model_type=config.model_type,
-            layer_ids=layer_ids,
+            layer_ids=(*layer_ids, mtp_layer_id(config)) if mtp else layer_ids,
             num_experts=config.int_of(*family.num_experts),
             top_k=config.int_of(*family.top_k),
             hidden_size=config.int_of(*family.hidden_size),
@@ -70,12 +74,14 @@ class ExpertCheckpoint:
             has_bias=layout.has_bias,
             weight_on_input=family.weight_on_input,
             quantization=None if scheme is None else scheme.name,
+            num_mtp_layers=int(mtp),
         )
         if spec.top_k > spec.num_experts:
             raise CheckpointError(
                 f"{config.path}: top-{spec.top_k} of {spec.num_experts} experts, expected at most {spec.num_experts}"
             )
-        return cls(spec, ExpertStorage(store, layout, prefix, spec.num_experts, scheme), scheme, config)
+        storage = ExpertStorage(store, layout, prefix, spec.num_experts, scheme, mtp_aside(config))
+        return cls(spec, storage, scheme, config)
 
     @property
     def facts(self) -> dict[str, Any]:

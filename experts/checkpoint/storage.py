@@ -36,17 +36,30 @@ class ExpertRange:
 
 
 class ExpertStorage:
-    """The stored tensors of one layout under one prefix, by layer id (decoder layer) and expert."""
+    """The stored tensors of one layout under one prefix, by layer id (decoder layer) and expert.
+
+    `aside`: the id of a layer that is stored as layer 0 under another prefix, and that prefix.
+    """
 
     def __init__(
-        self, store: TensorStore, layout: Layout, prefix: str, num_experts: int, scheme: Scheme | None
+        self,
+        store: TensorStore,
+        layout: Layout,
+        prefix: str,
+        num_experts: int,
+        scheme: Scheme | None,
+        aside: tuple[int, str] | None = None,
     ) -> None:
         self.layout = layout
         self.store = store
         self.prefix = prefix
         self._num_experts = num_experts
         self._scheme = scheme
-        names = {beside(prefix + part.name, suffix) for part in layout.parts for suffix in ("", *SUFFIXES)}
+        self._aside = aside
+        prefixes = (prefix,) if aside is None else (prefix, aside[1])
+        names = {
+            beside(each + part.name, suffix) for each in prefixes for part in layout.parts for suffix in ("", *SUFFIXES)
+        }
         stems = "|".join(re.escape(name) for name in sorted(names))
         stems = stems.replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
         self._owned = re.compile(stems)
@@ -73,6 +86,8 @@ class ExpertStorage:
         return [found for found in names if found in self.store]
 
     def _name(self, part: Part, layer_id: int, expert: int) -> str:
+        if self._aside is not None and layer_id == self._aside[0]:
+            return self._aside[1] + part.name.format(layer=0, expert=expert)
         return self.prefix + part.name.format(layer=layer_id, expert=expert)
 
     def ranges(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int) -> list[ExpertRange]:

@@ -163,9 +163,10 @@ class Dispatcher:
             self._refused_T = None
             if self.fallback is not None:
                 self.fallback.start_step()
+        elif layer > self.shape.last_of_step:
+            self._refused_T = None  # a guess that lacks an expert is a worse guess, and refuses nothing
         elif self._refused_T is not None:
-            rows = pending.rows  # what comes of refused rows is thrown away, so nobody computes them any further
-            rows.topk_ids_TK = np.where(self._refused_T[:, None], np.int32(-1), rows.topk_ids_TK)
+            pending.leave_out(self._refused_T)  # what comes of them is thrown away, so nobody computes them further
         self._begin_batch(pending)
         return pending
 
@@ -178,7 +179,7 @@ class Dispatcher:
         while pending.stop < pending.rows.num_tokens:
             self._begin_batch(pending)
             self._finish_batch(pending)
-        if self.share is not None and pending.rows.layer == self.shape.num_layers - 1:
+        if self.share is not None and pending.rows.layer == self.shape.last_of_step:
             self.share.end_step(self.stats.steps, self._refused_T)
         return pending.rows.y_TD
 
@@ -308,12 +309,11 @@ class Dispatcher:
         wanted_M = np.flatnonzero((ids_TK >= 0).any(1))
         if self.fallback is None:
             raise RuntimeError("experts have no live shard, and this dispatcher was made without a fallback")
-        device = batch.x_TD.device
-        tokens_M = torch.from_numpy(wanted_M).to(device)
+        tokens_M = torch.from_numpy(wanted_M).to(batch.x_TD.device)
         rows_MD, refused_M = self.fallback.forward(
             batch.layer,
             batch.x_TD[tokens_M],
-            torch.from_numpy(batch.topk_weights_TK[wanted_M]).to(device),
+            torch.from_numpy(batch.topk_weights_TK[wanted_M]).to(tokens_M.device),
             torch.from_numpy(ids_TK[wanted_M]),
         )
         self.mover.add(batch, tokens_M, rows_MD)

@@ -18,6 +18,12 @@ class LayerShape:
     top_k: int
     hidden_size: int
     dtype: torch.dtype
+    num_draft_layers: int = 0  # of `num_layers`, the last ones: they guess tokens after a step, for the next one
+
+    @property
+    def last_of_step(self) -> int:
+        """The layer that ends a step of the model itself."""
+        return self.num_layers - self.num_draft_layers - 1
 
     @property
     def row_bytes(self) -> int:

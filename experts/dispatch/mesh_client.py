@@ -71,10 +71,12 @@ class MeshClient:
         device: str,
         secret: MeshSecret | None = None,
         share: RowShare | None = None,
+        guesses: bool = False,
     ) -> None:
         """`secret` None: whoever drives this router tells it (`use_secret`), or the environment has it.
 
-        `share`: of a router of several workers, this one's part of the rows.
+        `share`: of a router of several workers, this one's part of the rows. `guesses`: this router uses the shape's
+        draft layers.
         """
         if shape.dtype not in DTYPE_CODES:
             raise UnsupportedModelError(f"dtype {shape.dtype} is not served, expected one of {list(DTYPE_CODES)}")
@@ -106,6 +108,7 @@ class MeshClient:
             *(shape, settings.trace_tokens if self.records else 0, spec.layer_ids),
             half_life_tokens=settings.trace_half_life_tokens,
             observed_tokens=settings.observed_tokens if self.records else 0,
+            guesses=guesses,
         )
         self._epochs = EpochPreparer(
             self.dispatcher, Connector(self._connect), settings.prefer_local_replicas, self._check_room

@@ -51,3 +51,7 @@ class Pending:
         """Dispatch just the rows that `share` leaves of the decisions."""
         self.whole_TK = self.rows.topk_ids_TK
         self.rows.topk_ids_TK = share(self.whole_TK)
+
+    def leave_out(self, refused_T: np.ndarray) -> None:
+        """Dispatch none of the rows `refused_T` (bool)."""
+        self.rows.topk_ids_TK = np.where(refused_T[:, None], np.int32(-1), self.rows.topk_ids_TK)

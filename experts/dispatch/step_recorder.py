@@ -33,7 +33,7 @@ class StepRecorder:
 
     `capacity`: tokens of each reader's sample, 0 for no traces; `observed_tokens`: sampled tokens between two calls of
     `observation`, 0 to observe nothing ever. `layers` are the model's own numbers of its MoE layers; they default to
-    0, 1, 2 and so on.
+    0, 1, 2 and so on. `guesses`: the shape's draft layers run here, after the step; where they do not, they have -1.
     """
 
     def __init__(
@@ -43,8 +43,10 @@ class StepRecorder:
         layers: tuple[int, ...] = (),
         half_life_tokens: float | None = None,
         observed_tokens: int = 0,
+        guesses: bool = False,
     ) -> None:
         self._shape, self._capacity, self._layers = shape, capacity, layers
+        self._last_layer = shape.num_layers - 1 if guesses else shape.last_of_step
         self._step_LTK = np.zeros((shape.num_layers, 0, shape.top_k), np.int16)
         self._prefill_T: np.ndarray | None = None
         self._num_tokens = 0
@@ -70,6 +72,7 @@ class StepRecorder:
 
     def begin_step(self, prefill_T: np.ndarray | None) -> None:
         """Rows of prompts in the step whose layers follow: bool [T], or None if there are none."""
+        self._end_without_guesses()
         self._prefill_T = prefill_T
 
     def add(self, layer: int, topk_ids_TK: np.ndarray) -> None:
@@ -81,6 +84,7 @@ class StepRecorder:
             return
         num_tokens = len(topk_ids_TK)
         if layer == 0:
+            self._end_without_guesses()
             self._num_tokens, self._last_TLK = num_tokens, None
             if num_tokens > self._step_LTK.shape[1]:
                 self._step_LTK = np.empty((self._shape.num_layers, num_tokens, self._shape.top_k), np.int16)
@@ -89,9 +93,18 @@ class StepRecorder:
             return
         self._step_LTK[layer, :num_tokens] = topk_ids_TK
         self._next_layer = layer + 1
-        if self._next_layer == self._shape.num_layers:
+        if layer == self._shape.last_of_step:
+            self._last_TLK = self._step_LTK[: layer + 1, :num_tokens].transpose(1, 0, 2)
+            self._step_LTK[layer + 1 :, :num_tokens] = -1
+        if layer == self._last_layer:
             self._next_layer = -1
             self._complete(self._step_LTK[:, :num_tokens].transpose(1, 0, 2))
+
+    def _end_without_guesses(self) -> None:
+        """Take the step before as it is if nobody guessed after it, as at the end of a context."""
+        if self._shape.last_of_step < self._next_layer <= self._last_layer:
+            self._next_layer = -1
+            self._complete(self._step_LTK[:, : self._num_tokens].transpose(1, 0, 2))
 
     def observation(self, go_on: bool) -> bytes:
         """What was observed since the last call, as an `Observation`'s bytes; empty if nothing was observed.
@@ -171,7 +184,6 @@ class StepRecorder:
 
     def _complete(self, ids_TLK: np.ndarray) -> None:
         prefill_T, self._prefill_T = self._prefill_T, None
-        self._last_TLK = ids_TLK
         if self._observer is not None and self._observing:
             if prefill_T is not None and len(prefill_T) < len(ids_TLK):
                 prefill_T = None  # of another step

@@ -32,7 +32,7 @@ class ExpertSpec:
     """What a checkpoint's configuration says about its routed experts."""
 
     model_type: str
-    layer_ids: tuple[int, ...]  # decoder layer of each MoE layer; dense layers are skipped
+    layer_ids: tuple[int, ...]  # decoder layer of each MoE layer; dense layers are skipped, an MTP layer is one more
     num_experts: int
     top_k: int
     hidden_size: int
@@ -41,11 +41,17 @@ class ExpertSpec:
     has_bias: bool
     weight_on_input: bool  # Llama 4: the router weight scales the expert's input, not its output
     quantization: str | None  # as stored: None or a name of weight_format; read_expert always returns plain floats
+    num_mtp_layers: int = 0  # of `layer_ids`, the last ones, which predict further tokens
 
     @property
     def num_layers(self) -> int:
         """MoE layers: the rows of a placement."""
         return len(self.layer_ids)
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """MoE layers that every step goes through: all but those of multi-token prediction."""
+        return len(self.layer_ids) - self.num_mtp_layers
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class RouterSettings(StrictModel):
     model_path: str = Field(
         description="Folder of the Hugging Face checkpoint. Experts without a live shard are computed from it."
     )
+    mtp: bool = Field(default=False, description="Whether shards hold the experts of the checkpoint's MTP layer too.")
     router_id: str = Field(default="", description="Name of this router in logs and at the shards; generated if empty.")
     transport: TransportName = Field(
         default="auto",
@@ -167,6 +168,7 @@ class ShardSettings(StrictModel):
     """Settings of one expert shard."""
 
     model_path: str = Field(description="Folder of the Hugging Face checkpoint that holds the experts.")
+    mtp: bool = Field(default=False, description="Whether to hold the experts of the checkpoint's MTP layer too.")
     dtype: DTypeName = Field(description="Dtype of weights and arithmetic; must be the routers' dtype.")
     device: str = Field(default="cpu", description="Torch device of the experts: cpu, cuda, cuda:1.")
     kernel: str = Field(default="auto", description="Name of a kernel, or auto: the fastest in a trial at start.")

@@ -100,7 +100,7 @@ class ShardServer:
         self._tls = None if settings.tls is None else TlsIdentity(settings.tls)
         torch.set_num_threads(settings.num_threads)
         use_device(settings.device)
-        checkpoint = ExpertCheckpoint.open(settings.model_path)
+        checkpoint = ExpertCheckpoint.open(settings.model_path, settings.mtp)
         check_same_model("the placement", placement, "the checkpoint", checkpoint.spec)
         checkpoint.fetch_experts(experts_of(placement, rank))
         checkpoint.check(only_here=True)

@@ -51,7 +51,7 @@ OFF = {
 }
 
 POOLING = "routers generate text, and tell by it whether they are healthy; serve embeddings and scores with plain vLLM"
-MTP = "MTP heads have routed experts of their own, which no shard holds; use ngram, or a draft_model without experts"
+MTP = "model.mtp is false, so no shard holds the experts of the MTP layer: set it to true for shards and routers"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -82,14 +82,18 @@ def refused_by_project(options: dict[str, Any], device: str) -> Iterator[str]:
     if options.get("runner") == "pooling" or options.get("convert") in ("embed", "classify"):
         key = "runner" if options.get("runner") == "pooling" else "convert"
         yield f"{key} is {options[key]!r}: {POOLING}"
-    speculative = options.get("speculative_config")
-    method = str(speculative.get("method", "")) if isinstance(speculative, dict) else ""
-    if method == "mtp" or method.endswith("_mtp"):
-        yield f"speculative_config.method is {method!r}: {MTP}"
     compilation = options.get("compilation_config")
     mode = str(compilation.get("cudagraph_mode", "")) if isinstance(compilation, dict) else ""
     if device == "cuda" and not options.get("enforce_eager") and "FULL" in mode.upper():
         yield f"compilation_config.cudagraph_mode is {mode!r}, expected PIECEWISE or NONE: FULL captures the dispatch"
+
+
+def refused_without_mtp(options: dict[str, Any]) -> Iterator[str]:
+    """One line if these options guess tokens by MTP, for a model whose shards leave the MTP layer out."""
+    speculative = options.get("speculative_config")
+    method = str(speculative.get("method", "")) if isinstance(speculative, dict) else ""
+    if method == "mtp" or method.endswith("_mtp"):  # the longer names are vLLM's old ones
+        yield f"speculative_config.method is {method!r}, but {MTP}"
 
 
 def refused_lora_targets(targets: Iterable[Any]) -> Iterator[str]:

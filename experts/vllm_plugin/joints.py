@@ -113,6 +113,11 @@ def is_draft(config: VllmConfig, model_config: Any) -> bool:
     return draft is not None and model_config is draft and draft is not speculative.target_model_config
 
 
+def guesses_by_mtp(config: VllmConfig) -> bool:
+    """Whether the engine guesses tokens by multi-token prediction; vLLM has one name for all models' kinds."""
+    return config.speculative_config is not None and config.speculative_config.method == "mtp"
+
+
 def rows_of_prompts(num_rows: int, while_generating: int) -> np.ndarray | None:
     """Which rows of the current forward pass are of prompts (bool [rows]); None if none are, or nobody says.
 

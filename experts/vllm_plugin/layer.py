@@ -32,6 +32,7 @@ from experts.dispatch.rows.pregate import PreGate
 from experts.dispatch.workers.refusal_board import make_board
 from experts.dispatch.workers.row_share import RowShare
 from experts.kernels.emulation import log_advice
+from experts.model.spec import ExpertSpec
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
 from experts.transports.devices import with_index
@@ -43,6 +44,7 @@ from experts.vllm_plugin.joints import (
     extract_layer_index,
     gather_from_workers,
     get_current_vllm_config,
+    guesses_by_mtp,
     longest_step_s,
     most_rows_of_a_step,
     most_rows_while_generating,
@@ -73,7 +75,7 @@ class EngineState:
     rows_while_generating: int = 1
     """What a request may have in a step while it generates."""
     replaced: set[int] = field(default_factory=set)
-    """Layers of the engine's own model that are built: a further one is of a draft model."""
+    """Layers that are built. Once they are all of the engine's own model, a further one is of what guesses tokens."""
 
 
 _engine = EngineState()
@@ -90,7 +92,7 @@ def current_checkpoint(settings: RouterSettings) -> ExpertCheckpoint:
     """The experts' checkpoint, opened once. UnsupportedModelError with the reader's reason, or for a second engine."""
     if _engine.checkpoint is None:
         try:
-            checkpoint = ExpertCheckpoint.open(settings.model_path)
+            checkpoint = ExpertCheckpoint.open(settings.model_path, settings.mtp)
             checkpoint.check()
         except CheckpointError as error:
             raise UnsupportedModelError(f"the experts of this model cannot be served apart: {error}") from error
@@ -110,6 +112,19 @@ def _share_of(moe_config: Any, config: Any) -> RowShare | None:
         return None
     board = make_board(worker, num_workers, most_rows_of_a_step(config), longest_step_s(), gather_from_workers)
     return RowShare(worker, num_workers, board)
+
+
+def _mesh_layer(prefix: str, config: Any, spec: ExpertSpec) -> int:
+    """Which layer of the shards the layer `prefix` of the engine is; UnsupportedModelError if it is none."""
+    if check_draft(prefix, config, len(_engine.replaced), spec.num_decoder_layers):
+        return spec.num_decoder_layers
+    layer_ids = spec.layer_ids[: spec.num_decoder_layers]
+    layer_id = extract_layer_index(prefix)
+    if layer_id not in layer_ids:
+        raise UnsupportedModelError(
+            f"{prefix} is a MoE layer that the checkpoint's list of MoE layers {layer_ids} lacks"
+        )
+    return layer_ids.index(layer_id)
 
 
 class NoLocalWeights(FusedMoEMethodBase):
@@ -153,13 +168,7 @@ class MeshExpertsMixin:
         settings = check_engine(config)
         check_layer(prefix, moe_config, config)
         checkpoint = current_checkpoint(settings)
-        layer_id = extract_layer_index(prefix)
-        check_draft(prefix, config, len(_engine.replaced), checkpoint.spec.num_layers)
-        if layer_id not in checkpoint.spec.layer_ids:
-            raise UnsupportedModelError(
-                f"{prefix} is a MoE layer that the checkpoint's list of MoE layers {checkpoint.spec.layer_ids} lacks"
-            )
-        self.mesh_layer = checkpoint.spec.layer_ids.index(layer_id)
+        self.mesh_layer = _mesh_layer(prefix, config, checkpoint.spec)
         _engine.replaced.add(self.mesh_layer)
         _engine.rows_while_generating = most_rows_while_generating(config)
         if _engine.client is None:
@@ -171,10 +180,13 @@ class MeshExpertsMixin:
                 top_k=moe_config.experts_per_token,
                 hidden_size=moe_config.hidden_dim,
                 dtype=moe_config.in_dtype,
+                num_draft_layers=checkpoint.spec.num_mtp_layers,
             )
             log_advice(shape.dtype, device)
             share = _share_of(moe_config, config)
-            client = _engine.client = MeshClient(settings, checkpoint, shape, device, share=share)
+            client = _engine.client = MeshClient(
+                settings, checkpoint, shape, device, share=share, guesses=guesses_by_mtp(config)
+            )
             report_refused(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
             if settings.tracing is not None:
                 watch_traced_steps(config, client.start_traced_step, client.end_traced_step)

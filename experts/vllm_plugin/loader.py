@@ -18,6 +18,7 @@ from experts.vllm_plugin.joints import (
     RoutedExperts,
     defaulted_parameters,
     gather_from_workers,
+    guesses_by_mtp,
     is_draft,
     loaders_may_reserve,
     register_model_loader,
@@ -32,8 +33,11 @@ LOAD_FORMAT = "expertmesh"
 _NAMED = 5  # problems that an error names
 
 
-def verify_model(model: torch.nn.Module) -> int:
-    """Check that every MoE layer was replaced and return how many; UnsupportedModelError names one that was not."""
+def verify_model(model: torch.nn.Module, guesses: bool = False) -> int:
+    """Check that every MoE layer was replaced and return how many; UnsupportedModelError names one that was not.
+
+    `guesses`: it is not the engine's own model, but the MTP layer of it.
+    """
     replaced = 0
     for name, module in model.named_modules():
         if isinstance(module, MeshExpertsMixin):
@@ -47,7 +51,8 @@ def verify_model(model: torch.nn.Module) -> int:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no routed experts: a dense model gains nothing here, serve it with plain vLLM"
         )
-    expected = current_client().shape.num_layers
+    shape = current_client().shape
+    expected = shape.num_draft_layers if guesses else shape.last_of_step + 1
     if replaced != expected:
         raise UnsupportedModelError(f"{replaced} MoE layers were replaced, the checkpoint has {expected}")
     return replaced
@@ -95,12 +100,20 @@ class RouterModelLoader(DefaultModelLoader):
         return 0 if own_size else nbytes
 
     def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Load the dense half, then check that expertmesh replaced every MoE layer. A draft model is loaded whole."""
-        if is_draft(vllm_config, model_config):
+        """Load the dense half, then check that expertmesh replaced every MoE layer. A draft model is loaded whole.
+
+        The MTP layer of the same checkpoint is no such model: it goes the way of the engine's own.
+        """
+        draft, by_mtp = is_draft(vllm_config, model_config), guesses_by_mtp(vllm_config)
+        if draft and not by_mtp:
             load_config = copy.copy(self.load_config)
             load_config.load_format = "auto"
             return DefaultModelLoader(load_config).load_model(vllm_config, model_config, *args, **kwargs)
         self._checkpoint = current_checkpoint(check_engine(vllm_config))
+        if draft:
+            model = super().load_model(vllm_config, model_config, *args, **kwargs)
+            logger.info("guesses by MTP: replaced %d MoE layer", verify_model(model, guesses=True))
+            return model
         if vllm_config.device_config.device_type == "cuda" and not loaders_may_reserve():
             logger.warning(
                 "this vllm leaves no memory for pairs with shards: lower gpu_memory_utilization by the share that %.2f "

@@ -10,10 +10,11 @@ from experts.checkpoint.adapters import adapter_problems
 from experts.checkpoint.sources.opening import local_folder
 from experts.protocol.errors import UnsupportedModelError
 from experts.protocol.settings import RouterSettings
-from experts.vllm_plugin.engine_options import refused_lora_targets
+from experts.vllm_plugin.engine_options import MTP, refused_lora_targets
 from experts.vllm_plugin.joints import (
     VllmConfig,
     expertmesh_settings,
+    guesses_by_mtp,
     longest_step_s,
     split_graphs_at_moe,
 )
@@ -51,6 +52,15 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             "additional_config['expertmesh'] names no shards, so nobody would compute the experts: expected "
             "`membership`, or `membership_by_rpc: true` from whoever hands one over before the first request"
         )
+    if guesses_by_mtp(config):
+        if not settings.mtp:
+            raise UnsupportedModelError(f"speculative_config.method is 'mtp', but {MTP}")
+        draft = config.speculative_config.draft_model_config.model
+        if draft != config.model_config.model:
+            raise UnsupportedModelError(
+                f"speculative_config.model is {draft}, but the shards hold the experts of the MTP layer of "
+                f"{config.model_config.model}: leave it out"
+            )
     dispatch_s, step_s = settings.dispatch_timeout_ms / 1000, longest_step_s()
     if parallel.tensor_parallel_size > 1 and dispatch_s >= step_s:
         raise UnsupportedModelError(
@@ -88,17 +98,20 @@ def check_layer(prefix: str, moe_config: Any, config: VllmConfig) -> None:
         )
 
 
-def check_draft(prefix: str, config: VllmConfig, num_built: int, num_layers: int) -> None:
-    """Refuse a MoE layer that comes after all of the engine's own: it guesses tokens, and no shard has its experts.
+def check_draft(prefix: str, config: VllmConfig, num_built: int, num_decoder_layers: int) -> bool:
+    """Whether a MoE layer comes after all of the engine's own, which means that it guesses tokens.
 
-    UnsupportedModelError, which names the layer.
+    UnsupportedModelError names a layer that guesses, and whose experts no shard has.
     """
     speculative = config.speculative_config
-    if speculative is not None and num_built == num_layers:
+    if speculative is None or num_built < num_decoder_layers:
+        return False
+    if not guesses_by_mtp(config) or num_built > num_decoder_layers:
         raise UnsupportedModelError(
             f"{prefix} is a MoE layer of the draft ({speculative.method}), whose experts are on no shard: "
-            "speculative_config takes method ngram, or a draft_model without routed experts"
+            "speculative_config takes method ngram, mtp with one MTP layer, or a draft_model without routed experts"
         )
+    return True
 
 
 def split_graphs(config: VllmConfig, device: str) -> None:

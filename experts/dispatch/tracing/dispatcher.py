@@ -42,7 +42,7 @@ class TracedDispatcher(Dispatcher):
 
     def start_step(self, traces: Mapping[str, Mapping[str, str]], layers_per_step: int) -> None:
         """Note the next step, which holds the requests `traces` ({id: W3C headers})."""
-        wanted = choose_layers(self.shape.num_layers, layers_per_step, self._traced)
+        wanted = choose_layers(self.shape.last_of_step + 1, layers_per_step, self._traced)
         self._traced += 1
         epoch = -1 if self.membership is None else self.membership.epoch
         self._step = StepTimes(traces, self.stats.steps, wanted, epoch)

@@ -166,3 +166,38 @@ def test_prompts_are_sampled_once_somebody_asks_and_of_their_own_step_alone() ->
     assert (found.tokens, found.num_experts) == ([7, 8, 9, 10, 11], NUM_EXPERTS)
     np.testing.assert_array_equal(found.ids_RLK, np.stack(step, 1)[2:7])
     assert recorder.prompts() == []
+
+
+def test_draft_layers_belong_to_the_step_before_where_they_run() -> None:
+    """The last layer guesses after a step, of all its rows; a second guess has a row of each request alone."""
+    shape = LayerShape(NUM_LAYERS + 1, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32, num_draft_layers=1)
+    assert shape.last_of_step == NUM_LAYERS - 1
+    recorder, leaves_out = StepRecorder(shape, capacity=100, guesses=True), StepRecorder(shape, capacity=100)
+    ids_LTK = [random_batch(5, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS + 1)]
+    none_TK = np.full((5, TOP_K), -1)
+    recorder.prompts(), leaves_out.prompts()
+    for each in (recorder, leaves_out):
+        for layer in range(NUM_LAYERS):
+            each.add(layer, ids_LTK[layer])
+        each.note_prompts([NewPrompt([7] * 5, 0, 5)])
+    recorder.add(NUM_LAYERS, ids_LTK[-1])
+    recorder.add(NUM_LAYERS, ids_LTK[-1][:2])
+    np.testing.assert_array_equal(recorded(recorder).topk_ids, np.stack(ids_LTK, 1))
+    np.testing.assert_array_equal(recorded(leaves_out).topk_ids, np.stack([*ids_LTK[:-1], none_TK], 1))
+    for each in (recorder, leaves_out):
+        [sample] = each.prompts()
+        assert sample.ids_RLK.shape == (5, NUM_LAYERS, TOP_K), "what a prompt takes is known before anything is guessed"
+
+
+def test_a_step_after_which_nobody_guessed_is_recorded_with_the_next_one() -> None:
+    shape = LayerShape(NUM_LAYERS + 1, NUM_EXPERTS, TOP_K, HIDDEN, torch.float32, num_draft_layers=1)
+    recorder = StepRecorder(shape, capacity=0, observed_tokens=100, guesses=True)
+    assert recorder.observation(True) == b""
+    ids_LTK = [random_batch(5, seed=layer).ids_TK.numpy() for layer in range(NUM_LAYERS + 1)]
+    for prefill_T, num_layers in ((np.ones(5, np.bool_), NUM_LAYERS), (None, NUM_LAYERS + 1)):
+        recorder.begin_step(prefill_T)
+        for layer in range(num_layers):
+            recorder.add(layer, ids_LTK[layer])
+    seen = Observation.from_bytes(recorder.observation(True))
+    assert seen.tokens_P.tolist() == [5, 5], "each step with the rows of prompts that it had"
+    assert [(step.topk_ids[:, -1] >= 0).all() for step in seen.sampled] == [False, True]

@@ -12,7 +12,13 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from experts.vllm_plugin import engine_options
-from experts.vllm_plugin.engine_options import ENGINE, FRONT_END, refused_by_project, refused_by_vllm
+from experts.vllm_plugin.engine_options import (
+    ENGINE,
+    FRONT_END,
+    refused_by_project,
+    refused_by_vllm,
+    refused_without_mtp,
+)
 from experts.vllm_plugin.source.vllm_source import VllmSource
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.option_facts import PROBES
@@ -182,14 +188,6 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
         ({"runner": "pooling"}, "runner is 'pooling': routers generate text, and tell by it whether they are healthy"),
         ({"convert": "embed"}, "convert is 'embed': routers generate text"),
         (
-            {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
-            "speculative_config.method is 'mtp': MTP heads have routed experts of their own, which no shard holds",
-        ),
-        (
-            {"speculative_config": {"method": "deepseek_mtp"}},
-            "speculative_config.method is 'deepseek_mtp': MTP heads have routed experts",
-        ),
-        (
             {"compilation_config": {"cudagraph_mode": "full"}},
             "compilation_config.cudagraph_mode is 'full', expected",
         ),
@@ -198,6 +196,17 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
 def test_what_the_project_cannot_serve_with_is_refused(options: dict[str, Any], expected: str) -> None:
     [line] = refused_by_project(options, "cuda")
     assert line.startswith(expected)
+
+
+@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp"])
+def test_mtp_is_refused_where_no_shard_has_its_layer(method: str) -> None:
+    [line] = refused_without_mtp({"speculative_config": {"method": method, "num_speculative_tokens": 1}})
+    assert line == (
+        f"speculative_config.method is {method!r}, but model.mtp is false, so no shard holds the experts of the MTP "
+        "layer: set it to true for shards and routers"
+    )
+    assert not list(refused_without_mtp({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}))
+    assert not list(refused_without_mtp({}))
 
 
 def test_what_is_switched_off_is_not_refused() -> None:
