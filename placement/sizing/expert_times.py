@@ -108,9 +108,8 @@ class ExpertTimes:
 
     def _between(self, tokens: float, half: Half) -> _Sample:
         facts = self.facts
-        samples = _samples(
-            self._shape, facts.num_experts, facts.top_k, self.skew, self.gpu, half.shards, half.replicas
-        )  # fmt: skip
+        shape = self._engine_shape if half.lockstep else self._shape
+        samples = _samples(shape, facts.num_experts, facts.top_k, self.skew, self.gpu, half.shards, half.replicas)
         above = next((at for at, size in enumerate(_GRID) if tokens <= size), None)
         if above == 0:
             return samples[0]
@@ -123,8 +122,16 @@ class ExpertTimes:
     @functools.cached_property
     def _shape(self) -> ModelShape:
         """The model as `step_cost` takes it; an expert's biases and scales count as weights."""
+        return self._shape_of(self.facts.expert_bytes)
+
+    @functools.cached_property
+    def _engine_shape(self) -> ModelShape:
+        """The same where experts and attention are in one engine, which reads experts as they are stored."""
+        return self._shape_of(self.facts.engine_expert_bytes)
+
+    def _shape_of(self, expert_bytes: int) -> ModelShape:
         D, I = self.facts.hidden_size, self.facts.expert_width
-        return ModelShape(D, I, self.facts.expert_bytes / (3 * D * I), DTYPE_BYTES)
+        return ModelShape(D, I, expert_bytes / (3 * D * I), DTYPE_BYTES)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from experts.checkpoint.architectures.verdict import Verdict, verdict_on
 from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.sizes.architecture import facts_of
 from experts.checkpoint.sizes.find import find_facts
+from placement.sizing.demand import Demand
+from placement.sizing.expert_times import ExpertTimes, Half
+from placement.sizing.gpus import gpu_named
 from placement.sizing.memory import engine_memory, shard_memory
 from placement.sizing.model import ModelFacts
+from placement.sizing.plan import plan_engines
 from tests.support.hub_names import write
 from tests.support.quantized_checkpoint import LAYERS, E, quantized
 from tests.support.quantized_formats import FORMATS
@@ -101,6 +106,25 @@ def test_plain_expert_parallelism_holds_what_is_stored() -> None:
     assert lines["experts"] == 4 * 2 * facts.engine_expert_bytes
     assert facts.engine_expert_bytes * 16 == facts.weight_bytes("experts")
     assert facts.expert_bytes == 2 * 3 * D * I
+
+
+def test_plain_expert_parallelism_reads_what_is_stored() -> None:
+    """Whether shards can keep a format changes the split's time, never that of engines, which all read it."""
+    floats = facts_in("awq")
+    kept = replace(floats, stored=replace(floats.stored, kept=True))
+    gpu = gpu_named("h100")
+    lockstep, split = Half(2, 2, 2, lockstep=True), Half(2, 1, 3)
+    (engine_s, same_s), (slow_s, fast_s) = (
+        [ExpertTimes(facts, gpu, 0.5).layer(1, 1, 0.0, half).shard_s for facts in (floats, kept)]
+        for half in (lockstep, split)
+    )
+    assert engine_s == same_s == fast_s
+    call_s = gpu.constants.call_s
+    assert (slow_s - call_s) / (engine_s - call_s) == pytest.approx(floats.expert_bytes / kept.expert_bytes)
+    demand = Demand(isl=50, osl=50, rate=100, tpot_ms=50, ttft_ms=1000, max_gpus=4)
+    engines, others = plan_engines(floats, gpu, demand), plan_engines(kept, gpu, demand)
+    assert engines is not None
+    assert engines == others
 
 
 def test_attention_is_quantized_unless_the_settings_spare_it() -> None:
