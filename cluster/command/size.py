@@ -51,6 +51,9 @@ def size(
     device_gb: Annotated[
         float | None, typer.Option(help="With --offload: memory of a shard's device.", show_default="the GPU's")
     ] = None,
+    cpu_shards: Annotated[
+        bool, typer.Option("--cpu-shards", help="With --offload: shards on CPUs, whose layers share a shard's memory.")
+    ] = False,
     copy_gb_per_s: Annotated[float, typer.Option(help="With --offload: rate from host memory to the device.")] = 25.0,
     trace: Annotated[
         Path | None,
@@ -84,10 +87,13 @@ def size(
         "router_gpus": router_gpus,
     }
     if not offload:
-        if shards != 1 or device_gb is not None or copy_gb_per_s != 25.0 or trace is not None:
-            raise typer.BadParameter("expected --offload beside --shards, --device-gb, --copy-gb-per-s and --trace")
+        if shards != 1 or device_gb is not None or copy_gb_per_s != 25.0 or trace is not None or cpu_shards:
+            raise typer.BadParameter(
+                "expected --offload beside --shards, --device-gb, --cpu-shards, --copy-gb-per-s and --trace"
+            )
         run.answer(run.Question(model, gpu, demand, price_per_gpu_hour, alternatives, write), as_json)
         return
     if write is not None or price_per_gpu_hour is not None:
         raise typer.BadParameter("expected neither --write nor --price-per-gpu-hour beside --offload")
-    run.answer_offload(run.OffloadAsked(model, gpu, demand, shards, copy_gb_per_s, device_gb, trace), as_json)
+    asked = run.OffloadAsked(model, gpu, demand, shards, copy_gb_per_s, device_gb, trace, cpu_shards)
+    run.answer_offload(asked, as_json)

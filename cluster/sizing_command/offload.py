@@ -16,6 +16,7 @@ def as_json(sizing: OffloadSizing) -> dict[str, Any]:
         "model": sizing.facts.name,
         "gpu": sizing.gpu.name,
         "shards": question.shards,
+        "layers_share": question.layers_share,
         "copy_rate": figure(question.copy_bytes_per_s, "bytes/s", "given"),
         "routing": "made up" if question.trace is None else question.trace.source,
         "slots_per_shard": sizing.slots,
@@ -58,5 +59,6 @@ def lines_of(sizing: OffloadSizing) -> Iterator[str]:
         yield (f"  {speed.streams:7d}{speed.hit_rate:25.2f}{speed.factor:26.2f}{speed.factor_with_prefetch:15.2f}")
     yield ""
     routing = "made up, without a stream's likeness to itself" if question.trace is None else question.trace.source
-    yield f"routing: {routing}. copies: {question.copy_bytes_per_s / 1e9:g} GB/s  [given]"
+    share = "layers share a shard's memory (CPUs)" if question.layers_share else "each layer has its own (GPUs)"
+    yield f"routing: {routing}. {share}. copies: {question.copy_bytes_per_s / 1e9:g} GB/s  [given]"
     yield f"prefetch: {FORESEEN:.0%} of what is missing is foreseen, and hidden while a router thinks (docs/sizing.md)."

@@ -40,6 +40,7 @@ class OffloadAsked:
     copy_gb_per_s: float
     device_gb: float | None
     trace: Path | None
+    cpu_shards: bool
 
 
 def answer(question: Question, as_json: bool) -> None:
@@ -108,7 +109,7 @@ def _answer_offload(asked: OffloadAsked, as_json: bool) -> None:
     except (TraceError, ValueError) as error:
         raise CommandError(f"{asked.trace}: {error}") from None
     device_bytes = None if asked.device_gb is None else 1e9 * asked.device_gb
-    question = OffloadQuestion(asked.shards, 1e9 * asked.copy_gb_per_s, device_bytes, trace)
+    question = OffloadQuestion(asked.shards, 1e9 * asked.copy_gb_per_s, device_bytes, trace, asked.cpu_shards)
     demand = Demand(**asked.demand)  # type: ignore[arg-type]
     sizing = size_offload(facts, gpu_named(asked.gpu), demand, question)
     tell(as_json, document_of(sizing), lines_of(sizing))

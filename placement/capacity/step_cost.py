@@ -126,7 +126,7 @@ def step_cost(
     link_s: dict[str, float] = {}
     link_bytes: dict[str, float] = {}
     names = ("router", "wire", "shard", "wait", "weights", "flops", "copy")
-    residents = None if offload is None else Residents(placement, trace.load(), offload.places(placement))
+    residents = None if offload is None else Residents(placement, trace.load(), offload)
     layer_s = {name: np.zeros(num_layers) for name in names}
     for batch in range(batches):
         drawn = rng.choice(trace.num_tokens, tokens, replace=tokens > trace.num_tokens)

@@ -34,12 +34,14 @@ class OffloadQuestion:
         device_bytes: memory of a shard's device, by default the GPU's.
         copy_bytes_per_s: from host memory to the device.
         trace: routing to play through; None for a made-up one of the demand's skew.
+        layers_share: whether layers share a shard's memory, as on CPUs.
     """
 
     shards: int
     copy_bytes_per_s: float
     device_bytes: float | None = None
     trace: ActivationTrace | None = None
+    layers_share: bool = False
 
     def __post_init__(self) -> None:
         if self.shards < 1:
@@ -138,7 +140,9 @@ def _speed(
             router_nodes=[0],
             think_s=think_s,
             batches=max(_CALLS // streams, 4),
-            offload=Offload(_fraction(resident, slots), question.copy_bytes_per_s, slots, foreseen),
+            offload=Offload(
+                _fraction(resident, slots), question.copy_bytes_per_s, slots, foreseen, question.layers_share
+            ),
         )
         waits_s.append(step.moe_layers * float(cost.copy_s.mean()))
         hit_rate = cost.hit_rate

@@ -16,9 +16,8 @@ import torch
 
 from experts.kernels.base import KernelShape
 from experts.kernels.native.kernel import NativeKernel
+from placement.capacity.eviction import HEAT_STEP
 
-HEAT_STEP = 0.1
-"""How much a call counts in `heat_LS`: half of it comes from a layer's last seven calls."""
 _LOOK_S = 20e-6  # between two looks at a call that may still use a slot
 _MOST_APART_BYTES = 64 << 20  # float32 products of pairs, kept between the parts of a call
 

@@ -24,6 +24,7 @@ from experts.kernels.offload.link import Link
 from experts.kernels.offload.places import placed
 from experts.kernels.offload.residency import Residency
 from experts.model.spec import ExpertWeights
+from placement.capacity.eviction import in_parts, most_at_once
 
 _COPY_TIMEOUT_S = 60.0  # far longer than any router waits for a reply
 
@@ -54,10 +55,7 @@ class OffloadedKernel(ExpertKernel):
         self.places = placed(picked, shape)
         self.residency = Residency(self.places, shape.num_layers, shape.num_slots)
         self.counts = OffloadCounts()
-        at_once = self.places.layer_places
-        if self.places.shares_places:  # the other half is for what comes early
-            at_once = max(at_once, shape.num_layers * at_once // 2)
-        self.most_at_once = at_once
+        self.most_at_once = most_at_once(self.places.layer_places, shape.num_layers, self.places.shares_places)
         """Slots of a layer that a call, or what comes early for one, may have in places."""
         self.copy_s = 0.0
         """Seconds that a slot takes to come, lately."""
@@ -186,12 +184,9 @@ class OffloadedKernel(ExpertKernel):
         return bool(slots_U[0] >= 0 and slots_U[-1] < self.shape.num_slots and self._loaded_LS[layer, slots_U].all())
 
     def _parts(self, layer: int, slots_U: np.ndarray, any_order: bool) -> list[np.ndarray]:
-        """Slots to compute at a time. First those that are here, where the order is free: else they would make room."""
-        most = self.most_at_once
-        if len(slots_U) > most and any_order:
-            here_U = self.residency.place_of_slot_LS[layer, slots_U] >= 0
-            slots_U = np.concatenate([slots_U[here_U], slots_U[~here_U]])
-        return np.split(slots_U, range(most, len(slots_U), most))
+        """Slots to compute at a time."""
+        here_S = self.residency.place_of_slot_LS[layer] >= 0 if any_order else None
+        return in_parts(slots_U, here_S, self.most_at_once)
 
     def _bring_in(self, layer: int, slots_U: np.ndarray) -> None:
         """Return when all are in places, where they stay until the next part.

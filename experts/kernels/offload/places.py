@@ -15,7 +15,8 @@ import torch
 
 from experts.kernels.base import ExpertKernel, KernelShape
 from experts.kernels.native.kernel import NativeKernel
-from experts.kernels.native.placed import HEAT_STEP, PlacedNativeKernel
+from experts.kernels.native.placed import PlacedNativeKernel
+from placement.capacity.eviction import note_use
 
 
 class PlacedKernel(Protocol):
@@ -24,7 +25,7 @@ class PlacedKernel(Protocol):
     layer_places: int  # places of a layer; where they are shared, all of them by the number of layers
     shares_places: bool  # whether a place takes slots of any layer, or those of its own alone
     last_use_LS: np.ndarray  # int64: what `clock` said when the slot was used, 0 for never
-    heat_LS: np.ndarray  # float32: share of the layer's calls that used the slot, see HEAT_STEP
+    heat_LS: np.ndarray  # float32: share of the layer's calls that used the slot, see `note_use`
     called: int  # an eventfd that is told of each call
 
     @property
@@ -143,9 +144,7 @@ class RemappedKernel:
         slots_U = np.unique(slots_N.numpy())
         self.clock += 1
         self.last_use_LS[layer, slots_U] = self.clock
-        if first:
-            self.heat_LS[layer] *= 1 - HEAT_STEP
-        self.heat_LS[layer, slots_U] += HEAT_STEP
+        note_use(self.heat_LS[layer], slots_U, first)
         self.uses += len(slots_U)
         self.last_layer = layer
         os.eventfd_write(self.called, 1)

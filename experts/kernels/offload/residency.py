@@ -1,8 +1,8 @@
 """Which slots stand in which places, and which ones leave when others come.
 
 A place is free, has a slot, expects one that is being copied (coming), or is being vacated for one: its slot is out of
-use, but a call may still read it. The slot that leaves is one that few calls of its layer use; of two alike, the one
-whose layer is called later. Layers are called in turn, so a shared place goes from layer to layer with the tokens.
+use, but a call may still read it. `placement.capacity.eviction` says which slot leaves; by its rule a shared place goes
+from layer to layer with the tokens.
 
 Legend: L MoE layers, S slots of a layer, P places of all layers.
 """
@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from experts.kernels.offload.places import PlacedKernel
+from placement.capacity.eviction import coldest, worth_of_layers
 
 FREE, VACATED = -1, -2
-LATER_IS_WORTH = 0.65
-"""What a slot of the layer called last is worth beside one of the layer called next that is used as often."""
 
 
 class Residency:
@@ -33,9 +32,7 @@ class Residency:
         self._kernel = kernel
         self._use_at_arrival_LS = np.full((num_layers, num_slots), -1, np.int64)  # of those nobody had asked for
         self._using: tuple[int, np.ndarray] | None = None
-        layers_L = np.arange(num_layers)
-        calls_LL = (layers_L - 1 - layers_L[:, None]) % num_layers  # [last called, layer]: calls before its next one
-        self._worth_LL1 = (1 - (1 - LATER_IS_WORTH) / max(num_layers - 1, 1) * calls_LL).astype(np.float32)[:, :, None]
+        self._worth_LL = worth_of_layers(num_layers)
         self.wasted = 0
         """Slots that came before they were asked for, and left without a use."""
 
@@ -152,12 +149,10 @@ class Residency:
             leaving_LS[layer] &= ~keep_S
         if self._using is not None:
             leaving_LS[self._using[0]] &= ~self._using[1]
-        candidates = np.flatnonzero(leaving_LS)
-        if len(candidates) > count:
-            worth = (self._kernel.heat_LS * self._worth_LL1[self._kernel.last_layer]).ravel()[candidates]
-            candidates = candidates[np.argpartition(worth, count - 1)[:count]]
-        layers = set((candidates // self.place_of_slot_LS.shape[1]).tolist())
-        return self._take_out(candidates).tolist(), layers
+        kernel = self._kernel
+        leaving = coldest(kernel.heat_LS, self._worth_LL[kernel.last_layer], leaving_LS, count)
+        layers = set((leaving // self.place_of_slot_LS.shape[1]).tolist())
+        return self._take_out(leaving).tolist(), layers
 
     def _take_out(self, slots_N: np.ndarray) -> np.ndarray:
         """The places of slots, int64 of layer * S + slot."""

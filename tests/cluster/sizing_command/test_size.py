@@ -165,7 +165,12 @@ def test_shards_that_offload_are_sized(capsys: pytest.CaptureFixture[str], tmp_p
             assert 0 < speed["tokens_per_s"]["value"] <= speed["tokens_per_s_with_prefetch"]["value"] <= 1
     hits = [answer["speeds"][0]["hit_rate"]["value"] for answer in found]
     assert hits == sorted(hits)
-    status, out, _ = told(capsys, *asked[:-1], "--device-gb", str((others + 8.5 * each) / 1e9))
+    third = ("--device-gb", str((others + 8.5 * each) / 1e9))
+    on_cpus = json.loads(told(capsys, *asked, *third, "--cpu-shards")[1])
+    assert (on_cpus["layers_share"], found[0]["layers_share"]) == (True, False)
+    assert on_cpus["speeds"] != found[0]["speeds"]
+    status, out, _ = told(capsys, *asked[:-1], *third)
+    assert "each layer has its own (GPUs)" in out
     assert f"resident_fraction: {found[0]['resident_fraction']:g}" in out
     assert "tokens/s of all resident" in out
 
@@ -178,6 +183,7 @@ def test_shards_that_offload_are_sized(capsys: pytest.CaptureFixture[str], tmp_p
         (("--offload", "--copy-gb-per-s", "0"), 2, "copy_bytes_per_s is 0.0, expected more than 0"),
         (("--offload", "--write", "x.yaml"), 2, "expected neither --write nor --price-per-gpu-hour beside --offload"),
         (("--shards", "2"), 2, "expected --offload beside --shards"),
+        (("--cpu-shards",), 2, "expected --offload beside --shards, --device-gb, --cpu-shards"),
         (("--offload", "--trace", "missing.npz"), 1, "missing.npz"),
     ],
 )

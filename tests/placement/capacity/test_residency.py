@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -34,22 +33,48 @@ def test_a_copy_is_a_price_by_hand() -> None:
         assert hidden.copy_s.tolist() == [left_s], "three quarters of it while the router thinks, if it does so long"
 
 
-def test_what_is_in_memory_follows_the_last_uses() -> None:
-    """Beside an ordered dictionary, for one router and one shard."""
-    rng = np.random.default_rng(0)
-    placement, load_LE = Placement.linear(1, 8, 1), rng.permutation(8)[None].astype(float)
-    residents = Residents(placement, load_LE, 3)
-    recent = OrderedDict.fromkeys(np.argsort(load_LE[0]).tolist())
-    for _ in range(200):
-        expert = int(rng.integers(8))
-        used = np.zeros((1, 1, 8), bool)
-        used[0, 0, expert] = True
-        assert residents.use(0, used).tolist() == [[int(expert not in list(recent)[-3:])]]
-        recent.move_to_end(expert)
+def used(*experts: int, num_experts: int = 4) -> np.ndarray:
+    """One router's request to one shard."""
+    mask = np.zeros((1, 1, num_experts), bool)
+    mask[0, 0, list(experts)] = True
+    return mask
+
+
+def test_the_expert_that_few_calls_use_leaves_though_it_was_used_last() -> None:
+    """Two of four in memory: the trace's hottest, 0 and 1, then by the calls."""
+    residents = Residents(Placement.linear(1, 4, 1), np.array([[9.0, 8, 1, 0]]), Offload(0.5, 1.0))
+    for _ in range(3):
+        assert residents.use(0, used(0)).tolist() == [[0]]
+    assert residents.use(0, used(2)).tolist() == [[1]], "in place of 1, which no call has used"
+    assert residents.use(0, used(3)).tolist() == [[1]], "in place of 2, which one call has used; 0 was used by three"
+    assert residents.use(0, used(0, 3)).tolist() == [[0]]
+    assert (residents.uses, residents.misses) == (7, 2)
+
+
+@pytest.mark.parametrize("layers_share", [False, True])
+def test_layers_that_share_give_room_to_the_layer_at_hand(layers_share: bool) -> None:
+    """Two layers with two of four experts in memory each: where they share it, a third expert of one layer takes the
+    place of the other's least used one, else that of its own.
+    """
+    loads = np.array([[9.0, 8, 1, 0]] * 2)
+    residents = Residents(Placement.linear(2, 4, 1), loads, Offload(0.5, 1.0, layers_share=layers_share))
+    assert residents.use(0, used(0, 1)).tolist() == [[0]]
+    assert residents.use(1, used(0)).tolist() == [[0]]
+    assert residents.use(0, used(0, 2)).tolist() == [[1]]
+    assert residents.use(0, used(0, 1)).tolist() == [[0 if layers_share else 1]], "1 stayed if the other layer's 1 left"
+
+
+def test_a_shard_evicts_what_it_holds_and_no_other_shards_experts() -> None:
+    residents = Residents(Placement.linear(1, 4, 2), np.ones((1, 4)), Offload(0.5, 1.0))
+    both = np.zeros((1, 2, 4), bool)
+    both[0, 0, 1] = both[0, 1, 2] = True
+    assert residents.use(0, both).tolist() == [[1, 0]], "0 and 2 were there at first"
+    both[0, 0, 0], both[0, 0, 1] = True, False
+    assert residents.use(0, both).tolist() == [[1, 0]]
 
 
 def test_routers_that_come_later_find_what_came_for_the_first() -> None:
-    residents = Residents(Placement.linear(1, 4, 2), np.ones((1, 4)), 1)
+    residents = Residents(Placement.linear(1, 4, 2), np.ones((1, 4)), Offload(0.5, 1.0))
     used = np.zeros((2, 2, 4), bool)
     used[:, 0, 0] = used[:, 1, 3] = True
     assert residents.use(0, used)[1].tolist() == [0, 0]

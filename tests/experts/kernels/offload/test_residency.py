@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from experts.kernels import KERNELS
 from experts.kernels.offload.places import PlacedKernel, placed
-from experts.kernels.offload.residency import LATER_IS_WORTH, Residency
+from experts.kernels.offload.residency import Residency
+from placement.capacity.eviction import LATER_IS_WORTH
 from tests.support.offloading import SHAPE
 
 LAYERS, SLOTS, PLACES = 4, 5, 3
