@@ -30,13 +30,16 @@ class Estimate:
 class Prices:
     """A placement on sampled steps: seconds float64 [S, L]; shards a token visits and balancedness of shards [S].
 
-    `weight_S`: how many steps of the traffic each stands for.
+    `weight_S`: how many steps of the traffic each stands for. Where shards offload: `found_S`, the share of the experts
+    that were in memory, and `copy_S`, the part of the seconds that goes into waiting for the others.
     """
 
     seconds_SL: np.ndarray
     fan_out_S: np.ndarray
     balancedness_S: np.ndarray
     weight_S: np.ndarray
+    found_S: np.ndarray | None = None
+    copy_S: np.ndarray | None = None
 
     @property
     def seconds_S(self) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.autopilot.estimates import Estimate, Prices
+from placement.capacity.residency import Offload
 from placement.placement import Placement
 from placement.traces.observation import Observation
 
@@ -17,6 +18,9 @@ class Model:
     weight_bytes: float  # of one parameter
     shard_bytes: int  # all experts of one shard
     device: str  # cpu or cuda
+    offload: Offload | None = (
+        None  # shards have some experts in memory only, and copy the others when they are asked for
+    )
 
 
 @dataclass(frozen=True, eq=False)

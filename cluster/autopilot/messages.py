@@ -61,6 +61,11 @@ class WindowView:
     step_cost_us: float  # predicted from the routing: the part of a step that the placement decides about
     drift: float | None  # excess over the cost planned for; None: nothing was planned for it
     drift_noise: float | None
+    # Predicted, where shards offload; None elsewhere.
+    found: float | None = (
+        None  # share of the experts of dispatches that are in a shard's memory when they are asked for
+    )
+    copy_cost_us: float | None = None  # part of step_cost_us: waiting for the others
 
 
 @dataclass(frozen=True)

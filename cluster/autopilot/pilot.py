@@ -211,6 +211,8 @@ class Pilot:
             step_cost_us=measured.mean() * 1e6,
             drift=None if self.drift is None else self.drift.value,
             drift_noise=None if self.drift is None else _finite(self.drift.noise),
+            found=None if measured.found_S is None else measured.mean("found_S"),
+            copy_cost_us=None if measured.copy_S is None else measured.mean("copy_S") * 1e6,
         )
 
     def _plan_if_due(self, window: Window, facts: Facts) -> PlanJob | None:

@@ -5,14 +5,16 @@ T tokens of a step, L layers, K experts of one token, R ranks, E experts, S step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cluster.autopilot.estimates import Prices
 from cluster.autopilot.jobs import Model
 from placement.capacity.hardware import CPU_CORE, H100
+from placement.capacity.residency import Offload, Residents
 from placement.compiled import compiled
 from placement.placement import Placement
 from placement.rule.evaluate import dispatch_trace
@@ -24,11 +26,16 @@ CACHE_BYTES, CACHE_BYTES_PER_S = 32 * 2**20, 200e9
 
 @dataclass(frozen=True)
 class StepPrice:
-    """Seconds on a shard: to read one expert's weights, to compute one pair, to take in and give back one row."""
+    """Seconds on a shard: to read one expert's weights, to compute one pair, to take in and give back one row.
+
+    `offload`: which experts wait for a copy first, of `expert_bytes` each. What is foreseen is taken to come in time.
+    """
 
     expert_s: float
     pair_s: float
     row_s: float
+    offload: Offload | None = None
+    expert_bytes: int = 0
 
     @classmethod
     def of(cls, model: Model) -> StepPrice:
@@ -39,6 +46,8 @@ class StepPrice:
             expert_s=model.expert_bytes / (CACHE_BYTES_PER_S if cached else constants.memory_bytes_per_s),
             pair_s=2 * model.expert_bytes / model.weight_bytes / constants.flops_per_s,
             row_s=constants.router_token_s,
+            offload=model.offload,
+            expert_bytes=model.expert_bytes,
         )
 
 
@@ -77,12 +86,15 @@ def _of_layer(
 def price_steps(placement: Placement, steps: Sequence[SampledStep], price: StepPrice) -> Prices:
     """What each step costs: the slowest shard of each layer, added over layers. Loads begin at zero in each step.
 
-    Of a step that was sampled in part, pairs and rows are scaled to all of its tokens.
+    Of a step that was sampled in part, pairs and rows are scaled to all of its tokens. Shards that offload begin with
+    the hottest experts of all the steps in memory, and each step finds what the one before left.
     """
     num_ranks = placement.num_ranks
     seconds_SL = np.zeros((len(steps), placement.num_layers))
     fan_out_S, balancedness_S = np.zeros((2, len(steps)))
     used_RE = np.zeros((num_ranks, placement.num_experts), np.bool_)
+    copies = None if price.offload is None else _Copies(placement, steps, price.offload, price.expert_bytes)
+    found_S, copy_S = np.zeros((2, len(steps)))
     usable_R = (placement.physical_to_logical_map.reshape(placement.num_layers, num_ranks, -1) >= 0).any((0, 2))
     for s, step in enumerate(steps):
         scale = step.num_tokens / max(len(step.topk_ids), 1)
@@ -92,12 +104,49 @@ def price_steps(placement: Placement, steps: Sequence[SampledStep], price: StepP
             pairs_R, activated_R, rows_R = np.zeros((3, num_ranks), np.int64)
             _of_layer(ids_TK, rank_TK, used_RE, pairs_R, activated_R, rows_R)
             work_R = np.maximum(activated_R * price.expert_s, pairs_R * scale * price.pair_s)
-            seconds_SL[s, layer] = (work_R + rows_R * scale * price.row_s).max()
+            seconds_R = work_R + rows_R * scale * price.row_s
+            if copies is not None:
+                copy_R = copies.wait_s(layer, ids_TK, rank_TK)
+                seconds_R += copy_R
+                copy_S[s] += copy_R[seconds_R.argmax()]
+            seconds_SL[s, layer] = seconds_R.max()
             fan_out_S[s] += rows_R.sum() / max(len(ids_TK), 1)
             balancedness_S[s] += pairs_R[usable_R].mean() / max(pairs_R.max(), 1)
+        if copies is not None:
+            found_S[s] = copies.found_since()
     num_layers = placement.num_layers
     weight_S = np.array([step.weight for step in steps])
-    return Prices(seconds_SL, fan_out_S / num_layers, balancedness_S / num_layers, weight_S)
+    prices = Prices(seconds_SL, fan_out_S / num_layers, balancedness_S / num_layers, weight_S)
+    return prices if copies is None else replace(prices, found_S=found_S, copy_S=copy_S)
+
+
+class _Copies:
+    """Which experts the shards wait for, step after step."""
+
+    def __init__(self, placement: Placement, steps: Sequence[SampledStep], offload: Offload, expert_bytes: int) -> None:
+        load_LE = np.zeros((placement.num_layers, placement.num_experts))
+        for step in steps:
+            for layer in range(placement.num_layers):
+                ids = step.topk_ids[:, layer]
+                load_LE[layer] += step.weight * np.bincount(ids[ids >= 0], minlength=placement.num_experts)
+        self._residents = Residents(placement, load_LE, offload)
+        self._offload, self._expert_bytes = offload, expert_bytes
+        self._used_IRE = np.zeros((1, placement.num_ranks, placement.num_experts), np.bool_)
+        self._uses, self._misses = 0, 0
+
+    def wait_s(self, layer: int, ids_TK: np.ndarray, rank_TK: np.ndarray) -> np.ndarray:
+        """float64 [R]: seconds of each shard in a layer of the next step."""
+        sent_TK = rank_TK >= 0
+        self._used_IRE[:] = False
+        self._used_IRE[0, rank_TK[sent_TK], ids_TK[sent_TK]] = True
+        missing_R = self._residents.use(layer, self._used_IRE)[0]
+        return self._offload.wait_s(missing_R, self._expert_bytes, math.inf)
+
+    def found_since(self) -> float:
+        """Share of the experts asked for that were in memory, since it was asked last."""
+        uses, misses = self._residents.uses - self._uses, self._residents.misses - self._misses
+        self._uses, self._misses = self._residents.uses, self._residents.misses
+        return 1 - misses / max(uses, 1)
 
 
 def recut(reference: Sequence[SampledStep], like: Sequence[SampledStep], seed: int = 0) -> list[SampledStep]:

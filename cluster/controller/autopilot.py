@@ -14,9 +14,11 @@ from cluster.autopilot.messages import AutopilotView, Decision, ObservationRepor
 from cluster.autopilot.pilot import Change, Facts, Pilot
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.autopilot_section import AutopilotSection
+from cluster.config.experts_sections import ShardsSection
 from cluster.config.parse import ConfigError
 from cluster.controller import views
 from cluster.mesh.mesh import Mesh
+from placement.capacity.residency import FILE_BYTES_PER_S, FORESEEN, PCIE_BYTES_PER_S, Offload
 from placement.migration.layer import MigrationError
 from placement.traces.observation import Observation
 from placement.traces.trace import TraceError
@@ -161,6 +163,7 @@ class Autopilot:
                 PARAMETER_BYTES.get(self._config.model.dtype, 2.0),
                 expert_bytes * max(slots, default=1) * mesh.model.num_layers,
                 self._config.shards.device,
+                _offload(self._config.shards, max(slots, default=1)),
             ),
             slots_per_rank=max(min(slots, default=1) - placement.spare_slots, 1),
             min_replicas=placement.min_replicas,
@@ -168,6 +171,21 @@ class Autopilot:
             fresh_s=FRESH_SHARE * placement.max_seconds,
             bytes_per_s=mesh.conductor.pace.bytes_per_s,
         )
+
+
+def _offload(shards: ShardsSection, slots: int) -> Offload | None:
+    """What shards have in memory of `slots` slots a layer; None if all. Copies come at nominal rates, or the limit."""
+    settings = shards.offload
+    if settings is None or settings.resident_fraction == 1:
+        return None
+    rate = PCIE_BYTES_PER_S if shards.device == "cuda" else FILE_BYTES_PER_S
+    return Offload(
+        settings.resident_fraction,
+        min(rate, settings.max_copy_bytes_per_s or rate),
+        slots,
+        FORESEEN if settings.prefetch else 0.0,
+        layers_share=shards.device == "cpu" and shards.kernel in ("auto", "native"),
+    )
 
 
 def frozen(mesh: Mesh) -> str:

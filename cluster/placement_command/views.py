@@ -113,6 +113,11 @@ def autopilot_lines(view: AutopilotView) -> list[str]:
             f"shards      {window.fan_out:.2f} a token and layer, balancedness {window.balancedness:.2f}",
             f"drift       {share(window.drift, window.drift_noise)}; {count(view.drifting, 'window')} running",
         ]
+        if window.found is not None and window.copy_cost_us is not None:
+            lines.append(
+                f"offload     {window.found:.1%} of the experts asked for in memory; copies of others take "
+                f"{window.copy_cost_us:.3g} of {window.step_cost_us:.3g} us a step (predicted)"
+            )
     return [*lines, f"problem     {view.problem}"] if view.problem else lines
 
 

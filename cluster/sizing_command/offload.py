@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.sizing_command.models import figure
-from placement.sizing.offload import FORESEEN, OffloadSizing
+from placement.capacity.residency import FORESEEN
+from placement.sizing.offload import OffloadSizing
 
 
 def as_json(sizing: OffloadSizing) -> dict[str, Any]:

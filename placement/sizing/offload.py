@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from placement.capacity.hardware import ModelShape
-from placement.capacity.residency import Offload
+from placement.capacity.residency import FORESEEN, Offload
 from placement.capacity.step_cost import step_cost
 from placement.placement import Placement
 from placement.sizing.demand import Demand
@@ -20,8 +20,6 @@ from placement.topology import Topology
 from placement.traces.trace import ActivationTrace
 
 STREAMS = (1, 4, 16, 64)
-FORESEEN = 0.7
-"""Of the next layer's experts, those that its gate names a layer early: 0.65 to 0.73 on the tiny model."""
 _CALLS = 256  # tokens of the trace that are played through for one figure, at least four steps
 
 

@@ -133,6 +133,7 @@ class Scene:
         self.now_s = 1000.0
         self.counts: ReplicaCounts | None = ReplicaCounts(3, 0)  # what Serve says
         self.asked_serve = 0
+        self.offload: dict[str, Any] | None = None  # of shards, from the next life on
         self.shards: dict[str, SceneShard] = {}
         self.controller: Any = None
         clock = SimpleNamespace(monotonic=lambda: self.now_s, time=lambda: 1e9 + self.now_s)
@@ -163,6 +164,7 @@ class Scene:
         self.counts = None if self.counts is None else ReplicaCounts(self.counts.wanted, running)
         config = yaml.safe_load(TINY.read_text())["applications"][0]["args"]
         config["shards"]["slots_per_rank"] = SLOTS
+        config["shards"]["offload"] = self.offload
         config["mesh"] = {"secret_env": secret_env}
         self.controller = PlacementController.__new__(PlacementController)
         await self.controller.__init__(config, {"num_layers": LAYERS, "num_experts": EXPERTS}, None)

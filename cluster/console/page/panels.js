@@ -83,6 +83,7 @@ export class Autopilot {
       ["Tokens", whole(Object.values(window.tokens).reduce((a, b) => a + b, 0))],
       ["Fan-out", figure(window.fan_out)],
       ["Balancedness", percent(window.balancedness)],
+      ...(window.found === null ? [] : [["Experts found in memory", percent(window.found)]]),
       ["Drift", signed(window.drift)],
       ["Drifting", many(view.drifting, "window")],
     ] : []);

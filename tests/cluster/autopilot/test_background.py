@@ -15,6 +15,7 @@ from cluster.autopilot.background import Background, JobError, do
 from cluster.autopilot.jobs import JudgeJob, Model, PlanJob, Prepared, PrepareJob, Proposal, Verdict
 from cluster.autopilot.pricing import StepPrice, price_steps, recut
 from cluster.autopilot.proposals import with_slots
+from placement.capacity.residency import Offload
 from placement.placement import Placement
 from placement.rule.evaluate import dispatch_trace
 from placement.traces.observation import Observation, SampledStep
@@ -44,6 +45,7 @@ def seen(sampled: tuple[SampledStep, ...]) -> Observation:
 
 
 LINEAR = Placement.linear(2, EXPERTS, 3, 1, 1)
+LINEAR_1 = Placement.linear(1, 4, 2)
 
 
 def test_prices_are_those_of_brute_force() -> None:
@@ -61,6 +63,44 @@ def test_prices_are_those_of_brute_force() -> None:
             assert found.seconds_SL[number, layer] == pytest.approx(worst)
         fan_out = np.mean([[len(set(row)) for row in layer] for layer in rank_LTK.tolist()])
         assert found.fan_out_S[number] == pytest.approx(fan_out)
+
+
+def tokens(*ids: int) -> SampledStep:
+    """A step of a layer, of tokens with one expert each."""
+    return SampledStep(0, 0.0, len(ids), np.array(ids, np.int16).reshape(-1, 1, 1), np.zeros(len(ids), np.bool_))
+
+
+def test_an_expert_out_of_memory_costs_its_copy() -> None:
+    """Two shards, two experts each, one of them in memory: at first 0 and 2, which the steps use most."""
+    sampled = [tokens(0, 2), tokens(0, 2), tokens(1, 2), tokens(0, 2)]
+    placement = Placement.linear(1, 4, 2)
+    price = replace(PRICE, offload=Offload(0.5, 10.0), expert_bytes=100)
+    found, free = price_steps(placement, sampled, price), price_steps(placement, sampled, PRICE)
+    assert (free.found_S, free.copy_S) == (None, None)
+    assert found.found_S is not None
+    assert found.copy_S is not None
+    assert found.found_S.tolist() == [1, 1, 0.5, 0.5]
+    assert found.copy_S.tolist() == [0, 0, 10, 10], "1 comes in place of 0, then 0 in place of 1"
+    np.testing.assert_allclose(found.seconds_S, free.seconds_S + found.copy_S)
+    early = price_steps(placement, sampled, replace(price, offload=Offload(0.5, 10.0, foreseen=0.75)))
+    assert early.copy_S is not None
+    assert early.copy_S.tolist() == [0, 0, 2.5, 2.5]
+
+
+def test_hot_experts_on_one_shard_cost_more_where_it_has_room_for_one() -> None:
+    """Steps of one token, for experts 0 and 1 by turns: all placements cost the same but for copies."""
+    apart = replace(LINEAR_1, physical_to_logical_map=np.array([[0, 2, 1, 3]], np.int32))
+    steps_of = tuple(replace(tokens(n % 2), number=n, at_s=float(n)) for n in range(20))
+    counts_PLE = np.zeros((2, 1, 4), np.int64)
+    counts_PLE[0, 0, :2] = 10
+    traffic = Observation((0,), counts_PLE, np.array([20, 0]), 20, steps_of)
+    for offload, more in ((None, False), (Offload(0.5, 1e6), True)):
+        verdict = do(JudgeJob(replace(MODEL, offload=offload), (LINEAR_1, apart), traffic))
+        assert isinstance(verdict, Verdict)
+        together, separate = verdict.prices
+        assert (together.mean() > separate.mean()) == more
+        if more:
+            assert together.mean() - separate.mean() == pytest.approx(1000 / 1e6 * 19 / 20)
 
 
 def test_recut_steps_have_the_sizes_asked_for_and_tokens_of_the_reference() -> None:

@@ -108,6 +108,16 @@ class Scene:
         return self.pilot.view(self.at).state
 
 
+def test_a_window_tells_what_copies_cost_where_shards_offload() -> None:
+    scene = Scene()
+    assert scene.window() is not None
+    offloaded = replace(prices(1.0), found_S=np.tile([0.5, 1.0], 10), copy_S=np.tile([0.25, 0.75], 10))
+    scene.pilot.judged(Verdict((offloaded,), None), scene.at)
+    window = scene.pilot.view(scene.at).window
+    assert window is not None
+    assert (window.found, window.copy_cost_us) == (0.75, 0.5e6)
+
+
 def test_what_was_never_planned_for_is_planned_after_one_window_and_measured() -> None:
     scene = Scene()
     scene.moved()

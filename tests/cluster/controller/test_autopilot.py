@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cluster.autopilot.background import JobError
 from cluster.autopilot.estimates import Estimate, Prices
-from cluster.autopilot.jobs import Job, JudgeJob, Prepared, PrepareJob, Proposal, Result, Verdict
+from cluster.autopilot.jobs import Job, JudgeJob, Model, Prepared, PrepareJob, Proposal, Result, Verdict
 from cluster.autopilot.messages import ObservationReport, ObservationWish
 from cluster.controller.autopilot import ASK_AGAIN_S
 from cluster.mesh.holdings import experts_by_rank
+from placement.capacity.residency import Offload
 from placement.placement import Placement
 from placement.traces.observation import Observation, SampledStep
-from tests.support.controller_scene import EXPERTS, LAYERS, LIVE, Play, Scene, turns
+from tests.support.controller_scene import EXPERTS, LAYERS, LIVE, SLOTS, Play, Scene, turns
 
 SHIFTED = Placement(3, 1, EXPERTS, np.array([[0, 3, 2, 1, 4, 5]] * LAYERS, np.int32))  # 1 and 3 change places
 SECTION = {"mode": "auto", "window_s": 4, "cool_down_s": 1, "min_window_tokens": 1, "horizon_s": 10_000}
@@ -26,6 +28,7 @@ class MadeUp:
 
     def __init__(self, fails: bool = False) -> None:
         self.jobs: list[str] = []
+        self.models: list[Model] = []
         self.process: Any = None
         self.fails = fails
 
@@ -36,6 +39,7 @@ class MadeUp:
             raise JobError("its process ended")
         if isinstance(job, PrepareJob):
             return Prepared()
+        self.models.append(job.model)
         if isinstance(job, JudgeJob):
             costs = [1e-3] + [1.2e-3] * (len(job.placements) - 1)
             return Verdict(tuple(map(prices, costs)), None if job.reference is None else prices(1e-3))
@@ -89,6 +93,40 @@ def test_traffic_is_judged_a_plan_carried_out_and_its_gain_measured(play: Play) 
         assert (status.autopilot.state, status.autopilot.counters.moves) == ("observing", 1)
         for shard in scene.shards.values():
             assert shard.held_LE[experts_by_rank(SHIFTED)[shard.rank]].all()
+
+    play(act)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate", "foreseen"),
+    [({}, 2e9, 0.7), ({"max_copy_bytes_per_s": 1e6}, 1e6, 0.7), ({"prefetch": False}, 2e9, 0.0)],
+)
+def test_plans_are_priced_by_what_shards_have_in_memory(
+    play: Play, changes: dict[str, Any], rate: float, foreseen: float
+) -> None:
+    async def act(scene: Scene) -> None:
+        scene.offload = {"resident_fraction": 0.5, **changes}
+        await scene.restart()
+        made_up = await started(scene)
+        await scene.seconds(1, *BEATING)
+        await scene.controller.observe(report(2))
+        await scene.seconds(5, *BEATING)
+        assert made_up.jobs == ["PrepareJob", "JudgeJob", "PlanJob"]
+        assert {model.offload for model in made_up.models} == {Offload(0.5, rate, SLOTS, foreseen, layers_share=True)}
+
+    play(act)
+
+
+@pytest.mark.parametrize("offload", [None, {"resident_fraction": 1}])
+def test_shards_with_all_experts_in_memory_have_no_such_price(play: Play, offload: dict[str, Any] | None) -> None:
+    async def act(scene: Scene) -> None:
+        scene.offload = offload
+        await scene.restart()
+        made_up = await started(scene)
+        await scene.seconds(1, *BEATING)
+        await scene.controller.observe(report(2))
+        await scene.seconds(5, *BEATING)
+        assert [model.offload for model in made_up.models] == [None, None]
 
     play(act)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 
 from cluster.placement_command.difference import difference
 from cluster.placement_command.tables import count, seconds, size, table
+from cluster.placement_command.views import autopilot_lines
 from cluster.serve_environment import free_ports
 from placement.placement import Placement
 from tests.support.command import run_command, run_here
+from tests.support.serve.statuses import autopilot_view
 
 
 @st.composite
@@ -95,6 +99,17 @@ def test_sizes_have_three_digits(value: float, text: str) -> None:
 )
 def test_durations_are_rounded(value: float, text: str) -> None:
     assert seconds(value) == text
+
+
+def test_what_copies_cost_is_told_where_shards_offload() -> None:
+    plain = autopilot_view()
+    assert plain.window is not None
+    assert not any("offload" in line for line in autopilot_lines(plain))
+    offloaded = replace(plain, window=replace(plain.window, found=0.875, copy_cost_us=120.0))
+    assert autopilot_lines(offloaded)[:-1] == autopilot_lines(plain)
+    assert autopilot_lines(offloaded)[-1] == (
+        "offload     87.5% of the experts asked for in memory; copies of others take 120 of 300 us a step (predicted)"
+    )
 
 
 def test_one_is_singular() -> None:
