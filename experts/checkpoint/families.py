@@ -109,7 +109,7 @@ def every_expert_period(config: ModelConfig) -> Sequence[int]:
 
 def one_tensor_per_matrix(module: str, gate: str, up: str, down: str) -> Layout:
     """Three tensors for each expert: `layers.3.<module>.experts.7.<gate>.weight`."""
-    stem = f"layers.{{layer}}.{module}.experts.{{expert}}."
+    stem = f"layers.{{layer}}.{module}.experts.{{expert}}." if module else "layers.{layer}.experts.{expert}."
     return Layout(
         (
             Part("gate", f"{stem}{gate}.weight"),
@@ -175,8 +175,9 @@ FAMILIES = (
         (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
         every_sparse_step,
     ),
-    # Like Qwen3-MoE, but all experts of a layer in one transposed tensor, in a vision-language model.
-    Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), (fused("mlp", transposed=True),), every_sparse_step),
+    # Like Qwen3-MoE, but all experts of a layer in one transposed tensor, in a vision-language model. Tools that
+    # quantize give each expert tensors of its own, here as for Gemma 4 and Llama 4.
+    Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), (fused("mlp", transposed=True), GATE_UP_DOWN), every_sparse_step),
     Family(
         ("olmoe", "flex_olmo"),
         (GATE_UP_DOWN, FUSED_BY_TRANSFORMERS),
@@ -260,7 +261,7 @@ FAMILIES = (
     # The experts stand beside a dense MLP, in the layer itself.
     Family(
         ("gemma4", "gemma4_text"),
-        (fused("", transposed=False),),
+        (fused("", transposed=False), one_tensor_per_matrix("", "gate_proj", "up_proj", "down_proj")),
         every_layer_if_any,
         top_k=("top_k_experts",),
         intermediate_size=("moe_intermediate_size", "expert_intermediate_size"),
@@ -311,7 +312,10 @@ FAMILIES = (
     # Transposed halves; the router weight scales an expert's input.
     Family(
         ("llama4", "llama4_text"),
-        (fused("feed_forward", transposed=True),),
+        (
+            fused("feed_forward", transposed=True),
+            one_tensor_per_matrix("feed_forward", "gate_proj", "up_proj", "down_proj"),
+        ),
         interleaved_layers,
         intermediate_size=("intermediate_size",),
         weight_on_input=True,

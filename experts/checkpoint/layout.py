@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experts.checkpoint.hf_config import ModelConfig
+from experts.checkpoint.quantization.scheme import Scheme
 from experts.model.spec import ActivationSpec
 
 # What a stored tensor holds of one expert. Rows x columns as kernels expect them: gate and up [I, D], gate_up [2I, D],
@@ -75,3 +76,13 @@ class Family:
     intermediate_size: tuple[str, ...] = ("moe_intermediate_size",)
     activation: Callable[[ModelConfig], ActivationSpec] | None = None  # None: the one that hidden_act names
     weight_on_input: bool = False
+
+    def keeps(self, scheme: Scheme) -> bool:
+        """Whether kernels can keep experts as they are stored, as far as config.json tells.
+
+        A format that has tensors of all experts is taken to be in those, where the family has them. FP8 is not kept in
+        transposed ones.
+        """
+        form, usual = scheme.kept, self.layouts[0].parts
+        in_stack = scheme.in_stack() is not None and usual[0].stack == "leading"
+        return form is not None and not (in_stack and form.name == "fp8_block" and any(p.transposed for p in usual))

@@ -81,9 +81,15 @@ class ExpertStorage:
     def names(self, part: Part, layer_id: int, expert: int) -> list[str]:
         """The tensors of a part that are read, as far as a file has them."""
         name = self._name(part, layer_id, expert)
-        suffixes = ("",) if self._scheme is None else ("", *self._scheme.suffixes)
+        scheme = self._scheme_of(part)
+        suffixes = ("",) if scheme is None else ("", *scheme.suffixes)
         names = dict.fromkeys(beside(name, suffix) for suffix in suffixes)
         return [found for found in names if found in self.store]
+
+    def _scheme_of(self, part: Part) -> Scheme | None:
+        """The format of a part, if it is quantized; one that has no such tensors where there is none."""
+        stacked = None if self._scheme is None or part.stack != "leading" else self._scheme.in_stack()
+        return self._scheme if stacked is None else stacked
 
     def _name(self, part: Part, layer_id: int, expert: int) -> str:
         if self._aside is not None and layer_id == self._aside[0]:
@@ -95,7 +101,7 @@ class ExpertStorage:
 
         CheckpointError names a tensor that is missing or has an unexpected shape or dtype.
         """
-        name, scheme = self._name(part, layer_id, expert), self._scheme
+        name, scheme = self._name(part, layer_id, expert), self._scheme_of(part)
         stored = shape[::-1] if part.transposed else shape
         if scheme is None or not self._is_quantized(name, scheme, shape):
             return [self._range(part, Piece("", stored, FLOATS), name, expert)]
@@ -124,7 +130,7 @@ class ExpertStorage:
             "none": shape,
             "leading": (self._num_experts, *shape),
             "rows": (self._num_experts * shape[0], *shape[1:]) if shape else shape,
-        }[part.stack]
+        }["none" if piece.shared else part.stack]
         if entry.shape != whole:
             raise CheckpointError(f"{entry.file}: {name} has shape {list(entry.shape)}, expected {list(whole)}")
         if entry.dtype_name not in piece.dtypes:
@@ -136,13 +142,13 @@ class ExpertStorage:
                 f"(quantization in config.json: {self._scheme.name if self._scheme else 'none'})"
             )
         nbytes = math.prod(shape) * DTYPES[entry.dtype_name][1]
-        offset = 0 if part.stack == "none" else expert * nbytes
+        offset = 0 if part.stack == "none" or piece.shared else expert * nbytes
         return ExpertRange(entry, entry.start + offset, nbytes, shape, piece.suffix)
 
     def read(self, part: Part, shape: tuple[int, ...], layer_id: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """A part as a tensor of `shape`. Plain: a view of the file, in the stored dtype. Quantized: of `dtype`."""
         ranges = self.ranges(part, shape, layer_id, expert)
-        scheme = self._scheme
+        scheme = self._scheme_of(part)
         if len(ranges) == 1 or scheme is None:
             stored = self.read_range(ranges[0])
             return stored.t() if part.transposed else stored
@@ -155,10 +161,11 @@ class ExpertStorage:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(bytes, scales) of a part, as in `QuantizedExpert`. CheckpointError if it is stored as plain floats."""
         ranges = self.ranges(part, shape, layer_id, expert)
-        if len(ranges) == 1 or self._scheme is None:
+        scheme = self._scheme_of(part)
+        if len(ranges) == 1 or scheme is None:
             raise CheckpointError(f"{ranges[0].entry.file}: expert {expert} of layer {layer_id} is not quantized")
         with _named(ranges[0], self._name(part, layer_id, expert)):
-            return self._scheme.keep(self._pieces(ranges))
+            return scheme.keep(self._pieces(ranges))
 
     def _pieces(self, ranges: list[ExpertRange]) -> dict[str, torch.Tensor]:
         return {each.suffix: self.read_range(each) for each in ranges}
@@ -178,7 +185,11 @@ def _named(where: ExpertRange, name: str) -> Iterator[None]:
 
 
 def _misfit_of_stack(part: Part, scheme: Scheme) -> str | None:
-    if part.stack == "rows" or (part.stack != "none" and not scheme.stacks):
+    """`scheme` is that of the part."""
+    leading = scheme.in_stack() is not None
+    if scheme.only_transposed and (not part.transposed or part.interleaved):
+        leading = False
+    if part.stack == "rows" or (part.stack != "none" and not leading):
         kind = "stacked rows" if part.stack == "rows" else "all experts of a layer"
         return f"{scheme.text} is not supported in a tensor of {kind}"
     return None

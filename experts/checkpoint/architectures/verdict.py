@@ -50,7 +50,7 @@ def verdict_on(config: ModelConfig) -> Verdict:
     misfit = None if scheme is None else _misfit(scheme, family.layouts, hidden, width)
     if scheme is not None and misfit is not None:
         return Verdict(State.refused, f"{name}: experts stored as {scheme.text}: {misfit}")
-    form = "plain floats" if scheme is None else _form(scheme, hidden, width)
+    form = "plain floats" if scheme is None else _form(scheme, family.keeps(scheme), hidden, width)
     return Verdict(
         state,
         f"{name}: {STATES[state]}{note}; {layers} layers of {experts} experts, top-{top_k}, hidden size {hidden}, "
@@ -59,13 +59,13 @@ def verdict_on(config: ModelConfig) -> Verdict:
 
 
 def _misfit(scheme: Scheme, layouts: tuple[Layout, ...], hidden: int, width: int) -> str | None:
-    if not scheme.stacks and all(part.stack != "none" for layout in layouts for part in layout.parts):
+    if scheme.in_stack() is None and all(part.stack != "none" for layout in layouts for part in layout.parts):
         return "this is supported only where each expert has tensors of its own, and this model stacks them"
     return scheme.misfit(width, hidden) or scheme.misfit(hidden, width)
 
 
-def _form(scheme: Scheme, hidden: int, width: int) -> str:
-    if scheme.kept is not None:
+def _form(scheme: Scheme, kept: bool, hidden: int, width: int) -> str:
+    if kept:
         return f"{scheme.text}, which kernels for GPUs keep as it is"
     stored = 2 * scheme.matrix_bytes(width, hidden, 2) + scheme.matrix_bytes(hidden, width, 2)
     return (

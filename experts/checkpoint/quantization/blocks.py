@@ -22,7 +22,6 @@ class Fp8Block(Scheme):
     """
 
     scale: str = "_scale_inv"
-    stacks: ClassVar[bool] = True
     transposes: ClassVar[bool] = True
 
     @property
@@ -32,6 +31,9 @@ class Fp8Block(Scheme):
     @property
     def text(self) -> str:
         return f"FP8 in squares of {FP8_BLOCK} x {FP8_BLOCK}"
+
+    def in_stack(self) -> Scheme:
+        return self
 
     @property
     def kept(self) -> WeightFormat:
@@ -54,7 +56,6 @@ class Mxfp4(Scheme):
     """
 
     packed: bool = False
-    stacks: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -63,6 +64,9 @@ class Mxfp4(Scheme):
     @property
     def text(self) -> str:
         return f"MXFP4 in groups of {MXFP4_BLOCK}"
+
+    def in_stack(self) -> Scheme:
+        return self
 
     @property
     def kept(self) -> WeightFormat:

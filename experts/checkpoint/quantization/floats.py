@@ -21,7 +21,15 @@ NVFP4_GROUP = 16
 
 @dataclass(frozen=True)
 class Fp8Tensor(Scheme):
-    """E4M3 values and one float for the whole matrix, which kernels take as FP8 squares of equal scales."""
+    """E4M3 values and one float for the whole matrix, which kernels take as FP8 squares of equal scales.
+
+    `stacked`: see `in_stack`.
+    """
+
+    stacked: Scheme | None = None
+
+    def in_stack(self) -> Scheme | None:
+        return self.stacked
 
     @property
     def name(self) -> str:
@@ -72,10 +80,14 @@ class Nvfp4(Scheme):
     """FP4 values, two in a byte, the low four bits first; an E4M3 scale for each 16, and a float for the matrix.
 
     `divides`: compressed-tensors' `_packed` and `_global_scale`, by which scales are divided; else ModelOpt's, which
-    has values under the weight's own name, and `_scale_2`, by which they are multiplied.
+    has values under the weight's own name, and `_scale_2`, by which they are multiplied. `stacked`: see `in_stack`.
     """
 
     divides: bool
+    stacked: Scheme | None = None
+
+    def in_stack(self) -> Scheme | None:
+        return self.stacked
 
     @property
     def name(self) -> str:

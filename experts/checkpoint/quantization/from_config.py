@@ -13,6 +13,7 @@ from experts.checkpoint.quantization.floats import NVFP4_GROUP, Fp8Channel, Fp8T
 from experts.checkpoint.quantization.gptq import Gptq
 from experts.checkpoint.quantization.integers import Int8, PackedIntegers
 from experts.checkpoint.quantization.scheme import Scheme
+from experts.checkpoint.quantization.stacked import StackedFp8, StackedNvfp4
 from experts.checkpoint.weight_format import MXFP4_BLOCK
 
 _BLOCK = [FP8_BLOCK, FP8_BLOCK]
@@ -111,7 +112,7 @@ def _modelopt(settings: dict[str, Any]) -> Scheme:
     algorithm = str(found.get("quant_algo")).upper()
     _expect("quant_algo", algorithm, "FP8", "NVFP4", "W4A16_NVFP4")
     if algorithm == "FP8":
-        return Fp8Tensor()
+        return Fp8Tensor(StackedFp8())
     group = found.get("group_size")
     if group is None:
         groups = found.get("config_groups")
@@ -119,7 +120,7 @@ def _modelopt(settings: dict[str, Any]) -> Scheme:
         weights = known[0].get("weights") if known and isinstance(known[0], dict) else None
         group = weights.get("group_size") if isinstance(weights, dict) else NVFP4_GROUP
     _expect("group_size", group, NVFP4_GROUP)
-    return Nvfp4(divides=False)
+    return Nvfp4(divides=False, stacked=StackedNvfp4())
 
 
 def _compressed(settings: dict[str, Any]) -> Scheme:

@@ -23,7 +23,18 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 # Whatever any format puts beside a part's name or in its place, read or not: all of it is a routed expert's.
 SUFFIXES = (
     *("_scale_inv", "_blocks", "_scales", "_packed", "_scale", "_scale_2", "_shape", "_zero_point", "_g_idx"),
-    *("_global_scale", ".qweight", ".qzeros", ".scales", ".g_idx", ".input_scale", ".input_global_scale"),
+    *(
+        "_weight_scale",
+        "_weight_scale_2",
+        "_input_scale",
+        "_global_scale",
+        ".qweight",
+        ".qzeros",
+        ".scales",
+        ".g_idx",
+        ".input_scale",
+        ".input_global_scale",
+    ),
     ".input_zero_point",
 )
 _WEIGHT = ".weight"
@@ -41,7 +52,8 @@ def beside(name: str, suffix: str) -> str:
 class Piece:
     """One stored tensor of a matrix. `suffix`: see `beside`; empty is the part's own name.
 
-    `dtypes`: the usual one first. `also`: another shape that means the same. `optional`: it may be missing.
+    `dtypes`: the usual one first. `also`: another shape that means the same. `optional`: it may be missing. `shared`:
+    all experts of a layer have one, where they share tensors.
     """
 
     suffix: str
@@ -49,6 +61,7 @@ class Piece:
     dtypes: tuple[str, ...]
     also: tuple[int, ...] | None = None
     optional: bool = False
+    shared: bool = False
 
 
 Pieces = Mapping[str, "torch.Tensor"]  # by suffix, as stored
@@ -60,10 +73,10 @@ class Scheme(ABC):
 
     unread_bytes: ClassVar[int] = 0
     """Bytes of small tensors beside each matrix that nobody reads here."""
-    stacks: ClassVar[bool] = False
-    """Whether tensors may hold all experts of a layer."""
     transposes: ClassVar[bool] = False
     """Whether a matrix that a family stores transposed is so in this format too."""
+    only_transposed: ClassVar[bool] = False
+    """Whether it has no other matrices."""
 
     @property
     @abstractmethod
@@ -74,6 +87,10 @@ class Scheme(ABC):
     @abstractmethod
     def text(self) -> str:
         """For people: `AWQ, 4 bits in groups of 128`."""
+
+    def in_stack(self) -> Scheme | None:
+        """The format of tensors that hold all experts of a layer, None if there is none."""
+        return None
 
     @property
     def kept(self) -> WeightFormat | None:

@@ -10,6 +10,7 @@ from typing import Any
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import family_of
 from experts.checkpoint.hf_config import ModelConfig
+from experts.checkpoint.layout import Family
 from experts.checkpoint.sizes.attention import absorbed_values, attention_groups, attention_tensors, hidden_size
 from placement.sizing.model import ModelFacts, Stored, Tensors
 
@@ -86,22 +87,22 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
         expert_width=I,
         vocab_size=V,
         tensors=tuple(tensors),
-        stored=_stored(config),
+        stored=_stored(config, family),
         attention=attention_groups(config, layers),
         max_positions=config.get("max_position_embeddings") or config.get("max_seq_len"),
         absorbed_values=absorbed_values(config, layers),
-        notes=(*notes, *_notes(config)),
+        notes=(*notes, *_notes(config, family)),
     )
 
 
-def _notes(config: ModelConfig) -> list[str]:
+def _notes(config: ModelConfig, family: Family) -> list[str]:
     scheme = config.scheme()
-    if scheme is None or scheme.kept is not None:
+    if scheme is None or family.keeps(scheme):
         return []
     return [f"no kernel of a shard keeps {scheme.text}: experts are held in 16 bits"]
 
 
-def _stored(config: ModelConfig) -> Stored:
+def _stored(config: ModelConfig, family: Family) -> Stored:
     scheme = config.scheme()
     dtype: Any = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     float_bytes = FLOAT_BYTES.get(str(dtype))
@@ -109,7 +110,7 @@ def _stored(config: ModelConfig) -> Stored:
         raise CheckpointError(f"{config.path}: dtype is {dtype!r}, expected one of {', '.join(FLOAT_BYTES)}")
     if scheme is None:
         return Stored(float_bytes=float_bytes)
-    return Stored(scheme, float_bytes, dense=config.quantizes_dense, kept=scheme.kept is not None)
+    return Stored(scheme, float_bytes, dense=config.quantizes_dense, kept=family.keeps(scheme))
 
 
 def _gate_extras(config: ModelConfig, E: int, D: int, moe: int) -> list[Tensors]:

@@ -22,6 +22,7 @@ from experts.checkpoint.families import (
 from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.quantization.blocks import Mxfp4
 from experts.checkpoint.quantization.floats import Nvfp4
+from experts.checkpoint.quantization.stacked import StackedNvfp4
 from experts.model.spec import ActivationSpec
 
 
@@ -103,7 +104,7 @@ def test_a_quantization_in_a_file_of_its_own_is_found(tmp_path: Path) -> None:
     config(tmp_path)
     beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
-    assert ModelConfig(tmp_path).scheme() == Nvfp4(divides=False)
+    assert ModelConfig(tmp_path).scheme() == Nvfp4(False, StackedNvfp4())
     assert config(tmp_path, quantization_config={"quant_method": "mxfp4"}).scheme() == Mxfp4()
     (tmp_path / "hf_quant_config.json").write_text("{")
     assert config(tmp_path, quantization_config={"quant_method": "mxfp4"}).scheme() == Mxfp4()

@@ -16,6 +16,7 @@ from experts.checkpoint.quantization.from_config import scheme_of, spares_attent
 from experts.checkpoint.quantization.gptq import Gptq
 from experts.checkpoint.quantization.integers import Int8, PackedIntegers
 from experts.checkpoint.quantization.scheme import Scheme
+from experts.checkpoint.quantization.stacked import StackedFp8, StackedNvfp4
 from experts.checkpoint.sources.opening import open_source
 from tests.support.quantized_formats import AWQ, GPTQ, compressed
 
@@ -51,9 +52,9 @@ INT4 = ("pack-quantized", "int", 4, "group")
         (compressed("float-quantized", "float", 8, "block", block_structure=[128, 128]), Fp8Block("_scale")),
         (compressed("nvfp4-pack-quantized", "float", 4, "tensor_group", group_size=16), Nvfp4(divides=True)),
         (compressed("mxfp4-pack-quantized", "float", 4, "group", group_size=32), Mxfp4(packed=True)),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, Fp8Tensor()),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, Nvfp4(divides=False)),
-        ({"quant_method": "modelopt_fp4", "quantization": {"quant_algo": "nvfp4"}}, Nvfp4(divides=False)),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, Fp8Tensor(StackedFp8())),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, Nvfp4(False, StackedNvfp4())),
+        ({"quant_method": "modelopt_fp4", "quantization": {"quant_algo": "nvfp4"}}, Nvfp4(False, StackedNvfp4())),
     ],
 )
 def test_formats_that_are_read(settings: Any, expected: Scheme) -> None:

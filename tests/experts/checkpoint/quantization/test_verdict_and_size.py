@@ -75,7 +75,7 @@ def test_what_does_not_fit_the_model_is_refused_at_once() -> None:
     assert found.state is State.refused
     assert "Qwen3MoeForCausalLM (qwen3_moe): experts stored as AWQ" in found.text
     assert "80 columns are not a multiple of the 32 that share a scale in awq" in found.text
-    stacked = verdict("awq", architectures=["Qwen3VLMoeForConditionalGeneration"], model_type="qwen3_vl_moe")
+    stacked = verdict("awq", architectures=["GraniteMoeForCausalLM"], model_type="granitemoe", intermediate_size=I)
     assert stacked.state is State.refused
     assert "only where each expert has tensors of its own, and this model stacks them" in stacked.text
 
