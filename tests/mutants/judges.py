@@ -40,6 +40,10 @@ _DISPATCH = _tests(
     without="shards_give or on_one_shard or routers",  # whose shards are processes
 )
 _CHECKPOINT = _tests("experts/checkpoint/test_[!p]*.py")  # but for parity, which needs transformers' models
+# Without the libraries that wrote the formats, which take seconds to import.
+_QUANTIZATION = _tests(
+    "experts/checkpoint/quantization/test_[fv]*.py", "experts/checkpoint/quantization/test_stacked*.py"
+)
 _GATE = "cluster/http/test_gate*.py"
 
 JUDGES = {
@@ -70,4 +74,12 @@ JUDGES = {
     "experts/checkpoint/safetensors_file.py": _CHECKPOINT,
     "experts/checkpoint/storage.py": _CHECKPOINT,
     "experts/checkpoint/weight_format.py": _CHECKPOINT,
+    **{
+        f"experts/checkpoint/quantization/{name}.py": _QUANTIZATION
+        for name in ("awq", "blocks", "floats", "from_config", "gptq", "integers", "packing", "scheme", "stacked")
+    },
+    "experts/kernels/offload/residency.py": _tests("experts/kernels/offload/test_[or]*.py"),
+    "experts/kernels/offload/transitions.py": _tests("experts/kernels/offload/test_transitions.py"),
+    "placement/capacity/eviction.py": _tests("placement/capacity/test_eviction.py"),
+    "placement/capacity/residency.py": _tests("placement/capacity/test_residency.py"),
 }

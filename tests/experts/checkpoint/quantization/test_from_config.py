@@ -61,6 +61,7 @@ def test_formats_that_are_read(settings: Any, expected: Scheme) -> None:
     found = scheme_of(settings, CONFIG)
     assert found == expected
     assert type(found) is type(expected)
+    assert all(isinstance(told, str) and told for told in (found.name, found.text))
 
 
 def groups(*weights: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
