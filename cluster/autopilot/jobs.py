@@ -18,9 +18,8 @@ class Model:
     weight_bytes: float  # of one parameter
     shard_bytes: int  # all experts of one shard
     device: str  # cpu or cuda
-    offload: Offload | None = (
-        None  # shards have some experts in memory only, and copy the others when they are asked for
-    )
+    # Shards have some experts in memory only, and copy the others when they are asked for.
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True, eq=False)

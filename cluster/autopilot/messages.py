@@ -62,9 +62,7 @@ class WindowView:
     drift: float | None  # excess over the cost planned for; None: nothing was planned for it
     drift_noise: float | None
     # Predicted, where shards offload; None elsewhere.
-    found: float | None = (
-        None  # share of the experts of dispatches that are in a shard's memory when they are asked for
-    )
+    found: float | None = None  # share of the experts that are in a shard's memory when they are asked for
     copy_cost_us: float | None = None  # part of step_cost_us: waiting for the others
 
 
