@@ -37,7 +37,7 @@ ORDER = {
     ],
     "experts": [
         *("model", "protocol", "native", "checkpoint", "transports", "kernels", "dispatch", "shard", "kv_transfer"),
-        *("vllm_plugin", "precompile"),
+        *("inductor_joint", "vllm_plugin", "precompile"),
     ],
     "cluster": [
         *(

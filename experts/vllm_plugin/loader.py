@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from experts.checkpoint import CheckpointError
+from experts.inductor_joint import keep_reads_behind_writes
 from experts.protocol.errors import UnsupportedModelError
 from experts.transports.device_memory import router_device_bytes
 from experts.vllm_plugin.joints import (
@@ -110,6 +111,8 @@ class RouterModelLoader(DefaultModelLoader):
             load_config.load_format = "auto"
             return DefaultModelLoader(load_config).load_model(vllm_config, model_config, *args, **kwargs)
         self._checkpoint = current_checkpoint(check_engine(vllm_config))
+        if not vllm_config.model_config.enforce_eager:
+            keep_reads_behind_writes()
         if draft:
             model = super().load_model(vllm_config, model_config, *args, **kwargs)
             logger.info("guesses by MTP: replaced %d MoE layer", verify_model(model, guesses=True))

@@ -98,14 +98,20 @@ def reference(emit: Any, model: str, result: str, dtype: str = "float32") -> Non
 
 
 def mesh(
-    emit: Any, model: str, result: str, reference: str, memberships: list[dict[str, Any]], dtype: str = "float32"
+    emit: Any,
+    model: str,
+    result: str,
+    reference: str,
+    memberships: list[dict[str, Any]],
+    dtype: str = "float32",
+    eager: bool = True,
 ) -> None:
     """The same with experts on shards, once for each membership; then score the reference's tokens."""
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     settings = RouterSettings(model_path=model, membership_by_rpc=True)
-    engine = _engine(model, router_engine_kwargs(settings, {}), dtype)
+    engine = _engine(model, router_engine_kwargs(settings, {"enforce_eager": eager}), dtype)
     runs = []
     for membership in memberships:
         (applied,) = engine.collective_rpc("expertmesh_use_membership", args=(membership,))
