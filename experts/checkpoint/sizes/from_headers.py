@@ -16,6 +16,7 @@ from experts.checkpoint.index import WeightIndex
 from placement.sizing.model import Side
 
 _LAYER = re.compile(r"\b(?:layers|blocks)\.(\d+)\.")
+_FURTHER = re.compile(r"^(?:model\.)?mtp\.")  # predicts further tokens, and is numbered from 0 anew
 # The first that fits says what a tensor is.
 _PARTS: tuple[tuple[str, str], ...] = (
     ("vision", r"^(?:model\.)?(?:vision|visual|mm_projector|multi_modal)"),
@@ -72,7 +73,8 @@ def sort_parts(sizes: Iterable[tuple[str, int]], config: ModelConfig) -> tuple[t
     for name, nbytes in sizes:
         layer = _LAYER.search(name)
         side: Side = "router"
-        if layer is not None and int(layer[1]) >= layers and not name.startswith(("vision", "visual")):
+        past = layer is not None and int(layer[1]) >= layers and not name.startswith(("vision", "visual"))
+        if past or _FURTHER.search(name):
             part, side = "multi-token prediction", "unused"
         elif experts.search(name):
             part, side = "routed experts", "experts"

@@ -51,13 +51,14 @@ def test_a_layer_past_the_last_is_no_part_of_what_is_served(tmp_path: Path) -> N
             ("model.layers.2.eh_proj.weight", 80),
             ("model.layers.1.mlp.gate.e_score_correction_bias", 160),
             ("lm_head.weight", 320),
+            ("mtp.layers.0.mlp.experts.0.gate_proj.weight", 640),
         ],
         config,
     )
     assert {(part, side): nbytes for part, side, nbytes in parts} == {
         ("routed experts", "experts"): 11,
         ("shared experts", "router"): 20,
-        ("multi-token prediction", "unused"): 120,
+        ("multi-token prediction", "unused"): 760,
         ("gate", "router"): 160,
         ("output head", "router"): 320,
     }
