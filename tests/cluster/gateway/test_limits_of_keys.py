@@ -35,6 +35,8 @@ class KeepingRouter:
         self.app, self.door, self.port = app, door, 0
         routes = [Route("/-/routes", self._routes), Mount(f"/models/{app}", app=door.app)]
         self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="error"))
+        # Servers that end in another order than they began in would leave each other's handlers behind.
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         self._serving: Any = None
 
     async def start(self) -> None:
