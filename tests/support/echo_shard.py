@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from experts.transports.connect import connect, open_shard_channel
 from experts.transports.control import Hello, LifeLine
 from experts.transports.control_port.listener import ControlListener
 from experts.transports.shm import ShmDoorbell
+from tests.support import signals
 
 ECHO, HOLD, DROP = 0, 1, 2
 """Values of H_EPOCH: answer the request; answer it when told to; close the pair instead."""
@@ -170,13 +170,7 @@ class EchoShard:
 
     def stop(self) -> None:
         """Send SIGSTOP and wait until all threads have stopped."""
-        tasks = Path(f"/proc/{self.endpoint.pid}/task")
-        os.kill(self.endpoint.pid, signal.SIGSTOP)
-        deadline_s = time.monotonic() + 20
-        while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in tasks.glob("*/stat")):
-            if time.monotonic() > deadline_s:
-                raise TimeoutError("the echo shard did not stop within 20 s")
-            time.sleep(0.001)
+        signals.stop(self.endpoint.pid)
 
     def resume(self) -> None:
         """Send SIGCONT."""

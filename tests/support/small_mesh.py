@@ -35,7 +35,8 @@ from experts.protocol.status import ShardStatus
 from experts.shard import request
 from experts.transports import atomics
 from placement.placement import Placement
-from tests.support.waiting import AWAIT_S, await_true
+from tests.support import signals
+from tests.support.waiting import AWAIT_S
 
 SPAWN_S = 90.0
 
@@ -166,12 +167,12 @@ class Shard:
 
     def signal(self, number: int) -> None:
         """Send a signal; after SIGKILL wait until its sockets are closed, after SIGSTOP until it stopped."""
+        if number == signal.SIGSTOP:
+            signals.stop(self.endpoint.pid)
+            return
         os.kill(self.endpoint.pid, number)
         if number == signal.SIGKILL:
             self.process.join(AWAIT_S)
-        if number == signal.SIGSTOP:  # it may run on for long enough to answer
-            states = list(Path(f"/proc/{self.endpoint.pid}/task").glob("*/stat"))
-            await_true(lambda: all(") T " in state.read_text() for state in states), "the stop")
 
     def end(self) -> None:
         """Kill it in any state."""
