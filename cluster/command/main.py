@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from cluster.command import bench, canary, check, keys, placement, serve, size, status, version
-from placement.command.ending import MEANING, CommandGroup
+from placement.command.ending import MEANING, CommandGroup, leave
 
 PROGRAM = "expertmesh"
 _CODES = "\n\n".join(f"{int(ending)}: {meaning}" for ending, meaning in MEANING.items())
@@ -37,7 +37,7 @@ app.command(rich_help_panel=HERE)(version.version)
 
 def main() -> None:
     """Run the command line of this process; ends it with the command's exit code."""
-    app(prog_name=PROGRAM, obj=time.perf_counter() - process_age_s())
+    leave(app(prog_name=PROGRAM, obj=time.perf_counter() - process_age_s(), standalone_mode=False))
 
 
 def process_age_s() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 REACH_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 15.0
+SHUTDOWN_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 120.0  # the rounds of a large placement take seconds to plan
 
 T = TypeVar("T")
@@ -92,7 +94,16 @@ def connected(address: str, app_name: str) -> Iterator[Session]:
         yield Session(ControllerClient(app_name))
     finally:
         if ray.is_initialized():
-            ray.shutdown()
+            _disconnect()
+
+
+def _disconnect() -> None:
+    """In a thread of its own: nothing bounds the time that it takes, and the result has been told."""
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_TIMEOUT_S)
 
 
 def _show_token(address: str) -> None:

@@ -121,6 +121,20 @@ def test_a_process_ends_with_the_code_and_without_colours() -> None:
         assert "\x1b" not in run_command(*words).stdout
 
 
+def test_a_command_ends_although_a_library_leaves_a_thread_that_does_not() -> None:
+    code = (
+        "import threading, typer\nfrom placement.command import ending\n"
+        "ending.LEAVE_S = 0.1\napp = typer.Typer(cls=ending.CommandGroup)\n@app.callback()\ndef group(): ...\n"
+        "@app.command()\ndef done():\n    threading.Thread(target=threading.Event().wait).start()\n"
+        "    ending.tell(False, None, ['told'])\n    raise ending.CommandError('refused')\n"
+        "ending.leave(app(['done'], standalone_mode=False))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (Ending.REFUSED, "told\n", "error: refused\n")
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [("expertmesh pla", "placement"), ("expertmesh size --gpu h2", "h200"), ("expertmesh keys new --ro", "--role")],

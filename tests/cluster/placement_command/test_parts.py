@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.placement_command import session
 from cluster.placement_command.difference import difference
 from cluster.placement_command.tables import count, seconds, size, table
 from cluster.placement_command.views import autopilot_lines
@@ -144,3 +146,12 @@ def test_a_cluster_that_is_not_there_is_one_line_and_status_3() -> None:
     done = run_command("placement", "show", RAY_ADDRESS=f"127.0.0.1:{port}")
     told = f"error: nothing listens at 127.0.0.1:{port}: [Errno 111] Connection refused; name the Ray cluster with "
     assert (done.returncode, done.stdout, done.stderr) == (3, "", f"{told}--address\n")
+
+
+def test_a_shutdown_of_ray_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, never = threading.Event(), threading.Event()
+    monkeypatch.setattr("ray.shutdown", lambda: begun.set() or never.wait())
+    monkeypatch.setattr(session, "SHUTDOWN_TIMEOUT_S", 0.1)
+    session._disconnect()
+    assert begun.wait(60)
+    never.set()
