@@ -1,8 +1,11 @@
-"""How much memory this process may use, and whether the pairs that it may come to have fit into that."""
+"""How much memory this process may use, how much of it files may take, and whether the pairs that it may come to have
+fit into that."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 _UNLIMITED = 1 << 60  # cgroups of the first version say so with a number
@@ -10,33 +13,50 @@ _UNLIMITED = 1 << 60  # cgroups of the first version say so with a number
 
 def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes: the machine's memory, or the lowest limit of this process's control groups if that is less."""
-    limits = [_of_meminfo(proc / "meminfo", "MemTotal")]
+    limits = [limit for _, limit, _ in _limited_groups(proc, cgroups)]
+    return min([_of_meminfo(proc / "meminfo", "MemTotal"), *limits])
+
+
+def page_cache_room(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the page cache may take, what it has included: all that no process and no limit forbids it."""
+    rooms = [_of_meminfo(proc / "meminfo", "MemAvailable")]
+    for folder, limit, first_version in _limited_groups(proc, cgroups):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # of a group that is going, or tells less
+            lines = (folder / "memory.stat").read_text().splitlines()
+            told = {key: int(value) for key, value in (line.split() for line in lines)}
+            cached = told["cache" if first_version else "file"] - told["shmem"]
+            used = int((folder / ("memory.usage_in_bytes" if first_version else "memory.current")).read_text())
+            rooms.append(limit - (used - cached))
+    return max(min(rooms), 0)
+
+
+def _limited_groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, int, bool]]:
+    """(folder, limit in bytes, whether of cgroups' first version) of each group of this process that has a limit."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
-        lines = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            limits += _limits_up_from(cgroups, path, "memory.max")
+            yield from ((*found, False) for found in _limits_up_from(cgroups, path, "memory.max"))
         elif "memory" in controllers.split(","):
-            limits += _limits_up_from(cgroups / "memory", path, "memory.limit_in_bytes")
-    return min(limits)
+            found_here = _limits_up_from(cgroups / "memory", path, "memory.limit_in_bytes")
+            yield from ((*found, True) for found in found_here)
 
 
-def _limits_up_from(root: Path, path: str, name: str) -> list[int]:
+def _limits_up_from(root: Path, path: str, name: str) -> Iterator[tuple[Path, int]]:
     """Of a group and those around it. Inside a container the path may be the host's, and only `root` be there."""
     folder = root / path.lstrip("/")
-    found = []
     while True:
         try:
             text = (folder / name).read_text().strip()
         except OSError:
             text = ""
         if text.isdigit() and int(text) < _UNLIMITED:
-            found.append(int(text))
+            yield folder, int(text)
         if folder == root or root not in folder.parents:
-            return found
+            return
         folder = folder.parent
 
 

@@ -8,8 +8,8 @@ while it generates from real prompts. Cases take turns; medians of tokens/s and 
 resident and without offloading.
 
     limit   copies are limited so that what a layer misses at half resident without prefetch takes half of COMPUTE_S
-    disk    no such limit, but what is offloaded is read from the disk each time
-    mapped  no offloading, but a mapped file of which half is kept in memory (`shard.MappedKernel`; no cgroup)
+    cgroup  no such limit, but a memory cgroup with room for half of the experts and SLACK_BYTES, so that others come
+            from the disk; a shard that offloads, and one with its experts in a mapped file (`shard.MappedKernel`)
 
 Then the recall of a layer's experts as they would be fetched early, as many as the layer uses: the most frequent ones,
 those that followed so far (`Transitions`), those of the layer's gate applied to the layer before. OLMoE's trace has
@@ -25,7 +25,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +36,7 @@ import torch
 
 from benchmarks.common import ROOT, TINY_MODEL, bench_model, median, print_table, real_prompts, save
 from benchmarks.data_plane.offload.shard import serve
+from benchmarks.memory_group import MemoryGroup, memory_group, why_no_group
 from experts.checkpoint import ExpertCheckpoint
 from experts.dispatch.layer_shape import LayerShape
 from experts.dispatch.mesh_client import MeshClient
@@ -47,6 +48,7 @@ from placement.placement import Placement
 
 COMPUTE_S = 0.005
 STREAMS = 16
+SLACK_BYTES = 8 << 20
 FRACTIONS = (0.75, 0.5, 0.25)
 OLMOE = ROOT / "benchmarks" / "data" / "olmoe-1b-7b" / "train.npz"
 
@@ -63,13 +65,12 @@ class Decode:
 
 @dataclass(frozen=True)
 class Case:
-    """How a shard has its experts. `mapped`: in a file; `cold`: what is offloaded is read from the disk."""
+    """How a shard has its experts. `limited`: by a memory cgroup; without `offload` they are in a mapped file then."""
 
     how: str
     resident: float
     offload: OffloadSettings | None
-    mapped: float | None = None
-    cold: bool = False
+    limited: bool = False
 
 
 def decode(path: Path, steps: int) -> Decode:
@@ -108,26 +109,36 @@ def misses_of_lru(trace: Decode, batch: int, places: int) -> float:
 
 
 @contextmanager
-def running(case: Case, path: Path, placement: Placement) -> Iterator[tuple[MeshClient, Connection]]:
-    """A shard, and a router's client that is connected to it."""
+def running(
+    case: Case, path: Path, placement: Placement, expert_bytes: int
+) -> Iterator[tuple[MeshClient, Connection, MemoryGroup | None]]:
+    """A shard, a router's client that is connected to it, and the group that limits the shard if one does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.data_plane.offload.shard"])
     ours, theirs = context.Pipe()
     settings = ShardSettings(model_path=str(path), dtype="float32", kernel="native", offload=case.offload)
-    arguments = (settings.model_dump(), placement.to_json(), theirs, case.mapped, case.cold)
-    process = context.Process(target=serve, args=arguments)
+    mapped = case.limited and case.offload is None
+    process = context.Process(target=serve, args=(settings.model_dump(), placement.to_json(), theirs, mapped))
     process.start()
     checkpoint = ExpertCheckpoint.open(path)
     spec = checkpoint.spec
     shape = LayerShape(spec.num_layers, spec.num_experts, spec.top_k, spec.hidden_size, torch.float32)
     client = MeshClient(RouterSettings(model_path=str(path), trace_tokens=0), checkpoint, shape, "cpu")
-    try:
-        client.apply_membership(Membership(1, placement, (ours.recv(),)))
-        yield client, ours
-    finally:
-        client.close()
-        ours.send(False)
-        process.join()
+    with memory_group() if case.limited else nullcontext() as group:
+        try:
+            if group is not None and process.pid is not None:
+                group.move(process.pid)
+            ours.send(True)
+            client.apply_membership(Membership(1, placement, (ours.recv(),)))
+            if group is not None:
+                slots = spec.num_layers * spec.num_experts
+                counted = 0 if mapped else round(case.resident * slots)  # the kernel's memory is among what is kept
+                group.limit(group.kept_bytes + (slots // 2 - counted) * expert_bytes + SLACK_BYTES)
+            yield client, ours, group
+        finally:
+            client.close()
+            ours.send(False)
+            process.join()
 
 
 def tokens_per_s(client: MeshClient, trace: Decode, batch: int) -> float:
@@ -154,8 +165,8 @@ def cases(rate: float, fractions: Sequence[float]) -> list[Case]:
 
     found = [Case("whole", 1.0, None), Case("limit", 1.0, offload(1.0, True, rate))]
     found += [Case("limit", each, offload(each, early, rate)) for each in fractions for early in (False, True)]
-    found += [Case("disk", 0.5, offload(0.5, early, None), cold=True) for early in (False, True)]
-    return [*found, Case("mapped", 0.5, None, mapped=0.5)]
+    found += [Case("cgroup", 0.5, offload(0.5, early, None), limited=True) for early in (False, True)]
+    return [*found, Case("cgroup", 0.5, None, limited=True)]
 
 
 def measure(trace: Decode, path: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
@@ -165,20 +176,24 @@ def measure(trace: Decode, path: Path, batch: int, rounds: int) -> list[dict[str
     expert_bytes = 3 * spec.hidden_size * spec.intermediate_size * 4
     rate = max(misses_of_lru(trace, batch, spec.num_experts // 2), 0.5) * expert_bytes / (COMPUTE_S / 2)
     all_cases = cases(rate, FRACTIONS if path == TINY_MODEL else (0.5,))
+    if without := why_no_group():
+        print(f"left out: cgroup ({without})")
+        all_cases = [case for case in all_cases if not case.limited]
     found: list[list[float]] = [[] for _ in all_cases]
     with ExitStack() as stack:
-        shards = [stack.enter_context(running(each, path, placement)) for each in all_cases]
+        shards = [stack.enter_context(running(each, path, placement, expert_bytes)) for each in all_cases]
         for number in range(rounds + 1):  # the first one warms up
-            for speeds, (client, _) in zip(found, shards, strict=True):
+            for speeds, (client, *_) in zip(found, shards, strict=True):
                 speed = tokens_per_s(client, trace, batch)
                 if number:
                     speeds.append(speed)
         statuses = []
-        for _, pipe in shards:
+        for _, pipe, _ in shards:
             pipe.send(True)
             statuses.append(pipe.recv().offload)
+        limited = [None if group is None else group.times_limited for _, _, group in shards]
     rows = []
-    for case, speeds, told in zip(all_cases, found, statuses, strict=True):
+    for case, speeds, told, times in zip(all_cases, found, statuses, limited, strict=True):
         rows.append(
             {
                 "batch": batch,
@@ -190,6 +205,7 @@ def measure(trace: Decode, path: Path, batch: int, rounds: int) -> list[dict[str
                 "hit_rate": None if told is None else told.hits / (told.hits + told.misses),
                 "prefetches_wasted": None if not told else told.prefetches_wasted / max(told.prefetched, 1),
                 "mb_per_s": rate / 1e6 if case.how == "limit" else None,
+                "times_limited": times,
             }
         )
     return rows

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-_ALIGN = 4096  # of a slot in the file: a page is of one slot alone
+from experts.kernels.offload.slot_reader import BLOCK, SlotReader
+
 Slot = tuple[int, int]  # layer, slot
 
 
@@ -43,7 +44,7 @@ class FileBacking:
         """`folder` None is the folder for temporary files. OSError names it if it has too little room."""
         self._view_bytes = list(view_bytes)
         self._num_slots = num_slots
-        self._stride = -(-sum(view_bytes) // _ALIGN) * _ALIGN
+        self._stride = -(-sum(view_bytes) // BLOCK) * BLOCK
         size = num_layers * num_slots * self._stride
         where = folder or Path(tempfile.gettempdir())
         try:
@@ -55,6 +56,7 @@ class FileBacking:
             raise OSError(error.errno, told, str(where)) from None
         self._map = mmap.mmap(self._file.fileno(), size)
         self._bytes = np.frombuffer(self._map, np.uint8)
+        self._reader = SlotReader(self._file.fileno(), self._stride, size)
 
     def views(self, layer: int, slot: int) -> list[torch.Tensor]:
         """See `Backing`."""
@@ -70,24 +72,18 @@ class FileBacking:
     def ahead(self, slots: Sequence[Slot]) -> None:
         """See `Backing`. A disk can then read several at a time."""
         for layer, slot in slots:
-            os.posix_fadvise(self._file.fileno(), self._start(layer, slot), self._stride, os.POSIX_FADV_WILLNEED)
+            self._reader.ahead(self._start(layer, slot))
 
     def copy(self, layer: int, slot: int, targets: Sequence[torch.Tensor]) -> None:
         """See `Backing`. Reading takes no page tables, as copying out of the mapping would."""
-        start = self._start(layer, slot)
-        for target in targets:
-            memory = memoryview(target.numpy())
-            while memory:
-                count = os.preadv(self._file.fileno(), [memory], start)
-                if count <= 0:
-                    raise OSError(f"the file of experts ends before byte {start}")
-                memory, start = memory[count:], start + count
+        self._reader.read(self._start(layer, slot), [target.numpy() for target in targets])
 
     def note(self) -> None:
         """On a CPU a call has ended when it returns."""
 
     def close(self) -> None:
         """See `Backing`. The mapping goes with its last view."""
+        self._reader.close()
         self._file.close()
 
 

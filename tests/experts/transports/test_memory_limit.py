@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experts.transports.memory_limit import PairRoom, memory_limit
+from experts.transports.memory_limit import PairRoom, memory_limit, page_cache_room
 
 
 def machine(folder: Path, groups: str, **limits: str) -> int:
@@ -42,6 +42,42 @@ def test_the_lowest_limit_counts(tmp_path: Path, groups: str, limits: dict[str, 
 
 def test_this_machine_has_one() -> None:
     assert 1 << 26 < memory_limit() < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 600 * 1024),
+        (
+            "0::/a\n",
+            {"a/memory.max": "9000", "a/memory.current": "5000", "a/memory.stat": "file 3000\nshmem 500"},
+            6500,
+        ),
+        ("0::/a\n", {"a/memory.max": "9000", "a/memory.current": "9500", "a/memory.stat": "file 0\nshmem 0"}, 0),
+        ("0::/a\n", {"a/memory.max": "max", "a/memory.current": "1", "a/memory.stat": "file 0\nshmem 0"}, 600 * 1024),
+        (
+            "4:memory:/a\n",
+            {
+                "memory/a/memory.limit_in_bytes": "8000",
+                "memory/a/memory.usage_in_bytes": "7000",
+                "memory/a/memory.stat": "cache 4000\nrss 2500\nshmem 0",
+            },
+            5000,
+        ),
+        ("0::/a\n", {"a/memory.max": "9000"}, 600 * 1024),
+        ("0::/a\n", {"a/memory.max": "9000", "a/memory.current": "1", "a/memory.stat": "anon 3"}, 600 * 1024),
+    ],
+)
+def test_files_may_have_what_nobody_else_holds(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:           1000 kB\nMemAvailable:  600 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for path, text in files.items():
+        (tmp_path / "cgroup" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / path).write_text(text + "\n")
+    assert page_cache_room(tmp_path / "proc", tmp_path / "cgroup") == expected
 
 
 def test_pairs_are_counted_until_they_end() -> None:
