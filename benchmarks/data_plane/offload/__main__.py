@@ -8,7 +8,7 @@ while it generates from real prompts. Cases take turns; medians of tokens/s and 
 resident and without offloading.
 
     limit   copies are limited so that what a layer misses at half resident without prefetch takes half of COMPUTE_S
-    cgroup  no such limit, but a memory cgroup with room for half of the experts and SLACK_BYTES, so that others come
+    cgroup  no such limit, but a memory cgroup with room for half of the experts and a little, so that others come
             from the disk; a shard that offloads, and one with its experts in a mapped file (`shard.MappedKernel`)
 
 Then the recall of a layer's experts as they would be fetched early, as many as the layer uses: the most frequent ones,
@@ -48,7 +48,7 @@ from placement.placement import Placement
 
 COMPUTE_S = 0.005
 STREAMS = 16
-SLACK_BYTES = 8 << 20
+LEAST_SLACK_BYTES = 2 << 20  # what is on its way from the disk, stacks, buffers of pairs
 FRACTIONS = (0.75, 0.5, 0.25)
 OLMOE = ROOT / "benchmarks" / "data" / "olmoe-1b-7b" / "train.npz"
 
@@ -131,9 +131,9 @@ def running(
             ours.send(True)
             client.apply_membership(Membership(1, placement, (ours.recv(),)))
             if group is not None:
-                slots = spec.num_layers * spec.num_experts
-                counted = 0 if mapped else round(case.resident * slots)  # the kernel's memory is among what is kept
-                group.limit(group.kept_bytes + (slots // 2 - counted) * expert_bytes + SLACK_BYTES)
+                half_bytes = spec.num_layers * spec.num_experts * expert_bytes // 2
+                # Without a mapped file they are among what the process keeps.
+                group.limit(group.kept_bytes + mapped * half_bytes + max(half_bytes // 32, LEAST_SLACK_BYTES))
             yield client, ours, group
         finally:
             client.close()
