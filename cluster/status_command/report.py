@@ -72,7 +72,8 @@ def _of_controller(controller: dict[str, Any]) -> Iterator[str]:
 
 
 def _router(then: dict[str, Any] | None, now: dict[str, Any], seconds: float) -> dict[str, Any]:
-    rows = _gain(then, now, "rows")
+    rows, steps, dispatches = (_gain(then, now, counter) for counter in ("rows", "steps", "dispatches"))
+    tokens = None if rows is None or steps is None or dispatches is None else rows * steps / max(dispatches, 1)
     visits = _gain(then, now, "fan_out_sum")
     return {
         "router_id": now["router_id"],
@@ -82,8 +83,9 @@ def _router(then: dict[str, Any] | None, now: dict[str, Any], seconds: float) ->
         "connected": now["connected"],
         "lost": now["lost"],
         "requests": now["unfinished_requests"],
-        # A token is a row in each MoE layer; those of prompts count, too.
-        "tokens_per_s": None if rows is None or not now["layers"] else rows / now["layers"] / seconds,
+        # A token is a row in each MoE layer that a step goes through, which depends on whether it guesses and how
+        # often; those of prompts count, too.
+        "tokens_per_s": None if tokens is None else tokens / seconds,
         "fan_out": visits / rows if rows and visits is not None else None,
         "failovers": now["failovers"],
         "fallback_pairs": now["fallback_pairs"],
