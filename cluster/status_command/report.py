@@ -49,9 +49,15 @@ def problems(look: Look) -> Iterator[str]:
         yield "no router answers"
     for router in routers:
         for rank, why in router["lost"].items():
-            yield f"router {router['router_id']} has no link to rank {rank}: {why}"
+            if controller is None or _is_wanted(controller, int(rank)):
+                yield f"router {router['router_id']} has no link to rank {rank}: {why}"
     if controller is not None:
         yield from _of_controller(controller)
+
+
+def _is_wanted(controller: dict[str, Any], rank: int) -> bool:
+    """Whether a shard should be at the rank: none is at that of one that has left for good, until another comes."""
+    return rank in controller["missing_ranks"] or any(seat["rank"] == rank for seat in controller["shards"])
 
 
 def _of_controller(controller: dict[str, Any]) -> Iterator[str]:
