@@ -91,7 +91,7 @@ def price_steps(placement: Placement, steps: Sequence[SampledStep], price: StepP
     """
     num_ranks = placement.num_ranks
     seconds_SL = np.zeros((len(steps), placement.num_layers))
-    fan_out_S, balancedness_S = np.zeros((2, len(steps)))
+    fan_out_S, balancedness_S, layers_S = np.zeros((3, len(steps)))  # `layers_S`: with rows; few routers guess by MTP
     used_RE = np.zeros((num_ranks, placement.num_experts), np.bool_)
     copies = None if price.offload is None else _Copies(placement, steps, price.offload, price.expert_bytes)
     found_S, copy_S = np.zeros((2, len(steps)))
@@ -112,11 +112,12 @@ def price_steps(placement: Placement, steps: Sequence[SampledStep], price: StepP
             seconds_SL[s, layer] = seconds_R.max()
             fan_out_S[s] += rows_R.sum() / max(len(ids_TK), 1)
             balancedness_S[s] += pairs_R[usable_R].mean() / max(pairs_R.max(), 1)
+            layers_S[s] += pairs_R.any()
         if copies is not None:
             found_S[s] = copies.found_since()
-    num_layers = placement.num_layers
+    layers_S = np.maximum(layers_S, 1)
     weight_S = np.array([step.weight for step in steps])
-    prices = Prices(seconds_SL, fan_out_S / num_layers, balancedness_S / num_layers, weight_S)
+    prices = Prices(seconds_SL, fan_out_S / layers_S, balancedness_S / layers_S, weight_S)
     return prices if copies is None else replace(prices, found_S=found_S, copy_S=copy_S)
 
 

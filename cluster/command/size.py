@@ -42,6 +42,9 @@ def size(
     kv_dtype: Annotated[KvDtype, typer.Option(help="Of the KV cache.")] = KvDtype.auto,
     max_gpus: Annotated[int, typer.Option(help="Where the search ends.")] = 512,
     router_gpus: Annotated[int, typer.Option(help="GPUs of a router: its tensor_parallel_size.")] = 1,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Count the layer for multi-token prediction (model.mtp): memory, not time.")
+    ] = False,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="PRICE", help="Print prices, too.")] = None,
     alternatives: Annotated[int, typer.Option(help="Further layouts to show.")] = 4,
     offload: Annotated[
@@ -91,9 +94,9 @@ def size(
             raise typer.BadParameter(
                 "expected --offload beside --shards, --device-gb, --cpu-shards, --copy-gb-per-s and --trace"
             )
-        run.answer(run.Question(model, gpu, demand, price_per_gpu_hour, alternatives, write), as_json)
+        run.answer(run.Question(model, gpu, demand, price_per_gpu_hour, alternatives, write, mtp), as_json)
         return
     if write is not None or price_per_gpu_hour is not None:
         raise typer.BadParameter("expected neither --write nor --price-per-gpu-hour beside --offload")
-    asked = run.OffloadAsked(model, gpu, demand, shards, copy_gb_per_s, device_gb, trace, cpu_shards)
+    asked = run.OffloadAsked(model, gpu, demand, shards, copy_gb_per_s, device_gb, trace, cpu_shards, mtp)
     run.answer_offload(asked, as_json)

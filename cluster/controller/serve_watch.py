@@ -57,4 +57,6 @@ class ServeWatch:
     def _of_interest(self) -> bool:
         mesh = self._mesh
         ranks = {seat.rank for seat in mesh.roster.seats if not seat.draining}
-        return not mesh.settled or mesh.keeper.target is None or ranks != mesh.keeper.ranks
+        # Shards that have left within a second were never asked about, and the autopilot waits for those Serve wants.
+        other = mesh.wanted is not None and mesh.wanted != len(ranks)
+        return not mesh.settled or mesh.keeper.target is None or ranks != mesh.keeper.ranks or other

@@ -20,7 +20,7 @@ def model_as_json(facts: ModelFacts, kv_value_bytes: float = 2.0) -> dict[str, A
         "model_type": facts.model_type,
         "parameters": figure(facts.parameters(), "", "config"),
         "active_parameters": figure(facts.active_parameters, "", "config"),
-        "experts": {"layers": facts.moe_layers, "of_each": facts.num_experts, "for_a_token": facts.top_k},
+        "experts": {"layers": facts.expert_layers, "of_each": facts.num_experts, "for_a_token": facts.top_k},
         "router_weights": figure(facts.weight_bytes("router"), "bytes", facts.basis),
         "expert_weights": figure(facts.weight_bytes("experts"), "bytes", facts.basis),
         "parts": [

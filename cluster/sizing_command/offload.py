@@ -42,8 +42,9 @@ def lines_of(sizing: OffloadSizing) -> Iterator[str]:
     """The whole answer, line by line."""
     facts, question = sizing.facts, sizing.question
     yield (
-        f"{facts.name}: {facts.moe_layers} layers of {facts.num_experts} experts of {facts.expert_bytes / 1e6:.1f} MB "
-        f"[{facts.basis}] on {question.shards} shard(s), {sizing.slots} slots a layer and shard"
+        f"{facts.name}: {facts.expert_layers} layers of {facts.num_experts} experts of "
+        f"{facts.expert_bytes / 1e6:.1f} MB [{facts.basis}] on {question.shards} shard(s), "
+        f"{sizing.slots} slots a layer and shard"
     )
     yield (
         f"  {sizing.resident} of {sizing.slots} slots a layer are in a shard's memory: "

@@ -27,6 +27,7 @@ class Question:
     price_per_gpu_hour: float | None
     alternatives: int
     write: Path | None
+    mtp: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class OffloadAsked:
     device_gb: float | None
     trace: Path | None
     cpu_shards: bool
+    mtp: bool
 
 
 def answer(question: Question, as_json: bool) -> None:
@@ -83,7 +85,7 @@ def _answer(question: Question, as_json: bool) -> None:
         raise SizingError(f"alternatives is {question.alternatives}, expected at least 0")
     gpu = gpu_named(question.gpu)
     demand = Demand(**question.demand)  # type: ignore[arg-type]
-    facts, path = find_facts(question.model)
+    facts, path = find_facts(question.model, question.mtp)
     sizing = size(
         facts, gpu, demand, price_per_gpu_hour=question.price_per_gpu_hour, alternatives=question.alternatives
     )
@@ -103,7 +105,7 @@ def _answer_offload(asked: OffloadAsked, as_json: bool) -> None:
     from placement.sizing.offload import OffloadQuestion, size_offload
     from placement.traces.trace import ActivationTrace, TraceError
 
-    facts, _ = find_facts(asked.model)
+    facts, _ = find_facts(asked.model, asked.mtp)
     try:
         trace = None if asked.trace is None else ActivationTrace.load_npz(asked.trace)
     except (TraceError, ValueError) as error:

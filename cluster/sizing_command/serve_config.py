@@ -30,10 +30,13 @@ def serve_config(sizing: Sizing, model_path: str) -> dict[str, Any]:
         engine["kv_cache_dtype"] = "fp8"
     if best.router_gpus > 1:
         engine["tensor_parallel_size"] = best.router_gpus
+    model: dict[str, Any] = {"id": facts.name.lower(), "path": model_path, "dtype": "bfloat16"}
+    if facts.mtp_router_bytes is not None:
+        model["mtp"] = True
+        engine["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
     placement: dict[str, Any] = {"policy": "linear", "spare_slots": demand.spare_slots}
     if best.replicas > 1:
         placement["min_replicas"] = best.replicas
-    model = {"id": facts.name.lower(), "path": model_path, "dtype": "bfloat16"}
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000},

@@ -29,16 +29,18 @@ def lines_of(sizing: Sizing) -> Iterator[str]:
 
 def _model(sizing: Sizing) -> Iterator[str]:
     facts = sizing.facts
+    served = facts.mtp_router_bytes is not None
     total = facts.parameters()
     yield (
         f"{facts.name}: {total / 1e9:.1f} B parameters, {facts.active_parameters / 1e9:.1f} B for a token, "
-        f"{facts.moe_layers} layers of {facts.num_experts} experts, {facts.top_k} for a token  [config]"
+        f"{facts.moe_layers} layers{' and one for MTP' if served else ''} of {facts.num_experts} experts, "
+        f"{facts.top_k} for a token  [config]"
     )
     yield (
         f"  in 16 bits {2 * total / 1e9:.1f} GB, in 8 {total / 1e9:.1f} GB, in 4 {total / 2e9:.1f} GB (values alone); "
         f"stored as {facts.stored.form or f'floats of {8 * facts.stored.float_bytes} bits'}:"
     )
-    for side, whose in (("router", "routers"), ("experts", "shards"), ("unused", "neither")):
+    for side, whose in (("router", "routers"), ("experts", "shards"), ("unused", "MTP" if served else "neither")):
         parts = [(part, nbytes) for part, of, nbytes in facts.parts() if of == side]
         if parts:
             told = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in parts)

@@ -49,9 +49,15 @@ def problems(look: Look) -> Iterator[str]:
         yield "no router answers"
     for router in routers:
         for rank, why in router["lost"].items():
-            yield f"router {router['router_id']} has no link to rank {rank}: {why}"
+            if controller is None or _is_wanted(controller, int(rank)):
+                yield f"router {router['router_id']} has no link to rank {rank}: {why}"
     if controller is not None:
         yield from _of_controller(controller)
+
+
+def _is_wanted(controller: dict[str, Any], rank: int) -> bool:
+    """Whether a shard should be at the rank: none is at that of one that has left for good, until another comes."""
+    return rank in controller["missing_ranks"] or any(seat["rank"] == rank for seat in controller["shards"])
 
 
 def _of_controller(controller: dict[str, Any]) -> Iterator[str]:
@@ -72,7 +78,8 @@ def _of_controller(controller: dict[str, Any]) -> Iterator[str]:
 
 
 def _router(then: dict[str, Any] | None, now: dict[str, Any], seconds: float) -> dict[str, Any]:
-    rows = _gain(then, now, "rows")
+    rows, steps, dispatches = (_gain(then, now, counter) for counter in ("rows", "steps", "dispatches"))
+    tokens = None if rows is None or steps is None or dispatches is None else rows * steps / max(dispatches, 1)
     visits = _gain(then, now, "fan_out_sum")
     return {
         "router_id": now["router_id"],
@@ -82,8 +89,9 @@ def _router(then: dict[str, Any] | None, now: dict[str, Any], seconds: float) ->
         "connected": now["connected"],
         "lost": now["lost"],
         "requests": now["unfinished_requests"],
-        # A token is a row in each MoE layer; those of prompts count, too.
-        "tokens_per_s": None if rows is None or not now["layers"] else rows / now["layers"] / seconds,
+        # A token is a row in each MoE layer that a step goes through, which depends on whether it guesses and how
+        # often; those of prompts count, too.
+        "tokens_per_s": None if tokens is None else tokens / seconds,
         "fan_out": visits / rows if rows and visits is not None else None,
         "failovers": now["failovers"],
         "fallback_pairs": now["fallback_pairs"],

@@ -109,7 +109,7 @@ def check_draft(prefix: str, config: VllmConfig, num_built: int, num_decoder_lay
     if not guesses_by_mtp(config) or num_built > num_decoder_layers:
         raise UnsupportedModelError(
             f"{prefix} is a MoE layer of the draft ({speculative.method}), whose experts are on no shard: "
-            "speculative_config takes method ngram, mtp with one MTP layer, or a draft_model without routed experts"
+            "speculative_config takes mtp with one MTP layer, and other methods without routed experts in their draft"
         )
     return True
 

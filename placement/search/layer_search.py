@@ -83,6 +83,8 @@ def search_layer(
     `starts`, slots int32 [R, s], are among the candidates; `balanced_Rs` only where all else is above the limit.
     """
     search = _LayerSearch(problem, tuple(starts), balanced_Rs, seconds, seed, clock)
+    if not (problem.ids >= 0).any():
+        return search.given[-1]  # no token went through the layer; where it is in use, that costs the fewest moves
     given, near = search.given, search.from_in_use()
     if near and problem.has_replicas:
         search = replace(search, seconds=seconds * (1 - IN_USE_RUNS * FROM_IN_USE.share))

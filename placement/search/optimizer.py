@@ -266,7 +266,8 @@ def _plan_layer(
         else:
             slots_Rs = _balance_layer(problem, [greedy_Rs, balanced_Rs, *starts[1:]], request)
         unknown = float("nan")
-        figure = (unknown, unknown, unknown, 1 / max(_worst(problem, slots_Rs), 1e-12))
+        worst = _worst(problem, slots_Rs)
+        figure = (unknown, unknown, unknown, 1 / worst if worst > 0 else 1.0)
         if trace.has_sets:
             found = score_slots(problem, slots_Rs).score
             figure = (found.fan_out, found.node_fan_out, found.far_fan_out, figure[3])

@@ -64,13 +64,14 @@ def router_memory(
     """One GPU of a router of `workers`: `sequences` of `context` tokens, steps of up to `chunk` tokens, a pair with
     each of `shards`.
     """
-    sequence = facts.kv_sequence_bytes(context, kv_value_bytes, in_flight=chunk, workers=workers)
+    sequence = _sequence_bytes(facts, context, kv_value_bytes, chunk, workers)
     part = f", 1/{workers} of them" if workers > 1 else ""
     basis = facts.basis if workers == 1 else "estimated"  # norms, gates and MLA's narrow projections are whole on each
     return MemoryUse(
         (
             Line("dense weights", facts.held_bytes("router") / workers, basis, f"all but routed experts{part}"),
             *_absorbed(facts, workers),
+            *_mtp(facts, workers),
             Line("KV cache", sequences * sequence, "config", f"{sequences} sequences of {context} tokens"),
             Line(
                 "activations", _router_activations(facts, chunk, sequences, workers), "estimated",
@@ -88,8 +89,8 @@ def shard_memory(facts: ModelFacts, *, slots: int, pairs: int) -> MemoryUse:
     return MemoryUse(
         (
             Line(
-                "expert slots", slots * facts.moe_layers * facts.expert_bytes, facts.basis,
-                f"{slots} slots x {facts.moe_layers} layers",
+                "expert slots", slots * facts.expert_layers * facts.expert_bytes, facts.basis,
+                f"{slots} slots x {facts.expert_layers} layers",
             ),
             Line("activations", _expert_activations(facts, rows), "estimated", f"messages of {rows} rows"),
             Line("pairs", pairs * pair_bytes(facts), "config", f"{pairs} of {rows} rows, filled"),
@@ -103,18 +104,19 @@ def engine_memory(
 ) -> MemoryUse:
     """One of `gpus` GPUs of plain expert parallelism: dense weights and attention on each, experts divided."""
     experts = math.ceil(facts.num_experts / gpus)
-    sequence = facts.kv_sequence_bytes(context, kv_value_bytes, in_flight=chunk)
+    sequence = _sequence_bytes(facts, context, kv_value_bytes, chunk)
     activations = max(_router_activations(facts, chunk, sequences), _expert_activations(facts, chunk))
     return MemoryUse(
         (
             Line("dense weights", facts.held_bytes("router"), facts.basis),
             Line(
                 "experts",
-                experts * facts.moe_layers * facts.engine_expert_bytes,
+                experts * facts.expert_layers * facts.engine_expert_bytes,
                 facts.basis,
                 f"{experts} of each layer",
             ),
             *_absorbed(facts),
+            *_mtp(facts),
             Line("KV cache", sequences * sequence, "config", f"{sequences} sequences of {context} tokens"),
             Line("activations", activations, "estimated"),
             Line("all-to-all buffers", 2 * pair_bytes(facts, chunk), "estimated"),
@@ -128,6 +130,19 @@ def _absorbed(facts: ModelFacts, workers: int = 1) -> list[Line]:
         return []
     nbytes = facts.absorbed_values * DTYPE_BYTES / workers
     return [Line("absorbed MLA projections", nbytes, "config", "vLLM's copies")]
+
+
+def _mtp(facts: ModelFacts, workers: int = 1) -> list[Line]:
+    if facts.mtp_router_bytes is None:
+        return []
+    nbytes = facts.mtp_router_bytes / workers
+    return [Line("multi-token prediction", nbytes, facts.basis, "its layer but for routed experts")]
+
+
+def _sequence_bytes(facts: ModelFacts, context: int, value_bytes: float, chunk: int, workers: int = 1) -> float:
+    """Bytes of a sequence's KV cache; a layer for multi-token prediction has attention as the others do."""
+    nbytes = facts.kv_sequence_bytes(context, value_bytes, in_flight=chunk, workers=workers)
+    return nbytes if facts.mtp_router_bytes is None else nbytes * (facts.num_layers + 1) / facts.num_layers
 
 
 def _router_activations(facts: ModelFacts, chunk: int, sequences: int, workers: int = 1) -> float:

@@ -132,6 +132,8 @@ class ModelFacts:
         attention: the decoder layers by attention.
         max_positions: longest context in tokens, None if config.json does not say.
         header_bytes: bytes by (part, side) from the files' headers; None if only config.json is at hand.
+        mtp_router_bytes: what a router holds of the layer for multi-token prediction, whose routed experts are one more
+            layer of shards; None if that layer is not served.
         served: whether this project has a loader for the model; a reason if not.
         notes: what is not certain.
     """
@@ -151,7 +153,13 @@ class ModelFacts:
     max_positions: int | None = None
     header_bytes: tuple[tuple[str, Side, int], ...] | None = None
     absorbed_values: int = 0
+    mtp_router_bytes: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers of experts that shards hold."""
+        return self.moe_layers + (self.mtp_router_bytes is not None)
 
     @property
     def basis(self) -> Basis:

@@ -92,7 +92,7 @@ def size_offload(facts: ModelFacts, gpu: Gpu, demand: Demand, question: OffloadQ
     if question.shards > facts.num_experts:
         raise SizingError(f"shards is {question.shards}, expected at most the {facts.num_experts} experts of a layer")
     slots = math.ceil(facts.num_experts / question.shards) + demand.spare_slots
-    layer_bytes = facts.moe_layers * facts.expert_bytes
+    layer_bytes = facts.expert_layers * facts.expert_bytes
     others = shard_memory(facts, slots=0, pairs=demand.router_gpus).nbytes
     device = question.device_bytes or gpu.memory_bytes
     room = (1 - demand.headroom) * device - others

@@ -185,10 +185,12 @@ def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None =
     - `auto`: decided by content.
 
     A folder stands for all such files in it, merged, since SGLang writes one for each rank. Layers in which no token
-    picked an expert (dense ones) are left out; the trace's `layers` names those kept. Raises TraceError, in one line,
-    if nothing can be read or a file contradicts `num_experts`.
+    picked an expert (dense ones) are left out of others' traces; the trace's `layers` names those kept. This project's
+    have the layers of the mesh, all of which a placement needs, that for guesses too if no router guessed. Raises
+    TraceError, in one line, if nothing can be read or a file contradicts `num_experts`.
     """
     path = Path(path)
+    files = [path]
     if kind not in FORMATS:
         raise TraceError(f"trace format is {kind!r}, expected one of {', '.join(FORMATS)}")
     if path.is_dir():
@@ -200,7 +202,15 @@ def import_trace(path: str | Path, kind: str = "auto", num_experts: int | None =
         trace = _read(path, kind, num_experts)
     if num_experts is not None and trace.num_experts != num_experts:
         raise TraceError(f"{path}: the trace has {trace.num_experts} experts, but num_experts is {num_experts}")
-    return without_idle_layers(trace)
+    return trace if all(map(_is_own, files)) else without_idle_layers(trace)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file that was read is this project's."""
+    if path.suffix != ".npz":
+        return False
+    with np.load(path, allow_pickle=False) as data:
+        return "schema_version" in data
 
 
 def without_idle_layers(trace: ActivationTrace) -> ActivationTrace:

@@ -176,6 +176,8 @@ class MadeUpService:
             connected=[rank for rank in range(self.ranks) if rank not in self.lost],
             transports=dict.fromkeys(range(self.ranks), "nccl"),
             lost=lost,
+            steps=tokens,
+            dispatches=rows,
             rows=rows,
             fan_out_sum=int(rows * 4.31),
             shard_pairs=(rows * TOP_K * rank_R / rank_R.sum()).astype(int).tolist(),

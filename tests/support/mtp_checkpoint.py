@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +22,9 @@ _OUTPUTS = ("o_proj.weight", "down_proj.weight", "out_proj.weight")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-def make_mtp_checkpoint(family: str, path: str | Path) -> Path:
-    """Write a checkpoint of `family` with one MTP layer and return its folder."""
-    folder = make_checkpoint(family, path)
+def make_mtp_checkpoint(family: str, path: str | Path, **overrides: Any) -> Path:
+    """Write a checkpoint of `family` with one MTP layer and return its folder; `overrides` of its configuration."""
+    folder = make_checkpoint(family, path, **overrides)
     config = json.loads((folder / "config.json").read_text())
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     apart = family == "qwen3_next"

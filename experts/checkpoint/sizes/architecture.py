@@ -5,14 +5,16 @@ D hidden size, I expert width, E experts of a layer.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from experts.checkpoint.architectures.mtp import check_mtp
 from experts.checkpoint.errors import CheckpointError
 from experts.checkpoint.families import family_of
 from experts.checkpoint.hf_config import ModelConfig
 from experts.checkpoint.layout import Family
 from experts.checkpoint.sizes.attention import absorbed_values, attention_groups, attention_tensors, hidden_size
-from placement.sizing.model import ModelFacts, Stored, Tensors
+from placement.sizing.model import SERVED_BYTES, ModelFacts, Stored, Tensors
 
 FLOAT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # Read and served, but their tensors beside the experts are not described here.
@@ -43,8 +45,8 @@ _CORRECTED = (
 )
 
 
-def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> ModelFacts:
-    """The model that a configuration describes.
+def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = (), mtp: bool = False) -> ModelFacts:
+    """The model that a configuration describes; `mtp`: with the layer for multi-token prediction served.
 
     CheckpointError names a key that is missing, a family that is not known, or attention that cannot be sized.
     """
@@ -55,6 +57,9 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
     moe = list(family.moe_layers(config))
     if not moe:
         raise CheckpointError(f"{config.path}: no layer of this {kind} has routed experts")
+    if mtp:
+        check_mtp(config)
+        notes = (*notes, "of multi-token prediction memory is counted alone: times are those without guesses")
     layers = config.int_of("num_hidden_layers", "n_layers")
     D, V = hidden_size(config), config.int_of("vocab_size")
     E, I = config.int_of(*family.num_experts), config.int_of(*family.intermediate_size)
@@ -76,6 +81,7 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
             Tensors("routed experts", "experts", 2 * I, 1, E * len(moe)),
             Tensors("routed experts", "experts", D, 1, E * len(moe)),
         ]
+    stored = _stored(config, family)
     return ModelFacts(
         name=name,
         model_type=kind,
@@ -87,12 +93,27 @@ def facts_of(config: ModelConfig, name: str, notes: tuple[str, ...] = ()) -> Mod
         expert_width=I,
         vocab_size=V,
         tensors=tuple(tensors),
-        stored=_stored(config, family),
+        stored=stored,
         attention=attention_groups(config, layers),
         max_positions=config.get("max_position_embeddings") or config.get("max_seq_len"),
-        absorbed_values=absorbed_values(config, layers),
+        absorbed_values=absorbed_values(config, layers + mtp),
+        mtp_router_bytes=_mtp_bytes(config, E, D, I, stored) if mtp else None,
         notes=(*notes, *_notes(config, family)),
     )
+
+
+def _mtp_bytes(config: ModelConfig, E: int, D: int, I: int, stored: Stored) -> int:
+    """What a router holds of the layer for multi-token prediction: its embedding and head are the model's."""
+    held = replace(stored, float_bytes=SERVED_BYTES)
+    tensors = [
+        *attention_tensors(config, 1),
+        Tensors("norms", "router", D, 1, 5),  # two of any layer, one for each input, one before the head
+        Tensors("projection", "router", D, 2 * D),
+        Tensors("gate", "router", E, D),
+        *_gate_extras(config, E, D, 1),
+        *_shared(config, D, I, 1),
+    ]
+    return sum(each.nbytes(held) for each in tensors)
 
 
 def _notes(config: ModelConfig, family: Family) -> list[str]:

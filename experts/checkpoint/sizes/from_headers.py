@@ -17,6 +17,8 @@ from placement.sizing.model import Side
 
 _LAYER = re.compile(r"\b(?:layers|blocks)\.(\d+)\.")
 _FURTHER = re.compile(r"^(?:model\.)?mtp\.")  # predicts further tokens, and is numbered from 0 anew
+_COPIES = re.compile(r"\bembed_tokens\b|\bshared_head\.head\b")  # in such a layer, which takes the model's own
+MTP, MTP_EXPERTS, MTP_COPIES = "multi-token prediction", "its routed experts", "its copies of embedding and head"
 # The first that fits says what a tensor is.
 _PARTS: tuple[tuple[str, str], ...] = (
     ("vision", r"^(?:model\.)?(?:vision|visual|mm_projector|multi_modal)"),
@@ -66,7 +68,7 @@ def parts_on_hub(repo: str, revision: str | None, config: ModelConfig) -> tuple[
 
 
 def sort_parts(sizes: Iterable[tuple[str, int]], config: ModelConfig) -> tuple[tuple[str, Side, int], ...]:
-    """(part, side, bytes) from (tensor's name, bytes). Layers past the model's last predict further tokens, unused."""
+    """(part, side, bytes) from (tensor's name, bytes). Layers past the last predict further tokens: unused."""
     layers = config.int_of("num_hidden_layers", "n_layers")
     experts = _experts(config)
     total: Counter[tuple[str, Side]] = Counter()
@@ -75,7 +77,8 @@ def sort_parts(sizes: Iterable[tuple[str, int]], config: ModelConfig) -> tuple[t
         side: Side = "router"
         past = layer is not None and int(layer[1]) >= layers and not name.startswith(("vision", "visual"))
         if past or _FURTHER.search(name):
-            part, side = "multi-token prediction", "unused"
+            side = "unused"
+            part = MTP_EXPERTS if experts.search(name) else MTP_COPIES if _COPIES.search(name) else MTP
         elif experts.search(name):
             part, side = "routed experts", "experts"
         else:

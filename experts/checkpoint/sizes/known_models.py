@@ -26,9 +26,10 @@ class KnownModel:
     notes: tuple[str, ...]
     config: dict[str, Any]
 
-    def facts(self) -> ModelFacts:
-        """The model as its configuration describes it."""
-        return facts_of(ModelConfig.of_values(self.config, Path(self.name) / "config.json"), self.name, self.notes)
+    def facts(self, mtp: bool = False) -> ModelFacts:
+        """The model as its configuration describes it; `mtp`: with the layer for multi-token prediction served."""
+        config = ModelConfig.of_values(self.config, Path(self.name) / "config.json")
+        return facts_of(config, self.name, self.notes, mtp)
 
 
 @functools.cache

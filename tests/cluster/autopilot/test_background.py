@@ -65,6 +65,19 @@ def test_prices_are_those_of_brute_force() -> None:
         assert found.fan_out_S[number] == pytest.approx(fan_out)
 
 
+def test_a_layer_that_no_token_went_through_counts_in_no_mean() -> None:
+    """As the layer of multi-token prediction, for routers that do not guess."""
+    sampled = steps(3, 7)
+    wider = [
+        replace(step, topk_ids=np.concatenate([step.topk_ids, np.full((7, 1, TOP_K), -1, np.int16)], 1))
+        for step in sampled
+    ]
+    whole, found = price_steps(LINEAR, sampled, PRICE), price_steps(Placement.linear(3, EXPERTS, 3, 1, 1), wider, PRICE)
+    assert found.fan_out_S.tolist() == whole.fan_out_S.tolist()
+    assert found.balancedness_S.tolist() == whole.balancedness_S.tolist()
+    assert found.seconds_S.tolist() == whole.seconds_S.tolist()
+
+
 def tokens(*ids: int) -> SampledStep:
     """A step of a layer, of tokens with one expert each."""
     return SampledStep(0, 0.0, len(ids), np.array(ids, np.int16).reshape(-1, 1, 1), np.zeros(len(ids), np.bool_))

@@ -285,6 +285,19 @@ def test_settings_reach_router_and_shard() -> None:
     assert (kwargs["dtype"], kwargs["max_num_seqs"]) == ("float32", 64)
 
 
+def test_a_layer_for_guesses_reaches_router_and_shard() -> None:
+    """By the key that users write, for both; each reads the checkpoint by its own settings."""
+    experts, llm = (app["args"] for app in tiny()["applications"][:2])
+    guesses = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    llm["routers"]["engine_kwargs"] |= guesses
+    for args in (experts, llm):
+        args["model"] = {**args["model"], "mtp": True}
+    assert parse(ExpertsAppConfig, experts).shard_settings("10.0.0.1", 23).mtp
+    kwargs = parse(LLMAppConfig, llm).engine_kwargs()
+    assert kwargs["additional_config"]["expertmesh"]["mtp"]
+    assert guesses.items() <= kwargs.items()
+
+
 def test_a_shards_wait_for_a_router_is_the_users_to_say() -> None:
     data = tiny()["applications"][0]["args"]
     default = ShardSettings.model_fields["connect_timeout_s"].default

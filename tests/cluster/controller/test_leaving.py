@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from cluster.ray_joints import ReplicaCounts
 from tests.support.controller_scene import Play, Scene, turns
 
 
@@ -31,6 +32,27 @@ def test_a_shard_that_leaves_is_held_until_the_others_have_its_experts(play: Pla
         assert (shards[0].held_LE | shards[1].held_LE).all()
         status = await scene.controller.status()
         assert (status.complete, [seat.shard_id for seat in status.shards]) == (True, ["s0", "s1"])
+
+    play(act)
+
+
+def test_serve_is_asked_how_many_shards_it_wants_after_one_has_left(play: Play) -> None:
+    """The autopilot waits for as many as Serve wants."""
+
+    async def act(scene: Scene) -> None:
+        shards = await scene.start()
+        scene.counts = ReplicaCounts(2, 0)
+        task = await leaving(scene, "s2")
+        for _ in range(20):
+            for shard in shards:
+                await shard.work()
+            await turns()
+        await asyncio.wait_for(task, 10)
+        await scene.ask_serve()
+        assert scene.mesh.wanted == 2
+        asked = scene.asked_serve
+        await scene.ask_serve()
+        assert scene.asked_serve == asked, "as many serve"
 
     play(act)
 

@@ -16,6 +16,7 @@ from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import ConfigError, parse
 from cluster.config.serve_file import MeshConfig
 from cluster.mesh.planning import (
+    ModelFacts,
     ShardsAtHand,
     check_fits,
     check_plan,
@@ -28,6 +29,7 @@ from placement import policy
 from placement.placement import Placement
 from placement.rule.evaluate import evaluate
 from placement.traces.trace import ActivationTrace
+from tests.support.mtp_checkpoint import make_mtp_checkpoint
 from tests.support.planning import MODEL, section, shards, trace_file
 
 ROOT = Path(__file__).parents[3]
@@ -44,6 +46,22 @@ def experts_config(path: Path) -> ExpertsAppConfig:
 def test_the_model_is_read_from_its_checkpoint() -> None:
     spec = read_spec(experts_config(TINY))
     assert (spec.num_layers, spec.num_experts) == (MODEL.num_layers, MODEL.num_experts)
+
+
+def test_the_layer_for_guesses_is_one_more_to_plan_for(tmp_path: Path) -> None:
+    """And an expert of it that the checkpoint lacks is refused as any other."""
+    folder = make_mtp_checkpoint("glm4_moe", tmp_path)
+    model = {"id": "tiny", "path": str(folder), "dtype": "float32"}
+    without, spec = (read_spec(parse(ExpertsAppConfig, {"model": {**model, "mtp": mtp}})) for mtp in (False, True))
+    assert (spec.num_layers, spec.layer_ids[:-1]) == (without.num_layers + 1, without.layer_ids)
+    facts = ModelFacts(spec.num_layers, spec.num_experts)
+    check_plan(section(), facts, shards(3))
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.{spec.layer_ids[-1]}.mlp.experts.3.up_proj.weight"
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"model.path: .*{re.escape(name)}"):
+        read_spec(parse(ExpertsAppConfig, {"model": {**model, "mtp": True}}))
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def test_a_router_on_several_gpus_is_counted_and_written(capsys: pytest.CaptureF
     assert layout["step_shares"]["adding up among a router's GPUs"]["value"] > 0
 
 
+def test_a_layer_for_multi_token_prediction_is_counted_and_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "sized.yaml"
+    asked = ("deepseek-v3", "--gpu", "b200", *SMALL, "--alternatives", "0", "--mtp")
+    status, out, _ = told(capsys, *asked, "--write", str(file))
+    assert status == 0
+    assert "58 layers and one for MTP of 256 experts" in out
+    assert " slots x 59 layers" in out
+    assert "memory is counted alone: times are those without guesses" in out
+    config = MeshConfig.from_file(file)
+    refuse_llm(config.llm, complete=False, keys=False)
+    assert config.experts.model.mtp
+    assert config.llm.routers.engine_kwargs["speculative_config"]["method"] == "mtp"
+
+
 @pytest.mark.parametrize("name", list(known_models()))
 def test_the_config_of_every_known_model_is_accepted(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

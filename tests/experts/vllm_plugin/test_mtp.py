@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,9 @@ class Mesh:
         endpoints = tuple(ShardEndpoint(**self.shard.wait(job, "endpoint")) for job in jobs)
         return Membership(1, placement, endpoints).to_dict(), [endpoint.pid for endpoint in endpoints]
 
-    def generate(self, guesses: int, **arguments: Any) -> list[dict[str, Any]]:
+    def generate(self, guesses: int, model: str = "", **arguments: Any) -> list[dict[str, Any]]:
         """The rounds of an engine, with a membership a router's; see `mtp_jobs.generate`."""
-        job = self.engine.start("generate", model=self.model, guesses=guesses, **arguments)
+        job = self.engine.start("generate", model=model or self.model, guesses=guesses, **arguments)
         rounds = self.engine.wait(job, "rounds")
         assert self.engine.events(job)["error"] is None
         return rounds  # type: ignore[no-any-return]
@@ -120,3 +121,27 @@ def test_routers_that_guess_otherwise_share_the_shards(mesh: Mesh) -> None:
     assert alive["status"]["dispatches"] == alive["status"]["steps"] * (layers + 2)
     assert 0 < killed["accepted"] < plain["accepted"]
     assert (killed["status"]["refused_requests"], killed["status"]["fallback_pairs"]) == (0, 0)
+
+
+@pytest.mark.parametrize("mesh", ["glm4_moe"], indirect=True)
+def test_two_workers_guess_together_and_with_adapters(mesh: Mesh, tmp_path: Path) -> None:
+    """The MTP layer's rows are shared out as those of other layers are. Adapters are for the decoder alone, so guesses
+    are those of the base model's MTP layer after a merged decoder."""
+    made = mesh.engine.start("adapted", model=mesh.model, folder=str(tmp_path))
+    adapter, merged = mesh.engine.wait(made, "adapter"), mesh.engine.wait(made, "merged")
+    [base], [changed] = mesh.generate(1), mesh.generate(1, model=merged)
+    assert all(ours != theirs for ours, theirs in zip(base["ids"], changed["ids"], strict=True))
+    membership, pids = mesh.start_shards()
+    rounds = {"adapters": [adapter, "", adapter], "victims": [[], [], pids[1:]]}
+    found = mesh.generate(1, membership=membership, settings={"mtp": True}, workers=2, **rounds)
+    layers = mesh.decoder_layers + 1
+    for got, plain in zip(found, [changed, base, changed], strict=True):
+        assert all(got["finished"])
+        assert got["ids"] == plain["ids"]
+        assert (got["drafts"], got["accepted"]) == (plain["drafts"], plain["accepted"])
+    for statuses in (found[0]["statuses"], found[1]["statuses"]):
+        assert [status["failovers"] + status["fallback_pairs"] for status in statuses] == [0, 0]
+        assert [status["dispatches"] for status in statuses] == [status["steps"] * layers for status in statuses]
+        of_mtp = [status["shard_rows"][2] for status in statuses]
+        assert sum(of_mtp) == statuses[0]["rows"] // layers
+        assert min(of_mtp) > 0.4 * sum(of_mtp), "each worker has every other row"

@@ -43,6 +43,26 @@ def test_a_plan_predicts_what_the_evaluator_finds() -> None:
         np.testing.assert_allclose(result.balancedness, evaluation.balancedness)
 
 
+@pytest.mark.parametrize("objective", ["fan_out", "balance"])
+def test_a_layer_that_no_token_went_through_is_planned_too(objective: str) -> None:
+    """As that for guesses, if no router guessed: it has its experts, and for fan-out they stay where they are."""
+    trace = clique_trace()
+    counts_LE = np.concatenate([trace.set_load(), np.zeros((1, trace.num_experts), np.int64)])
+    ids_TLK = np.concatenate([trace.topk_ids, np.full_like(trace.topk_ids[:, :1], -1)], 1)
+    wider = ActivationTrace(ids_TLK, trace.num_experts, counts=counts_LE)
+    current = Placement.linear(3, trace.num_experts, 4, 1, 1)
+    for moved_from in (None, current):
+        request = PlanRequest(4, 1, 5, load_cap=1.2, effort=SMALL, objective=objective)
+        result = optimize(wider, request, moved_from)
+        assert (result.placement.logical_replica_count >= 1).all()
+        assert (result.fan_out[2], result.balancedness[2]) == (0.0, 1.0)
+    if objective == "fan_out":
+        before, after = (
+            each.physical_to_logical_map[2].reshape(4, -1).tolist() for each in (current, result.placement)
+        )
+        assert all(set(old) - {-1} <= set(new) for old, new in zip(before, after, strict=True))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 1000),

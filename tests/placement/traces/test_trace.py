@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 
+from placement.traces.importers import import_trace
 from placement.traces.recorder import TraceRecorder
 from placement.traces.trace import ActivationTrace, TraceError, distinct_rows, merge_traces
 from tests.support.made_up_traces import clique_trace
@@ -20,6 +21,15 @@ def test_loads_and_coactivation_of_a_worked_example() -> None:
     assert together[0, 1] == together[1, 0] == 1
     assert together.sum() == 6
     assert distinct_rows(np.array([[3, 3, 0], [-1, 2, -1]])).tolist() == [[0, 3, -1], [2, -1, -1]]
+
+
+def test_layers_without_picks_are_left_out_of_others_traces_alone(tmp_path) -> None:
+    """Dense layers are in those; in this project's it is the layer for guesses, where no router guessed."""
+    ids_TLK = np.array([[[0, 1], [-1, -1]], [[1, 2], [-1, -1]]])
+    ActivationTrace(ids_TLK, 4, (3, 4)).save(tmp_path / "own.npz")
+    np.savez(tmp_path / "olmoe.npz", topk_ids=ids_TLK, num_experts=4, layers=np.array([3, 4]))
+    assert import_trace(tmp_path / "own.npz").layers == (3, 4)
+    assert import_trace(tmp_path / "olmoe.npz").layers == (3,)
 
 
 def test_round_trip(tmp_path) -> None:

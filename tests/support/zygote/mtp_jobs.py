@@ -10,6 +10,7 @@ from tests.support.zygote import parity_jobs
 from tests.support.zygote.plugin_facts import error_of
 
 NEW_TOKENS = 48
+ADAPTED = ("o_proj", ".mlp.gate", "shared_experts.down_proj")  # names of layers end so
 
 
 def checkpoint(emit: Any, family: str, path: str) -> None:
@@ -17,6 +18,20 @@ def checkpoint(emit: Any, family: str, path: str) -> None:
     from tests.support.mtp_checkpoint import make_mtp_checkpoint
 
     emit(made=str(make_mtp_checkpoint(family, path)))
+
+
+def adapted(emit: Any, model: str, folder: str) -> None:
+    """An adapter for layers of the decoder, not of the MTP layer, and the checkpoint with it merged."""
+    from pathlib import Path
+
+    from experts.checkpoint import ExpertCheckpoint
+    from tests.support.random_adapters import layers_of, merge, write_adapter
+
+    base = Path(model)
+    mtp_layer = f"layers.{ExpertCheckpoint.open(model, mtp=True).spec.layer_ids[-1]}."
+    layers = layers_of(base, lambda name: mtp_layer not in name and name.endswith(ADAPTED))
+    adapter = write_adapter(Path(folder) / "adapter", base, layers)
+    emit(adapter=str(adapter), merged=str(merge(base, adapter, Path(folder) / "merged")))
 
 
 def generate(
@@ -27,13 +42,17 @@ def generate(
     victims: list[list[int]] = [[]],  # noqa: B006
     settings: dict[str, Any] = {},  # noqa: B006
     workers: int = 1,
+    adapters: list[str] = [],  # noqa: B006
 ) -> None:
     """Greedy tokens of all prompts in rounds; in the middle of each the processes that `victims` lists are killed.
 
-    `guesses` tokens are guessed by MTP, or none. Emits `rounds`: of each `ids`, whether each request `finished` by its
-    length, what vLLM counted (`drafts`, `accepted`), and a router's `status` and `loads`; or the `error` of its start.
+    `guesses` tokens are guessed by MTP, or none; `adapters` has each round's, "" for none. Emits `rounds`: of each
+    `ids`, whether each request `finished` by its length, what vLLM counted (`drafts`, `accepted`), and a router's
+    `status`, those of all its workers in `statuses`, and `loads`; or the `error` of its start.
     """
     options: dict[str, Any] = {}
+    if adapters:
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
     if guesses:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": guesses}
     if workers > 1:
@@ -55,13 +74,14 @@ def generate(
         engine.collective_rpc("expertmesh_use_membership", args=(membership,))
         engine.collective_rpc("expertmesh_loads", args=(3600.0,))
     rounds, before = [], _counted(engine)
-    for killed in victims:
-        told = _round(engine, killed)
+    for number, killed in enumerate(victims):
+        told = _round(engine, killed, adapters[number] if adapters else "")
         counted = _counted(engine)
         told |= {key: counted[key] - before[key] for key in counted}
         before = counted
         if membership is not None:
-            told["status"] = engine.collective_rpc("expertmesh_status")[0]
+            told["statuses"] = engine.collective_rpc("expertmesh_status")
+            told["status"] = told["statuses"][0]
             told["loads"] = _by_layer(engine.collective_rpc("expertmesh_loads", args=(3600.0,))[0])
         rounds.append(told)
     emit(error=None, rounds=rounds)
@@ -86,10 +106,13 @@ def _engine(model: str, options: dict[str, Any]) -> Any:
     )
 
 
-def _round(engine: Any, victims: list[int]) -> dict[str, Any]:
+def _round(engine: Any, victims: list[int], adapter: str) -> dict[str, Any]:
+    from vllm.lora.request import LoRARequest
+
     sampling = parity_jobs.greedy_sampling(NEW_TOKENS)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
     for index, ids in enumerate(parity_jobs.prompts()):
-        engine.llm_engine.add_request(str(index), {"prompt_token_ids": ids}, sampling)
+        engine.llm_engine.add_request(str(index), {"prompt_token_ids": ids}, sampling, lora_request=lora)
     done: dict[int, Any] = {}
     steps = 0
     while engine.llm_engine.has_unfinished_requests():
@@ -123,4 +146,4 @@ def _by_layer(loads: dict[str, Any]) -> dict[str, Any]:
 
 
 PRELOAD = {"engine": parity_jobs.preload_engine, "shard": parity_jobs.preload_shard}
-JOBS = {"checkpoint": checkpoint, "generate": generate, "shard": parity_jobs.shard}
+JOBS = {"checkpoint": checkpoint, "adapted": adapted, "generate": generate, "shard": parity_jobs.shard}

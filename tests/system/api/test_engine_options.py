@@ -6,17 +6,18 @@ Float32, greedy. Each engine is one of its own, so each makes all batches that i
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.support.draft_heads import TINY, SameAgain, config_alone, dense_draft, dflash, eagle, eagle3, medusa
 from tests.support.zygote.engine_zygote import Zygote
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny-moe"
 NEW_TOKENS = 24
 # Token ids: what repeats itself, one token, and what is as long as several blocks of the cache.
 REPEATED, ALONE, LONG = [374, 290, 13, 81] * 4, [374], list(range(300, 440))
@@ -48,23 +49,6 @@ class Engines:
 @pytest.fixture(scope="module")
 def engines(feature_zygote: Zygote, membership: dict[str, Any]) -> Engines:
     return Engines(feature_zygote, membership)
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model without its experts, as a dense model that guesses well enough now and then."""
-    folder, width = tmp_path_factory.mktemp("draft"), 16
-    config = json.loads((TINY / "config.json").read_text())
-    tensors = {name: t for name, t in load_file(TINY / "model.safetensors").items() if ".mlp." not in name}
-    hidden = config["hidden_size"]
-    for layer in range(config["num_hidden_layers"]):
-        for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-            tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = torch.zeros(shape)
-    save_file(tensors, folder / "model.safetensors")
-    kept = {key: value for key, value in config.items() if "expert" not in key and "moe" not in key}
-    kept |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": width}
-    (folder / "config.json").write_text(json.dumps(kept))
-    return folder
 
 
 def check_tokens(run: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -128,62 +112,78 @@ def test_guessed_rows_count_as_generated_and_not_as_a_prompt(engines: Engines) -
     assert plain["observed"][0] < guessing["observed"][0] <= plain["observed"][0] + guessed
 
 
-def test_a_dense_draft_model_changes_no_token(engines: Engines, draft: Path) -> None:
+def test_a_dense_draft_model_changes_no_token(engines: Engines, tmp_path: Path) -> None:
     """It is loaded whole, by vLLM's own loader, and its layers ask no shard."""
-    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    speculative = {"method": "draft_model", "model": str(dense_draft(tmp_path)), "num_speculative_tokens": 2}
     run = engines.run(speculative_config=speculative)
     check_tokens(run, engines.run(block_size=32))
     assert run["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert run["status"]["dispatches"] == run["status"]["layers"] * run["status"]["steps"]
 
 
-@pytest.fixture(scope="module")
-def medusa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two heads, each of which guesses what the model says next once more."""
-    folder = tmp_path_factory.mktemp("medusa")
-    hidden, vocab, embedding = _sizes()
-    tensors = {}
-    for head in range(2):
-        tensors[f"blocks.{head}.layers.0.weight"] = torch.zeros(hidden, hidden)
-        tensors[f"lm_heads.{head}.weight"] = embedding.clone()
-    save_file(tensors, folder / "model.safetensors")
-    config = {"architectures": ["MedusaModel"], "model_type": "medusa", "hidden_size": hidden, "vocab_size": vocab}
-    (folder / "config.json").write_text(json.dumps({**config, "num_heads": 2, "num_hidden_layers": 1}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def eagle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer that hands on the model's last state, so that it guesses what the model says next once more."""
-    folder, width = tmp_path_factory.mktemp("eagle"), 16
-    hidden, vocab, _ = _sizes()
-    tensors = {"fc.weight": torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)}
-    for name in "qkvo":
-        tensors[f"layers.0.self_attn.{name}_proj.weight"] = torch.zeros(hidden, hidden)
-    for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-        tensors[f"layers.0.mlp.{name}_proj.weight"] = torch.zeros(shape)
-    tensors["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
-    save_file(tensors, folder / "model.safetensors")
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab}
-    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": width}
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
-    return folder
-
-
-def _sizes() -> tuple[int, int, torch.Tensor]:
-    """Hidden size, vocabulary and embedding of the tiny model."""
-    embedding = load_file(TINY / "model.safetensors")["model.embed_tokens.weight"]
-    return embedding.shape[1], embedding.shape[0], embedding
-
-
-@pytest.mark.parametrize("method", ["medusa", "eagle"])
-def test_heads_without_experts_change_no_token(engines: Engines, request: pytest.FixtureRequest, method: str) -> None:
-    folder: Path = request.getfixturevalue(method)
-    speculative = {"method": method, "model": str(folder), "num_speculative_tokens": 2}
+@pytest.mark.parametrize("method", [medusa, eagle, eagle3])
+def test_heads_without_experts_change_no_token(
+    engines: Engines, method: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """And as many of their guesses are right as in plain vLLM: EAGLE 3 gets the states of several layers."""
+    speculative = {"method": method.__name__, "model": str(method(tmp_path)), "num_speculative_tokens": 2}
     run = engines.run(speculative_config=speculative)
     check_tokens(run, engines.run(block_size=32))
     assert run["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert run["status"]["dispatches"] == run["status"]["layers"] * run["status"]["steps"]
+    if method is eagle3:
+        plain = engines.run(on_shards=False, speculative_config=speculative)
+        for counted in ("draft", "accepted"):
+            name = f"vllm:spec_decode_num_{counted}_tokens"
+            assert run["counters"][name] == plain["counters"][name]
+
+
+def test_guesses_that_are_made_at_once_change_no_token(engines: Engines, tmp_path: Path) -> None:
+    """By a draft model (PARD) and by a DFlash head, which guesses what the model says most often."""
+    whole = engines.run(block_size=32)
+    [(most_often, _)] = Counter(token for batch in whole["ids"] for ids in batch for token in ids).most_common(1)
+    folders = {name: tmp_path / name for name in ("pard", "dflash")}
+    for folder in folders.values():
+        folder.mkdir()
+    for speculative in (
+        {"method": "draft_model", "model": str(dense_draft(folders["pard"], pard_token=1)), "parallel_drafting": True},
+        {"method": "dflash", "model": str(dflash(folders["dflash"], most_often))},
+    ):
+        run = engines.run(speculative_config={**speculative, "num_speculative_tokens": 2})
+        check_tokens(run, whole)
+        assert run["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_a_class_of_ones_own_may_guess(engines: Engines) -> None:
+    run = engines.run(
+        speculative_config={
+            "method": "custom_class",
+            "model": f"{SameAgain.__module__}.{SameAgain.__name__}",
+            "num_speculative_tokens": 1,
+        }
+    )
+    check_tokens(run, engines.run(block_size=32))
+    assert run["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("ngram_gpu", "pin_memory=True requires a CUDA or other accelerator backend"),
+        ("dspark", "Model Runner V1 does not support: dspark speculative decoding"),
+        ("mlp_speculator", "Model architectures ['MLPSpeculatorPreTrain"),
+    ],
+    ids=["ngram_gpu", "dspark", "mlp_speculator"],
+)
+def test_other_ways_to_guess_are_refused_by_vllm_on_cpus(
+    engines: Engines, tmp_path: Path, method: str, told: str
+) -> None:
+    speculative: dict[str, Any] = {"method": method, "num_speculative_tokens": 2}
+    if method == "ngram_gpu":
+        speculative |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    else:
+        speculative["model"] = str(config_alone(tmp_path, method))
+    assert told in engines.run(speculative_config=speculative)["error"]
 
 
 def test_suffix_decoding_is_refused_by_vllm_without_its_package(engines: Engines) -> None:

@@ -52,13 +52,17 @@ def test_a_layer_past_the_last_is_no_part_of_what_is_served(tmp_path: Path) -> N
             ("model.layers.1.mlp.gate.e_score_correction_bias", 160),
             ("lm_head.weight", 320),
             ("mtp.layers.0.mlp.experts.0.gate_proj.weight", 640),
+            ("model.layers.2.embed_tokens.weight", 1280),
+            ("model.layers.2.shared_head.head.weight", 2560),
         ],
         config,
     )
     assert {(part, side): nbytes for part, side, nbytes in parts} == {
         ("routed experts", "experts"): 11,
         ("shared experts", "router"): 20,
-        ("multi-token prediction", "unused"): 760,
+        ("multi-token prediction", "unused"): 80,
+        ("its routed experts", "unused"): 680,
+        ("its copies of embedding and head", "unused"): 3840,
         ("gate", "router"): 160,
         ("output head", "router"): 320,
     }
