@@ -11,7 +11,10 @@ import yaml
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
+from cluster.config.serve_file import MeshConfig
 from cluster.refusals.applications import llm_problems
+from experts.vllm_plugin.pooling.options import pools
+from tests.support.serve.shipped_configs import CONFIGS, serve_config
 
 CONFIG = yaml.safe_load((Path(__file__).parents[3] / "configs" / "tiny-cpu.yaml").read_text())
 TINY = Path(__file__).parents[3] / "examples" / "tiny-moe"
@@ -25,6 +28,14 @@ def lines(options: dict[str, Any], folder: Path | None = TINY, routers: Any = No
     args["routers"] |= {"count": None, **(routers or {})}
     config = parse(LLMAppConfig, {**args, **sections})
     return list(llm_problems(config, folder, complete=False))
+
+
+def test_the_config_that_ships_has_both_kinds_over_one_pool_of_experts() -> None:
+    mesh = MeshConfig.from_serve_config(serve_config("tiny-embeddings.yaml"), folder=CONFIGS)
+    assert [each.llm.model.id for each in mesh.meshes] == ["tiny-moe", "tiny-embed"]
+    assert len(mesh.pools) == 1
+    assert [list(llm_problems(each.llm, TINY, complete=True)) for each in mesh.meshes] == [[], []]
+    assert [pools(each.llm.routers.engine_kwargs) for each in mesh.meshes] == [False, True]
 
 
 def test_routers_that_pool_are_not_refused() -> None:

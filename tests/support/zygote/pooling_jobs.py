@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.support.zygote.parity_jobs import TWO_WORKERS, fork_workers
 from tests.support.zygote.plugin_facts import error_of
 from tests.support.zygote.refusal_jobs import give_time, pairs_by_token, take_time, without
 
@@ -14,7 +15,13 @@ SHARED = list(range(3, 3 + BLOCK))  # a block of the KV cache
 PROMPTS = [[*SHARED, 200], [*SHARED, 90], [7], [101], [55, 56], [9]]
 # The offline engine wants some tokenizer where it pools.
 TOKENIZER = str(Path(__file__).parents[3] / "examples" / "tiny-moe")
-PLAIN = {"dtype": "float32", "enforce_eager": True, "tokenizer": TOKENIZER, "max_model_len": 128, "seed": 0}
+PLAIN: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "tokenizer": TOKENIZER,
+    "max_model_len": 128,
+    "seed": 0,
+}
 
 
 def pooled(engine: Any, prompts: list[list[int]], task: str) -> list[list[float]]:
@@ -53,8 +60,19 @@ def pool(
     emit(done=True)
 
 
-def refusals_of_prompts(emit: Any, model: str, membership: dict[str, Any]) -> None:
-    """Each prompt alone; then all at once while experts of the first are nowhere, and after those are back."""
+def score(emit: Any, model: str, query: str, documents: list[str], options: dict[str, Any]) -> None:
+    """Emits how well documents fit a query, by vLLM's own engine of a model with one class."""
+    from vllm import LLM
+
+    engine = LLM(model, disable_log_stats=True, **{**PLAIN, "max_model_len": 256, **options})
+    emit(scores=[one.outputs.score for one in engine.score(query, documents, use_tqdm=False)], done=True)
+
+
+def refusals_of_prompts(emit: Any, model: str, membership: dict[str, Any], workers: int) -> None:
+    """Each prompt alone; then all at once while experts of the first are nowhere, and after those are back.
+
+    Of several workers, all but the last have time for experts that are nowhere.
+    """
     from vllm import LLM
 
     from experts.protocol.membership import Membership
@@ -62,7 +80,9 @@ def refusals_of_prompts(emit: Any, model: str, membership: dict[str, Any]) -> No
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     settings = RouterSettings(model_path=model, trace_tokens=1000, membership_by_rpc=True, router_id="r1")
-    options = {**PLAIN, "runner": "pooling", "block_size": BLOCK, "enable_prefix_caching": True}
+    fork_workers()
+    parallel = TWO_WORKERS if workers == 2 else {}
+    options = {**PLAIN, **parallel, "runner": "pooling", "block_size": BLOCK, "enable_prefix_caching": True}
     engine = LLM(model, disable_log_stats=True, **router_engine_kwargs(settings, options))
     whole = Membership.from_dict(membership)
 
@@ -72,7 +92,8 @@ def refusals_of_prompts(emit: Any, model: str, membership: dict[str, Any]) -> No
     def use(epoch: int, lost: set[tuple[int, int]]) -> None:
         """An epoch whose placement has no slot for the pairs `lost`."""
         told = Membership(epoch, without(whole.placement, lost), whole.endpoints).to_dict()
-        assert call("expertmesh_use_membership", told)["lost"] == {}
+        applied = engine.collective_rpc("expertmesh_use_membership", args=(told,))
+        assert [one["lost"] for one in applied] == [{}] * workers
 
     use(1, set())
     alone, pairs = [], []
@@ -105,4 +126,4 @@ def runner_types(emit: Any, cases: dict[str, tuple[str, dict[str, Any]]]) -> Non
     emit(runners={name: each.create_model_config().runner_type for name, each in made.items()})
 
 
-JOBS = {"runner_types": runner_types, "pool": pool, "refusals_of_prompts": refusals_of_prompts}
+JOBS = {"runner_types": runner_types, "pool": pool, "score": score, "refusals_of_prompts": refusals_of_prompts}

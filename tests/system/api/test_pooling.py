@@ -17,9 +17,12 @@ import numpy as np
 import openai
 import pytest
 
+from cluster.config.llm_sections import TracingSection
 from cluster.keys.command import line_of
 from tests.support.model_api import TIMEOUT_S, ModelApi
+from tests.support.otlp_receiver import collector
 from tests.support.small_mesh import Mesh, mesh_of, replicated
+from tests.support.waiting import wait_for
 from tests.support.zygote.engine_zygote import Zygote
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-moe"
@@ -27,14 +30,21 @@ MODEL_ID = "tiny-embed"
 TEXTS = ["def main(", "import os\nimport sys\n", "The quick brown fox", "a" * 100]
 # Sums in another order differ by some 1e-7 after four layers; a wrong expert by some 1e-2.
 CLOSE = {"rtol": 0, "atol": 1e-5}
+# A reranker made of a model that generates: how much likelier than "b" it holds "a" to come next.
+RERANKER = {
+    "hf_overrides": {
+        "architectures": ["Qwen3MoeForSequenceClassification"],
+        "classifier_from_token": ["b", "a"],
+        "method": "from_2_way_softmax",
+    }
+}
 SERVED_WITH = {"runner": "pooling", "hf_overrides": {"is_matryoshka": True}, "block_size": 32}
 ADA, BOB = "sk-ada-0123456789", "sk-bob-0123456789"
 
 
 def start(zygote: Zygote, membership: dict[str, Any], **more: Any) -> tuple[int, str]:
-    job = zygote.start(
-        "serve", model=str(TINY), model_id=MODEL_ID, engine_kwargs=SERVED_WITH, membership=membership, **more
-    )
+    asked = {"model": str(TINY), "model_id": MODEL_ID, "engine_kwargs": SERVED_WITH, **more}
+    job = zygote.start("serve", membership=membership, **asked)
     return job, zygote.wait(job, "url")
 
 
@@ -94,6 +104,24 @@ def test_scores_are_cosines_of_the_embeddings(embedder: ModelApi, expected: np.n
     np.testing.assert_allclose([each["relevance_score"] for each in ranked], np.sort(cosines)[::-1], **CLOSE)
 
 
+def test_a_reranker_gives_the_scores_of_vllm(feature_zygote: Zygote, membership: dict[str, Any]) -> None:
+    """Query and document together in one prompt; a model with one class, which the architecture alone makes pool."""
+    plain = feature_zygote.start("score", model=str(TINY), query=TEXTS[0], documents=TEXTS[1:], options=RERANKER)
+    expected = np.array(feature_zygote.wait(plain, "scores"))
+    assert np.abs(expected - expected[0]).max() > 1e-2, "they tell documents apart"
+    job, url = start(feature_zygote, membership, engine_kwargs=RERANKER)
+    reranker = ModelApi(url, MODEL_ID)
+    found = reranker.post("/score", queries=TEXTS[0], documents=TEXTS[1:])["data"]
+    np.testing.assert_allclose([each["score"] for each in found], expected, **CLOSE)
+    ranked = reranker.post("/v2/rerank", query=TEXTS[0], documents=TEXTS[1:], top_n=2)["results"]
+    assert [each["index"] for each in ranked] == np.argsort(-expected).tolist()[:2]
+    classes = reranker.post("/classify", input=TEXTS[:2])["data"]
+    assert [each["num_classes"] for each in classes] == [1, 1]
+    status, error = reranker.refused("/v1/embeddings", input="x")
+    assert (status, error["code"]) == (404, "unknown_url")
+    feature_zygote.stop(job)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "code"),
     [
@@ -150,6 +178,25 @@ def test_health_is_a_prompt_that_the_engine_pools(embedder: ModelApi) -> None:
         answer = httpx.get(f"{embedder.url}{path}", timeout=TIMEOUT_S)
         assert (answer.status_code, answer.json()["status"]) == (200, "ok"), answer.text
     assert answer.json()["routers"][0]["how"] == "probe"
+
+
+def test_a_traced_embedding_has_spans_down_to_the_shards(feature_zygote: Zygote, membership: dict[str, Any]) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+    with collector() as received:
+        tracing = {"otlp_endpoint": received.endpoint, "step_interval": 1, "layers_per_step": 4}
+        section = TracingSection.model_validate(tracing)
+        options = {**SERVED_WITH, "otlp_traces_endpoint": received.endpoint}
+        job, url = start(
+            feature_zygote, membership, engine_kwargs=options, tracing=section.of_steps().model_dump(),
+            env_vars={**section.environment(), "OTEL_BSP_SCHEDULE_DELAY": "200"},
+        )  # fmt: skip
+        body = {"model": MODEL_ID, "input": TEXTS[0]}
+        answer = httpx.post(f"{url}/v1/embeddings", json=body, headers=headers, timeout=TIMEOUT_S)
+        assert answer.status_code == 200, answer.text
+        wanted = {"llm_request", "step", *(f"moe layer {layer}" for layer in range(4)), "shard 0", "shard 1"}
+        wait_for(lambda: wanted <= {span.name for span in received.of_trace(trace_id)}, 60, "spans")
+        feature_zygote.stop(job)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ OVERRIDES = {
 # Sums in another order differ by some 1e-7 after two layers; a wrong expert by some 1e-2.
 CLOSE = {"abs": 1e-5}
 NOTHING: list[float] = []
+ENGINE_S = 400.0
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,16 @@ def pooled(zygote: Zygote, model: Path, task: str, mesh: Mesh | None, **options:
     return zygote.events(job)
 
 
-def test_embeddings_are_those_of_vllm(vllm_zygote: Zygote, model: Path, mesh: Mesh) -> None:
+@pytest.fixture(scope="module")
+def expected(vllm_zygote: Zygote, model: Path) -> list[list[float]]:
+    """Embeddings of PROMPTS by vLLM's own engine."""
+    return pooled(vllm_zygote, model, "embed", None, convert="embed")["pooled"]
+
+
+def test_embeddings_are_those_of_vllm(
+    vllm_zygote: Zygote, model: Path, mesh: Mesh, expected: list[list[float]]
+) -> None:
     """Of prompts in one batch, in chunks of fewer tokens than the longest has."""
-    expected = pooled(vllm_zygote, model, "embed", None, convert="embed")["pooled"]
     chunked = {"max_num_batched_tokens": 24, "max_num_seqs": 8}
     facts = pooled(vllm_zygote, model, "embed", mesh, runner="pooling", **chunked)
     assert [len(embedding) for embedding in expected] == [HIDDEN] * len(PROMPTS)
@@ -86,15 +94,23 @@ def test_a_model_that_classifies_by_its_architecture_gives_the_classes_of_vllm(
     assert expected[0] != pytest.approx(expected[2], **CLOSE), "they tell prompts apart"
 
 
-@pytest.fixture(scope="module")
-def facts(vllm_zygote: Zygote, model: Path, mesh: Mesh) -> dict[str, Any]:
-    job = vllm_zygote.start("refusals_of_prompts", model=str(model), membership=mesh.membership().to_dict())
-    vllm_zygote.wait(job, "done")
-    return vllm_zygote.events(job)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
+def facts(request: pytest.FixtureRequest, vllm_zygote: Zygote, model: Path, mesh: Mesh) -> dict[str, Any]:
+    """Of an engine of one worker; and of two, of which the second refuses rows and the first one's output is heard."""
+    membership = mesh.membership().to_dict()
+    job = vllm_zygote.start("refusals_of_prompts", model=str(model), membership=membership, workers=request.param)
+    vllm_zygote.wait(job, "done", ENGINE_S)
+    return {**vllm_zygote.events(job), "workers": request.param}
 
 
 def same(found: list[list[float]], expected: list[list[float]]) -> bool:
     return all(ours == pytest.approx(right, **CLOSE) for ours, right in zip(found, expected, strict=True))
+
+
+def test_embeddings_of_any_number_of_workers_are_those_of_vllm(
+    facts: dict[str, Any], expected: list[list[float]]
+) -> None:
+    assert same(facts["alone"], expected)
 
 
 def test_the_scene_is_what_the_tests_need(facts: dict[str, Any]) -> None:
@@ -110,7 +126,8 @@ def test_only_prompts_that_need_lost_experts_end_without_an_embedding(facts: dic
     assert first == second == NOTHING
     assert same(others, facts["alone"][2:])
     status = facts["status_of_refused"]
-    assert (status["refused_requests"], status["fallback_pairs"]) == (1, 0)
+    assert status["refused_requests"] == 1
+    assert (status["fallback_pairs"] == 0) == (facts["workers"] == 1), "the first of two has time"
     assert status["uncovered_pairs"] == len(facts["lost"])
 
 
