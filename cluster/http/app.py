@@ -18,9 +18,10 @@ from cluster.http.connections import close_where_haproxy_is, open_to_origins
 from cluster.http.gate import Gate
 from cluster.http.health import HealthSource, add_health_routes
 from cluster.http.metering import count_tokens
+from cluster.http.paths.served import take_off, working_paths
 from cluster.http.quota import Quota
 from cluster.http.requests import BodyCheck
-from cluster.http.responses import OneErrorFormat, answer_exception
+from cluster.http.responses import PATHS, OneErrorFormat, answer_exception
 from cluster.keys.leases import Leases
 from cluster.keys.sources import source_of
 
@@ -48,13 +49,15 @@ def front_door(
 
     Call it once the app's state is set; `app.state.expertmesh_keys` is the source of keys afterwards. Raises ValueError
     if http names a file or a variable that holds no key, RuntimeError if vLLM's routes are not found. Usage
-    counts where keys have names; without `leases` no limit holds. `traced`: requests that generate have spans.
+    counts where keys have names; without `leases` no limit holds. `traced`: requests to the engine have spans.
     `adapters` and `prefill` stand next to the routes, and find in the scope what a body asks for.
     """
     source = source_of(http, vllm_joints.take_keys(app))
     app.state.expertmesh_keys = source
     vllm_joints.take_cors(app)
-    gone = vllm_joints.take_off(app)
+    engine = app.state.engine_client
+    generates = vllm_joints.engine_generates(engine)
+    gone = take_off(app, generates)
     logger.info("these paths of vLLM's app are not served: %s", ", ".join(gone))
     add_health_routes(app, health, http.retry_after_s)
 
@@ -67,8 +70,9 @@ def front_door(
         return answer_exception(request.scope, error, http.retry_after_s)
 
     app.exception_handlers = dict.fromkeys((*HANDLED, *vllm_joints.error_classes()), handle)
-    vllm_joints.guard_engine(app.state.engine_client, http.max_prompt_logprobs, has_adapters=adapters is not None)
-    paths, max_model_len = vllm_joints.generation_paths(app), app.state.engine_client.model_config.max_model_len
+    vllm_joints.guard_engine(engine, http.max_prompt_logprobs, has_adapters=adapters is not None)
+    paths, max_model_len = working_paths(app), engine.model_config.max_model_len
+    setattr(app.state, PATHS, paths)
     # From the outside in: errors first, so that they come in one format from every layer; then vLLM's own middleware
     # (metrics); then, next to the routes, what may refuse a request, so that refusals are counted too.
     refusals: list[tuple[Any, dict[str, Any]]] = [
@@ -87,17 +91,18 @@ def front_door(
                 "max_body_bytes": http.max_body_bytes,
                 "max_sequences": http.max_sequences_per_request,
                 "max_model_len": max_model_len,
+                "pools": not generates,
                 "estimate": http.names_keys or adapters is not None or prefill is not None,
             },
         ),
     ]
     if http.names_keys:
-        count_tokens(app.state.engine_client)
+        count_tokens(engine)
         quota = {
             "leases": leases or Leases("", None),
             "model_id": model_id,
             "max_model_len": max_model_len,
-            "generation_paths": paths,
+            "generation_paths": paths if generates else (),
         }
         refusals.append((Quota, quota))
     app.user_middleware[:] = [

@@ -9,7 +9,10 @@ ASKED = "expertmesh.asked"  # key of the scope
 CHARACTERS_PER_TOKEN = 4
 MAX_DATA_TOKENS = 1024  # for an image or a sound within the text, whatever its bytes
 USUAL_COMPLETION = 512  # tokens, where the client sets no limit
-PROMPTS = ("messages", "prompt", "input", "instructions", "system", "suffix", "query", "items", "documents", "tools")
+PROMPTS = (
+    *("messages", "prompt", "input", "instructions", "system", "suffix", "query", "items", "documents", "tools"),
+    *("instruction", "queries", "texts", "inputs", "text_1", "text_2", "data_1", "data_2"),  # for engines that pool
+)
 COMPLETIONS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 

@@ -1,7 +1,7 @@
-"""Whether routers generate: three routes for three askers, and where the answers come from.
+"""Whether routers generate, or pool: three routes for three askers, and where the answers come from.
 
-- `/health`, for people and load balancers: 200 while at least one router generates; the sick ones are named.
-- `/ready`, for whoever sends the first request here: 200 once this router has generated a token.
+- `/health`, for people and load balancers: 200 while at least one router does; the sick ones are named.
+- `/ready`, for whoever sends the first request here: 200 once this router has generated a token, or pooled one.
 - `/live`, for whoever restarts processes: 200 while this one answers at all.
 """
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GenerationHealth:
-    """Whether this router generates tokens with its experts on shards."""
+    """Whether this router generates tokens, or pools them, with its experts on shards."""
 
     ok: bool
     router_id: str
@@ -47,7 +47,7 @@ class HealthSource(Protocol):
         ...
 
     async def ready(self) -> GenerationHealth:
-        """Whether this router has generated a token since it started; generates one if not."""
+        """Whether this router has generated or pooled a token since it started; does so if not."""
         ...
 
 
@@ -74,7 +74,7 @@ def add_health_routes(app: FastAPI, source: HealthSource, retry_after_s: int) ->
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while at least one router generates tokens through the shards; the sick ones are named."""
+        """200 while at least one router generates (or pools) tokens through the shards; the sick ones are named."""
         routers, errors = await all_routers()
         errors = [*errors, *(f"{router.router_id}: {router.reason}" for router in routers if not router.ok)]
         ok = any(router.ok for router in routers)
@@ -89,7 +89,7 @@ def add_health_routes(app: FastAPI, source: HealthSource, retry_after_s: int) ->
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """200 once this router has generated a token."""
+        """200 once this router has generated (or pooled) a token."""
         state = await ready_here()
         body = {"status": "ok" if state.ok else "unavailable", "reason": state.reason, "router": state.to_dict()}
         return respond(state.ok, body)

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.http.asked import ASKED, asked_of
 from cluster.http.errors import RefusedError, response_for
-from cluster.http.shape import Found, check, parse
+from cluster.http.shape import GENERATING, POOLING, Found, check, parse
 
 FOUND = "expertmesh.found"  # key of the scope
 DRAINED = 8  # times the largest body: what is read of one that is too large, so that its client gets to read the answer
@@ -21,13 +21,20 @@ INT_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank")
 class BodyCheck:
     """ASGI middleware. The app gets the body as one message, and the scope what `Found` says of it.
 
-    With `estimate` the scope also gets what the body asks for (`Asked`).
+    With `estimate` the scope also gets what the body asks for (`Asked`). `pools`: bodies are for an engine that pools.
     """
 
     def __init__(
-        self, app: ASGIApp, max_body_bytes: int, max_sequences: int, max_model_len: int, estimate: bool = False
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_sequences: int,
+        max_model_len: int,
+        estimate: bool = False,
+        pools: bool = False,
     ) -> None:
         self._app = app
+        self._bounds = POOLING if pools else GENERATING
         self._max_model_len = max_model_len
         self._max_body_bytes = max_body_bytes
         self._max_sequences = max_sequences
@@ -54,7 +61,7 @@ class BodyCheck:
                 )
             if body and headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json":
                 parsed = parse(body)
-                scope[FOUND] = check(parsed, self._max_sequences)
+                scope[FOUND] = check(parsed, self._max_sequences, self._bounds)
                 if self._estimate:
                     scope[ASKED] = asked_of(parsed)
                 del parsed  # vLLM parses it again

@@ -18,11 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.http import vllm_joints
 from cluster.http.errors import RefusedError, UnavailableError, error_response, response_for
 from cluster.http.health import HEALTH_PATHS
+from cluster.http.paths.absent import why_absent
 from cluster.http.requests import found_in
 
 logger = logging.getLogger("ray.serve")
 
 ERROR_EVENTS = (b'data: {"error":', b"event: error\n")
+PATHS = "expertmesh_paths"  # of an app's state: the paths that make its engine work
 INTERNAL = "internal error in this router, whose log says more: send the request again"
 
 
@@ -71,7 +73,8 @@ def _of_the_framework(scope: Scope, status: int, detail: str) -> dict[str, Any]:
     """Arguments of `error_response` for what FastAPI and Starlette refuse."""
     asked = f"{scope['method']} {scope['path']}"
     if status == 404 and detail == "Not Found":
-        why = vllm_joints.why_absent(_path(scope))
+        there = getattr(getattr(scope.get("app"), "state", None), PATHS, ())
+        why = why_absent(_path(scope), there)
         message = f"this service has no {asked}: {why}" if why else f"there is no {asked}: see /docs"
         return {"status": 404, "message": message, "code": "unknown_url"}
     if status == 405:

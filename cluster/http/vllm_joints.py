@@ -1,4 +1,4 @@
-"""Every touch of vLLM's HTTP side: its routes, its keys, its exceptions, its way into the engine.
+"""Every touch of vLLM's HTTP side but its routes: its keys, its exceptions, its way into the engine.
 
 Written against vLLM 0.32. `tests/cluster/http/test_vllm_joints.py` fails when one of them moves.
 """
@@ -13,71 +13,16 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute
 
 from cluster.http.errors import RefusedError
 from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE as STOP_REASON
 
 logger = logging.getLogger("ray.serve")
 
-# Clients may use what is below these, and these. Everything else is taken off the app: control of the engine
-# (scaling, sleep, pause, caches, weights, profiles, adapters, collective_rpc, server_info and what comes with
-# VLLM_SERVER_DEV_MODE), scale-out's internals, and SageMaker's /ping and /invocations.
-SERVED_BELOW = ("/v1/", "/v2/")
-SERVED = frozenset(
-    {
-        *("/tokenize", "/detokenize", "/generative_scoring", "/classify", "/embed", "/score", "/rerank", "/pooling"),
-        *("/load", "/version", "/metrics", "/docs", "/openapi.json"),
-    }
-)
-CONTROL = ("lora_adapter", "weight", "cache", "/render", "/derender", "/realtime")  # in paths below SERVED_BELOW
-# POST without a generation; every other POST counts for the queue limit.
-LIGHT = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/{response_id}/cancel"})
-
-_POOLING = (
-    *("/v1/embeddings", "/v2/embed", "/embed", "/pooling", "/classify"),
-    *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
-)
-_NO_POOLING = "its model generates text; embeddings and scores are not served with experts on shards, but by plain vLLM"
-_NO_CONTROL = "it controls the engine, which clients may not do; change the config and deploy it again"
-_NO_SCALE_OUT = "it is an internal part of vLLM's own scale-out; send /v1/chat/completions or /v1/completions"
-_NO_AUDIO = "no model whose experts are on shards takes or makes sound"
-_NO_VLLM = "vLLM does not have this part of OpenAI's API"
-# Paths that people know of vLLM, Ray Serve LLM or OpenAI, by their beginning, and why they are not here.
-_ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
-    (_POOLING, _NO_POOLING),
-    (("/inference/", "/internal/"), _NO_SCALE_OUT),
-    (("/v1/audio/", "/v1/realtime"), _NO_AUDIO),
-    (
-        (
-            *("/sleep", "/wake", "/is_sleeping", "/pause", "/resume", "/is_paused", "/reset_", "/collective_rpc"),
-            *("/server_info", "/start_", "/stop_profile", "/finish_weight_update", "/update_weight", "/weight_"),
-            *("/is_scaling_elastic_ep", "/abort_requests"),
-            *("/fault_tolerance", "/release_kv_cache_memory", "/init_weight_transfer_engine", "/scale_elastic_ep"),
-            *("/shutdown_weight_transfer_engine", "/get_world_size", "/kv_event_sources", "/adapters"),
-        ),
-        _NO_CONTROL,
-    ),
-    (
-        (
-            *("/v1/images", "/v1/videos", "/v1/moderations", "/v1/files", "/v1/uploads", "/v1/batches", "/v1/evals"),
-            *("/v1/fine_tuning", "/v1/assistants", "/v1/threads", "/v1/vector_stores", "/v1/conversations"),
-            *("/v1/containers",),
-        ),
-        _NO_VLLM,
-    ),
-    (
-        ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
-        "routers load an adapter when a request names one; set lora_config and send model:adapter as the model",
-    ),
-    (("/ping", "/invocations"), "it is SageMaker's; send /v1/chat/completions or /v1/completions"),
-    (("/tokenizer_info",), "it shows the chat template, which may be a secret of whoever serves the model"),
-)
-
 # What a request is told whose experts are on no shard while its router has no time to compute them.
 EXPERTS_UNAVAILABLE = "experts that this request needs are being replaced: try again"
 
-PROMPTS = ("messages", "prompt", "input")
+PROMPTS = ("messages", "prompt", "input", "texts", "inputs", "documents", "items", "text_2", "data_2", "query")
 _CONTEXT = re.compile(r"maximum context length|maximum model length|maximum input length|max_model_len")
 _PROMPT = re.compile(r"decoder prompt|one prompt|Token id \S+ is out of|empty conversation")
 _NO_RESPONSE = re.compile(r"Response with id .* not found\.$")
@@ -86,43 +31,6 @@ _NOT_STORED = (
     "without it send the whole conversation as input"
 )
 _EXTRAS = re.compile(r" \(parameter=[^()]*(, value=.*)?\)$", re.DOTALL)
-
-
-def path_of(route: BaseRoute) -> str:
-    """The path of a route or a mount."""
-    return str(getattr(route, "path", ""))
-
-
-def is_served(path: str) -> bool:
-    """Whether clients may use a path of vLLM's app."""
-    below = path.startswith(SERVED_BELOW) and not any(word in path for word in CONTROL)
-    return below or path in SERVED
-
-
-def take_off(app: FastAPI) -> list[str]:
-    """Remove the routes that clients may not use; their paths."""
-    gone = sorted({path_of(route) for route in app.router.routes if not is_served(path_of(route))})
-    app.router.routes[:] = [route for route in app.router.routes if is_served(path_of(route))]
-    app.openapi_schema = None
-    if "/v1/completions" not in generation_paths(app):  # FastAPI 0.137 hides the routes of a router
-        raise RuntimeError(f"vLLM's app has no route /v1/completions with this version of FastAPI; it has {gone}")
-    return gone
-
-
-def why_absent(path: str) -> str | None:
-    """Why a path is not served that people know of vLLM, Ray Serve LLM or OpenAI; None for others."""
-    if path.endswith(("/render", "/derender")):
-        return _NO_SCALE_OUT
-    return next((why for paths, why in _ABSENT if path.startswith(paths)), None)
-
-
-def generation_paths(app: FastAPI) -> frozenset[str]:
-    """The paths whose requests make the engine work."""
-    return frozenset(
-        path_of(route)
-        for route in app.router.routes
-        if "POST" in (getattr(route, "methods", None) or ()) and path_of(route) not in LIGHT
-    )
 
 
 def front_end_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -186,9 +94,14 @@ def error_classes() -> tuple[type[Exception], ...]:
     return (VLLMError,)
 
 
+def engine_generates(engine: Any) -> bool:
+    """Whether an engine client's engine makes text; if not, it pools: embeddings, scores or classes."""
+    return bool(engine.model_config.runner_type != "pooling")
+
+
 def guard_engine(engine: Any, max_prompt_logprobs: int, has_adapters: bool = False) -> None:
     """Let the engine's `add_request` blame the client for what it cannot take, and leave nothing of it behind; and its
-    `generate` tell apart the requests that ended for want of experts.
+    `generate` and `encode` tell apart the requests that ended for want of experts.
 
     vLLM answers 500 without a word when a request cannot be prepared or sent to the engine's process (an integer that
     msgpack does not take), whether or not it has started to stream, and goes on counting it as unfinished.
@@ -234,7 +147,7 @@ def guard_engine(engine: Any, max_prompt_logprobs: int, has_adapters: bool = Fal
                 await engine.abort(request.request_id, internal=True)
             raise
 
-    generate = engine.generate
+    generate, encode = engine.generate, engine.encode
 
     async def checked_generate(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async with contextlib.aclosing(generate(*args, **kwargs)) as outputs:
@@ -243,9 +156,16 @@ def guard_engine(engine: Any, max_prompt_logprobs: int, has_adapters: bool = Fal
                     raise RetryableRequestError(EXPERTS_UNAVAILABLE)
                 yield output
 
+    async def checked_encode(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(encode(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if output.finished and not output.outputs.data.numel():  # as the scheduler ends it
+                    raise RetryableRequestError(EXPERTS_UNAVAILABLE)
+                yield output
+
     engine.add_request = checked_add_request
     core.add_request_async = checked_send
-    engine.generate = checked_generate
+    engine.generate, engine.encode = checked_generate, checked_encode
 
 
 def fields_of(error: BaseException, fields: tuple[str, ...], has_grammar: bool) -> dict[str, Any] | None:

@@ -46,6 +46,24 @@ VLLM: dict[tuple[str, str], str] = {
     ("GET", "/openapi.json"): "All of these, for programs",
 }
 
+# Those of a router whose engine pools; which of them it has follows from what its model gives.
+POOLING: dict[tuple[str, str], str] = {
+    ("POST", "/v1/embeddings"): "OpenAI's embeddings; of a model that embeds",
+    ("POST", "/v2/embed"): "Cohere's embeddings; of a model that embeds",
+    ("POST", "/classify"): "Classes of texts and their probabilities; of a model that classifies",
+    **{
+        ("POST", path): "How well texts fit together; of a model that embeds, or one with a single class"
+        for path in ("/score", "/v1/score")
+    },
+    **{
+        ("POST", path): "Documents in the order in which they fit a query; likewise"
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+    },
+    ("POST", "/pooling"): "What the engine pools, as it is",
+}
+# These are there for both.
+BOTH = ("/v1/models", "/tokenize", "/detokenize", "/load", "/version", "/metrics", "/docs", "/openapi.json")
+
 
 def block() -> str:
     """The tables, between BEGIN and END."""
@@ -54,6 +72,10 @@ def block() -> str:
     routers.insert(6, ("GET", "/v1/models/{model}", "One model"))
     for method, path, words in (*routers, *_health()):
         lines.append(_row(method, path, "none" if path in OPEN_PATHS else "any", words))
+    lines += ["", "### Embeddings, scores, classes: routers whose engine pools", ""]
+    lines += [f"Beside {', '.join(f'`{path}`' for path in BOTH)} and the health routes:", ""]
+    lines += ["| method | path | key | |", "|---|---|---|---|"]
+    lines += [_row(method, path, "any", words) for (method, path), words in POOLING.items()]
     lines += ["", "### The service: console", "", "| method | path | key | |", "|---|---|---|---|"]
     lines += [_row(method, f"/expertmesh{path}", _key(method, path), words) for method, path, words in _console()]
     return "\n".join([*lines, "", END])

@@ -20,6 +20,7 @@ from cluster.config.llm_sections import LoraSection, RoutersSection
 from cluster.config.parse import ConfigError
 from cluster.keys.sources import source_of
 from cluster.refusals.model_files import missing_tokenizer, missing_weights, read_config
+from cluster.refusals.pooling import pooling_problems
 from cluster.refusals.serve_options import (
     accelerator_types,
     actor_problems,
@@ -113,6 +114,7 @@ def _problems_of(config: LLMAppConfig, folder: Path | None, complete: bool, keys
         yield from _adapter_problems(config.lora_config, options)
     if keys:
         yield from key_problems(config.http)
+    yield from pooling_problems(config, folder)
     if folder is not None:
         own_tokenizer = options.get("tokenizer") is None and not options.get("skip_tokenizer_init")
         yield from _model_problems(folder, complete, options, env, own_tokenizer)

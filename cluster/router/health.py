@@ -1,4 +1,4 @@
-"""Whether a router serves: readings of the worker's counters, and one token generated if nothing else tells."""
+"""Whether a router serves: readings of the worker's counters, and one token of the engine's if nothing else tells."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ MAX_MISSED_READINGS = 3  # in a row, of deadlines.apply_s each; after that the e
 
 
 class RouterHealth:
-    """Readings of one engine's worker. `on_reading` gets every reading."""
+    """Readings of one engine's worker. `answer_once` has the engine generate a token, or pool one; `on_reading` gets
+    every reading."""
 
     def __init__(
         self,
         router_id: str,
         worker: WorkerCalls,
-        generate_one_token: Callable[[], Awaitable[None]],
+        answer_once: Callable[[], Awaitable[None]],
         on_reading: Callable[[RouterStatus], None],
     ) -> None:
         self._router_id = router_id
         self._worker = worker
-        self._generate_one_token = generate_one_token
+        self._answer_once = answer_once
         self._on_reading = on_reading
         self._reading: asyncio.Task[RouterStatus] | None = None
         self._probe_lock = asyncio.Lock()
@@ -77,9 +78,9 @@ class RouterHealth:
         return await self.generation_health(timeout_s, timeout_s)
 
     async def generation_health(self, within_s: float, timeout_s: float) -> GenerationHealth:
-        """Whether tokens come out of this router with their experts on shards.
+        """Whether answers come out of this router with their experts on shards.
 
-        An answer of a shard in the last `within_s` proves it; without one, a token is generated, within `timeout_s`.
+        An answer of a shard in the last `within_s` proves it; without one, the engine is asked, within `timeout_s`.
         """
         health = GenerationHealth(ok=False, router_id=self._router_id, reason="", how="recent token")
         try:
@@ -87,10 +88,10 @@ class RouterHealth:
                 status = await self.read()
                 if not _recent(status, within_s):
                     health = replace(health, how="probe")
-                    await self._generate_one_token()
+                    await self._answer_once()
                     status = await self.read()
         except TimeoutError:
-            return replace(health, reason=f"no token within {timeout_s} s")
+            return replace(health, reason=f"the engine gave no answer within {timeout_s} s")
         except Exception as error:
             return replace(health, reason=f"{type(error).__name__}: {error}")
         ok = _recent(status, max(within_s, timeout_s))

@@ -49,6 +49,7 @@ from cluster.router.health import RouterHealth
 from cluster.router.messages import RouterLive, TraceSample
 from cluster.router.observations import report_observations
 from cluster.router.options import runtime_env_of
+from cluster.router.pooling import NO_SIGNATURES, engine_pools, pool_one_token
 from cluster.router.scaling import RouterScaling
 from cluster.router.worker_calls import WorkerCalls
 from cluster.serve_environment import HAPROXY_SWITCH, NO_HAPROXY
@@ -126,7 +127,7 @@ class ExpertMeshLLMServer(LLMServer):
         self._worker = WorkerCalls(self.collective_rpc, mesh.deadlines.apply_s)
         self._epochs = EpochFollower(router_id, controller, self._worker, mesh.deadlines)
         set_log_fields(epoch=lambda: self._epochs.epoch)
-        self._health = RouterHealth(router_id, self._worker, self._generate_one_token, self._note_lost)
+        self._health = RouterHealth(router_id, self._worker, self._answer_once, self._note_lost)
         self.scaling = RouterScaling(router_id, controller, self._health.shared_reading)
         self._loops: list[asyncio.Task[None]] = []
         self._start_s: dict[str, float] = {}  # seconds of each part of the start
@@ -160,6 +161,8 @@ class ExpertMeshLLMServer(LLMServer):
             *self._pool.loops(),
         ]
         if (wanted := self._mesh.routers.expert_signatures) is not None:
+            if engine_pools(self):
+                raise ValueError(NO_SIGNATURES)
             self._signatures = Signatures(self._worker.prompts, text_of_tokens(self))
             self._loops.append(asyncio.create_task(self._signatures.follow(wanted.report_s), name="signatures"))
 
@@ -245,7 +248,7 @@ class ExpertMeshLLMServer(LLMServer):
         return await self._peers.generation_health(timeout_s=self._mesh.deadlines.probe_s + 5)
 
     async def ready(self) -> GenerationHealth:
-        """Whether this router has generated a token since it started; generates one if not."""
+        """Whether this router has answered since it started; if not, asks its engine for one token."""
         health = await self._health.ready(self._mesh.deadlines.probe_s)
         return replace(health, start_s={part: round(seconds, 1) for part, seconds in self._start_s.items()})
 
@@ -284,7 +287,10 @@ class ExpertMeshLLMServer(LLMServer):
         """The next poll tells the controller which shards this router gave up."""
         self._epochs.lost = status.lost
 
-    async def _generate_one_token(self) -> None:
+    async def _answer_once(self) -> None:
+        if engine_pools(self):
+            await pool_one_token(self.engine._engine_client)
+            return
         request = CompletionRequest(
             model=self._mesh.model.id, prompt=[0], max_tokens=1, temperature=0.0, ignore_eos=True
         )

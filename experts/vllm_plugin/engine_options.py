@@ -50,7 +50,6 @@ OFF = {
     "enable_mixed_moe_lora_format": "adapters leave the routed experts alone",
 }
 
-POOLING = "routers generate text, and tell by it whether they are healthy; serve embeddings and scores with plain vLLM"
 MTP = "model.mtp is false, so no shard holds the experts of the MTP layer: set it to true for shards and routers"
 
 
@@ -79,9 +78,6 @@ def refused_by_project(options: dict[str, Any], device: str) -> Iterator[str]:
             yield f"{key} is {options[key]!r}, expected false: {why}"
     targets = options.get("lora_target_modules")
     yield from refused_lora_targets(targets if isinstance(targets, list) else ())
-    if options.get("runner") == "pooling" or options.get("convert") in ("embed", "classify"):
-        key = "runner" if options.get("runner") == "pooling" else "convert"
-        yield f"{key} is {options[key]!r}: {POOLING}"
     compilation = options.get("compilation_config")
     mode = str(compilation.get("cudagraph_mode", "")) if isinstance(compilation, dict) else ""
     if device == "cuda" and not options.get("enforce_eager") and "FULL" in mode.upper():

@@ -146,27 +146,30 @@ def model_runner(config: VllmConfig) -> Any:
 
 
 def report_refused(
-    config: VllmConfig, take_refused: Callable[[], np.ndarray | None], count: Callable[[int], None]
+    config: VllmConfig,
+    take_refused: Callable[[], np.ndarray | None],
+    count: Callable[[int], None],
+    ending: str = "sample_tokens",
 ) -> None:
     """Have each step's output name the requests of rows that lack an expert, for `scheduler` to end them.
 
     `take_refused` gives those rows of the forward pass before (bool [T], or None for none), and `count` takes how many
-    requests they belong to.
+    requests they belong to. `ending`: the runner's method that makes a step's output.
     """
     runner = model_runner(config)
-    sample_tokens = runner.sample_tokens
+    end_step = getattr(runner, ending)
 
-    @functools.wraps(sample_tokens)
-    def sample_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(end_step)
+    def end_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.execute_model_state
         refused_T = take_refused() if state is not None else None
         if refused_T is None:
-            return sample_tokens(self, *args, **kwargs)
-        refused = requests_of_rows(self, state, refused_T)
+            return end_step(self, *args, **kwargs)
+        refused = requests_of_rows(*rows_of_requests(self, state), refused_T)
         count(len(refused))
-        return _with_refused(sample_tokens(self, *args, **kwargs), refused)
+        return with_refused(end_step(self, *args, **kwargs), refused)
 
-    runner.sample_tokens = sample_and_report
+    setattr(runner, ending, end_and_report)
 
 
 def watch_traced_steps(
@@ -190,9 +193,8 @@ def watch_traced_steps(
     runner.execute_model = execute_and_tell
 
 
-def requests_of_rows(runner: Any, state: Any, chosen_T: np.ndarray) -> list[str]:
-    """Ids of the requests that have any of the rows `chosen_T` (bool [T]) in the step that `state` is of."""
-    ids, lengths = rows_of_requests(runner, state)
+def requests_of_rows(ids: list[str], lengths: list[int], chosen_T: np.ndarray) -> list[str]:
+    """Those of a step's requests that have any of the rows `chosen_T` (bool [T]), of `lengths` rows each."""
     if sum(lengths) > len(chosen_T):
         raise RuntimeError(f"a step of {sum(lengths)} tokens had {len(chosen_T)} rows in its MoE layers")
     stops = np.cumsum(lengths).tolist()
@@ -212,10 +214,11 @@ def rows_of_requests(runner: Any, state: Any) -> tuple[list[str], list[int]]:
     return ids, [scheduled[request_id] for request_id in ids]
 
 
-def _with_refused(output: Any, refused: list[str]) -> Any:
+def with_refused(output: Any, refused: list[str]) -> Any:
+    """A step's output that names requests for `scheduler` to end."""
     if hasattr(output, "get_output"):  # with asynchronous scheduling, the output is made later
         get_output = output.get_output
-        output.get_output = lambda: _with_refused(get_output(), refused)
+        output.get_output = lambda: with_refused(get_output(), refused)
     else:
         setattr(output, REFUSED, refused)
     return output

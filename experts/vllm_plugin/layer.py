@@ -56,6 +56,7 @@ from experts.vllm_plugin.joints import (
     step_in_progress,
     watch_traced_steps,
 )
+from experts.vllm_plugin.pooling.steps import pools, report_refused_prompts
 from experts.vllm_plugin.refusals import check_draft, check_engine, check_layer, split_graphs
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,8 @@ class MeshExpertsMixin:
             client = _engine.client = MeshClient(
                 settings, checkpoint, shape, device, share=share, guesses=guesses_by_mtp(config)
             )
-            report_refused(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
+            report = report_refused_prompts if pools(config) else report_refused
+            report(config, client.dispatcher.take_refused, client.dispatcher.stats.add_refused_requests)
             if settings.tracing is not None:
                 watch_traced_steps(config, client.start_traced_step, client.end_traced_step)
         return NoLocalWeights(moe_config)

@@ -18,6 +18,8 @@ from experts.vllm_plugin.joints import (
     longest_step_s,
     split_graphs_at_moe,
 )
+from experts.vllm_plugin.pooling.options import refused_with_pooling
+from experts.vllm_plugin.pooling.steps import pools
 
 
 def check_engine(config: VllmConfig) -> RouterSettings:
@@ -41,8 +43,11 @@ def check_engine(config: VllmConfig) -> RouterSettings:
             raise UnsupportedModelError(
                 f"{name} is not supported: experts live on shards, which place and balance them"
             )
-    if config.model_config.runner_type == "pooling":
-        raise UnsupportedModelError("runner is 'pooling', expected 'generate': serve embeddings with plain vLLM")
+    if pools(config):
+        asked = {"io_processor_plugin": config.model_config.io_processor_plugin, "enable_lora": config.lora_config}
+        asked |= {name: getattr(config, name) for name in ("speculative_config", "kv_transfer_config")}
+        for problem in refused_with_pooling(asked):
+            raise UnsupportedModelError(problem)
     if config.lora_config is not None:
         for problem in refused_lora_targets(config.lora_config.target_modules or ()):
             raise UnsupportedModelError(problem)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,6 +21,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from experts.vllm_plugin.engine_kwargs import EXPERTS_UNAVAILABLE, REFUSED, TRACES
 from experts.vllm_plugin.parent_watch import end_with_parent
+
+# The answer of an engine that pools to a prompt that lacked experts: vLLM's front end needs some tensor.
+NOTHING_POOLED = torch.empty(0)
 
 
 def scheduler(*args: Any, **kwargs: Any) -> Scheduler:
@@ -64,6 +68,7 @@ class RefusalsMixin:
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
+                    pooling_output=None if request.pooling_params is None else NOTHING_POOLED,
                     finish_reason=request.get_finished_reason(),
                     stop_reason=EXPERTS_UNAVAILABLE,
                     events=request.take_events(),

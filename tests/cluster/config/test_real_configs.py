@@ -42,6 +42,7 @@ def test_every_config_that_ships_is_checked_here() -> None:
         "tiny-signatures.yaml",
         "tiny-lora.yaml",
         "tiny-two-models.yaml",
+        "tiny-embeddings.yaml",
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
@@ -28,11 +29,10 @@ from tests.support.waiting import run_async
 
 
 class Engine:
-    """Makes two tokens of a prompt of three."""
+    """Makes two tokens of a prompt of three, or pools it."""
 
-    model_config = SimpleNamespace(max_model_len=4096)
-
-    def __init__(self) -> None:
+    def __init__(self, runner_type: str = "generate") -> None:
+        self.model_config = SimpleNamespace(max_model_len=4096, runner_type=runner_type)
         self.engine_core = SimpleNamespace(add_request_async=self.add_request)
 
     async def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
@@ -43,11 +43,18 @@ class Engine:
             part = SimpleNamespace(index=0, token_ids=[1] * made, finish_reason=None)
             yield SimpleNamespace(prompt_token_ids=[1] * 3, outputs=[part])
 
+    async def encode(self, prompt: Any, params: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(prompt_token_ids=[1] * 3, finished=True, outputs=SimpleNamespace(data=torch.ones(2)))
 
-def built(http: HttpSection, leases: Leases | None = None) -> FastAPI:
+
+def built(http: HttpSection, leases: Leases | None = None, runner_type: str = "generate") -> FastAPI:
     app = FastAPI()
-    app.state.engine_client = Engine()
+    app.state.engine_client = Engine(runner_type)
     app.add_middleware(CORSMiddleware, allow_origins=["*"])
+
+    @app.post("/pooling")
+    async def pooling() -> dict[str, int]:
+        return {"pooled": len([None async for _ in app.state.engine_client.encode("x", None)])}
 
     @app.post("/v1/completions")
     async def completions() -> dict[str, int]:
@@ -58,10 +65,10 @@ def built(http: HttpSection, leases: Leases | None = None) -> FastAPI:
     return front_door(app, http=http, model_id="m", health=health, leases=leases)
 
 
-async def post(app: FastAPI, key: str = "") -> httpx.Response:
+async def post(app: FastAPI, key: str = "", path: str = "/v1/completions") -> httpx.Response:
     headers = {"Origin": "http://elsewhere", **({"Authorization": f"Bearer {key}"} if key else {})}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mesh") as client:
-        call = client.post("/v1/completions", json={"prompt": "abcd", "max_tokens": 2}, headers=headers)
+        call = client.post(path, json={"prompt": "abcd", "max_tokens": 2}, headers=headers)
         return await asyncio.wait_for(call, 30)
 
 
@@ -83,6 +90,26 @@ def test_with_named_keys_a_request_is_counted_and_limited(tmp_path: Path) -> Non
         assert (refused.status_code, refused.json()["error"]["type"]) == (429, "requests")
         assert leases.usage == {"team": Totals(2, 6, 4, refused=1)}
         assert app.state.expertmesh_keys.problem == ""
+        await leases.close()
+
+    run_async(act())
+
+
+def test_what_is_pooled_is_counted_and_its_estimate_has_no_answer(tmp_path: Path) -> None:
+    """A prompt of one token by its length, three by the engine; a completion's estimate would be above the limit."""
+    file = tmp_path / "keys.yaml"
+    file.write_text(line_of("sk-team", name="team", tokens_per_minute=2))
+
+    async def act() -> None:
+        now_s = [0.0]
+        ledger = KeyLedger(lambda: now_s[0])
+        now_s[0] += YOUNG_S
+        leases = Leases("r", ledger.settle, clock=lambda: now_s[0])
+        app = built(HttpSection(keys_file=str(file)), leases, "pooling")
+        absent = await post(app, "sk-team")
+        assert (absent.status_code, absent.json()["error"]["code"]) == (404, "unknown_url"), "it generates nothing"
+        assert (await post(app, "sk-team", "/pooling")).json() == {"pooled": 1}
+        assert leases.usage == {"team": Totals(2, 3, 0)}
         await leases.close()
 
     run_async(act())

@@ -16,7 +16,7 @@ from tests.support.waiting import run_async, within
 SOUND = GenerationHealth(
     ok=True, router_id="a", reason="", how="recent token", epoch=3, connected=[0], lost={1: "gone"}
 )
-SICK = GenerationHealth(ok=False, router_id="b", reason="no token within 10.0 s", how="probe")
+SICK = GenerationHealth(ok=False, router_id="b", reason="the engine gave no answer within 10.0 s", how="probe")
 SILENT = "a router did not answer generation_health in 0.2 s"
 
 
@@ -48,10 +48,10 @@ def get(source: Source, path: str) -> httpx.Response:
     ("healths", "errors", "ok", "status", "reason"),
     [
         ([SOUND], [], True, "ok", ""),
-        ([SOUND, SICK], [], True, "degraded", "b: no token within 10.0 s"),
-        ([SICK, SOUND], [SILENT], True, "degraded", f"{SILENT}; b: no token within 10.0 s"),
+        ([SOUND, SICK], [], True, "degraded", "b: the engine gave no answer within 10.0 s"),
+        ([SICK, SOUND], [SILENT], True, "degraded", f"{SILENT}; b: the engine gave no answer within 10.0 s"),
         ([SOUND], [SILENT], True, "degraded", SILENT),
-        ([SICK], [], False, "unavailable", "b: no token within 10.0 s"),
+        ([SICK], [], False, "unavailable", "b: the engine gave no answer within 10.0 s"),
         ([], [SILENT], False, "unavailable", SILENT),
         ([], [], False, "unavailable", "there is no router yet"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.http import shape
 from cluster.http.errors import RefusedError
-from cluster.http.shape import Found, check, parse
+from cluster.http.shape import POOLING, Found, check, parse
 
 MOST = 256
 PLAIN = st.recursive(
@@ -220,3 +220,38 @@ def test_a_field_that_vllm_would_pass_over_is_refused(body: dict[str, Any], para
 @pytest.mark.parametrize("body", [{"best_of": 1}, {"best_of": 2, "n": 2}, {"best_of": None}, {"function_call": None}])
 def test_such_a_field_that_asks_for_nothing_passes(body: dict[str, Any]) -> None:
     assert check({"prompt": "x", **body}, MOST).fields == ("prompt", *body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": ["a"] * 256},
+        {"input": [5] * 4096},  # token ids of one input
+        {"input": [[5] * 600] * 256},
+        {"input": [{"role": "user", "content": "a"}] * 2048},
+        {"messages": [{"role": "user", "content": "a"}] * 2048},
+        {"queries": "a", "documents": ["b"] * 255},
+        {"queries": ["a"] * 128, "documents": ["b"] * 128},
+        {"query": "a", "documents": ["b"] * 256, "n": 9},
+    ],
+)
+def test_what_an_engine_that_pools_is_asked_passes(body: Any) -> None:
+    assert check(body, MOST, POOLING) == Found(tuple(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"input": ["a"] * 257}, "input", "array_above_max_length"),
+        ({"input": ["a"] * 2049}, "input", "array_above_max_length"),
+        ({"input": [-1]}, "input", "integer_below_min_value"),
+        ({"queries": "a", "documents": ["b"] * 256}, "documents", "array_above_max_length"),
+        ({"queries": ["a"] * 200, "documents": ["b"] * 100}, "queries", "array_above_max_length"),
+        ({"query": "a", "documents": [{"content": []}] * 257}, "documents", "array_above_max_length"),
+        ({"inputs": [{"content": []}] * 257}, "inputs", "array_above_max_length"),
+    ],
+)
+def test_what_it_is_asked_is_bounded(body: Any, param: str, code: str) -> None:
+    with pytest.raises(RefusedError) as found:
+        check(body, MOST, POOLING)
+    assert (found.value.param, found.value.code) == (param, code)

@@ -1,4 +1,4 @@
-"""What the front door takes for granted of vLLM: its routes, its exceptions, its engine client."""
+"""What the front door takes for granted of vLLM: its keys, its exceptions, its engine client."""
 
 from __future__ import annotations
 
@@ -8,62 +8,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi import FastAPI
 
 pytest.importorskip("vllm", reason="vLLM's HTTP side")
 
 from cluster.http import vllm_joints
-from cluster.reference.http_page import VLLM
 from tests.support.waiting import run_async
 
 
-@pytest.fixture(scope="module")
-def vllm_app() -> FastAPI:
-    """vLLM's app with every route it can have, development's included."""
-    from vllm import envs
+def app_with_a_key() -> FastAPI:
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m", "--api-key", "vllms-own"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(envs, "VLLM_SERVER_DEV_MODE", True)
-        patch.setattr(envs, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", True)
-        return build_app(args, ("generate",), None)
-
-
-def test_clients_reach_what_they_need_and_nothing_that_controls_the_engine(vllm_app: FastAPI) -> None:
-    """Each path that is new in a version of vLLM has to be put on one side here."""
-    paths = {vllm_joints.path_of(route) for route in vllm_app.router.routes}
-    served = {path for path in paths if vllm_joints.is_served(path)}
-    assert served == {
-        *("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"),
-        *("/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"),
-        *("/v1/messages", "/v1/messages/count_tokens", "/v1/systemone", "/generative_scoring"),
-        *("/tokenize", "/detokenize", "/load", "/version", "/metrics", "/docs", "/openapi.json"),
-    }
-    assert {path for _, path in VLLM} == served, "cluster/reference/http_page.py has words for each"
-    dangerous = {"/collective_rpc", "/sleep", "/pause", "/server_info", "/scale_elastic_ep", "/reset_prefix_cache"}
-    assert dangerous <= paths - served, "what VLLM_SERVER_DEV_MODE brings is on the other side"
-
-
-def test_every_path_that_is_taken_off_says_why(vllm_app: FastAPI) -> None:
-    """And so do those that vLLM has for other models."""
-    from vllm.entrypoints.pooling.classify.api_router import router as classify
-    from vllm.entrypoints.pooling.embed.api_router import router as embed
-    from vllm.entrypoints.pooling.pooling.api_router import router as pooling
-    from vllm.entrypoints.pooling.scoring.api_router import router as scoring
-
-    of_other_models = {
-        vllm_joints.path_of(route) for each in (classify, embed, pooling, scoring) for route in each.routes
-    }
-    paths = {vllm_joints.path_of(route) for route in vllm_app.router.routes}
-    ours_or_fastapis = {"/health", "/redoc", "/docs/oauth2-redirect"}
-    gone = {path for path in paths if not vllm_joints.is_served(path)} - ours_or_fastapis
-    assert len(gone) > 20
-    assert len(of_other_models) > 5
-    assert {path for path in gone | of_other_models if vllm_joints.why_absent(path) is None} == set()
-    assert vllm_joints.why_absent("/v1/nothing") is None
+    return build_app(args, ("generate",), None)
 
 
 def test_options_that_the_front_end_reads_are_made_objects() -> None:
@@ -74,18 +34,10 @@ def test_options_that_the_front_end_reads_are_made_objects() -> None:
     assert vllm_joints.front_end_options({"seed": 0}) == vllm_joints.front_end_options(made) == {}
 
 
-def test_generation_is_what_makes_the_engine_work(vllm_app: FastAPI) -> None:
-    app = FastAPI()
-    app.router.routes[:] = [r for r in vllm_app.router.routes if vllm_joints.is_served(vllm_joints.path_of(r))]
-    assert vllm_joints.generation_paths(app) == {
-        *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages"),
-        *("/v1/systemone", "/generative_scoring"),
-    }
-
-
-def test_vllms_own_keys_become_the_doors(vllm_app: FastAPI) -> None:
+def test_vllms_own_keys_become_the_doors() -> None:
     import hashlib
 
+    vllm_app = app_with_a_key()
     before = len(vllm_app.user_middleware)
     assert vllm_joints.take_keys(vllm_app) == {hashlib.sha256(b"vllms-own").digest()}
     assert len(vllm_app.user_middleware) == before - 1
@@ -135,6 +87,8 @@ class Engine:
                 yield output
         finally:
             self.closed = True
+
+    encode = generate
 
     request_id = "inner"
 
@@ -208,6 +162,33 @@ def test_a_request_that_ended_for_want_of_experts_is_told_apart_from_other_error
     with pytest.raises(RetryableRequestError, match=f"^{vllm_joints.EXPERTS_UNAVAILABLE}$"):
         run_async(taken(good[0], output("error", "experts_unavailable"), good[0]))
     assert engine.closed
+
+
+def test_a_prompt_that_lacked_experts_is_no_embedding() -> None:
+    """The engine has to answer something, and an empty tensor is no answer of any pooler."""
+    from vllm.exceptions import RetryableRequestError
+
+    engine: Any = Engine(None)  # type: ignore[arg-type]
+    vllm_joints.guard_engine(engine, 100)
+    pooled, nothing = (
+        SimpleNamespace(finished=True, outputs=SimpleNamespace(data=torch.empty(size))) for size in (1, 0)
+    )
+
+    async def taken(*outputs: Any) -> list[Any]:
+        return [one async for one in engine.encode(*outputs)]
+
+    assert run_async(taken(pooled)) == [pooled]
+    with pytest.raises(RetryableRequestError, match=f"^{vllm_joints.EXPERTS_UNAVAILABLE}$"):
+        run_async(taken(nothing))
+    assert engine.closed
+
+
+def test_the_engines_own_encode_is_what_the_routes_call() -> None:
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert inspect.isasyncgenfunction(AsyncLLM.encode)
+    assert "self.engine_client.encode(" in inspect.getsource(PoolingBaseServing)
 
 
 def test_the_engines_own_generate_is_what_the_routes_call() -> None:

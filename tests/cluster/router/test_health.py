@@ -163,7 +163,7 @@ def test_a_probe_that_fails_or_hangs_says_so() -> None:
     found = run(make(Worker(STALE), fails).generation_health(within_s=1.0, timeout_s=5.0))
     assert found == GenerationHealth(False, "r1", "RuntimeError: out of blocks", "probe")
     found = run(make(Worker(STALE), hangs).generation_health(within_s=1.0, timeout_s=0.05))
-    assert found == GenerationHealth(False, "r1", "no token within 0.05 s", "probe")
+    assert found == GenerationHealth(False, "r1", "the engine gave no answer within 0.05 s", "probe")
     assert list(found.to_dict()) == ["ok", "router_id", "reason", "how"], "what is not known is not shown"
 
 

@@ -185,8 +185,6 @@ def test_nothing_is_refused_where_vllm_is_not_installed(monkeypatch: pytest.Monk
         ({"enable_moe_shared_loras": True}, "enable_moe_shared_loras is True, expected false: adapters leave"),
         ({"lora_target_modules": ["q_proj", "mlp.experts"]}, "lora_target_modules has 'mlp.experts', but the shards"),
         ({"lora_modules": []}, "lora_modules is set by the project: use lora_config instead"),
-        ({"runner": "pooling"}, "runner is 'pooling': routers generate text, and tell by it whether they are healthy"),
-        ({"convert": "embed"}, "convert is 'embed': routers generate text"),
         (
             {"compilation_config": {"cudagraph_mode": "full"}},
             "compilation_config.cudagraph_mode is 'full', expected",

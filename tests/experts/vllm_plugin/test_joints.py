@@ -178,6 +178,16 @@ def test_the_scheduler_ends_requests_as_it_did(ends: dict[str, Any]) -> None:
     assert ends["makes_scheduler"]
 
 
+def test_the_steps_of_an_engine_that_pools_end_as_they_did(ends: dict[str, Any]) -> None:
+    assert ends["pool"] == {
+        "1": ["self", "hidden_states", "num_scheduled_tokens", "num_scheduled_tokens_np", "kv_connector_output"],
+        "2": ["self"],
+        "1 has that of 2": False,
+        "inherited": True,
+        "request": True,
+    }, f"vllm {ends['version']}"
+
+
 def test_a_step_says_which_requests_are_traced(ends: dict[str, Any]) -> None:
     """The scheduler marks the step's output, and the model runner is wrapped where it takes that."""
     assert ends["schedule"] == ["self", "throttle_prefills"], f"vllm {ends['version']}"
@@ -198,4 +208,5 @@ def test_a_step_says_what_it_computed_for_whom(ends: dict[str, Any]) -> None:
     assert {"num_scheduled_tokens", "scheduled_new_reqs", "scheduled_cached_reqs"} <= set(ends["output"])
     assert {"req_id", "num_computed_tokens", "prompt_token_ids"} <= set(ends["new"])
     assert {"req_ids", "num_computed_tokens"} <= set(ends["cached"])
-    assert {"request_id", "new_token_ids", "finish_reason", "stop_reason", "trace_headers"} <= set(ends["core_output"])
+    used = {"request_id", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "trace_headers"}
+    assert used <= set(ends["core_output"])

@@ -69,6 +69,7 @@ def request(name: str) -> Any:
         num_in_flight_tokens=1,
         status=RequestStatus.RUNNING,
         trace_headers=None,
+        pooling_params=None,
         take_events=lambda: None,
         get_finished_reason=lambda: 3,
     )
@@ -92,6 +93,21 @@ def test_a_step_without_refusals_ends_nothing() -> None:
     scheduler = Scheduler(a=[1, 2], b=[3])
     assert update(scheduler, [], a=5, b=0) == []
     assert (scheduler.let_out, scheduler.evicted) == (["a", "b"], set())
+
+
+def test_a_request_that_pools_ends_with_an_empty_answer() -> None:
+    """vLLM's front end takes none without a tensor for an engine that pools."""
+    scheduler = Scheduler(a=[1], b=[2])
+    scheduler.requests["a"].pooling_params = object()
+    step = SimpleNamespace(
+        num_scheduled_tokens={"a": 1, "b": 1},
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+        scheduled_new_reqs=[],
+    )
+    found = scheduler.update_from_output(step, SimpleNamespace(**{REFUSED: ["a", "b"]}))[0].outputs
+    pooled = {one.request_id: one.pooling_output for one in found}
+    assert pooled["b"] is None
+    assert pooled["a"].numel() == 0
 
 
 def test_what_was_written_before_the_step_is_kept() -> None:

@@ -14,7 +14,7 @@ import os
 import socket
 from typing import Any
 
-from tests.support.zygote import parity_jobs
+from tests.support.zygote import parity_jobs, pooling_jobs
 from tests.support.zygote.plugin_facts import error_of
 
 _IMPORTED_BY_A_SERVER = (
@@ -43,14 +43,17 @@ def preload_engine() -> None:
         importlib.import_module(name)
 
 
-def _router_options(model: str, options: dict[str, Any], membership: dict[str, Any] | None) -> dict[str, Any]:
+def _router_options(
+    model: str, options: dict[str, Any], membership: dict[str, Any] | None, **settings_of_router: Any
+) -> dict[str, Any]:
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
     asked = {**ENGINE_OPTIONS, **options}
     if membership is None:
         return asked
-    settings = RouterSettings(model_path=model, membership=membership, dispatch_timeout_ms=60_000)
+    values = {"model_path": model, "membership": membership, "dispatch_timeout_ms": 60_000, **settings_of_router}
+    settings = RouterSettings.model_validate(values)
     return router_engine_kwargs(settings, asked)
 
 
@@ -109,10 +112,12 @@ def serve(
     engine_kwargs: dict[str, Any],
     membership: dict[str, Any] | None,
     env_vars: dict[str, str] | None = None,
+    http: dict[str, Any] | None = None,
+    **settings_of_router: Any,
 ) -> None:
     """vLLM's app and the front door before an engine whose experts are on shards; emits its `url`, serves until ended.
 
-    `engine_kwargs` and `env_vars` as in a config, of vLLM's engine and of its front end.
+    `engine_kwargs`, `env_vars` and `http` as in a config, of vLLM's engine and of its front end.
     """
     os.environ.update(env_vars or {})
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -122,7 +127,7 @@ def serve(
     from cluster.http.vllm_joints import front_end_options
 
     _fork_engine()
-    options = _router_options(model, engine_kwargs, membership)
+    options = _router_options(model, engine_kwargs, membership, **settings_of_router)
     options |= front_end_options(options)
     of_front_end = {field.name for field in dataclasses.fields(FrontendArgs)}
     front_end = FrontendArgs(**{key: value for key, value in options.items() if key in of_front_end})
@@ -132,7 +137,8 @@ def serve(
     config.parallel_config.distributed_executor_backend = "uni"
     engine = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
     try:
-        asyncio.run(_serve(emit, engine, argparse.Namespace(**(vars(front_end) | vars(engine_args))), model_id))
+        args = argparse.Namespace(**(vars(front_end) | vars(engine_args)))
+        asyncio.run(_serve(emit, engine, args, model_id, http or {}))
     finally:
         engine.shutdown()
 
@@ -146,7 +152,25 @@ def _fork_engine() -> None:
     utils.get_mp_context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
 
 
-async def _serve(emit: Any, engine: Any, args: argparse.Namespace, model_id: str) -> None:
+class _Health:
+    """What a router whose engine pools says of itself."""
+
+    def __init__(self, engine: Any) -> None:
+        from cluster.router.health import RouterHealth
+        from cluster.router.pooling import pool_one_token
+        from cluster.router.worker_calls import WorkerCalls
+
+        worker = WorkerCalls(engine.collective_rpc, timeout_s=60.0)
+        self._health = RouterHealth("r1", worker, lambda: pool_one_token(engine), lambda status: None)
+
+    async def ready(self) -> Any:
+        return await self._health.ready(timeout_s=60.0)
+
+    async def all_routers(self) -> tuple[list[Any], list[str]]:
+        return [await self._health.generation_health(within_s=0.0, timeout_s=60.0)], []
+
+
+async def _serve(emit: Any, engine: Any, args: argparse.Namespace, model_id: str, http: dict[str, Any]) -> None:
     import uvicorn
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
@@ -158,7 +182,8 @@ async def _serve(emit: Any, engine: Any, args: argparse.Namespace, model_id: str
     tasks = await engine.get_supported_tasks()
     app: Any = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
-    front_door(app, http=HttpSection(), model_id=model_id, health=OneRouter(engine))
+    health: Any = OneRouter(engine) if "generate" in tasks else _Health(engine)
+    front_door(app, http=HttpSection.model_validate(http), model_id=model_id, health=health)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     app.state.server = server
@@ -167,4 +192,4 @@ async def _serve(emit: Any, engine: Any, args: argparse.Namespace, model_id: str
 
 
 PRELOAD = {"engine": preload_engine}
-JOBS = {"generate": generate, "serve": serve}
+JOBS = {"generate": generate, "serve": serve, **pooling_jobs.JOBS}

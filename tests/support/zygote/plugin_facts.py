@@ -130,6 +130,13 @@ def refusal_joints(emit: Any) -> None:
             name: list(inspect.signature(m.GPUModelRunner.sample_tokens).parameters) for name, m in runners.items()
         },
         inherited="sample_tokens" not in vars(cpu_model_runner.CPUModelRunner),
+        pool={
+            "1": list(inspect.signature(gpu_model_runner.GPUModelRunner._pool).parameters),
+            "2": list(inspect.signature(model_runner_2.GPUModelRunner.pool).parameters),
+            "1 has that of 2": hasattr(gpu_model_runner.GPUModelRunner, "pool"),
+            "inherited": "_pool" not in vars(cpu_model_runner.CPUModelRunner),
+            "request": "self.pooling_params" in inspect.getsource(Request.__init__),
+        },
         states={name: list(module.ExecuteModelState._fields) for name, module in runners.items()},
         batch_2=[field.name for field in dataclasses.fields(input_batch_2.InputBatch)],
         output=[field.name for field in dataclasses.fields(SchedulerOutput)],

@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.support.zygote import adapter_jobs, parity_jobs, refusal_jobs
+from tests.support.zygote import adapter_jobs, parity_jobs, pooling_jobs, refusal_jobs
 from tests.support.zygote.compiled_jobs import compiled_layer
 from tests.support.zygote.memory_jobs import reserved
 from tests.support.zygote.option_facts import engine_configs, options
@@ -222,4 +222,5 @@ JOBS = {
     "start": start,
     "shard": parity_jobs.shard,
     **adapter_jobs.JOBS,
+    **pooling_jobs.JOBS,
 }

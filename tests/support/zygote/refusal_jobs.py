@@ -44,7 +44,7 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
         seed=0,
         **router_engine_kwargs(settings, dict(parallel)),
     )
-    engine.collective_rpc(_take_time)
+    engine.collective_rpc(take_time)
 
     def call(name: str, *arguments: Any) -> Any:
         return engine.collective_rpc(name, args=arguments)[0]
@@ -52,7 +52,7 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
     def use(epoch: int, lost: set[tuple[int, int]]) -> None:
         """An epoch whose placement has no slot for the pairs `lost`."""
         whole = Membership.from_dict(membership)
-        told = Membership(epoch, _without(whole.placement, lost), whole.endpoints).to_dict()
+        told = Membership(epoch, without(whole.placement, lost), whole.endpoints).to_dict()
         applied = engine.collective_rpc("expertmesh_use_membership", args=(told,))
         assert [one["lost"] for one in applied] == [{}] * workers
 
@@ -61,7 +61,7 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
     for prompt in PROMPTS:
         call("expertmesh_clear_trace")
         alone.append(_all_at_once(engine, [prompt])[0])
-        pairs.append(_pairs_by_token(call("expertmesh_trace")))
+        pairs.append(pairs_by_token(call("expertmesh_trace")))
     of_prefix = set().union(*pairs[0][: len(SHARED)])
     needed_elsewhere = set().union(*pairs[0][len(SHARED) :], *(pair for one in pairs[1:] for pair in one))
     lost = of_prefix - needed_elsewhere
@@ -76,7 +76,7 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
 
     use(4, lost)
     engine.reset_prefix_cache()
-    engine.collective_rpc(_give_time)
+    engine.collective_rpc(give_time)
     emit(computed=_all_at_once(engine, PROMPTS), status_of_computed=call("expertmesh_status"))
 
     use(5, set())
@@ -116,7 +116,7 @@ def _all_at_once(engine: Any, prompts: list[list[int]], kill_after: int = -1, vi
     return [done[index] for index in range(len(prompts))]
 
 
-def _pairs_by_token(trace: bytes) -> list[set[tuple[int, int]]]:
+def pairs_by_token(trace: bytes) -> list[set[tuple[int, int]]]:
     """The (layer, expert) pairs of each token that a router computed, in order."""
     from placement.traces.trace import ActivationTrace
 
@@ -126,7 +126,7 @@ def _pairs_by_token(trace: bytes) -> list[set[tuple[int, int]]]:
     ]
 
 
-def _without(placement: Any, lost: set[tuple[int, int]]) -> Any:
+def without(placement: Any, lost: set[tuple[int, int]]) -> Any:
     from placement.placement import Placement
 
     map_LS = placement.physical_to_logical_map.copy()
@@ -140,11 +140,11 @@ def _held_by(placement: Any, rank: int) -> set[tuple[int, int]]:
     return {(layer, expert) for layer, experts in enumerate(held_Ls) for expert in experts if expert >= 0}
 
 
-def _give_time(worker: Any) -> None:
+def give_time(worker: Any) -> None:
     _set_time(600_000_000_000)
 
 
-def _take_time(worker: Any) -> None:
+def take_time(worker: Any) -> None:
     _set_time(0 if _has_no_time(worker) else 600_000_000_000)
 
 

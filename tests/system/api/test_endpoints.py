@@ -68,10 +68,10 @@ def test_a_prompt_that_was_seen_is_taken_from_the_prefix_cache(api: ModelApi) ->
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("/v1/embeddings", "embeddings and scores are not served with experts on shards"),
-        ("/v1/score", "embeddings and scores are not served with experts on shards"),
-        ("/v2/rerank", "embeddings and scores are not served with experts on shards"),
-        ("/classify", "embeddings and scores are not served with experts on shards"),
+        ("/v1/embeddings", "are for routers with the option runner: pooling"),
+        ("/v1/score", "are for routers with the option runner: pooling"),
+        ("/v2/rerank", "are for routers with the option runner: pooling"),
+        ("/classify", "are for routers with the option runner: pooling"),
         ("/v1/audio/transcriptions", "no model whose experts are on shards takes or makes sound"),
         ("/sleep", "it controls the engine, which clients may not do"),
         ("/reset_prefix_cache", "it controls the engine, which clients may not do"),

@@ -211,10 +211,5 @@ def test_a_draft_model_with_experts_is_refused_by_name(engines: Engines) -> None
     assert "mlp.experts is a MoE layer of the draft (draft_model), whose experts are on no shard" in error
 
 
-def test_a_pooling_engine_is_refused_by_name(engines: Engines) -> None:
-    error = engines.run(runner="pooling", convert="embed")["error"]
-    assert "runner is 'pooling', expected 'generate': serve embeddings with plain vLLM" in error
-
-
 def test_sleep_mode_is_refused_by_vllm_on_cpus(engines: Engines) -> None:
     assert "Sleep mode is not supported on current platform" in engines.run(enable_sleep_mode=True)["error"]
