@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.support.zygote.parity_jobs import TWO_WORKERS, fork_workers
 from tests.support.zygote.plugin_facts import error_of
-from tests.support.zygote.refusal_jobs import give_time, pairs_by_token, take_time, without
+from tests.support.zygote.refusal_jobs import give_time, needed_by_prefix_alone, pairs_by_token, take_time, use_without
 
 BLOCK = 32
 SHARED = list(range(3, 3 + BLOCK))  # a block of the KV cache
@@ -75,7 +75,6 @@ def refusals_of_prompts(emit: Any, model: str, membership: dict[str, Any], worke
     """
     from vllm import LLM
 
-    from experts.protocol.membership import Membership
     from experts.protocol.settings import RouterSettings
     from experts.vllm_plugin.engine_kwargs import router_engine_kwargs
 
@@ -84,35 +83,26 @@ def refusals_of_prompts(emit: Any, model: str, membership: dict[str, Any], worke
     parallel = TWO_WORKERS if workers == 2 else {}
     options = {**PLAIN, **parallel, "runner": "pooling", "block_size": BLOCK, "enable_prefix_caching": True}
     engine = LLM(model, disable_log_stats=True, **router_engine_kwargs(settings, options))
-    whole = Membership.from_dict(membership)
 
     def call(name: str, *arguments: Any) -> Any:
         return engine.collective_rpc(name, args=arguments)[0]
 
-    def use(epoch: int, lost: set[tuple[int, int]]) -> None:
-        """An epoch whose placement has no slot for the pairs `lost`."""
-        told = Membership(epoch, without(whole.placement, lost), whole.endpoints).to_dict()
-        applied = engine.collective_rpc("expertmesh_use_membership", args=(told,))
-        assert [one["lost"] for one in applied] == [{}] * workers
-
-    use(1, set())
+    use_without(engine, membership, 1, set())
     alone, pairs = [], []
     for prompt in PROMPTS:
         call("expertmesh_clear_trace")
         alone += pooled(engine, [prompt], "embed")
         pairs.append(pairs_by_token(call("expertmesh_trace")))
-    of_prefix = set().union(*pairs[0][: len(SHARED)])
-    needed_elsewhere = set().union(*pairs[0][len(SHARED) :], *(pair for one in pairs[1:] for pair in one))
-    lost = of_prefix - needed_elsewhere
+    lost = needed_by_prefix_alone(pairs, len(SHARED))
     emit(alone=alone, lost=sorted(lost), prefix_was_found=len(pairs[1]) == 1)
 
     engine.collective_rpc(take_time)
-    use(2, lost)
+    use_without(engine, membership, 2, lost)
     engine.reset_prefix_cache()
     emit(refused=pooled(engine, PROMPTS, "embed"), status_of_refused=call("expertmesh_status"))
-    use(3, set())
+    use_without(engine, membership, 3, set())
     emit(after=pooled(engine, PROMPTS, "embed"))  # nothing of what was computed without experts may be found again
-    use(4, lost)
+    use_without(engine, membership, 4, lost)
     engine.reset_prefix_cache()
     engine.collective_rpc(give_time)
     emit(computed=pooled(engine, PROMPTS, "embed"), status_of_computed=call("expertmesh_status"), done=True)

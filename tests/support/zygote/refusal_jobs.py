@@ -49,37 +49,28 @@ def refusals_of_requests(emit: Any, model: str, membership: dict[str, Any], vict
     def call(name: str, *arguments: Any) -> Any:
         return engine.collective_rpc(name, args=arguments)[0]
 
-    def use(epoch: int, lost: set[tuple[int, int]]) -> None:
-        """An epoch whose placement has no slot for the pairs `lost`."""
-        whole = Membership.from_dict(membership)
-        told = Membership(epoch, without(whole.placement, lost), whole.endpoints).to_dict()
-        applied = engine.collective_rpc("expertmesh_use_membership", args=(told,))
-        assert [one["lost"] for one in applied] == [{}] * workers
-
-    use(1, set())
+    use_without(engine, membership, 1, set())
     alone, pairs = [], []
     for prompt in PROMPTS:
         call("expertmesh_clear_trace")
         alone.append(_all_at_once(engine, [prompt])[0])
         pairs.append(pairs_by_token(call("expertmesh_trace")))
-    of_prefix = set().union(*pairs[0][: len(SHARED)])
-    needed_elsewhere = set().union(*pairs[0][len(SHARED) :], *(pair for one in pairs[1:] for pair in one))
-    lost = of_prefix - needed_elsewhere
+    lost = needed_by_prefix_alone(pairs, len(SHARED))
     emit(alone=alone, lost=sorted(lost), prefix_was_found=len(pairs[1]) == NEW_TOKENS)
 
-    use(2, lost)
+    use_without(engine, membership, 2, lost)
     engine.reset_prefix_cache()
     emit(refused=_all_at_once(engine, PROMPTS), status_of_refused=call("expertmesh_status"))
     emit(refusing=engine.collective_rpc(_has_no_time))
-    use(3, set())
+    use_without(engine, membership, 3, set())
     emit(after=_all_at_once(engine, PROMPTS))  # nothing of what was computed without experts may be found again
 
-    use(4, lost)
+    use_without(engine, membership, 4, lost)
     engine.reset_prefix_cache()
     engine.collective_rpc(give_time)
     emit(computed=_all_at_once(engine, PROMPTS), status_of_computed=call("expertmesh_status"))
 
-    use(5, set())
+    use_without(engine, membership, 5, set())
     engine.collective_rpc(_take_all_time)
     of_victim = _held_by(Membership.from_dict(membership).placement, rank=0)
     needs = [bool(of_victim & set().union(*one)) for one in pairs]
@@ -126,7 +117,23 @@ def pairs_by_token(trace: bytes) -> list[set[tuple[int, int]]]:
     ]
 
 
-def without(placement: Any, lost: set[tuple[int, int]]) -> Any:
+def needed_by_prefix_alone(pairs: list[list[set[tuple[int, int]]]], length: int) -> set[tuple[int, int]]:
+    """What the first prompt's first `length` tokens need and no other token does; `pairs` by prompt and token."""
+    of_prefix = set().union(*pairs[0][:length])
+    return of_prefix - set().union(*pairs[0][length:], *(pair for one in pairs[1:] for pair in one))
+
+
+def use_without(engine: Any, membership: dict[str, Any], epoch: int, lost: set[tuple[int, int]]) -> None:
+    """Have all workers use an epoch whose placement has no slot for the pairs `lost`."""
+    from experts.protocol.membership import Membership
+
+    whole = Membership.from_dict(membership)
+    told = Membership(epoch, _without(whole.placement, lost), whole.endpoints).to_dict()
+    applied = engine.collective_rpc("expertmesh_use_membership", args=(told,))
+    assert [one["lost"] for one in applied] == [{}] * len(applied)
+
+
+def _without(placement: Any, lost: set[tuple[int, int]]) -> Any:
     from placement.placement import Placement
 
     map_LS = placement.physical_to_logical_map.copy()
