@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 MUTANTS_ARGS ?=
+TEST_PROCESSES ?= 2
 MONITORING_ARGS ?=
 FUZZ_EXAMPLES ?= 100000
 CONFIG ?= configs/tiny-cpu.yaml
@@ -57,9 +58,11 @@ serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; p
 monitoring: $(READY) ## Prometheus, and Grafana where it is installed, for what `make serve` serves; MONITORING_ARGS="--help" for ports
 	@$(PY) -m cluster.observability.monitoring $(MONITORING_ARGS)
 
+# Two at a time, then alone what needs the whole machine. tests/conftest.py says what runs beside what.
 test: $(READY) ## the whole test suite but for Triton's programs and Ray's node autoscaler
 	@$(PY) -m placement.precompile
-	$(PY) -m pytest -m "not triton and not autoscaling"
+	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not triton and not autoscaling and not whole_machine"
+	$(PY) -m pytest -m whole_machine
 
 test-triton: $(TRITON_READY) ## Triton's programs in its interpreter and through its compiler, without a GPU (fetches 190 MB)
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton TRITON_INTERPRET=1 $(PY) -m pytest -m triton $(TRITON_TESTS) --deselect $(TRITON_COMPILES)

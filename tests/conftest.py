@@ -1,4 +1,6 @@
-"""For every test: a secret for its meshes, and no process that a test started outlives the suite."""
+"""For every test: a secret for its meshes, and no process that a test started outlives the suite. For two processes
+that share the suite (`make test`): which runs what.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,8 +40,31 @@ def _marked_processes() -> Iterator[tuple[int, str]]:
             continue
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/run_gpu.py searches files for the mark `gpu`, since importing them needs packages that may be missing."""
+# One process runs all of them: two services at a time slow each other down, and some tests look for a service's
+# processes by the names that all services give them. They take half of the suite's time, so they begin first.
+_SERVICES = ("tests/system/serve/", "tests/system/variants/", "tests/system/hosts/")
+
+
+@pytest.hookimpl(optionalhook=True)  # tests/run_gpu.py runs without pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs a file from start to end, for its fixtures' sake, and one all that starts a service."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "services" if nodeid.startswith(_SERVICES) else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order tests for `pytest_xdist_make_scheduler`, and check that those for a GPU can be found.
+
+    tests/run_gpu.py searches files for the mark `gpu`, since importing them needs packages that may be missing.
+    """
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(_SERVICES))
     files = {item.path for item in items if item.get_closest_marker("gpu") is not None}
     hidden = [str(path) for path in files if "pytest.mark.gpu" not in path.read_text()]
     if hidden:

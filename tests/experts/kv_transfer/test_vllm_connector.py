@@ -17,6 +17,8 @@ from experts.kv_transfer.handover import new_name
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.transfer_jobs import BLOCK, STEP_TOKENS
 
+pytestmark = pytest.mark.whole_machine
+
 FAMILIES = ("qwen3_moe", "deepseek_v2", "gpt_oss")  # plain attention; MLA; sliding windows and sinks
 SHARED = 2 * BLOCK  # tokens that the last two prompts begin with
 LENGTHS = (STEP_TOKENS * 2 + 20, BLOCK + 1, 70, 200, SHARED + 50, SHARED + 9)

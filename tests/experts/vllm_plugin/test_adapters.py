@@ -21,6 +21,8 @@ from tests.support.zygote.adapter_jobs import NEW_TOKENS
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.parity_jobs import TWO_WORKERS
 
+pytestmark = pytest.mark.whole_machine
+
 ENGINE_S = 400.0
 TIE = 1e-4  # sums of the same products in different orders move a log-probability by about 1e-5
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -21,6 +21,8 @@ from experts.protocol.settings import ShardSettings
 from placement.placement import Placement
 from tests.support.zygote.engine_zygote import Zygote
 
+pytestmark = pytest.mark.whole_machine
+
 NUM_SHARDS = 3  # decoder layers on the first two, the MTP layer on the third
 
 

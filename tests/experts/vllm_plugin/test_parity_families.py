@@ -28,6 +28,8 @@ from tests.support.family_configs import PARITY_FAMILIES, SIZED_FAMILIES
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.parity_jobs import NEW_TOKENS, NUM_PROMPTS, TENSOR_TOKENS
 
+pytestmark = pytest.mark.whole_machine
+
 TOLERANCE = 1e-4
 SHARD_COUNTS = (2, 3)
 WITH_TWO_WORKERS = SIZED_FAMILIES  # how rows are shared out does not depend on the family, so some are enough

@@ -12,6 +12,8 @@ from tests.support.small_mesh import mesh_of, replicated
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.refusal_jobs import NEW_TOKENS, PROMPTS
 
+pytestmark = pytest.mark.whole_machine
+
 ENGINE_S = 400.0
 NUM_LAYERS, NUM_EXPERTS = 2, 64
 OVERRIDES = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": NUM_EXPERTS, "num_experts_per_tok": 2}

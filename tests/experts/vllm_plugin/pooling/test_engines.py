@@ -15,6 +15,8 @@ from tests.support.small_mesh import Mesh, mesh_of, replicated
 from tests.support.zygote.engine_zygote import Zygote
 from tests.support.zygote.pooling_jobs import PROMPTS
 
+pytestmark = pytest.mark.whole_machine
+
 NUM_LAYERS, NUM_EXPERTS, HIDDEN = 2, 64, 64
 OVERRIDES = {
     "hidden_size": HIDDEN, "moe_intermediate_size": 64, "num_experts": NUM_EXPERTS, "num_experts_per_tok": 2,

@@ -27,6 +27,8 @@ from placement.placement import Placement
 from tests.support.quantized_formats import FORMATS, exact
 from tests.support.zygote.engine_zygote import Zygote
 
+pytestmark = pytest.mark.whole_machine
+
 TOLERANCE = 1e-4
 SHARDS = 2
 WIDTH, HIDDEN = 64, 64  # whole groups of every format
