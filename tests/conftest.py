@@ -19,6 +19,12 @@ from experts.protocol.secret import share_by_environment
 
 share_by_environment()
 
+with contextlib.suppress(ImportError):  # tests/run_gpu.py does without it
+    from hypothesis import settings
+
+    settings.register_profile("suite", deadline=None)  # of a busy machine, a single slow call says nothing
+    settings.load_profile("suite")
+
 # Children inherit it through any chain of parents, so that orphans are found too.
 _MARK_NAME = "EXPERTMESH_TEST_SESSION"
 _MARK = f"{_MARK_NAME}={secrets.token_hex(8)}"

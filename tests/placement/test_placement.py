@@ -85,7 +85,7 @@ def test_the_map_is_a_read_only_copy():
         placement.physical_to_logical_map[0, 0] = 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     num_nodes=st.integers(1, 4),
     ranks_per_node=st.integers(1, 4),

@@ -22,7 +22,7 @@ from cluster.autoscaling.policies import (
 )
 
 MOST = 64
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 BUSY = ShardLoad(
     shards=4, busy=2.0, steps_per_s=20.0, step_ms=50.0, slo_ms=40.0, experts=128, copies=1, usable_slots=64, spare=1
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config.gateway.sections import VersionsSection
@@ -19,7 +19,6 @@ def split(weights: dict[str, int]) -> Split:
     return Split(VersionsSection.model_validate({"versions": versions}))
 
 
-@settings(deadline=None)
 @given(WEIGHTS, st.integers(1, 3))
 def test_every_version_gets_exactly_its_share_of_each_round(weights: dict[str, int], rounds: int) -> None:
     chooser, total = split(weights), sum(weights.values())
@@ -28,7 +27,6 @@ def test_every_version_gets_exactly_its_share_of_each_round(weights: dict[str, i
         assert chosen == Counter({name: weight for name, weight in weights.items() if weight})
 
 
-@settings(deadline=None)
 @given(WEIGHTS, st.one_of(st.none(), st.text(max_size=8)))
 def test_all_versions_are_in_the_order_and_the_heaviest_is_asked_next(
     weights: dict[str, int], sticky: str | None
@@ -46,7 +44,6 @@ def test_a_small_share_comes_evenly_and_not_in_a_row() -> None:
     assert [after - before for before, after in itertools.pairwise(at)] == [10, 10, 10]
 
 
-@settings(deadline=None)
 @given(WEIGHTS, st.text(max_size=8))
 def test_what_is_alike_goes_to_one_version_whatever_came_between(weights: dict[str, int], sticky: str) -> None:
     chooser = split(weights)

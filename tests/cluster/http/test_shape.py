@@ -36,7 +36,6 @@ def refused(body: Any) -> RefusedError:
     return found.value
 
 
-@settings(deadline=None)
 @given(PLAIN)
 def test_json_is_read_as_the_standard_library_reads_it(value: Any) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
@@ -62,7 +61,7 @@ def is_strict(raw: bytes) -> bool:
     return True
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.one_of(
         st.binary(max_size=12),

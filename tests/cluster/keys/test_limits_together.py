@@ -132,7 +132,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(limits=LIMITS, clocks_s=CLOCKS, events=EVENTS)
 def test_no_order_of_events_takes_a_key_over_its_limits(
     limits: Limits, clocks_s: list[float], events: list[tuple[str, int, float, int]]
@@ -165,7 +165,7 @@ def test_no_order_of_events_takes_a_key_over_its_limits(
     world.check_never_over()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     limit=st.integers(20, 300),
     clocks_s=CLOCKS,
@@ -204,7 +204,7 @@ def test_under_load_at_least_90_percent_of_a_limit_are_used(routers: int, reques
     world.check_never_over()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     most=st.integers(1, 100),
     clocks_s=CLOCKS,

@@ -32,7 +32,7 @@ EVENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=150, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(data=st.data(), slots=st.tuples(*[st.integers(2, 4)] * 3), events=st.lists(EVENTS, max_size=25))
 def test_any_answers_lead_to_the_target_and_no_expert_is_dropped(
     data: st.DataObject, slots: tuple[int, int, int], events: list[str]

@@ -169,7 +169,7 @@ def test_nodes_are_numbered_by_their_first_ranks_and_may_be_uneven() -> None:
 
 
 @given(st.lists(arrays(np.bool_, SHAPE), min_size=1, max_size=4), st.integers(0, 2), st.integers(0, 2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_placement_says_what_it_was_made_of(rows: list[np.ndarray], more_slots: int, more_ranks: int) -> None:
     width = max(1, *(int(row.sum(1).max()) for row in rows)) + more_slots
     made = placement_of(dict(enumerate(rows)), SHAPE, len(rows) + more_ranks, width)
@@ -276,4 +276,4 @@ class HoldingsMachine(RuleBasedStateMachine):
 
 
 TestHoldingsMachine = HoldingsMachine.TestCase
-TestHoldingsMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestHoldingsMachine.settings = settings(max_examples=60, stateful_step_count=25)

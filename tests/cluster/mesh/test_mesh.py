@@ -112,7 +112,7 @@ FAULTS = st.sampled_from(
 
 
 # Without shrinking, which takes minutes: a schedule is short as it is.
-@settings(max_examples=200, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=200, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     data=st.data(),
     slots=st.integers(6, 9),

@@ -158,7 +158,7 @@ def test_a_shard_that_is_given_up_again_and_again_is_tried_ever_less_often() -> 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_ranks_stay_below_the_most_shards_that_were_there_at_once(count: int, data: st.DataObject) -> None:
     roster = Roster()
     for index in range(20):
@@ -237,4 +237,4 @@ class RosterMachine(RuleBasedStateMachine):
 
 
 TestRosterMachine = RosterMachine.TestCase
-TestRosterMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRosterMachine.settings = settings(max_examples=60, stateful_step_count=30)

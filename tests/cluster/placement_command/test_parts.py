@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.placement_command import session
@@ -34,7 +34,6 @@ def placements(draw: st.DrawFn) -> tuple[Placement, Placement]:
     return one(), one()
 
 
-@settings(deadline=None)
 @given(placements())
 def test_a_difference_is_what_counting_gives(both: tuple[Placement, Placement]) -> None:
     current, wanted = both

@@ -176,7 +176,7 @@ class Choosing(RuleBasedStateMachine):
             assert sum(each.nbytes for each in arrays) <= 64 * 4 * (2 * 256 + 64) + 4 * 256
 
 
-Choosing.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+Choosing.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 test_choosing = Choosing.TestCase
 
 

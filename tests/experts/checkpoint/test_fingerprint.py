@@ -38,7 +38,7 @@ def test_the_same_tensors_in_other_files_are_the_same(tmp_path: Path) -> None:
     assert one.differing(three.to_bytes()) == []
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, WHOLE_BYTES - 1))
 def test_any_bit_of_a_tensor_that_is_hashed_whole_counts(
     tmp_path_factory: pytest.TempPathFactory, changed: int

@@ -85,7 +85,7 @@ def outcome(mesh: FakeMesh, batches: list[Batch], faults: dict[int, list[Any]]) 
 QUICK_FAULTS = [None, *(name for name in WAIT_FAULTS if name != "silent")]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_both_forms_come_to_the_same_bits_and_counts(model: Path, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([FLOAT32, BFLOAT16]))

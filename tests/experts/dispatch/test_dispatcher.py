@@ -202,7 +202,7 @@ def test_a_post_that_fails_is_repeated_elsewhere(model: Path) -> None:
 FAULT_KINDS = ["none", "post", *WAIT_FAULTS]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_faults_in_any_round_leave_the_result_alone(model: Path, data: st.DataObject) -> None:
     """Several at once, again during the repetition, in later rounds of a large step, down to no shard at all."""

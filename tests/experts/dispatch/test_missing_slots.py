@@ -137,7 +137,7 @@ PAIRS = st.sets(
     epochs=st.lists(st.tuples(PAIRS, st.lists(st.integers(0, 12), min_size=1, max_size=3)), min_size=1, max_size=3),
     max_rows=st.sampled_from([3, 64]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_shards_lack_results_are_right(
     model: Path, replicas: int, epochs: list[tuple[set[tuple[int, int, int]], list[int]]], max_rows: int
 ) -> None:

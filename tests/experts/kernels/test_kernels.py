@@ -157,7 +157,7 @@ def test_bad_calls_are_named_and_the_kernel_lives_on(name, shape):
 
 
 @each_kernel({"any": BASE})
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_shape(name, shape, data):
     """Of those that the kernel serves: its dtypes and activations, and multiples of its sizes' unit."""

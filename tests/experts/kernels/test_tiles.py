@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.kernels.base import KernelShape
@@ -21,7 +21,6 @@ def test_worked_example():
     assert tiles.tolist() == [[0, 0, 2], [2, 2, 3]]
 
 
-@settings(deadline=None)
 @given(slots=st.lists(st.integers(0, 5), max_size=60), block=st.sampled_from([1, 2, 3, 16]))
 def test_tiles_cover_every_pair_once(slots, block):
     slots_N = np.array(slots, dtype=np.int32)
@@ -41,7 +40,6 @@ def test_blocks_grow_with_the_pairs_of_a_slot():
 
 
 @pytest.mark.skipif(data_plane() is None, reason="no C++ compiler")
-@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.tuples(st.integers(0, 39), st.floats(0, 1, width=32)), max_size=5), max_size=60),
     num_slots=st.sampled_from([40, 64]),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.protocol.membership import Membership, ShardEndpoint
@@ -50,7 +50,6 @@ def same(one: Membership, other: Membership) -> bool:
     return one == other and left == right
 
 
-@settings(deadline=None)
 @given(memberships())
 def test_a_whole_membership_comes_back(membership: Membership) -> None:
     data = membership.to_bytes()
@@ -58,7 +57,6 @@ def test_a_whole_membership_comes_back(membership: Membership) -> None:
     assert same(Membership.from_bytes(data), membership)
 
 
-@settings(deadline=None)
 @given(memberships(), st.data())
 def test_a_difference_leads_to_the_same_membership(before: Membership, data: st.DataObject) -> None:
     """Slots change, shards come and go, ranks are added and taken away."""

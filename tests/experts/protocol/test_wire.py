@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.protocol.wire import (
@@ -42,7 +42,6 @@ def test_sections_start_on_lines(nbytes: int, expected: int) -> None:
     assert aligned(nbytes) == expected
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 16), st.integers(1, 500), st.data())
 def test_any_message_up_to_the_maximum_fits(max_rows: int, top_k: int, row_bytes: int, data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(0, max_rows))

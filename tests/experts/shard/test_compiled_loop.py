@@ -142,7 +142,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=REQUESTS, dtype=st.sampled_from([FLOAT32, BFLOAT16]), seed=st.integers(0, 1000))
 def test_both_forms_answer_with_the_same_bytes(model: Path, drawn: list, dtype: torch.dtype, seed: int) -> None:
     requests = []

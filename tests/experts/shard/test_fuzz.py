@@ -309,7 +309,6 @@ def test_whatever_is_sent_the_shard_serves_on_and_does_not_grow(tmp_path: Path) 
 
         @settings(
             max_examples=EXAMPLES,
-            deadline=None,
             database=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         )

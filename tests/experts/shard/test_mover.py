@@ -174,7 +174,7 @@ ORDERS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     scripts=st.dictionaries(st.integers(0, 4), STEPS),
     rounds=st.lists(ORDERS, min_size=1, max_size=3),

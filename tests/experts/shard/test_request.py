@@ -130,7 +130,7 @@ def test_a_length_that_does_not_fit_is_named(nbytes: int) -> None:
         read(message([0, 1], [0])[0], nbytes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(st.tuples(st.integers(0, HEADER_WORDS - 1), st.integers(-(2**63), 2**63 - 1)), max_size=3),
     st.lists(st.tuples(st.integers(HEADER_BYTES, 600), st.integers(0, 255)), max_size=6),

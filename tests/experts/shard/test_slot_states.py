@@ -140,5 +140,5 @@ class Slots(RuleBasedStateMachine):
         assert self.table.digest() == other.digest()
 
 
-Slots.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+Slots.TestCase.settings = settings(max_examples=100, stateful_step_count=30)
 TestSlots = Slots.TestCase

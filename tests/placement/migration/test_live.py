@@ -29,7 +29,7 @@ def random_rows(rng, num_layers, num_experts, slots_R, width, partial):
     return map_LRs
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     slots_R=st.lists(st.integers(0, 5), min_size=2, max_size=7),

@@ -86,7 +86,7 @@ def check_legal(plan: MigrationPlan, target: Placement, room_R, round_bytes=None
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     num_layers=st.integers(1, 3),
@@ -120,7 +120,7 @@ def test_legal_at_every_prefix_and_ends_at_the_target(
     assert plan_migration(current, target, **arguments).rounds == plan.rounds
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), extra=st.lists(st.integers(0, 2), min_size=4, max_size=4))
 def test_full_shards_move_through_spare_room(seed, extra):
     rng = np.random.default_rng(seed)
@@ -130,7 +130,7 @@ def test_full_shards_move_through_spare_room(seed, extra):
     check_legal(plan_migration(current, target, expert_bytes=7, room=room), target, room)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), lost=st.integers(0, 5), budget=st.sampled_from([None, 10, 30]))
 def test_lost_ranks_are_no_source_and_their_experts_come_back_first(seed, lost, budget):
     rng = np.random.default_rng(seed)

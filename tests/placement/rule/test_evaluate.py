@@ -49,7 +49,7 @@ def random_placement(rng, num_layers, num_experts, num_ranks, num_nodes, slots_p
     return Placement(num_ranks, num_nodes, num_experts, np.array(rows))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_nodes=st.sampled_from([1, 2, 4]),

@@ -61,7 +61,7 @@ def visits(rank_TK: np.ndarray) -> list[int]:
     return [len(set(row)) for row in rank_TK.tolist()]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_tokens=st.integers(0, 40),

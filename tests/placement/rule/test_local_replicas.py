@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.rule.local_replicas import choose_local_first, keep_local
 from placement.rule.replica_choice import choose_replicas
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
 def test_every_expert_keeps_its_near_slots_or_else_all(seed: int, num_ranks: int, num_experts: int) -> None:
     rng = np.random.default_rng(seed)
@@ -27,7 +26,6 @@ def test_every_expert_keeps_its_near_slots_or_else_all(seed: int, num_ranks: int
     assert kept_LER.dtype == np.int32
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), st.integers(0, 12))
 def test_every_router_chooses_by_the_rule_from_what_is_near_to_it(
     seed: int, num_nodes: int, ranks_per_node: int, tokens: int

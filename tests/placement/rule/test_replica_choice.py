@@ -22,7 +22,7 @@ def choose(ids_TK, slots_ER, num_nodes, load_R, work_R=None):
     return rank_TK, load_R
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_nodes=st.sampled_from([1, 2, 4]),

@@ -57,7 +57,7 @@ def plain_cover(
     return chosen
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_nodes=st.integers(1, 4),
@@ -91,7 +91,7 @@ def test_agrees_with_sets_wherever_ranks_stand(
     assert load_R.tolist() == expected_load
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), num_nodes=st.integers(1, 3), per_node=st.integers(1, 3), in_order=st.booleans())
 def test_a_token_is_told_how_many_ranks_and_nodes_it_visits_and_leaves_no_trace(
     seed: int, num_nodes: int, per_node: int, in_order: bool

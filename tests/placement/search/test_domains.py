@@ -56,7 +56,7 @@ def test_balance_alone_asks_for_no_domains() -> None:
     assert optimize(trace, request).placement == optimize(plain, request).placement
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 1000), num_domains=st.integers(2, 4), cap=st.sampled_from([1.02, 1.05, 1.2]))
 def test_caps_hold_where_any_placement_reaches_them(seed: int, num_domains: int, cap: float) -> None:
     """Eight experts on two ranks: all 35 placements are known, and how far each is above its caps."""

@@ -31,7 +31,7 @@ def cost(placement: Placement, in_use: Placement, trace: ActivationTrace, price:
     return float(evaluate(placement, trace).fan_out.sum()) + price * copies_between(in_use, placement)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 1000), slots=st.integers(3, 5), price=st.sampled_from([0.0, 0.02, 0.2]))
 def test_no_plan_costs_more_than_the_one_in_use(seed: int, slots: int, price: float) -> None:
     trace, before = random_trace(seed), random_trace(seed + 1)

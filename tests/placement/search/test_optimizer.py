@@ -63,7 +63,7 @@ def test_a_layer_that_no_token_went_through_is_planned_too(objective: str) -> No
         assert all(set(old) - {-1} <= set(new) for old, new in zip(before, after, strict=True))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 1000),
     num_nodes=st.sampled_from([1, 2]),

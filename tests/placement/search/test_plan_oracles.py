@@ -58,7 +58,7 @@ def not_worse(ours, theirs, request):
     return bool((within_L & (~comparable_L | (gain_L >= -1e-9))).all())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(case=cases(), start=st.sampled_from([None, "random", "planned"]), moves=st.sampled_from([None, 3]))
 def test_never_worse_than_greedy_balancing_nor_than_what_it_started_from(case, start, moves):
     trace, request = case
@@ -79,7 +79,7 @@ def test_never_worse_than_greedy_balancing_nor_than_what_it_started_from(case, s
         assert not_worse(ours, evaluate(greedy_placement(trace, request), trace, near), request)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(case=cases(), order_seed=st.integers(0, 1000))
 def test_experts_under_other_numbers_stand_in_the_same_slots(case, order_seed):
     trace, request = case

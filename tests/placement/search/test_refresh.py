@@ -24,7 +24,7 @@ def skewed(seed: int, num_experts: int = 16, num_tokens: int = 500) -> Activatio
     return ActivationTrace(np.argpartition(-score, 3, axis=2)[:, :, :3], num_experts)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 100), moves=st.integers(0, 10), replicas=st.integers(1, 2), nodes=st.sampled_from([1, 2]))
 def test_moves_are_bounded_and_limits_kept(seed, moves, replicas, nodes) -> None:
     window = skewed(seed, num_tokens=80)

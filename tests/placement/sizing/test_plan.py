@@ -57,7 +57,7 @@ def demands(draw: st.DrawFn) -> Demand:
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.sampled_from(MODELS), demands())
 def test_a_layout_keeps_every_promise(name: str, demand: Demand) -> None:
     facts = replace(known(name), max_positions=None)
@@ -91,7 +91,7 @@ HARDER = {
 }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(MODELS), demands(), st.sampled_from(sorted(HARDER)), st.floats(1.01, 4))
 def test_a_harder_question_never_takes_fewer_gpus(name: str, demand: Demand, key: str, more: float) -> None:
     harder = replace(demand, **{key: HARDER[key](getattr(demand, key), more)})

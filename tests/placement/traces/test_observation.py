@@ -28,7 +28,7 @@ def counted(ids_TLK: np.ndarray) -> np.ndarray:
     return np.array([[(ids_TLK[:, layer] == e).sum() for e in range(EXPERTS)] for layer in range(LAYERS)])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sizes=st.lists(st.integers(0, 40), max_size=30), sample=st.integers(1, 200), seed=st.integers(0, 99))
 def test_counts_are_exact_and_samples_bounded(sizes: list[int], sample: int, seed: int) -> None:
     observer = StepObserver(LAYERS, EXPERTS, TOP_K, sample, step_tokens=16, layers=(3, 7))

@@ -88,7 +88,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     return x_TB, ids_TK, weights_TK, slots_ER, num_nodes
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_every_wanted_pair_lands_once_where_its_expert_is(problem: tuple) -> None:
     x_TB, ids_TK, weights_TK, slots_ER, num_nodes = problem

@@ -102,7 +102,7 @@ def test_old_calls_count_less_and_less() -> None:
     assert transitions.likely(0, slots(0), 0.5).tolist() == [2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     calls=st.lists(st.tuples(st.integers(0, L - 1), st.sets(st.integers(0, S - 1), min_size=1)), max_size=30),
     layer=st.integers(0, L - 1),

@@ -221,7 +221,7 @@ def test_a_wait_ends_at_its_deadline_and_when_the_pair_is_ended(form: str) -> No
         assert outcome == [LOST]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=200), form=st.sampled_from(sorted(FORMS)))
 def test_no_bytes_of_a_stranger_are_taken_for_a_message(data: bytes, form: str) -> None:
     bell = Bell(FORMS[form][1])
@@ -232,7 +232,7 @@ def test_no_bytes_of_a_stranger_are_taken_for_a_message(data: bytes, form: str) 
         assert await_message(bell, shard) == LOST
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(number=st.integers(0, 2**32 - 1), nbytes=st.integers(0, 2**64 - 1), key=st.integers(0, 2**64 - 1))
 def test_the_check_word_depends_on_everything(number: int, nbytes: int, key: int) -> None:
     check = frame_check(key, nbytes, number)

@@ -25,13 +25,13 @@ def by_definition(data: bytes) -> list[int]:
     return [sum(words) % 2**64, weighted % 2**64, len(words)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_the_sums_are_what_they_are_said_to_be(data: bytes) -> None:
     assert sums_of(data) == by_definition(data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.binary(min_size=8, max_size=64).map(lambda data: data[: len(data) // 8 * 8]), max_size=5), st.binary()
 )
@@ -39,7 +39,7 @@ def test_pieces_add_up_to_the_whole(pieces: list[bytes], rest: bytes) -> None:
     assert sums_of(*pieces, rest) == sums_of(b"".join(pieces) + rest)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(min_size=1, max_size=200), st.data())
 def test_one_changed_byte_is_noticed(data: bytes, draw: st.DataObject) -> None:
     at = draw.draw(st.integers(0, len(data) - 1))
@@ -47,7 +47,7 @@ def test_one_changed_byte_is_noticed(data: bytes, draw: st.DataObject) -> None:
     assert sums_of(data) != sums_of(data[:at] + bytes([other]) + data[at + 1 :])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.binary(min_size=8, max_size=8), min_size=2, max_size=40), st.data())
 def test_two_words_in_each_others_place_are_noticed(words: list[bytes], draw: st.DataObject) -> None:
     first = draw.draw(st.integers(0, len(words) - 2))

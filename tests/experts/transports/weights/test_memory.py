@@ -85,7 +85,7 @@ def victim() -> Iterator[Other]:
     started.end()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.sampled_from([1, 7, 4096, CHUNK_BYTES, CHUNK_BYTES + 1]), max_size=3),
     step=st.sampled_from([4096, CHUNK_BYTES, 2 * CHUNK_BYTES]),

@@ -46,7 +46,7 @@ def test_what_is_read_is_what_was_written(nbytes: int) -> None:
     assert sent_sums.tolist() == got_sums.tolist() == expected.tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 3 * CHUNK_BYTES), st.integers(1, 4)), max_size=8))
 def test_views_one_after_the_other_with_pieces_of_any_chunks(views: list[tuple[int, int]]) -> None:
     """Writer and reader cut a view differently, but always after whole chunks."""

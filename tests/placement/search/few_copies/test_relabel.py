@@ -18,7 +18,7 @@ def rows_of(placement: Placement, layer: int) -> list[list[int]]:
     return placement.physical_to_logical_map[layer].reshape(placement.num_ranks, -1).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), before=st.integers(1, 5))
 def test_no_naming_of_like_ranks_needs_fewer_copies(seed, before):
     rng = np.random.default_rng(seed)

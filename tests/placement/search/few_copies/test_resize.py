@@ -37,7 +37,7 @@ def balancedness(placement: Placement, load_LE=None, ranks=None) -> float:
     return worst
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     before=st.integers(1, 6),
@@ -216,7 +216,7 @@ def fewest_copies(current: Placement, slots: int, num_ranks: int, load_E, allowe
     return best
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), before=st.integers(1, 3), after=st.integers(1, 3), even=st.booleans())
 def test_about_as_few_copies_as_the_fewest_for_the_same_balance(seed, before, after, even):
     """Seven experts without room for replicas, against all 3^7 placements."""
