@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from cluster.autopilot.background import Background, JobError
@@ -18,6 +18,7 @@ from cluster.config.experts_sections import ShardsSection
 from cluster.config.parse import ConfigError
 from cluster.controller import views
 from cluster.mesh.mesh import Mesh
+from experts.protocol.status import ShardStatus
 from placement.capacity.residency import FILE_BYTES_PER_S, FORESEEN, PCIE_BYTES_PER_S, Offload
 from placement.migration.layer import MigrationError
 from placement.traces.observation import Observation
@@ -34,13 +35,21 @@ PARAMETER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
 class Autopilot:
-    """`on_target` is called when a target was set. `planning`: why a plan of somebody else is awaited, empty if not."""
+    """`on_target` is called when a target was set. `planning`: why a plan of somebody else is awaited, empty if not.
+
+    `shard_status`: the last of each rank, of those that are gone, too.
+    """
 
     def __init__(
-        self, mesh: Mesh, config: ExpertsAppConfig, on_target: Callable[[], None], planning: Callable[[], str]
+        self,
+        mesh: Mesh,
+        config: ExpertsAppConfig,
+        shard_status: Mapping[int, ShardStatus],
+        on_target: Callable[[], None],
+        planning: Callable[[], str],
     ) -> None:
         self.pilot = Pilot()
-        self._mesh, self._config = mesh, config
+        self._mesh, self._config, self._shard_status = mesh, config, shard_status
         self._on_target, self._planning = on_target, planning
         self._background = Background()
         self._task: asyncio.Task[None] | None = None
@@ -149,7 +158,9 @@ class Autopilot:
     def _facts(self) -> Facts:
         mesh, placement = self._mesh, self._mesh.live.placement
         target = mesh.keeper.target
-        slots = [seat.num_slots for seat in mesh.roster.seats if seat.serving]
+        seats = [seat for seat in mesh.roster.seats if seat.serving]
+        slots = [seat.num_slots for seat in seats]
+        statuses = [self._shard_status[seat.rank] for seat in seats if seat.rank in self._shard_status]
         expert_bytes = mesh.conductor.expert_bytes
         return Facts(
             now_s=time.monotonic(),
@@ -163,7 +174,7 @@ class Autopilot:
                 PARAMETER_BYTES.get(self._config.model.dtype, 2.0),
                 expert_bytes * max(slots, default=1) * mesh.model.num_layers,
                 self._config.shards.device,
-                _offload(self._config.shards, max(slots, default=1)),
+                _offload(self._config.shards, max(slots, default=1), statuses),
             ),
             slots_per_rank=max(min(slots, default=1) - placement.spare_slots, 1),
             min_replicas=placement.min_replicas,
@@ -173,12 +184,17 @@ class Autopilot:
         )
 
 
-def _offload(shards: ShardsSection, slots: int) -> Offload | None:
-    """What shards have in memory of `slots` slots a layer; None if all. Copies come at nominal rates, or the limit."""
+def _offload(shards: ShardsSection, slots: int, statuses: Iterable[ShardStatus]) -> Offload | None:
+    """What shards have in memory of `slots` slots a layer; None if all.
+
+    Copies come as fast as at the slowest shard, since a step waits for it; until one has told, at a nominal rate.
+    """
     settings = shards.offload
     if settings is None or settings.resident_fraction == 1:
         return None
-    rate = PCIE_BYTES_PER_S if shards.device == "cuda" else FILE_BYTES_PER_S
+    told = [status.offload.copy_bytes_per_s for status in statuses if status.offload is not None]
+    nominal = PCIE_BYTES_PER_S if shards.device == "cuda" else FILE_BYTES_PER_S
+    rate = min((rate for rate in told if rate), default=nominal)
     return Offload(
         settings.resident_fraction,
         min(rate, settings.max_copy_bytes_per_s or rate),

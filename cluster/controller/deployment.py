@@ -74,14 +74,16 @@ class PlacementController(PeopleCalls, ScalingDesk):
         self._mesh = Mesh(ModelFacts(**model), self._live)
         show_data_plane_log(role="controller", epoch=lambda: self._mesh.roster.epoch)
         self._planner = Planner(self._mesh, self._config.shards.slots_per_rank, self._advance, self._secrets.refusal)
-        self._autopilot = Autopilot(self._mesh, self._config, self._advance, lambda: self._planner.busy)
+        self._shard_status: dict[int, ShardStatus] = {}
+        self._autopilot = Autopilot(
+            self._mesh, self._config, self._shard_status, self._advance, lambda: self._planner.busy
+        )
         self._history, self._events = History(), EventLog()
         self._term, self._looked_s = uuid.uuid4().hex[:12], time.monotonic()
         self._serve = ServeWatch(self._mesh, replica_identity().app_name, self._looked_s, self._look_again)
         self._refused_settings = ""  # why the last user_config was not taken on
         self._membership_news, self._order_news = News(), News()
         self._announced = (-1, (-1, -1))
-        self._shard_status: dict[int, ShardStatus] = {}
         self._exporter = Exporter(CONTROLLER_SERIES)
         self._watch = asyncio.create_task(self._watch_mesh())
         self._serve_watch = asyncio.create_task(self._serve.follow())

@@ -84,6 +84,9 @@ SHARD_SERIES: tuple[Series[ShardFacts], ...] = (
         "shard_offload_copied_bytes", "counter", lambda o: o.copied_bytes, "Bytes copied into the kernel's memory"
     ),
     _offload(
+        "shard_offload_copy_seconds", "counter", lambda o: o.copy_seconds, "Time of those copies, added up over threads"
+    ),
+    _offload(
         "shard_offload_wait_seconds", "counter", lambda o: o.wait_seconds, "Time in which dispatches waited for experts"
     ),
     _offload(

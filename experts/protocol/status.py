@@ -108,9 +108,11 @@ class OffloadStatus:
     hits: int  # experts that were resident when they were needed
     misses: int  # those that had to be waited for
     copied_bytes: int  # into that memory
+    copy_seconds: float  # that those copies took, added up over threads
     wait_seconds: float  # in which dispatches waited for copies
     prefetched: int  # experts copied before they were needed
     prefetches_wasted: int  # of those, evicted without a use
+    copy_bytes_per_s: float  # at which copies came, lately; 0.0 before the first
 
 
 @dataclass(frozen=True)

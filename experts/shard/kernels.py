@@ -120,7 +120,9 @@ def offload_status(kernel: ExpertKernel) -> OffloadStatus | None:
         hits=kernel.hits,
         misses=counts.misses,
         copied_bytes=counts.copied * kernel.slot_bytes,
+        copy_seconds=counts.copy_ns / 1e9,
         wait_seconds=counts.wait_ns / 1e9,
         prefetched=counts.prefetched,
         prefetches_wasted=kernel.residency.wasted,
+        copy_bytes_per_s=kernel.slot_bytes / kernel.copy_s if kernel.copy_s else 0.0,
     )

@@ -102,7 +102,8 @@ function resident(told) {
   const asked = told.hits + told.misses;
   const rate = asked ? `, ${Math.round((100 * told.hits) / asked)} % found there` : "";
   const early = told.prefetched ? `, ${whole(told.prefetched)} fetched early (${whole(told.prefetches_wasted)} in vain)` : "";
-  return `${bytes(told.resident_bytes)}${rate}, ${told.wait_seconds.toFixed(1)} s waited${early}`;
+  const pace = told.copy_bytes_per_s ? ` for copies at ${bytes(told.copy_bytes_per_s)}/s` : "";
+  return `${bytes(told.resident_bytes)}${rate}, ${told.wait_seconds.toFixed(1)} s waited${pace}${early}`;
 }
 
 /** Names and texts as a list, changed only where it differs. */

@@ -192,6 +192,8 @@ COPIES = Row(
 NOT_OFFLOADED = "only shards with shards.offload have it"
 _HITS = rate_by("rank", "ray_expertmesh_shard_offload_hits_total", SHARDS)
 _MISSES = rate_by("rank", "ray_expertmesh_shard_offload_misses_total", SHARDS)
+_COPIED = rate_by("rank", "ray_expertmesh_shard_offload_copied_bytes_total", SHARDS)
+_COPYING = rate_by("rank", "ray_expertmesh_shard_offload_copy_seconds_total", SHARDS)
 
 OFFLOAD = Row(
     "More experts than memory",
@@ -216,6 +218,13 @@ OFFLOAD = Row(
             "Bytes a second, those fetched early among them.",
             "Bps",
             "ray_expertmesh_shard_offload_copied_bytes_total",
+            may_be_empty=NOT_OFFLOADED,
+        ),
+        Panel(
+            "Speed of those copies",
+            "Bytes by the time that their copies took: what the disk, or the link to the GPU, gives.",
+            "Bps",
+            (Query(f"{_COPIED} / {_COPYING}", "rank {{rank}}"),),
             may_be_empty=NOT_OFFLOADED,
         ),
         _rate(

@@ -24,11 +24,11 @@ class Backing(Protocol):
     def views(self, layer: int, slot: int) -> list[torch.Tensor]:
         """The slot's memory, uint8 [n] each, on the host."""
 
-    def ahead(self, slots: Sequence[Slot]) -> None:
-        """These are read next, in this order."""
+    def copy(self, slots: Sequence[Slot], targets: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Copy slots to where a kernel computes them, for each uint8 views like those of `views`.
 
-    def copy(self, layer: int, slot: int, targets: Sequence[torch.Tensor]) -> None:
-        """Copy a slot to where a kernel computes it, uint8 views like those of `views`; done when it returns."""
+        When it returns, or raises, no copy goes on.
+        """
 
     def note(self) -> None:
         """The calling thread has launched what reads targets of earlier copies: the next copies follow it."""
@@ -69,14 +69,10 @@ class FileBacking:
     def _start(self, layer: int, slot: int) -> int:
         return (layer * self._num_slots + slot) * self._stride
 
-    def ahead(self, slots: Sequence[Slot]) -> None:
-        """See `Backing`. A disk can then read several at a time."""
-        for layer, slot in slots:
-            self._reader.ahead(self._start(layer, slot))
-
-    def copy(self, layer: int, slot: int, targets: Sequence[torch.Tensor]) -> None:
+    def copy(self, slots: Sequence[Slot], targets: Sequence[Sequence[torch.Tensor]]) -> None:
         """See `Backing`. Reading takes no page tables, as copying out of the mapping would."""
-        self._reader.read(self._start(layer, slot), [target.numpy() for target in targets])
+        starts = [self._start(layer, slot) for layer, slot in slots]
+        self._reader.read_each(starts, [[view.numpy() for view in views] for views in targets])
 
     def note(self) -> None:
         """On a CPU a call has ended when it returns."""
@@ -107,17 +103,15 @@ class PinnedBacking:
         """See `Backing`."""
         return [memory[layer, slot] for memory in self._memory]
 
-    def ahead(self, slots: Sequence[Slot]) -> None:
-        """Nothing: it is in memory."""
-
-    def copy(self, layer: int, slot: int, targets: Sequence[torch.Tensor]) -> None:
+    def copy(self, slots: Sequence[Slot], targets: Sequence[Sequence[torch.Tensor]]) -> None:
         """See `Backing`. It follows what was launched before the last `note`, and delays nothing else."""
         stream = self._stream()
         with self._cuda.stream(stream):
             stream.wait_event(self._noted)
             try:
-                for target, source in zip(targets, self.views(layer, slot), strict=True):
-                    target.copy_(source, non_blocking=True)
+                for (layer, slot), views in zip(slots, targets, strict=True):
+                    for target, source in zip(views, self.views(layer, slot), strict=True):
+                        target.copy_(source, non_blocking=True)
             finally:  # also after a failure: somebody else may write there next
                 stream.synchronize()
 

@@ -35,6 +35,7 @@ class OffloadCounts:
 
     misses: int = 0  # slots of a call that stood in no place, or were still coming
     copied: int = 0  # slots copied into places
+    copy_ns: int = 0  # of those copies, added up over threads
     wait_ns: int = 0  # in which calls waited for copies
     prefetched: int = 0  # of the copied, those that nobody had asked for yet
 
@@ -58,7 +59,7 @@ class OffloadedKernel(ExpertKernel):
         self.most_at_once = most_at_once(self.places.layer_places, shape.num_layers, self.places.shares_places)
         """Slots of a layer that a call, or what comes early for one, may have in places."""
         self.copy_s = 0.0
-        """Seconds that a slot takes to come, lately."""
+        """Seconds that a slot takes to come, lately; 0.0 before any came."""
         self.slot_bytes = sum(view.numel() for view in picked.slot_views(0, 0))
         """Bytes of a packed expert."""
         self._picked_class, self._packing_text = type(picked), picked._packing()
@@ -221,15 +222,17 @@ class OffloadedKernel(ExpertKernel):
     def _copy(self, layer: int, pairs: Sequence[tuple[int, int]], versions: Sequence[int], unasked: bool) -> int:
         """Copy (slot, place), all of them expected; returns how many came, which is those with still these versions."""
         residency, came = self.residency, list[int]()
-        whole, start_s = False, time.perf_counter()
+        whole, start_ns = False, time.perf_counter_ns()
         try:
-            self._backing.ahead([(layer, slot) for slot, _ in pairs])
             end_s = self._link.book(self.slot_bytes * len(pairs))
-            for slot, place in pairs:
-                self._backing.copy(layer, slot, self.places.place_views(place))
+            targets = [self.places.place_views(place) for _, place in pairs]
+            self._backing.copy([(layer, slot) for slot, _ in pairs], targets)
             self._link.wait(end_s)
             self.counts.copied += len(pairs)
-            self.copy_s += 0.1 * ((time.perf_counter() - start_s) / len(pairs) - self.copy_s)
+            taken_ns = time.perf_counter_ns() - start_ns
+            self.counts.copy_ns += taken_ns
+            taken_s = taken_ns / 1e9 / len(pairs)
+            self.copy_s += 0.1 * (taken_s - self.copy_s) if self.copy_s else taken_s
             whole = True
         finally:
             with residency.changed:

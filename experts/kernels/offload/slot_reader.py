@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -24,6 +25,8 @@ BLOCK = 4096
 """Of a slot in the file: a page is of one slot alone, and a disk reads it past the page cache (512 for most)."""
 LOOK_S = 1.0
 """How long what was seen of the memory holds."""
+AT_A_TIME = 4
+"""Reads past the page cache: with one at a time a disk waits for whoever asks. Through the cache, Linux reads ahead."""
 
 
 class SlotReader:
@@ -40,6 +43,7 @@ class SlotReader:
         self._can_pass = self._direct is not None
         self._short, self._looked_s = False, -LOOK_S
         self._own = threading.local()
+        self._helpers = ThreadPoolExecutor(AT_A_TIME - 1, thread_name_prefix="shard-read")  # starts none before its use
 
     @property
     def past_cache(self) -> bool:
@@ -53,10 +57,23 @@ class SlotReader:
                 logger.info("%.2f GB of experts are in a file; memory is %s the page cache", self._size / 1e9, told)
         return self._short
 
-    def ahead(self, start: int) -> None:
-        """The slot at `start` is read next."""
+    def read_each(self, starts: Sequence[int], targets: Sequence[Sequence[np.ndarray]]) -> None:
+        """`read` for each slot. None is still being read when it returns or raises."""
         if not self.past_cache:
-            os.posix_fadvise(self._file, start, self._stride, os.POSIX_FADV_WILLNEED)
+            for start in starts:
+                os.posix_fadvise(self._file, start, self._stride, os.POSIX_FADV_WILLNEED)
+            for start, into in zip(starts, targets, strict=True):
+                self.read(start, into)
+            return
+        # The caller reads, too: so it gets on while others keep the helpers busy.
+        rest = [self._helpers.submit(self.read, *each) for each in list(zip(starts, targets, strict=True))[1:]]
+        try:
+            if starts:
+                self.read(starts[0], targets[0])
+        finally:
+            wait(rest)
+        for read in rest:
+            read.result()
 
     def read(self, start: int, targets: Sequence[np.ndarray]) -> None:
         """Fill uint8 arrays, one after the other, from the slot at `start`. OSError if the file cannot be read."""
@@ -90,6 +107,7 @@ class SlotReader:
 
     def close(self) -> None:
         """Nothing is read afterwards."""
+        self._helpers.shutdown()
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None

@@ -13,10 +13,12 @@ from cluster.autopilot.jobs import Job, JudgeJob, Model, Prepared, PrepareJob, P
 from cluster.autopilot.messages import ObservationReport, ObservationWish
 from cluster.controller.autopilot import ASK_AGAIN_S
 from cluster.mesh.holdings import experts_by_rank
+from experts.protocol.status import OffloadStatus
 from placement.capacity.residency import Offload
 from placement.placement import Placement
 from placement.traces.observation import Observation, SampledStep
 from tests.support.controller_scene import EXPERTS, LAYERS, LIVE, SLOTS, Play, Scene, turns
+from tests.support.serve.statuses import shard_status
 
 SHIFTED = Placement(3, 1, EXPERTS, np.array([[0, 3, 2, 1, 4, 5]] * LAYERS, np.int32))  # 1 and 3 change places
 SECTION = {"mode": "auto", "window_s": 4, "cool_down_s": 1, "min_window_tokens": 1, "horizon_s": 10_000}
@@ -113,6 +115,24 @@ def test_plans_are_priced_by_what_shards_have_in_memory(
         await scene.seconds(5, *BEATING)
         assert made_up.jobs == ["PrepareJob", "JudgeJob", "PlanJob"]
         assert {model.offload for model in made_up.models} == {Offload(0.5, rate, SLOTS, foreseen, layers_share=True)}
+
+    play(act)
+
+
+def test_copies_are_as_slow_as_those_of_the_slowest_shard_that_has_told(play: Play) -> None:
+    async def act(scene: Scene) -> None:
+        scene.offload = {"resident_fraction": 0.5}
+        await scene.restart()
+        made_up = await started(scene)
+        for rank, rate in enumerate((0.0, 3e9, 5e8)):
+            offload = OffloadStatus("native", 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, copy_bytes_per_s=rate)
+            await scene.controller.heartbeat(f"s{rank}", shard_status(rank, offload=offload))
+        gone = OffloadStatus("native", 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, copy_bytes_per_s=1.0)
+        scene.controller._shard_status[3] = shard_status(3, offload=gone)
+        await scene.seconds(1, *BEATING)
+        await scene.controller.observe(report(2))
+        await scene.seconds(5, *BEATING)
+        assert {model.offload.copy_bytes_per_s for model in made_up.models} == {5e8}
 
     play(act)
 

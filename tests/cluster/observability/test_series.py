@@ -104,13 +104,14 @@ def test_every_figure_of_a_shard() -> None:
         ("shard_handed_out_total", "1"): 14,
         ("shard_handed_out_bytes_total", "1"): 1400,
     }
-    offload = OffloadStatus("native", 4, 4000, 5000, 60, 20, 9000, 1.5, 7, 3)
+    offload = OffloadStatus("native", 4, 4000, 5000, 60, 20, 9000, 2.5, 1.5, 7, 3, 1e9)
     offloading = read(SHARD_SERIES, ShardFacts(replace(status, offload=offload), 1234, None))
     assert dict(offloading.items() - found.items()) == {
         ("shard_offload_resident_bytes", "1"): 4000,
         ("shard_offload_hits_total", "1"): 60,
         ("shard_offload_misses_total", "1"): 20,
         ("shard_offload_copied_bytes_total", "1"): 9000,
+        ("shard_offload_copy_seconds_total", "1"): 2.5,
         ("shard_offload_wait_seconds_total", "1"): 1.5,
         ("shard_offload_prefetched_total", "1"): 7,
         ("shard_offload_prefetches_wasted_total", "1"): 3,

@@ -54,7 +54,7 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=CALLS, early=st.lists(st.tuples(st.integers(0, LAYERS - 1), st.integers(0, SLOTS - 1)), max_size=8))
 def test_any_calls_give_the_same_rows(
     kernels: list[OffloadedKernel],
@@ -215,10 +215,10 @@ def test_a_slot_that_changes_while_it_comes_early_is_not_used(whole: ExpertKerne
     set_all(kernel, fresh)
     copy = kernel._backing.copy
 
-    def change_meanwhile(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
-        copy(layer, slot, targets)
+    def change_meanwhile(slots: list[tuple[int, int]], targets: list[list[torch.Tensor]]) -> None:
+        copy(slots, targets)
         kernel._backing.copy = copy  # type: ignore[method-assign]
-        set_one(layer, slot, 7, kernel, fresh)
+        set_one(*slots[0], 7, kernel, fresh)
 
     kernel._backing.copy = change_meanwhile  # type: ignore[method-assign, assignment]
     assert kernel.bring_early(0, [4], NOBODY) == 0
@@ -246,10 +246,10 @@ def test_a_copy_that_fails_refuses_one_call(whole: ExpertKernel) -> None:
     set_all(kernel)
     copy = kernel._backing.copy
 
-    def fail(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
-        if slot == 3:
+    def fail(slots: list[tuple[int, int]], targets: list[list[torch.Tensor]]) -> None:
+        if (0, 3) in slots:
             raise OSError(errno.EIO, "broken")
-        copy(layer, slot, targets)
+        copy(slots, targets)
 
     kernel._backing.copy = fail  # type: ignore[method-assign, assignment]
     with pytest.raises(OSError, match="broken"):
@@ -308,11 +308,11 @@ def test_the_step_at_hand_loses_nothing_to_what_comes_early(whole: ExpertKernel)
     set_all(kernel, shape=ONE_LAYER)
     copy, tried = kernel._backing.copy, []
 
-    def meanwhile(layer: int, slot: int, targets: list[torch.Tensor]) -> None:
+    def meanwhile(slots: list[tuple[int, int]], targets: list[list[torch.Tensor]]) -> None:
         if not tried:
-            tried.append(slot)
+            tried.append(slots[0][1])
             tried.extend(kernel.bring_early(0, [other], NOBODY) for other in (4, 5))
-        copy(layer, slot, targets)
+        copy(slots, targets)
 
     _one_row([1]).check(kernel, whole)
     kernel._backing.copy = meanwhile  # type: ignore[method-assign, assignment]

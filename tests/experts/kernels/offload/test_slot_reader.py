@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experts.kernels.offload import slot_reader
-from experts.kernels.offload.slot_reader import BLOCK, SlotReader
+from experts.kernels.offload.slot_reader import AT_A_TIME, BLOCK, SlotReader
 
 STRIDE, SLOTS = 3 * BLOCK, 5
 SIZE = STRIDE * SLOTS
@@ -53,8 +53,7 @@ def test_each_way_reads_what_was_written_last(file: tuple[int, np.ndarray], room
     for turn in range(2):
         for slot in (0, SLOTS - 1):
             start, targets = slot * STRIDE, TARGETS[made]()
-            reader.ahead(start)
-            reader.read(start, targets)
+            reader.read_each([start], [targets])
             got = np.concatenate(targets)
             assert np.array_equal(got, mapped[start : start + len(got)])
             mapped[start : start + STRIDE] += 1 + turn  # as migration writes a slot anew
@@ -96,6 +95,74 @@ def test_threads_do_not_share_what_they_read_beside(file: tuple[int, np.ndarray]
         thread.join(60)
         assert not thread.is_alive()
     assert wrong == []
+    reader.close()
+
+
+def test_a_disk_has_several_to_read_at_a_time(file: tuple[int, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor, mapped = file
+    reader, preadv = SlotReader(descriptor, STRIDE, SIZE, lambda: 0), os.preadv
+    together = threading.Barrier(AT_A_TIME, timeout=60)
+
+    def meet(*arguments: Any) -> int:
+        together.wait()
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", meet)
+    targets = [[aligned(STRIDE)] for _ in range(AT_A_TIME)]
+    reader.read_each([slot * STRIDE for slot in range(AT_A_TIME)], targets)
+    assert np.array_equal(np.concatenate([target for [target] in targets]), mapped[: AT_A_TIME * STRIDE])
+    reader.read_each([], [])
+    reader.close()
+
+
+def test_nothing_is_still_being_read_after_an_error(
+    file: tuple[int, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a place that is given away would be written to."""
+    reader, preadv = SlotReader(file[0], STRIDE, SIZE, lambda: 0), os.preadv
+    failed, ended = threading.Event(), list[int]()
+
+    def fail_first(given: int, into: Any, start: int) -> int:
+        if start == failing:
+            failed.set()
+            raise OSError(errno.EIO, "broken")
+        assert failed.wait(60)
+        count = preadv(given, into, start)
+        ended.append(start)
+        return count
+
+    monkeypatch.setattr(os, "preadv", fail_first)
+    for failing in (0, 2 * STRIDE):
+        failed.clear()
+        ended.clear()
+        with pytest.raises(OSError, match="broken"):
+            reader.read_each([0, STRIDE, 2 * STRIDE], [[aligned(STRIDE)] for _ in range(3)])
+        assert sorted(ended) == [start for start in (0, STRIDE, 2 * STRIDE) if start != failing]
+    reader.close()
+
+
+def test_one_that_waits_gets_on_while_others_keep_the_helpers_busy(
+    file: tuple[int, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptor, mapped = file
+    reader, preadv = SlotReader(descriptor, STRIDE, SIZE, lambda: 0), os.preadv
+    go_on, waiting = threading.Event(), threading.Barrier(AT_A_TIME + 1, timeout=60)
+
+    def hold(given: int, into: Any, start: int) -> int:
+        if start == 0:
+            waiting.wait()
+            assert go_on.wait(60)
+        return preadv(given, into, start)
+
+    monkeypatch.setattr(os, "preadv", hold)
+    busy = threading.Thread(target=reader.read_each, args=([0] * AT_A_TIME, [[aligned(STRIDE)]] * AT_A_TIME))
+    busy.start()
+    waiting.wait()
+    target = aligned(STRIDE)
+    reader.read_each([STRIDE], [[target]])
+    assert np.array_equal(target, mapped[STRIDE : 2 * STRIDE])
+    go_on.set()
+    busy.join(60)
     reader.close()
 
 
