@@ -7,12 +7,17 @@ from typing import Any
 
 from tests.support.zygote.parity_jobs import TWO_WORKERS, fork_workers
 from tests.support.zygote.plugin_facts import error_of
-from tests.support.zygote.refusal_jobs import give_time, needed_by_prefix_alone, pairs_by_token, take_time, use_without
+from tests.support.zygote.refusal_jobs import (
+    BLOCK,
+    PROMPTS,
+    SHARED,
+    give_time,
+    needed_by_prefix_alone,
+    pairs_by_token,
+    take_time,
+    use_without,
+)
 
-BLOCK = 32
-SHARED = list(range(3, 3 + BLOCK))  # a block of the KV cache
-# The second finds the first's block by its prefix, even in the step that computes them.
-PROMPTS = [[*SHARED, 200], [*SHARED, 90], [7], [101], [55, 56], [9]]
 # The offline engine wants some tokenizer where it pools.
 TOKENIZER = str(Path(__file__).parents[3] / "examples" / "tiny-moe")
 PLAIN: dict[str, Any] = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.small_mesh import Mesh, mesh_of, replicated
 from tests.support.zygote.engine_zygote import Zygote
-from tests.support.zygote.pooling_jobs import PROMPTS
+from tests.support.zygote.refusal_jobs import PROMPTS
 
 pytestmark = pytest.mark.whole_machine
 
