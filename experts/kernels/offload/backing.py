@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from experts.kernels.offload.slot_reader import BLOCK, SlotReader
+from experts.kernels.offload.slot_reader import AT_A_TIME, BLOCK, SlotReader
 
 Slot = tuple[int, int]  # layer, slot
 
@@ -29,6 +29,10 @@ class Backing(Protocol):
 
         When it returns, or raises, no copy goes on.
         """
+
+    @property
+    def together(self) -> int:
+        """So many copies in one go take hardly longer than one."""
 
     def note(self) -> None:
         """The calling thread has launched what reads targets of earlier copies: the next copies follow it."""
@@ -74,6 +78,11 @@ class FileBacking:
         starts = [self._start(layer, slot) for layer, slot in slots]
         self._reader.read_each(starts, [[view.numpy() for view in views] for views in targets])
 
+    @property
+    def together(self) -> int:
+        """See `Backing`. Half of what is read at a time, so that a call that waits finds the disk half free."""
+        return AT_A_TIME // 2 if self._reader.past_cache else 1
+
     def note(self) -> None:
         """On a CPU a call has ended when it returns."""
 
@@ -114,6 +123,11 @@ class PinnedBacking:
                         target.copy_(source, non_blocking=True)
             finally:  # also after a failure: somebody else may write there next
                 stream.synchronize()
+
+    @property
+    def together(self) -> int:
+        """See `Backing`. One copy takes all of the link."""
+        return 1
 
     def _stream(self) -> Any:
         """One for each thread: a copy that is waited for does not stand behind one that is not."""

@@ -246,6 +246,11 @@ class OffloadedKernel(ExpertKernel):
 
     # What comes before it is asked for.
 
+    @property
+    def together(self) -> int:
+        """So many copies in one go take hardly longer than one."""
+        return 1 if self._link.limited else self._backing.together
+
     def bring_early(self, layer: int, slots: Sequence[int], keep_S: np.ndarray) -> int:
         """Bring slots in for a later call, as far as others than `keep_S` (bool) can leave; returns how many came.
 

@@ -19,6 +19,11 @@ class Link:
         self._lock = threading.Lock()
         self._free_s = 0.0
 
+    @property
+    def limited(self) -> bool:
+        """Whether copies wait for each other."""
+        return self._rate is not None
+
     def book(self, nbytes: int) -> float:
         """Take the next turn of `nbytes`; returns when it ends (time.monotonic()), 0.0 without a limit."""
         if self._rate is None:

@@ -90,7 +90,7 @@ class Prefetcher:
         keep_S = np.zeros(kernel.shape.num_slots, np.bool_)
         keep_S[wanted_N] = True
         missing = wanted_N[kernel.residency.place_of_slot_LS[layer, wanted_N] < 0].tolist()
-        at_once = max(int(AT_ONCE_S / max(kernel.copy_s, 1e-6)), 1)
+        at_once = max(int(AT_ONCE_S / max(kernel.copy_s, 1e-6)), kernel.together)
         for first in range(0, len(missing), at_once):
             if self._stopping or kernel.places.last_layer == layer:
                 return  # it is too late for this layer

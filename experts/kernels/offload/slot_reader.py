@@ -25,7 +25,7 @@ BLOCK = 4096
 """Of a slot in the file: a page is of one slot alone, and a disk reads it past the page cache (512 for most)."""
 LOOK_S = 1.0
 """How long what was seen of the memory holds."""
-AT_A_TIME = 4
+AT_A_TIME = 8
 """Reads past the page cache: with one at a time a disk waits for whoever asks. Through the cache, Linux reads ahead."""
 
 

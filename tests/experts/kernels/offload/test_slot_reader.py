@@ -15,6 +15,7 @@ import pytest
 
 from experts.kernels.offload import slot_reader
 from experts.kernels.offload.slot_reader import AT_A_TIME, BLOCK, SlotReader
+from tests.support.offloading import offloaded
 
 STRIDE, SLOTS = 3 * BLOCK, 5
 SIZE = STRIDE * SLOTS
@@ -109,8 +110,10 @@ def test_a_disk_has_several_to_read_at_a_time(file: tuple[int, np.ndarray], monk
 
     monkeypatch.setattr(os, "preadv", meet)
     targets = [[aligned(STRIDE)] for _ in range(AT_A_TIME)]
-    reader.read_each([slot * STRIDE for slot in range(AT_A_TIME)], targets)
-    assert np.array_equal(np.concatenate([target for [target] in targets]), mapped[: AT_A_TIME * STRIDE])
+    starts = [number % SLOTS * STRIDE for number in range(AT_A_TIME)]
+    reader.read_each(starts, targets)
+    for start, [target] in zip(starts, targets, strict=True):
+        assert np.array_equal(target, mapped[start : start + STRIDE])
     reader.read_each([], [])
     reader.close()
 
@@ -209,3 +212,15 @@ def test_a_file_system_without_a_way_past_its_cache(
     reader.read(0, [target])
     assert not reader.past_cache
     assert np.array_equal(target, file[1][:STRIDE])
+
+
+@pytest.mark.parametrize(
+    ("room", "bytes_per_s", "expected"), [(0, None, AT_A_TIME // 2), (0, 1e9, 1), (1 << 40, None, 1)]
+)
+def test_several_come_early_in_one_go_where_that_takes_no_longer(
+    room: int, bytes_per_s: float | None, expected: int
+) -> None:
+    kernel = offloaded("torch_loop", 2, bytes_per_s=bytes_per_s)
+    kernel._backing._reader._room = lambda: room  # type: ignore[attr-defined]
+    assert kernel.together == expected
+    kernel.close()
