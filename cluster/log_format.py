@@ -41,10 +41,15 @@ def print_json_lines() -> None:
 
     from cluster.ray_joints import take_worker_lines
 
-    take_worker_lines(lambda told: say("\n".join(_as_json(told)), sys.stdout))
+    take_worker_lines(_print_json)
     for name in ("ray", "ray.serve"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(json_formatter())
+
+
+def _print_json(told: dict[str, Any]) -> None:
+    if told["lines"]:  # a worker that ends may have none left
+        say("\n".join(_as_json(told)), sys.stdout)
 
 
 def _as_json(told: dict[str, Any]) -> list[str]:

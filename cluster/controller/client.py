@@ -8,6 +8,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from ray.serve.exceptions import DeploymentUnavailableError
+
 from cluster.autopilot.messages import Decision, ObservationReport, ObservationWish
 from cluster.autoscaling.told import Pace, ScalingFacts
 from cluster.config.deployments import CONTROLLER
@@ -44,6 +46,10 @@ logger = logging.getLogger("ray.serve")
 
 class ControllerLostError(RuntimeError):
     """The placement controller did not answer; the message says what was asked and how long it was waited for."""
+
+
+class ControllerGoneError(ControllerLostError):
+    """Serve has deleted the controller's deployment, or given it up: nobody will answer, and nobody restarts it."""
 
 
 class ControllerClient:
@@ -153,6 +159,10 @@ class ControllerClient:
             raise ControllerLostError(
                 f"the placement controller of application {self.app_name!r} did not answer {method} in {timeout_s} s"
             ) from None
+        except DeploymentUnavailableError as error:
+            raise ControllerGoneError(
+                f"{method} reaches nobody: application {self.app_name!r} has no placement controller any more"
+            ) from error
         except Exception as error:
             raise ControllerLostError(
                 f"{method} of the placement controller of application {self.app_name!r} failed: {error!r}"

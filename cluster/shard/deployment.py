@@ -16,7 +16,7 @@ from cluster.autoscaling.measure import ShardMeasure
 from cluster.autoscaling.told import ScalingFacts
 from cluster.config.apps import ExpertsAppConfig
 from cluster.config.parse import parse
-from cluster.controller.client import ControllerClient, ControllerLostError
+from cluster.controller.client import ControllerClient, ControllerGoneError, ControllerLostError
 from cluster.mesh.messages import JoinAnswer, JoinRequest, RejoinRequest, ShardHolding, Told
 from cluster.observability.exporter import EXPORT_S, Exporter
 from cluster.observability.shard_series import SHARD_SERIES
@@ -50,6 +50,7 @@ class ExpertShard:
         self._epoch = 0
         self._fault: str | None = None
         self._stopping = False
+        self._controller_gone = asyncio.Event()
         self._told = Told()
         self._scaling: ScalingFacts | None = None
         self._scaling_s = 0.0  # when they were told, on the clock that replicas share
@@ -117,16 +118,31 @@ class ExpertShard:
         """Serve stops this replica: hand on what only it has, and answer until no router uses it."""
         if self._tasks:
             self._stopping = True
-            timeout_s = max(self._stop_timeout_s - STOP_MARGIN_S, 1.0)
-            try:
-                await self._controller.leave(self._identity.replica_id, timeout_s=timeout_s)
-            except ControllerLostError as error:
-                logger.info("stopping without leaving first: %s", error)
+            await self._leave(timeout_s=max(self._stop_timeout_s - STOP_MARGIN_S, 1.0))
             for task in self._tasks:
                 task.cancel()
             self._orders.cancel()
         if hasattr(self, "_server"):
             self._server.stop()
+
+    async def _leave(self, timeout_s: float) -> None:
+        """Ask the controller for leave, unless the whole application stops and the controller is gone first.
+
+        Serve keeps a call that waits for a deployment which is deleted meanwhile; what is called later fails at once.
+        So heartbeats, which go on, say when to wait no longer.
+        """
+        leave = asyncio.ensure_future(self._controller.leave(self._identity.replica_id, timeout_s=timeout_s))
+        gone = asyncio.ensure_future(self._controller_gone.wait())
+        await asyncio.wait((leave, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not leave.done():
+            leave.cancel()
+            logger.info("stopping without leaving first: the placement controller is gone")
+            return
+        try:
+            await leave
+        except ControllerLostError as error:
+            logger.info("stopping without leaving first: %s", error)
 
     async def _tell_problem(self, problem: str) -> None:
         """The successor would end likewise: the controller's status says so, and who follows the start gives up."""
@@ -155,8 +171,12 @@ class ExpertShard:
         while self._fault is None:
             try:
                 await self._heartbeat(timeout_s=self._times.lost_after_s)
+                self._controller_gone.clear()
             except ControllerLostError as error:
-                logger.warning("%s; this shard goes on serving", error)
+                if isinstance(error, ControllerGoneError):
+                    self._controller_gone.set()
+                if not self._stopping:
+                    logger.warning("%s; this shard goes on serving", error)
             except Exception:
                 logger.exception("a heartbeat failed; the next one follows")
             await asyncio.sleep(self._times.heartbeat_s)

@@ -97,6 +97,7 @@ def test_lines_of_the_cluster_become_objects(capsys: pytest.CaptureFixture[str])
     try:
         log_format.print_json_lines()
         global_worker_stdstream_dispatcher.emit(told)
+        global_worker_stdstream_dispatcher.emit({**told, "lines": []})  # as Ray does when workers end
     finally:
         global_worker_stdstream_dispatcher.handlers = before
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

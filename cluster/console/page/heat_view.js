@@ -21,6 +21,7 @@ export class HeatView {
     this.rank = null;
     this.kind = "load";
     this.pinned = -1;
+    this.entries = [];
     this.#controls(controls);
     this.#listen();
     new ResizeObserver(() => this.#frame(true)).observe(place);
@@ -239,10 +240,8 @@ export class HeatView {
   }
 
   #listHottest() {
-    if (!this.#fits) {
-      this.hottest.replaceChildren();
-      return;
-    }
+    this.hottest.hidden = !this.#fits;
+    if (!this.#fits) return;
     const experts = this.#shape[1];
     const best = []; // [times, index], the largest first
     for (let index = 0; index < this.load.counts.length; index += 1) {
@@ -252,12 +251,28 @@ export class HeatView {
       best.sort((a, b) => b[0] - a[0]);
       best.length = Math.min(best.length, HOTTEST);
     }
-    const entry = (index) => el("li", {}, el("button", { type: "button", class: "link", onclick: () => {
-      this.pinned = index;
-      this.#point(index);
-      this.#reveal(index);
-    } }, `${this.#layerName(index)}/${index % experts}`), ` ${figure(this.#times(index))}${TIMES}`,
-    el("small", {}, ` ${percent(this.load.counts[index] / (this.means[Math.floor(index / experts)] * experts), 1)}`));
-    this.hottest.replaceChildren(el("span", {}, "Hottest (layer/expert)"), el("ol", {}, ...best.map(([, index]) => entry(index))));
+    if (this.entries.length !== best.length) {
+      this.entries = best.map(() => this.#hottestEntry());
+      this.hottest.replaceChildren(el("span", {}, "Hottest (layer/expert)"), el("ol", {}, ...this.entries.map((entry) => entry.node)));
+    }
+    best.forEach(([times, index], at) => {
+      const entry = this.entries[at];
+      entry.index = index;
+      setText(entry.button, `${this.#layerName(index)}/${index % experts}`);
+      setText(entry.times, ` ${figure(times)}${TIMES}`);
+      setText(entry.share, ` ${percent(this.load.counts[index] / (this.means[Math.floor(index / experts)] * experts), 1)}`);
+    });
+  }
+
+  /** A place in the list. It stays when another expert takes it, or a button would lose the focus with every look. */
+  #hottestEntry() {
+    const entry = { index: -1, times: el("span"), share: el("small") };
+    entry.button = el("button", { type: "button", class: "link", onclick: () => {
+      this.pinned = entry.index;
+      this.#point(entry.index);
+      this.#reveal(entry.index);
+    } });
+    entry.node = el("li", {}, entry.button, entry.times, entry.share);
+    return entry;
   }
 }

@@ -81,9 +81,15 @@ function notices(texts, ...more) {
 function silent({ since, nextMs, why }) {
   document.documentElement.classList.add("stale");
   const when = since === null ? "The console does not answer" : `No answer since ${clock(since)}`;
-  const again = el("button", { type: "button", onclick: () => poll.ask() }, "Ask now");
-  notices([], el("p", { class: "notice bad", role: "alert" }, `${when} (${why}). Asking again in ${Math.round(nextMs / 1000)} s. `, again));
-  byId("notices").dataset.of = "silent";
+  const words = `${when} (${why}). Asking again in ${Math.round(nextMs / 1000)} s. `;
+  const place = byId("notices");
+  if (place.dataset.of === "silent") {
+    setText(place.querySelector("span"), words); // the button, which may have the focus, stays
+  } else {
+    const again = el("button", { type: "button", onclick: () => poll.ask() }, "Ask now");
+    notices([], el("p", { class: "notice bad", role: "alert" }, el("span", {}, words), again));
+    place.dataset.of = "silent";
+  }
   if (since === null) setText(byId("state"), "Not known");
 }
 

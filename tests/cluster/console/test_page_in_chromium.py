@@ -159,6 +159,23 @@ def test_nothing_comes_from_elsewhere_and_the_console_is_quiet(
         assert {"", "watch", "page/main.js", "page/style.css"} <= names
 
 
+def test_the_list_of_hot_experts_keeps_the_focus_when_others_get_hot(browser: Browser) -> None:
+    service = MadeUpService(4, 16, 4)
+    with served(service) as url, Opened(browser, url) as opened:
+        page = opened.shown()
+        button = page.locator("#hottest button").first
+        button.focus()
+        before = button.inner_text()
+        layer, expert = divmod(int(service.share_LE.argmin()), 16)
+        service.share_LE[layer] = 1e-3
+        service.share_LE[layer, expert] = 1
+        until(page, f"document.querySelector('#hottest button').textContent === '{layer + 3}/{expert}'")
+        assert before != button.inner_text()
+        assert page.evaluate("document.activeElement === document.querySelector('#hottest button')")
+        page.keyboard.press("Enter")
+        assert page.inner_text("#readout").startswith(f"Layer {layer + 3}, expert {expert} ")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [380, 1440, 2560])
 def test_it_fits_the_window_and_every_text_can_be_read(

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.config.parse import ConfigError
 from cluster.controller import client as client_module
-from cluster.controller.client import ControllerClient, ControllerLostError
+from cluster.controller.client import ControllerClient, ControllerGoneError, ControllerLostError
 from cluster.mesh.messages import HeartbeatAnswer, JoinRequest, Times
 from tests.support.waiting import run_async
 
@@ -69,6 +71,15 @@ def test_silence_and_failures_are_one_error_that_says_what_was_asked(controller:
         run(client.report(None, timeout_s=0.05))  # type: ignore[arg-type]
     with pytest.raises(ControllerLostError, match=r"leave of .* application 'experts' failed: KeyError\('seat'\)"):
         run(client.leave("s", timeout_s=5))
+
+
+def test_a_deleted_deployment_is_told_from_one_that_restarts(controller: Any) -> None:
+    client, _ = controller(DeploymentUnavailableError(DeploymentID("PlacementController", "experts")), RuntimeError())
+    with pytest.raises(ControllerGoneError, match="'experts' has no placement controller any more"):
+        run(client.heartbeat("s", None, timeout_s=5))
+    with pytest.raises(ControllerLostError) as told:
+        run(client.heartbeat("s", None, timeout_s=5))
+    assert not isinstance(told.value, ControllerGoneError)
 
 
 def test_a_call_with_retry_outlives_a_restart(controller: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.controller import planner
-from cluster.controller.client import ControllerLostError
+from cluster.controller.client import ControllerGoneError, ControllerLostError
 from cluster.mesh.messages import Told
 from cluster.mesh.planning import Plan, ShardsAtHand
 from cluster.shard.deployment import ExpertShard
@@ -274,6 +274,47 @@ def test_it_asks_for_as_long_as_serve_lets_it_stop(play: PlayShard) -> None:
         await ExpertShard.__del__(cluster.shard)  # type: ignore[misc]
         assert waited == [55.0], "five seconds are left for the rest"
         assert cluster.server.stopped, "it stops all the same"
+
+    play(act)
+
+
+def test_it_does_not_wait_for_a_controller_that_is_gone(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        called = cluster.client.call
+        asked = asyncio.Event()
+
+        async def call(method: str, *args: Any, timeout_s: float) -> Any:
+            if method == "leave":
+                asked.set()
+                await asyncio.Event().wait()  # in the queue of Serve's handle
+            if method == "heartbeat" and asked.is_set():
+                raise ControllerGoneError("heartbeat reaches nobody")
+            return await called(method, *args, timeout_s=timeout_s)
+
+        cluster.client.call = call  # type: ignore[method-assign]
+        await asyncio.wait_for(ExpertShard.__del__(cluster.shard), 30)  # type: ignore[misc, arg-type]
+        assert asked.is_set()
+        assert cluster.server.stopped
+
+    play(act)
+
+
+def test_a_controller_that_came_back_is_asked_for_leave(play: PlayShard) -> None:
+    async def act(cluster: Cluster) -> None:
+        await cluster.serving()
+        cluster.shard._controller_gone.set()
+        beats = len(cluster.asked("heartbeat"))
+        await cluster.until(lambda: len(cluster.asked("heartbeat")) >= beats + 2)
+        cluster.client.deaf_to = {"heartbeat"}
+        await cluster.scene.wants(2)
+        stop = asyncio.create_task(ExpertShard.__del__(cluster.shard))  # type: ignore[misc, arg-type]
+        while not stop.done():
+            for shard in cluster.scene.shards.values():
+                await shard.work()
+            await asyncio.sleep(0.001)
+        await stop
+        assert len(cluster.asked("leave")) == 1
 
     play(act)
 

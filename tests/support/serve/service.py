@@ -61,6 +61,7 @@ class Service:
     folder: Path
     env: dict[str, str]
     dashboard: str
+    command: subprocess.Popen[bytes] | None = None  # `expertmesh serve`
     client: openai.OpenAI = field(init=False)
 
     @property
@@ -217,6 +218,7 @@ def running_service(change: Callable[[dict[str, Any]], None] = lambda config: No
         command += flags
         with open(running.log, "w") as log:
             process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
+        running.command = process
         try:
             started = lambda: "Ctrl-C stops it" in running.log.read_text() or process.poll() is not None  # noqa: E731
             wait_for(started, START_TIMEOUT_S, "the first token")

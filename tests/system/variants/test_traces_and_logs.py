@@ -123,6 +123,18 @@ def test_every_line_is_an_object_and_says_whose_it_is(traced: Service) -> None:
     assert any("going on without shard 1" in line["message"] and line["epoch"] > 0 for line in engines)
 
 
+def test_ctrl_c_deletes_what_serves_and_no_shard_waits_for_the_controller(traced: Service) -> None:
+    """Last, as nothing serves any more. Serve stops the controller too, and shards may ask it for leave too late."""
+    pids = [shard["pid"] for shard in traced.shards().values()]
+    assert traced.command is not None
+    traced.command.send_signal(signal.SIGINT)
+    assert traced.command.wait(120) == 0, traced.log.read_text()
+    told = [line["message"] for line in objects_in(traced.log)]
+    assert told[-1] == "stopped"
+    assert not any("did not answer leave" in message for message in told)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def objects_in(file: Path) -> list[dict[str, Any]]:
     """The file's lines, all of which are JSON objects; one that is being written is left out."""
     text = file.read_text()
