@@ -16,6 +16,8 @@ PYTHONS := 3.11 3.12 3.13
 TORCH := 2.13.0
 TRITON := 3.6.0
 TRITON_READY := $(VENV)/.triton-$(TRITON)
+NIXL := 1.5.1
+NIXL_READY := $(VENV)/.nixl-$(NIXL)
 TRITON_COMPILES := tests/experts/kernels/test_compiles.py
 TRITON_TESTS := tests/experts/kernels tests/experts/dispatch tests/benchmarks
 
@@ -52,6 +54,13 @@ $(TRITON_READY): $(READY)
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton triton==$(TRITON)
 	@touch $@
 
+# Likewise: 70 MB that only pools with NIXL need.
+$(NIXL_READY): $(READY)
+	@echo "==> installing nixl $(NIXL)"
+	@rm -rf $(VENV)/nixl
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/nixl nixl==$(NIXL) nixl-cu12==$(NIXL)
+	@touch $@
+
 serve: $(READY) ## install if needed, then serve CONFIG=configs/tiny-cpu.yaml; prints the URL and a curl line when ready
 	@$(VENV)/bin/expertmesh serve $(CONFIG)
 
@@ -59,7 +68,7 @@ monitoring: $(READY) ## Prometheus, and Grafana where it is installed, for what 
 	@$(PY) -m cluster.observability.monitoring $(MONITORING_ARGS)
 
 # Two at a time, then alone what needs the whole machine. tests/conftest.py says what runs beside what.
-test: $(READY) ## the whole test suite but for Triton's programs and Ray's node autoscaler
+test: $(NIXL_READY) ## the whole test suite but for Triton's programs and Ray's node autoscaler
 	@$(PY) -m placement.precompile
 	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not triton and not autoscaling and not whole_machine"
 	$(PY) -m pytest -m whole_machine

@@ -89,12 +89,12 @@ def metrics_port(base: Mapping[str, str]) -> int:
     return free_ports(1)[0] if taken else USUAL_METRICS_PORT
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 that nobody uses, and that the kernel gives to no connection on its own.
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports that nobody uses, and that the kernel gives to no connection on its own.
 
-    Serve listens on them many seconds later, and a starting cluster opens hundreds of connections in between. So they
-    are taken from below the kernel's own range, and from above those that Ray gives to its workers (10002 to 19999).
-    Raises OSError if there are too few.
+    Of one address of this host, or of all (""). Serve listens on them many seconds later, and a starting cluster opens
+    hundreds of connections in between. So they are taken from below the kernel's own range, and from above those that
+    Ray gives to its workers (10002 to 19999). Raises OSError if there are too few.
     """
     low = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else _USUAL_EPHEMERAL
     candidates = range(_ABOVE_WORKERS, low) if low - _ABOVE_WORKERS >= 1000 else range(_ABOVE_WORKERS, 65536)
@@ -103,7 +103,7 @@ def free_ports(count: int) -> list[int]:
         if len(ports) == count:
             break
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             ports.append(port)
     if len(ports) < count:
         raise OSError(f"only {len(ports)} ports of {candidates} are free, expected {count}")

@@ -18,6 +18,7 @@ from ray import serve
 
 from cluster.config.apps import LLMAppConfig
 from cluster.config.parse import parse
+from cluster.pools.side_channel import take_side_channel
 from cluster.ray_joints import logs_are_json, replica_identity, show_data_plane_log
 from experts.kv_transfer.engine_options import Pool
 from experts.vllm_plugin.early_engine import EarlyEngine
@@ -38,6 +39,7 @@ class PrefillRouter:
         config = parse(LLMAppConfig, mesh)
         if config.pools is not None:
             config = config.of_pool(self.POOL)
+        take_side_channel(config.routers.engine_kwargs.get("kv_transfer_config"))
         show_data_plane_log(role="router", router=replica_identity().replica_id)
         if logs_are_json():
             os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(JSON_LOGGING))

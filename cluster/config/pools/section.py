@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config.llm_sections import RoutersSection
-from experts.kv_transfer.engine_options import Pool, transfer_options
+from experts.kv_transfer.engine_options import Pool, connector_options, transfer_options
 from experts.protocol.settings import StrictModel
 
 POOLS: tuple[Pool, ...] = ("prefill", "decode")
@@ -96,10 +96,11 @@ class PoolsSection(StrictModel):
         return RoutersSection.model_validate(merged)
 
     def transfer_options(self, pool: Pool, routers: RoutersSection) -> dict[str, Any]:
-        """Engine options by which a pool's engines hand over KV cache; nothing where the user's own say how."""
+        """Engine options by which a pool's engines hand over KV cache."""
         if self.moves_by_own_connector(routers):
             return transfer_options(pool, self.kv_folder, self.kv_max_bytes)
-        return {}
+        device = "cuda" if routers.accelerator == "gpu" else "cpu"
+        return connector_options(pool, routers.engine_kwargs[KV_TRANSFER], device)
 
     def moves_by_own_connector(self, routers: RoutersSection) -> bool:
         """Whether KV cache goes through files, and not by a connector that the user names. `routers`: of a pool."""
@@ -123,6 +124,9 @@ class PoolsSection(StrictModel):
                 merged = self.routers_of(pool, routers)
             except ValueError as error:
                 return [f"pools.{pool}: {_first_message(error)}"]
+            told = merged.engine_kwargs.get(KV_TRANSFER)
+            if told is not None and not isinstance(told, dict):
+                return [f"pools.{pool}: engine_kwargs.{KV_TRANSFER} is {told!r}, expected a mapping"]
             by_files.append(self.moves_by_own_connector(merged))
             if by_files[-1]:
                 found += [f"pools.{pool}: {line}" for line in _not_by_files(merged)]

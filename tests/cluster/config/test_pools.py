@@ -67,7 +67,17 @@ def test_without_pools_nothing_of_this_reaches_an_engine() -> None:
 def test_a_connector_of_vllm_is_handed_on() -> None:
     config = llm({}, engine_kwargs={"kv_transfer_config": NIXL, "tensor_parallel_size": 2}, accelerator="gpu")
     for each in config.each_pool:
-        assert each.engine_kwargs()["kv_transfer_config"] == NIXL
+        # A load that fails costs a prompt computed twice, where vLLM by itself fails the request.
+        more = {"kv_load_failure_policy": "recompute", "kv_buffer_device": "cuda"}
+        assert each.engine_kwargs()["kv_transfer_config"] == {**NIXL, **more}
+
+
+def test_a_connector_of_vllm_gets_what_the_user_leaves_open() -> None:
+    told = {"kv_connector": "NixlConnector", "kv_load_failure_policy": "fail"}
+    config = llm({}, engine_kwargs={"kv_transfer_config": told})
+    for each, role in zip(config.each_pool, ("kv_producer", "kv_consumer"), strict=True):
+        asked = each.engine_kwargs()["kv_transfer_config"]
+        assert asked == {**told, "kv_role": role, "kv_buffer_device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +99,7 @@ def test_a_connector_of_vllm_is_handed_on() -> None:
             "pools.prefill: count and deployment_config.num_replicas are both set",
         ),
         ({"decode": {"engine_kwargs": {"load_format": "auto"}}}, {}, "load_format is set by the project"),
+        ({}, {"engine_kwargs": {"kv_transfer_config": "Nixl"}}, "kv_transfer_config is 'Nixl', expected a mapping"),
         ({}, {"expert_signatures": {}}, "routers.expert_signatures is set: with pools, prefill routers compute"),
         ({"kv_folder": "kv"}, {}, "'kv' is no absolute path"),
         ({"prefill_s": 200}, {}, "kv_max_age_s is 120, expected more than prefill_s (200)"),

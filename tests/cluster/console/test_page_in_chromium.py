@@ -159,23 +159,6 @@ def test_nothing_comes_from_elsewhere_and_the_console_is_quiet(
         assert {"", "watch", "page/main.js", "page/style.css"} <= names
 
 
-def test_the_list_of_hot_experts_keeps_the_focus_when_others_get_hot(browser: Browser) -> None:
-    service = MadeUpService(4, 16, 4)
-    with served(service) as url, Opened(browser, url) as opened:
-        page = opened.shown()
-        button = page.locator("#hottest button").first
-        button.focus()
-        before = button.inner_text()
-        layer, expert = divmod(int(service.share_LE.argmin()), 16)
-        service.share_LE[layer] = 1e-3
-        service.share_LE[layer, expert] = 1
-        until(page, f"document.querySelector('#hottest button').textContent === '{layer + 3}/{expert}'")
-        assert before != button.inner_text()
-        assert page.evaluate("document.activeElement === document.querySelector('#hottest button')")
-        page.keyboard.press("Enter")
-        assert page.inner_text("#readout").startswith(f"Layer {layer + 3}, expert {expert} ")
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [380, 1440, 2560])
 def test_it_fits_the_window_and_every_text_can_be_read(
@@ -200,38 +183,6 @@ def test_it_fits_the_window_and_every_text_can_be_read(
             assert box["width"] > 300, name
             assert box["height"] > 20, name
             assert box["x"] + box["width"] <= width + 1, name
-
-
-def test_the_keyboard_reaches_everything_and_the_map_has_words(
-    browser: Browser, large: tuple[MadeUpService, str]
-) -> None:
-    service, url = large
-    with Opened(browser, url) as opened:
-        page = opened.shown()
-        reached = []
-        for _ in range(24):
-            page.keyboard.press("Tab")
-            reached.append(page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent"))
-        text = "\n".join(reached)
-        for wanted in ("Skip to shards", "Output:", "Load", "Replicas", "58 layers of 256 experts", "Rank 0"):
-            assert wanted in text, text
-        page.locator("#heat canvas").focus()
-        for key in ("Home", "PageUp", "ArrowDown", "ArrowDown", "ArrowRight"):
-            page.keyboard.press(key)
-        assert page.inner_text("#readout").startswith("Layer 5, expert 1 ")
-        page.keyboard.press("Enter")
-        rank = int(np.flatnonzero(service.held_RLE[:, 2, 1])[0])
-        chosen = page.locator('.rank button[aria-pressed="true"]')
-        assert chosen.inner_text() == str(rank)
-        page.locator(".plot").first.focus()
-        page.keyboard.press("ArrowLeft")
-        assert page.locator(".plot .crosshair").first.get_attribute("d")
-        unnamed = page.evaluate(
-            """[...document.querySelectorAll("button, input, canvas, [tabindex], meter, progress")].filter((node) =>
-              node.checkVisibility() && node.ariaHidden !== "true" && !node.ariaLabel && !node.textContent.trim() &&
-              !node.getAttribute("aria-labelledby") && !node.labels?.length).map((node) => node.outerHTML)"""
-        )
-        assert unnamed == []
 
 
 def test_a_loss_a_move_and_the_return_are_seen_as_they_come(browser: Browser) -> None:

@@ -12,19 +12,16 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
-import yaml
 
 from benchmarks.serving.endless_streams import Streams
-from tests.support.serve.service import API_KEY, REPOSITORY, Service, running_service
+from tests.support.serve.pools import PROMPTS, greedy, pids, routers, use_pools, whole
+from tests.support.serve.service import API_KEY, Service, running_service
 from tests.support.waiting import wait_for
 
 PATIENCE_S = 300.0  # for a router, on a machine that does other things too
-TOKENS = 48
-PROMPTS = [[11 + 7 * (n + number) % 500 for n in range(90 + 40 * number)] for number in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +34,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def pools(folder: Path) -> Iterator[Service]:
-    def use_pools(config: dict[str, Any]) -> None:
-        shipped = yaml.safe_load((REPOSITORY / "configs" / "tiny-pools.yaml").read_text())
-        for ours, theirs in zip(shipped["applications"], config["applications"], strict=True):
-            ours["args"] |= {key: theirs["args"][key] for key in ("model", "http") if key in theirs["args"]}
-        shipped["applications"][1]["args"]["pools"]["kv_folder"] = str(folder)
-        config["applications"] = shipped["applications"]
-
-    with running_service(use_pools) as running:
+    with running_service(lambda config: use_pools(config, kv_folder=str(folder))) as running:
         yield running
-
-
-def routers(service: Service) -> dict[str, dict[str, Any]]:
-    """The routers that answer, by their pool."""
-    return {router["pool"]: router for router in service.status()["routers"]}
-
-
-def whole(service: Service, *, but: int = -1) -> bool:
-    """A router of each pool is connected to both shards at the controller's epoch, none of them the process `but`."""
-    status, found = service.status(), routers(service)
-    return found.keys() == {"prefill", "decode"} and all(
-        (router["connected"], router["epoch"]) == ([0, 1], status["controller"]["epoch"]) and router["pid"] != but
-        for router in found.values()
-    )
-
-
-def greedy(service: Service, prompts: list[Any]) -> list[str]:
-    answer = service.client.completions.create(
-        model="tiny-moe", prompt=prompts, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True}
-    )
-    return [choice.text for choice in answer.choices]
 
 
 def test_prompts_of_a_prefill_router_give_the_tokens_of_one_router(pools: Service, folder: Path) -> None:
@@ -122,7 +91,3 @@ def test_a_killed_decode_router_costs_its_own_requests_alone(pools: Service, fol
     assert after["prefill"]["pid"] == found["prefill"]["pid"]
     assert pids(pools.shards()) == pids(before)
     assert list(folder.iterdir()) == []
-
-
-def pids(shards: dict[int, dict[str, Any]]) -> dict[int, int]:
-    return {rank: shard["pid"] for rank, shard in shards.items()}

@@ -1,5 +1,6 @@
-"""Two models at one address, one of them in two versions, by configs/tiny-two-models.yaml: what clients see of it, a
-canary that is promoted and rolled back under streams, and killed routers."""
+"""Two models at one address, one of them in two versions, by configs/tiny-two-models.yaml, and routers that embed over
+the first one's experts: what clients see of it, a canary that is promoted and rolled back under streams, and killed
+shards and routers."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -24,13 +26,21 @@ from tests.support.waiting import wait_for
 
 FEW = "sk-few"  # a key with few requests a minute
 PROMPTS = [[11, 12, 13, 14], [21, 22, 23, 24, 25], [31, 32, 33]]
-MODEL, OTHER = "tiny-moe", "tiny-moe-short"
+MODEL, OTHER, EMBEDDER = "tiny-moe", "tiny-moe-short", "tiny-embed"
 
 
 def use_shipped_config(config: dict[str, Any], keys: Path) -> None:
-    """The shipped applications on the port of a test's service, with a list of keys."""
-    shipped = yaml.safe_load((REPOSITORY / "configs" / "tiny-two-models.yaml").read_text())
+    """The shipped applications on the port of a test's service, with a list of keys, and another config's embedder."""
+    shipped, embeddings = (
+        yaml.safe_load((REPOSITORY / "configs" / f"tiny-{name}.yaml").read_text())
+        for name in ("two-models", "embeddings")
+    )
     config["applications"] = shipped["applications"]
+    apps = {app["name"]: app for app in shipped["applications"]}
+    [embedder] = [app for app in embeddings["applications"] if app["name"] == "embed"]
+    config["applications"].append(embedder)
+    apps["console"]["args"]["llm_apps"].append("embed")
+    apps["gateway"]["deployments"][0]["user_config"]["models"][EMBEDDER] = {"versions": {"only": {"app": "embed"}}}
     counting = {"serve_app:build_llm": "gateway", "serve_app:build_console": "gateway", "serve_app:build_gateway": None}
     for app in shipped["applications"]:
         if app["import_path"] in counting:
@@ -65,12 +75,14 @@ def ask(service: Service, model: str, key: str = API_KEY, **more: Any) -> httpx.
 
 def test_one_address_has_all_models_for_the_openai_package(two_models: Service) -> None:
     client = two_models.client
-    assert [model.id for model in client.models.list()] == [MODEL, OTHER]
+    assert [model.id for model in client.models.list()] == [MODEL, OTHER, EMBEDDER]
     asked: dict[str, Any] = {"prompt": "def main(", "max_tokens": 8, "temperature": 0}
     answers = {name: client.completions.create(model=name, **asked) for name in (MODEL, OTHER)}
     assert {name: answer.model for name, answer in answers.items()} == {MODEL: MODEL, OTHER: OTHER}
     assert answers[MODEL].choices[0].text == answers[OTHER].choices[0].text, "one checkpoint, two pools of experts"
-    with pytest.raises(openai.NotFoundError, match=r"`nope` does not exist\. There are: tiny-moe, tiny-moe-short"):
+    with pytest.raises(
+        openai.NotFoundError, match=r"`nope` does not exist\. There are: tiny-moe, tiny-moe-short, tiny-e"
+    ):
         client.completions.create(model="nope", prompt="x")
     long = [11] * 600  # more than the second model's context
     assert ask(two_models, MODEL, prompt=long).status_code == 200
@@ -125,6 +137,27 @@ def test_a_canary_is_promoted_and_rolled_back_under_streams(two_models: Service)
     assert [len(replicas(f"{app}:Router")) for app in ("llm", "llm-canary", "short")] == [1, 1, 1]
 
 
+def test_embeddings_stay_the_same_through_a_killed_shard_of_the_shared_experts(two_models: Service) -> None:
+    def embeddings() -> np.ndarray:
+        answer = two_models.client.embeddings.create(model=EMBEDDER, input=["def main(", "import os", "a" * 100])
+        return np.array([each.embedding for each in answer.data])
+
+    before = embeddings()
+    assert np.linalg.norm(before, axis=1) == pytest.approx(1, abs=1e-5)
+    text = ask(two_models, MODEL).json()["choices"][0]["text"]
+    victim = replicas("experts:ExpertShard")[0]
+    os.kill(victim, signal.SIGKILL)
+    # Sums in another order differ by some 1e-7 after four layers; a wrong expert by some 1e-2.
+    np.testing.assert_allclose(embeddings(), before, rtol=0, atol=1e-5)
+    assert ask(two_models, MODEL).json()["choices"][0]["text"] == text
+    wait_for(lambda: two_models.shards()[0]["pid"] != victim != two_models.shards()[1]["pid"], 200, "a successor")
+    np.testing.assert_allclose(embeddings(), before, rtol=0, atol=1e-5)
+    with pytest.raises(openai.NotFoundError, match="embed"):
+        two_models.client.completions.create(model=EMBEDDER, prompt="def main(")
+    with pytest.raises(openai.NotFoundError, match="runner: pooling"):
+        two_models.client.embeddings.create(model=MODEL, input="def main(")
+
+
 def test_a_killed_router_harms_nobody_else(two_models: Service) -> None:
     two_models.run("expertmesh", "canary", "set", MODEL, "canary=1", "stable=1")
     [of_canary], [of_other] = replicas("llm-canary:Router"), replicas("short:Router")
@@ -138,7 +171,7 @@ def test_a_killed_router_harms_nobody_else(two_models: Service) -> None:
         lost = wait_for(lambda: (a := ask(two_models, OTHER)).status_code == 503 and a, 30, "a clear answer")
         assert lost.json()["error"]["message"] == f"no router of the model '{OTHER}' (only) answers; try again"
         assert lost.headers["retry-after"] == "1"
-        assert [model.id for model in two_models.client.models.list()] == [MODEL, OTHER]
+        assert [model.id for model in two_models.client.models.list()] == [MODEL, OTHER, EMBEDDER]
         status, health = two_models.get("/health")
         assert (status, b"degraded" in health) == (200, True)
     everything = running.window(0, float("inf"))

@@ -1,0 +1,46 @@
+"""A service of configs/tiny-pools.yaml, seen from outside: its two pools, and what it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from tests.support.serve.service import REPOSITORY, Service
+
+TOKENS = 48
+PROMPTS = [[11 + 7 * (n + number) % 500 for n in range(90 + 40 * number)] for number in range(4)]
+
+
+def use_pools(config: dict[str, Any], **section: Any) -> None:
+    """The shipped applications on the model and the port of a test's service, with more in their section `pools`."""
+    shipped = yaml.safe_load((REPOSITORY / "configs" / "tiny-pools.yaml").read_text())
+    for ours, theirs in zip(shipped["applications"], config["applications"], strict=True):
+        ours["args"] |= {key: theirs["args"][key] for key in ("model", "http") if key in theirs["args"]}
+    shipped["applications"][1]["args"]["pools"] |= section
+    config["applications"] = shipped["applications"]
+
+
+def routers(service: Service) -> dict[str, dict[str, Any]]:
+    """The routers that answer, by their pool."""
+    return {router["pool"]: router for router in service.status()["routers"]}
+
+
+def whole(service: Service, *, but: int = -1) -> bool:
+    """A router of each pool is connected to both shards at the controller's epoch, none of them the process `but`."""
+    status, found = service.status(), routers(service)
+    return found.keys() == {"prefill", "decode"} and all(
+        (router["connected"], router["epoch"]) == ([0, 1], status["controller"]["epoch"]) and router["pid"] != but
+        for router in found.values()
+    )
+
+
+def greedy(service: Service, prompts: list[Any]) -> list[str]:
+    answer = service.client.completions.create(
+        model="tiny-moe", prompt=prompts, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True}
+    )
+    return [choice.text for choice in answer.choices]
+
+
+def pids(shards: dict[int, dict[str, Any]]) -> dict[int, int]:
+    return {rank: shard["pid"] for rank, shard in shards.items()}
