@@ -48,7 +48,7 @@ def beside(peers: Pool, forward: Any, nbytes: int, piece: int, times: int) -> tu
     thread = threading.Thread(target=copy, daemon=True)
     thread.start()
     layers: list[float] = []
-    while thread.is_alive():
+    while not layers or thread.is_alive():
         layers += dispatch_us(forward, 5, peers.device)
     if failed:
         raise failed[0]

@@ -142,8 +142,8 @@ class PlacementController(PeopleCalls, ScalingDesk):
 
     async def heartbeat(self, shard_id: str, status: ShardStatus | None) -> HeartbeatAnswer:
         """A sign of life, with the shard's status once it serves."""
-        known = self._mesh.roster.heartbeat(shard_id, time.monotonic())
-        if known and status is not None:
+        known = self._mesh.heartbeat(shard_id, time.monotonic())
+        if status is not None and self._mesh.roster.seat_of(shard_id) is not None:
             self._shard_status[status.rank] = status
         return HeartbeatAnswer(known, self._mesh.roster.epoch, self._times, self._mesh.told(shard_id), self.facts)
 

@@ -54,6 +54,7 @@ class Mesh:
         """Why shards with these Serve ranks ended before they served, until one serves."""
         self._memberships: deque[Membership] = deque(maxlen=REMEMBERED_EPOCHS)
         self._lost_since: dict[int, float] = {}
+        self._left: set[str] = set()
 
     def configure(self, live: LiveConfig) -> None:
         """Take on other settings. A changed policy needs a new plan, which is the caller's to make."""
@@ -166,8 +167,16 @@ class Mesh:
         """Whether there is a shard that could take over from one that drains."""
         return any(seat.serving and not seat.draining for seat in self.roster.seats)
 
+    def heartbeat(self, shard_id: str, now_s: float) -> bool:
+        """A sign of life. False: this shard has no seat here, and must join or rejoin.
+
+        One that has left goes on until it hears of that; it shall not come back.
+        """
+        return self.roster.heartbeat(shard_id, now_s) or shard_id in self._left
+
     def leave(self, shard_id: str, now_s: float) -> None:
         """The shard is gone."""
+        self._left.add(shard_id)
         rank = self.roster.leave(shard_id)
         if rank is not None:
             self._gone(rank)

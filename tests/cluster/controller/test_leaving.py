@@ -8,6 +8,7 @@ import pytest
 
 from cluster.ray_joints import ReplicaCounts
 from tests.support.controller_scene import Play, Scene, turns
+from tests.support.serve.statuses import shard_status
 
 
 async def leaving(scene: Scene, name: str, timeout_s: float = 1000.0) -> asyncio.Task[bool]:
@@ -176,6 +177,26 @@ def test_where_slots_do_not_suffice_it_goes_at_once_with_a_reason(play: Play, ca
         assert "6" in caplog.text
         problem = (await scene.controller.status()).migration.problem
         assert problem, "it stays until there are shards again"
+
+    play(act)
+
+
+def test_a_shard_that_has_left_is_not_asked_to_come_back(play: Play) -> None:
+    """It sends signs of life until the call returns, which waits for routers."""
+
+    async def act(scene: Scene) -> None:
+        shards = await scene.start()
+        await scene.wants(2)
+        task = await leaving(scene, "s2")
+        while len(scene.mesh.roster.seats) == 3:
+            for shard in shards:
+                await shard.work()
+            await turns()
+        answer = await scene.controller.heartbeat("s2", shard_status(rank=2))
+        assert answer.known, "or it would rejoin"
+        assert 2 not in scene.controller._shard_status
+        await asyncio.wait_for(task, 10)
+        assert not (await scene.controller.heartbeat("s3", None)).known
 
     play(act)
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.gateway import pool
 from cluster.keys.command import line_of
 from tests.support.gateway_scene import FakeRouter, gateway
 from tests.support.waiting import asynchronous, within
@@ -146,7 +147,8 @@ async def test_with_one_model_a_request_need_not_name_it() -> None:
 
 
 @asynchronous
-async def test_routers_that_are_gone_cost_no_request() -> None:
+async def test_routers_that_are_gone_cost_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "ASIDE_S", 300.0)
     first, second = FakeRouter("a"), FakeRouter("a")
     async with gateway(ALONE, [first, second]) as scene:
         await scene.ask()

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tests.support.serve.service import REPOSITORY, Service
+from tests.support.serve.service import REPOSITORY, Service, make_patient
 
 TOKENS = 48
 PROMPTS = [[11 + 7 * (n + number) % 500 for n in range(90 + 40 * number)] for number in range(4)]
@@ -19,6 +19,7 @@ def use_pools(config: dict[str, Any], **section: Any) -> None:
         ours["args"] |= {key: theirs["args"][key] for key in ("model", "http") if key in theirs["args"]}
     shipped["applications"][1]["args"]["pools"] |= section
     config["applications"] = shipped["applications"]
+    make_patient(config)
 
 
 def routers(service: Service) -> dict[str, dict[str, Any]]:

@@ -205,7 +205,7 @@ class SimulatedMesh:
         if shard.rank is None:
             self._join(shard)
             return
-        if not self.mesh.roster.heartbeat(shard.name, self.now_s):
+        if not self.mesh.heartbeat(shard.name, self.now_s):
             shard.rank = self.mesh.rejoin(
                 self._holding(shard), 0, shard.target, "stops" if shard.leaving else "", self.now_s
             )

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.serving.endless_streams import Streams
 from cluster.keys.command import line_of
-from tests.support.serve.service import API_KEY, REPOSITORY, Service, running_service
+from tests.support.serve.service import API_KEY, REPOSITORY, Service, make_patient, running_service
 from tests.support.waiting import wait_for
 
 FEW = "sk-few"  # a key with few requests a minute
@@ -39,6 +39,7 @@ def use_shipped_config(config: dict[str, Any], keys: Path) -> None:
     apps = {app["name"]: app for app in shipped["applications"]}
     [embedder] = [app for app in embeddings["applications"] if app["name"] == "embed"]
     config["applications"].append(embedder)
+    make_patient(config)
     apps["console"]["args"]["llm_apps"].append("embed")
     apps["gateway"]["deployments"][0]["user_config"]["models"][EMBEDDER] = {"versions": {"only": {"app": "embed"}}}
     counting = {"serve_app:build_llm": "gateway", "serve_app:build_console": "gateway", "serve_app:build_gateway": None}
