@@ -33,6 +33,7 @@ ALL_BYTES = LAYERS * EXPERTS * 3 * HIDDEN * WIDTH * 4
 SLACK_BYTES = 16 << 20  # what loading takes for a moment, buffers of pairs, and pages on their way to the disk
 
 pytestmark = [
+    pytest.mark.whole_machine,  # pages that come and go over and over keep the disk from others
     pytest.mark.skipif(why_no_group() is not None, reason=f"no memory limit can be set: {why_no_group()}"),
     pytest.mark.skipif(NativeKernel.supports(BASE) is not None, reason="the native kernel cannot be built"),
 ]

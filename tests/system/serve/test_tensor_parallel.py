@@ -86,8 +86,16 @@ def test_a_killed_worker_takes_its_router_along_and_serve_starts_another(tensor:
     expected = tensor.greedy(48)
     [router] = tensor.status()["routers"]
     before, engine = tensor.shards(), workers(tensor)
+    chunks: list[int] = []
+
+    def kill_early(index: int) -> None:
+        chunks.append(index)
+        if index == 1:
+            engine[1].kill()
+
     with pytest.raises(openai.APIError):
-        tensor.greedy(900, lambda index: engine[1].kill() if index == 1 else None)  # far from its end
+        tensor.greedy(900, kill_early)  # far from its end
+        pytest.fail(f"no error, and {len(chunks)} chunks")
     wait_for(lambda: not any(p.is_running() for p in engine), 60, "the other worker to end")
 
     def replaced() -> bool:
