@@ -93,9 +93,12 @@ def test_a_killed_worker_takes_its_router_along_and_serve_starts_another(tensor:
         if index == 1:
             engine[1].kill()
 
-    with pytest.raises(openai.APIError):
+    failed = None
+    try:
         tensor.greedy(900, kill_early)  # far from its end
-        pytest.fail(f"no error, and {len(chunks)} chunks")
+    except openai.APIError as error:
+        failed = error
+    assert failed is not None, f"{len(chunks)} chunks came, and no error"
     wait_for(lambda: not any(p.is_running() for p in engine), 60, "the other worker to end")
 
     def replaced() -> bool:
