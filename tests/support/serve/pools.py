@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import yaml
 
-from tests.support.serve.service import REPOSITORY, Service, make_patient
+from benchmarks.serving.endless_streams import Streams, Window
+from tests.support.serve.service import API_KEY, REPOSITORY, Service, make_patient
+from tests.support.waiting import wait_for
 
 TOKENS = 48
+PATIENCE_S = 300.0  # for a router, on a machine that does other things too
 PROMPTS = [[11 + 7 * (n + number) % 500 for n in range(90 + 40 * number)] for number in range(4)]
 
 
@@ -41,6 +46,20 @@ def greedy(service: Service, prompts: list[Any]) -> list[str]:
         model="tiny-moe", prompt=prompts, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True}
     )
     return [choice.text for choice in answer.choices]
+
+
+def through_a_killed_prefill_router(service: Service) -> Window:
+    """What came of streams from before a prefill router is killed until its successor has computed prompts."""
+    victim = routers(service)["prefill"]["pid"]
+    streams = Streams(service.url, "tiny-moe", PROMPTS, max_tokens=32, api_key=API_KEY)
+    with streams.running() as running:
+        wait_for(running.warm, 60, "the first text of every stream")
+        os.kill(victim, signal.SIGKILL)
+        handed_over = routers(service)["decode"]["prompts_handed_over"]
+        wait_for(lambda: whole(service, but=victim), PATIENCE_S, "another prefill router")
+        asked = lambda: routers(service)["decode"]["prompts_handed_over"] > handed_over + 4  # noqa: E731
+        wait_for(asked, 60, "the new prefill router to be asked")
+    return running.window(0, float("inf"))
 
 
 def pids(shards: dict[int, dict[str, Any]]) -> dict[int, int]:

@@ -5,8 +5,6 @@ The oracle is the decode router itself: it computes the prompts of a request wit
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving.endless_streams import Streams
-from tests.support.serve.pools import PROMPTS, greedy, pids, routers, use_pools, whole
-from tests.support.serve.service import API_KEY, Service, running_service
-from tests.support.waiting import wait_for
+from tests.support.serve.pools import PROMPTS, greedy, pids, routers, through_a_killed_prefill_router, use_pools
+from tests.support.serve.service import Service, running_service
 
 NIXL = Path(sys.prefix) / "nixl"  # a folder of its own, where the Makefile puts it
-PATIENCE_S = 300.0  # for a router, on a machine that does other things too
 
 pytestmark = pytest.mark.skipif(not NIXL.exists(), reason="NIXL is not installed; `make test` does it")
 
@@ -49,16 +44,7 @@ def test_prompts_that_come_over_nixl_give_the_tokens_of_one_router(pools: Servic
 
 def test_a_prefill_router_killed_under_streams_fails_no_request(pools: Service) -> None:
     """Also those whose blocks it had: vLLM by itself would fail them."""
-    before, victim = pools.shards(), routers(pools)["prefill"]["pid"]
-    streams = Streams(pools.url, "tiny-moe", PROMPTS, max_tokens=32, api_key=API_KEY)
-    with streams.running() as running:
-        wait_for(running.warm, 60, "the first text of every stream")
-        os.kill(victim, signal.SIGKILL)
-        handed_over = routers(pools)["decode"]["prompts_handed_over"]
-        wait_for(lambda: whole(pools, but=victim), PATIENCE_S, "another prefill router")
-        asked = lambda: routers(pools)["decode"]["prompts_handed_over"] > handed_over + 4  # noqa: E731
-        wait_for(asked, 60, "the new prefill router to be asked")
-    everything = running.window(0, float("inf"))
+    before, everything = pools.shards(), through_a_killed_prefill_router(pools)
     assert everything.failed == []
     assert everything.changed == 0
     assert pids(pools.shards()) == pids(before)

@@ -16,12 +16,18 @@ from pathlib import Path
 import openai
 import pytest
 
-from benchmarks.serving.endless_streams import Streams
-from tests.support.serve.pools import PROMPTS, greedy, pids, routers, use_pools, whole
-from tests.support.serve.service import API_KEY, Service, running_service
+from tests.support.serve.pools import (
+    PATIENCE_S,
+    PROMPTS,
+    greedy,
+    pids,
+    routers,
+    through_a_killed_prefill_router,
+    use_pools,
+    whole,
+)
+from tests.support.serve.service import Service, running_service
 from tests.support.waiting import wait_for
-
-PATIENCE_S = 300.0  # for a router, on a machine that does other things too
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +70,7 @@ def test_prompts_of_a_prefill_router_give_the_tokens_of_one_router(pools: Servic
 
 
 def test_a_prefill_router_killed_under_streams_fails_no_request(pools: Service) -> None:
-    before, victim = pools.shards(), routers(pools)["prefill"]["pid"]
-    streams = Streams(pools.url, "tiny-moe", PROMPTS, max_tokens=32, api_key=API_KEY)
-    with streams.running() as running:
-        wait_for(running.warm, 60, "the first text of every stream")
-        os.kill(victim, signal.SIGKILL)
-        handed_over = routers(pools)["decode"]["prompts_handed_over"]
-        wait_for(lambda: whole(pools, but=victim), PATIENCE_S, "another prefill router")
-        asked = lambda: routers(pools)["decode"]["prompts_handed_over"] > handed_over + 4  # noqa: E731
-        wait_for(asked, 60, "the new prefill router to be asked")
-    everything = running.window(0, float("inf"))
+    before, everything = pools.shards(), through_a_killed_prefill_router(pools)
     assert everything.failed == []
     assert everything.changed == 0
     assert everything.requests > len(PROMPTS)
