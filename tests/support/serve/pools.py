@@ -48,6 +48,17 @@ def greedy(service: Service, prompts: list[Any]) -> list[str]:
     return [choice.text for choice in answer.choices]
 
 
+def handed_over_with_the_same_tokens(service: Service) -> dict[str, dict[str, Any]]:
+    """Has every prompt computed by the decode router and by the prefill router; returns the routers after that."""
+    alone = greedy(service, PROMPTS)
+    assert routers(service)["decode"]["prompts_handed_over"] == 0
+    assert [greedy(service, [prompt])[0] for prompt in PROMPTS] == alone
+    found = routers(service)
+    assert (found["decode"]["prompts_handed_over"], found["decode"]["prompts_given_up"]) == (len(PROMPTS), 0)
+    assert found["prefill"]["rows"] > 0
+    return found
+
+
 def through_a_killed_prefill_router(service: Service) -> Window:
     """What came of streams from before a prefill router is killed until its successor has computed prompts."""
     victim = routers(service)["prefill"]["pid"]

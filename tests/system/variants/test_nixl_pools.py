@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.serve.pools import PROMPTS, greedy, pids, routers, through_a_killed_prefill_router, use_pools
+from tests.support.serve.pools import (
+    handed_over_with_the_same_tokens,
+    pids,
+    through_a_killed_prefill_router,
+    use_pools,
+)
 from tests.support.serve.service import Service, running_service
 
 NIXL = Path(sys.prefix) / "nixl"  # a folder of its own, where the Makefile puts it
@@ -34,12 +39,7 @@ def pools() -> Iterator[Service]:
 
 def test_prompts_that_come_over_nixl_give_the_tokens_of_one_router(pools: Service) -> None:
     """Both routers are on one host, each with a port of its own for handshakes."""
-    alone = greedy(pools, PROMPTS)
-    assert routers(pools)["decode"]["prompts_handed_over"] == 0
-    assert [greedy(pools, [prompt])[0] for prompt in PROMPTS] == alone
-    found = routers(pools)
-    assert (found["decode"]["prompts_handed_over"], found["decode"]["prompts_given_up"]) == (len(PROMPTS), 0)
-    assert found["prefill"]["rows"] > 0
+    handed_over_with_the_same_tokens(pools)
 
 
 def test_a_prefill_router_killed_under_streams_fails_no_request(pools: Service) -> None:

@@ -20,6 +20,7 @@ from tests.support.serve.pools import (
     PATIENCE_S,
     PROMPTS,
     greedy,
+    handed_over_with_the_same_tokens,
     pids,
     routers,
     through_a_killed_prefill_router,
@@ -45,12 +46,7 @@ def pools(folder: Path) -> Iterator[Service]:
 
 
 def test_prompts_of_a_prefill_router_give_the_tokens_of_one_router(pools: Service, folder: Path) -> None:
-    alone = greedy(pools, PROMPTS)
-    assert routers(pools)["decode"]["prompts_handed_over"] == 0
-    assert [greedy(pools, [prompt])[0] for prompt in PROMPTS] == alone
-    found = routers(pools)
-    assert (found["decode"]["prompts_handed_over"], found["decode"]["prompts_given_up"]) == (len(PROMPTS), 0)
-    assert found["prefill"]["rows"] > 0
+    found = handed_over_with_the_same_tokens(pools)
     for shard in pools.shards().values():
         assert sorted(shard["routers"]) == sorted(router["router_id"] for router in found.values())
     chat = pools.client.chat.completions.create(
